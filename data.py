@@ -1,0 +1,1033 @@
+"""Captions → words → dictionary → index → draws → batches of pixels (paper, §3: data).
+
+Nothing here grows with the number of photos but files on disk: captions are read in two streaming
+passes, one that counts words and one that writes (photo, words) records into 256 files by the hash
+of the photo's name; each file is then grouped in memory and appended to the index, arrays in
+`.npy` files that are opened by memory map. Hence the index is in the order of the hashes, and the
+held-out photos, those of the smallest hashes, are its first ones. A draw is a pure function of
+(seed, step, row, attempt), so any step can be drawn again. Worker processes decode the photos.
+
+    index = build_index("captions.tsv", "runs/x/index", Text(words=1000, stop_words=500))
+"""
+import bz2
+import csv
+import gzip
+import hashlib
+import io
+import json
+import mmap
+import multiprocessing
+import os
+import shutil
+import signal
+import stat
+import tempfile
+import time
+import unicodedata
+import warnings
+from collections import Counter, OrderedDict, deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from itertools import chain, islice, repeat
+from multiprocessing.connection import wait
+from multiprocessing.reduction import DupFd
+from urllib.parse import unquote_plus
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from kernels.cpu import philox
+
+STOP_WORDS = 500                # the most frequent words, left out (paper, §3)
+WORDS = 1000                    # K: 1,000, 10,000 or 100,000 in the paper
+ATTEMPTS = 8                    # photos tried for a drawn word before its row counts nothing
+
+BUCKETS = 256                   # files of records, by the first byte of the name's hash
+BLOCK_BYTES = 4 << 20           # captions a process takes at a time
+BLOCK_ROWS = 50_000
+LONGEST_LINE = 64 << 20
+MOST_COUNTED = 2_000_000        # distinct words counted at a time: rare ones are dropped beyond
+SMALL_FILE = 8 << 20            # captions files below this are indexed without other processes
+INDEX_VERSION = 1
+
+FORMATS = ("tsv", "csv", "jsonl", "coco", "yfcc")
+PICTURES = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "MPO")
+NAME_KEYS = ("file_name", "filename", "image", "image_name", "photo", "file", "path", "name")
+TEXT_KEYS = ("caption", "text", "comment", "captions", "sentence", "title", "description", "tags")
+
+
+# --------------------------------------------------------------------------- captions files
+
+def open_captions(path):
+    """The captions file as a binary stream, unpacked if it is gzip or bzip2 (told by content)."""
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(3)
+    except IsADirectoryError:
+        raise ValueError(f"captions: {path} is a folder; name the file in it") from None
+    except OSError as error:
+        raise ValueError(f"captions: cannot read {path}: {error.strerror}") from None
+    if not magic:
+        raise ValueError(f"captions: {path} is empty; it needs lines of photo<TAB>caption")
+    if magic[:2] == b"\x1f\x8b":
+        return gzip.open(path, "rb")
+    return bz2.open(path, "rb") if magic == b"BZh" else open(path, "rb")
+
+
+def recognise(path):
+    """The format of a captions file, by its content: one of FORMATS."""
+    with open_captions(path) as file:
+        head = file.read(1 << 16)
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise ValueError(f"captions: {path} is in UTF-16; save it as UTF-8")
+    head = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    line = head.partition(b"\n")[0].decode("utf-8", "replace").strip()
+    if line.startswith(("{", "[")):
+        try:
+            if _first_key(json.loads(line), NAME_KEYS):
+                return "jsonl"
+        except (ValueError, TypeError):
+            pass
+        return "coco"
+    columns = line.split("\t")
+    if len(columns) >= 23 and _yfcc_url(columns):
+        return "yfcc"
+    return "csv" if _csv_header(line) else "tsv"
+
+
+def _first_key(keys, wanted):
+    """The first of the wanted names that is among the keys, or None."""
+    return next((key for key in wanted if key in keys), None)
+
+
+def _csv_header(line):
+    """(delimiter, column of the photo, column of the caption) of a CSV header, or None."""
+    for delimiter in (",", "\t", ";", "|"):
+        names = [name.strip().strip('"').lower() for name in line.split(delimiter)]
+        photo, text = _first_key(names, NAME_KEYS), _first_key(names, TEXT_KEYS)
+        if len(names) > 1 and photo and text:
+            return delimiter, names.index(photo), names.index(text)
+    return None
+
+
+def _yfcc_url(columns):
+    """The column of the photo's page address, from which the others are counted; 0 if none is."""
+    return next((i for i in (13, 14, 15) if columns[i].startswith("http")), 0)
+
+
+def blocks(path, kind):
+    """(block, bytes read) pairs, a block of captions for `parse`: bytes, or rows already parted."""
+    with open_captions(path) as file:
+        if kind in ("csv", "coco"):
+            rows = _csv_rows(file, path) if kind == "csv" else _coco_rows(file, path)
+            while block := list(islice(rows, BLOCK_ROWS)):
+                yield block, file.tell()
+            return
+        rest = b""
+        while block := file.read(BLOCK_BYTES):
+            cut = block.rfind(b"\n") + 1
+            if not cut:
+                rest += block
+                if len(rest) > LONGEST_LINE:
+                    raise ValueError(f"captions: {path} has a line of over {LONGEST_LINE >> 20} MB;"
+                                     " is it a captions file?")
+                continue
+            yield rest + block[:cut], file.tell()
+            rest = block[cut:]
+        if rest:
+            yield rest, file.tell()
+
+
+def _csv_rows(file, path):
+    csv.field_size_limit(LONGEST_LINE)
+    text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
+    header = text.readline()
+    if not _csv_header(header):
+        raise ValueError(f"captions: the first line of {path} names no columns `image,caption`")
+    delimiter, photo, caption = _csv_header(header)
+    width = header.count(delimiter) + 1
+    reader = csv.reader(text, delimiter=delimiter, skipinitialspace=True)
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error:
+            yield "", ""                        # counted as a bad line
+            continue
+        if len(row) > width and caption == width - 1:
+            row[caption:] = [delimiter.join(row[caption:])]         # a comma nobody quoted
+        if row:
+            yield (row[photo], row[caption]) if len(row) > max(photo, caption) else ("", "")
+
+
+def _coco_rows(file, path):
+    try:
+        table = json.load(file)
+        names = {image["id"]: image["file_name"] for image in table["images"]}
+        annotations = table["annotations"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"captions: {path} is JSON, but not COCO captions with `images` and "
+                         "`annotations`, nor one object with `file_name` a line") from None
+    for row in annotations:
+        yield str(names.get(row.get("image_id"), "")), str(row.get("caption", ""))
+
+
+def _decode(block):
+    """Text of a block of lines: UTF-8, and Windows' Latin letters for a line that is not."""
+    try:
+        return block.decode("utf-8")
+    except UnicodeDecodeError:
+        pass
+    lines = []
+    for line in block.split(b"\n"):
+        name, tab, caption = line.partition(b"\t")
+        try:
+            caption = caption.decode("utf-8")
+        except UnicodeDecodeError:
+            caption = caption.decode("cp1252", "replace")
+        lines.append(name.decode("utf-8", "surrogateescape") + tab.decode() + caption)
+    return "\n".join(lines)
+
+
+def parse(block, kind):
+    """Names and captions of a block, and the number of lines that are none: ([str], [str], int)."""
+    if kind in ("csv", "coco"):
+        rows = block
+    else:
+        lines = _decode(block).removeprefix("\ufeff").replace("\r\n", "\n").split("\n")
+        rows = map({"tsv": _tsv_row, "jsonl": _json_row, "yfcc": _yfcc_row}[kind],
+                   filter(str.strip, lines))
+    names, captions, bad = [], [], 0
+    for row in rows:
+        if row is None:
+            continue
+        name, caption = row
+        name = name.strip()
+        if not name or "\n" in name or "\0" in name:
+            bad += 1
+            continue
+        names.append(name)
+        captions.append(caption)
+    return names, captions, bad
+
+
+def _tsv_row(line):
+    name, tab, caption = line.partition("\t")
+    stem, mark, number = name.rstrip().rpartition("#")
+    return (stem if mark and number.isdigit() else name) if tab else "", caption
+
+
+def _json_row(line):
+    try:
+        row = json.loads(line)
+        name = row[_first_key(row, NAME_KEYS)]
+        texts = [row[key] for key in ("text", "caption", "captions", "tags", "title",
+                                      "description") if key in row]
+    except (ValueError, KeyError, TypeError):
+        return "", ""
+    parts = chain.from_iterable(text if isinstance(text, list) else [text] for text in texts)
+    return str(name), " ".join(str(part) for part in parts)
+
+
+def _yfcc_row(line):
+    """Title, description and tags of a line of the YFCC100M table; None for a video."""
+    columns = line.split("\t")
+    url = _yfcc_url(columns) if len(columns) >= 23 else 0
+    if not url:
+        return "", ""
+    if columns[-1].strip() == "1":
+        return None
+    numbered = url == 15 or (url == 14 and len(columns[1]) < 32)     # 32: the photo's hash
+    photo = columns[1 if numbered else 0]
+    title, description, tags = columns[url - 7:url - 4]
+    text = f"{title} {description} {tags.replace(',', ' ')}"
+    return f"{photo}.{columns[-2] or 'jpg'}", unquote_plus(text)
+
+
+# --------------------------------------------------------------------------------- the text
+
+class _Letters(dict):
+    """The table of `normalise`: what each character becomes; filled as characters are met."""
+
+    JOINING = "'’‘ʼ`´-‐‑."                      # don't → dont, tri-colored → tricolored, u.s. → us
+    KEEP = "йўї"                                # letters of their own, not accented ones
+
+    def __missing__(self, code):
+        self[code] = value = self.rule(chr(code))
+        return value
+
+    def rule(self, c):
+        category = unicodedata.category(c)
+        if c == "\n":
+            return c
+        if c in self.JOINING or category == "Cf" or "\u0300" <= c <= "\u036f":
+            return None                         # gone, the letters around it join
+        if category[0] in "PSZC" or category == "No":
+            return " "
+        if 0xFE00 <= ord(c) <= 0xFE0F:
+            return None                         # variation selectors: of emoji
+        script = unicodedata.name(c, "").partition(" ")[0]
+        if script in ("LATIN", "GREEK", "CYRILLIC") and c not in self.KEEP:
+            c = "".join(part for part in unicodedata.normalize("NFD", c)
+                        if not unicodedata.combining(part))
+        return c
+
+
+_LETTERS = _Letters()
+
+
+def normalise(text):
+    """Lower-case, accents and punctuation gone; words are what blanks part. Lines stay lines.
+
+    Accents go from Latin, Greek and Cyrillic letters only: in other scripts marks are vowels.
+    """
+    text = text.lower()
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text)
+    return text.translate(_LETTERS)
+
+
+def words_of(caption):
+    """The words of one caption (paper, §3: text): tokens that are not digits alone."""
+    return [word for word in normalise(caption.replace("\n", " ")).split()
+            if not word.isdecimal()]
+
+
+# ---------------------------------------------------------------------------- the dictionary
+
+@dataclass(frozen=True)
+class Text:
+    """What decides which words are classes and which photos are held out."""
+
+    words: int = WORDS              # K
+    stop_words: int = STOP_WORDS    # the most frequent ones, left out
+    valid: float = 0.1              # share of the photos that is held out
+
+
+def name_hash(name):
+    """32 bits of a photo's name; the smallest ones are held out, whatever photos are added."""
+    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogateescape"),
+                                          digest_size=4).digest(), "big")
+
+
+def refused(name):
+    """True for a name that is absolute or leaves the images folder."""
+    return name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/")
+
+
+def _photos(names):
+    """Distinct names of a block, each caption's number among them, and the refused ones."""
+    number = {}
+    owner = np.fromiter((number.setdefault(name, len(number)) for name in names), np.int64,
+                        len(names))
+    distinct = list(number)
+    return distinct, owner, [name for name in distinct if refused(name)]
+
+
+def count_block(block, kind, text):
+    """Words of the block's training captions: (Counter, captions, bad lines, refused names)."""
+    names, captions, bad = parse(block, kind)
+    distinct, owner, away = _photos(names)
+    train = np.array([name_hash(name) >= text.valid * 2**32 and not refused(name)
+                      for name in distinct], bool)
+    kept = [caption.replace("\n", " ") for caption, use in zip(captions, train[owner]) if use]
+    return Counter(normalise("\n".join(kept)).split()), len(names), bad, away
+
+
+class Dictionary:
+    """The K words, most frequent first; `ids` maps a word to its class."""
+
+    def __init__(self, words):
+        self.words = list(words)
+        self.ids = {word: i for i, word in enumerate(self.words)}
+
+    def __len__(self):
+        return len(self.words)
+
+
+def choose_words(counts, text):
+    """The dictionary of the counts: the K most frequent words after the stop words."""
+    ranked = sorted((word for word in counts if not word.isdecimal()),
+                    key=lambda word: (-counts[word], word))
+    if not ranked:
+        raise ValueError("no training photo has a caption with words; lower --valid "
+                         f"({text.valid:g} of the photos are held out) or check --format")
+    words = ranked[text.stop_words:text.stop_words + text.words]
+    if not words:
+        raise ValueError(f"the training captions have {len(ranked)} different words and "
+                         f"--stop-words {text.stop_words} leaves none; lower --stop-words")
+    return Dictionary(words)
+
+
+def _prune(counts):
+    """Drop the rarest words until half of MOST_COUNTED are left, so that memory is bounded."""
+    least = 1
+    while len(counts) > MOST_COUNTED // 2:
+        least += 1
+        for word in [word for word, count in counts.items() if count < least]:
+            del counts[word]
+
+
+# --------------------------------------------------------------------------------- the index
+
+_worker = {}                                    # what an indexing process was started with
+
+
+def _start_worker(ids):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _worker["ids"] = ids
+
+
+def record_block(block, kind, ids=None):
+    """The block's (photo, words) records, framed for each of the 256 files: [bytes]."""
+    ids = _worker["ids"] if ids is None else ids
+    names, captions, _ = parse(block, kind)
+    distinct, owner, _ = _photos(names)
+    lines = normalise("\n".join(c.replace("\n", " ") for c in captions)).split("\n")
+    tokens = [line.split() for line in lines] if names else []
+    length = np.fromiter(map(len, tokens), np.int64, len(tokens))
+    word = np.fromiter(map(ids.get, chain.from_iterable(tokens), repeat(-1)), np.int64,
+                       int(length.sum()))
+    photo = np.repeat(owner, length)
+    pairs = np.unique((photo * len(ids) + word)[word >= 0])         # each word once a photo
+    photo, word = np.divmod(pairs, len(ids))
+    ends = np.cumsum(np.bincount(photo, minlength=len(distinct)))
+    files = [[] for _ in range(BUCKETS)]
+    for i, name in enumerate(distinct):
+        if not refused(name):
+            files[name_hash(name) >> 24].append(i)
+    return [_frame([distinct[i] for i in file],
+                   [word[ends[i - 1] if i else 0:ends[i]] for i in file]) for file in files]
+
+
+def _frame(names, words):
+    """One write to a file of records: counts, names, number of words of each, words."""
+    if not names:
+        return b""
+    blob = "\n".join(names).encode("utf-8", "surrogateescape")
+    head = np.array([len(names), len(blob), sum(map(len, words))], np.int64)
+    return (head.tobytes() + blob + np.array(list(map(len, words)), np.int32).tobytes()
+            + np.concatenate(words).astype(np.int32).tobytes())
+
+
+def group_records(path, k, valid):
+    """One file of records grouped by photo, held-out photos first, photos without words left out.
+
+    Returns names (bytes), their lengths, words per photo, the words, held-out photos, left out.
+    """
+    number, photos, words = {}, [], []
+    with open(path, "rb") as file:
+        while head := file.read(24):
+            count, size, total = np.frombuffer(head, np.int64)
+            names = file.read(size).split(b"\n")
+            per_photo = np.frombuffer(file.read(4 * count), np.int32)
+            owner = np.fromiter((number.setdefault(name, len(number)) for name in names),
+                                np.int64, count)
+            photos.append(np.repeat(owner, per_photo))
+            words.append(np.frombuffer(file.read(4 * total), np.int32))
+    names = list(number)
+    held = np.array([name_hash(name.decode("utf-8", "surrogateescape")) < valid * 2**32
+                     for name in names], bool)
+    order = np.argsort(~held, kind="stable")
+    rank = np.empty(len(names), np.int64)
+    rank[order] = np.arange(len(names))
+    photo = rank[np.concatenate(photos)] if photos else np.empty(0, np.int64)
+    word = np.concatenate(words).astype(np.int64) if words else photo
+    photo, word = np.divmod(np.unique(photo * k + word), k)
+    per_photo = np.bincount(photo, minlength=len(names))
+    used = np.flatnonzero(per_photo)
+    kept = [names[i] for i in order[used]]
+    return (b"".join(kept), np.fromiter(map(len, kept), np.int64, len(kept)), per_photo[used],
+            word.astype(np.int32), int(held[order[used]].sum()), len(names) - len(used))
+
+
+class _Column:
+    """An .npy file that grows: its header is written again when the length is known."""
+
+    HEADER = 128
+
+    def __init__(self, path, dtype):
+        self.dtype, self.length = np.dtype(dtype), 0
+        self.file = open(path, "wb")
+        self.file.write(b"\0" * self.HEADER)
+
+    def append(self, array):
+        self.length += len(array)
+        self.file.write(np.ascontiguousarray(array, self.dtype).data)
+
+    def close(self):
+        text = f"{{'descr': '{self.dtype.str}', 'fortran_order': False, 'shape': ({self.length},)}}"
+        self.file.seek(0)
+        self.file.write(b"\x93NUMPY\x01\x00" + (self.HEADER - 10).to_bytes(2, "little")
+                        + text.encode().ljust(self.HEADER - 11) + b"\n")
+        self.file.close()
+
+
+def _in_order(executor, function, items, *arguments):
+    """Results of function(item, …) in order; only a few items are read ahead."""
+    if executor is None:
+        yield from (function(item, *arguments) for item in items)
+        return
+    running = deque()
+    for item in items:
+        running.append(executor.submit(function, item, *arguments))
+        if len(running) > 2 * executor._max_workers:
+            yield running.popleft().result()
+    while running:
+        yield running.popleft().result()
+
+
+def fingerprint(path, kind, text, dictionary):
+    """Of the captions file (size, time, sampled blocks) and all that decides the index."""
+    info = os.stat(path)
+    digest = hashlib.blake2b(digest_size=8)
+    with open(path, "rb") as file:
+        for start in np.linspace(0, max(0, info.st_size - 4096), 16).astype(int):
+            file.seek(start)
+            digest.update(file.read(4096))
+    if dictionary:
+        digest.update("\n".join(dictionary.words).encode())
+    return {"version": INDEX_VERSION, "size": info.st_size, "mtime": info.st_mtime_ns,
+            "content": digest.hexdigest(), "format": kind, **asdict(text)}
+
+
+def build_index(path, folder, text, kind=None, dictionary=None, processes=1, say=print):
+    """The index of a captions file in `folder`, from its cache if nothing changed.
+
+    With a dictionary (of a trained model) only the second pass runs. `say` gets progress lines.
+    Returns an Index; ValueError with the remedy if the captions cannot be used.
+    """
+    started = time.monotonic()
+    kind = kind or recognise(path)
+    if (index := cached_index(path, folder, text, kind, dictionary)) is not None:
+        return index
+    origin = fingerprint(path, kind, text, dictionary)
+    processes = 0 if os.path.getsize(path) < SMALL_FILE else processes
+    work = folder + ".part"
+    shutil.rmtree(work, ignore_errors=True)
+    os.makedirs(work)
+    facts = {"captions": 0, "bad_lines": 0, "refused": 0, "refused_names": []}
+    try:
+        if dictionary is None:
+            counts = _count(path, kind, text, processes, facts, say)
+            if not facts["captions"]:
+                raise ValueError(f"captions: {path} has no captions as {kind}; "
+                                 f"--format may be one of {', '.join(FORMATS)}")
+            dictionary = choose_words(counts, text)
+        _record(path, kind, dictionary, processes, work, say)
+        facts |= _group(work, dictionary, text, processes, say)
+    except BrokenProcessPool:
+        raise RuntimeError("an indexing process died, perhaps for lack of memory; "
+                           "try --workers 0") from None
+    facts |= {"fingerprint": origin, "seconds": round(time.monotonic() - started, 2)}
+    with open(os.path.join(work, "words.json"), "w") as file:
+        json.dump(dictionary.words, file)
+    with open(os.path.join(work, "index.json"), "w") as file:
+        json.dump(facts, file)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(work, folder)
+    return Index(folder)
+
+
+def cached_index(path, folder, text, kind, dictionary=None):
+    """The index in `folder` if it was built from this captions file with these options, or None."""
+    try:
+        index = Index(folder)
+    except (OSError, ValueError):
+        return None
+    same = index.facts["fingerprint"] == fingerprint(path, kind, text, dictionary)
+    return index if same else None
+
+
+def _executor(processes, ids=None):
+    """Processes for one pass, or None to do it here, with whole tracebacks."""
+    return processes and ProcessPoolExecutor(
+        processes, multiprocessing.get_context("forkserver"), _start_worker, (ids,)) or None
+
+
+def _told(items, size, what, say):
+    """The blocks of `items`, saying every few seconds how far the pass is."""
+    started = last = time.monotonic()
+    for block, position in items:
+        yield block
+        now = time.monotonic()
+        if now - last > 5:
+            last = now
+            left = (now - started) * max(0, size - position) / max(1, position)
+            say(f"{what}: {position / max(1, size):.0%}, {left:.0f} s left")
+
+
+def _count(path, kind, text, processes, facts, say):
+    counts, size = Counter(), os.path.getsize(path)
+    executor = _executor(processes)
+    items = _told(blocks(path, kind), size, "counting words", say)
+    for found, captions, bad, away in _in_order(executor, count_block, items, kind, text):
+        counts.update(found)
+        if len(counts) > MOST_COUNTED:
+            _prune(counts)
+        facts["captions"] += captions
+        facts["bad_lines"] += bad
+        facts["refused"] += len(away)
+        facts["refused_names"] += away[:max(0, 100 - len(facts["refused_names"]))]
+    if executor:
+        executor.shutdown()
+    return counts
+
+
+def _record(path, kind, dictionary, processes, work, say):
+    size = os.path.getsize(path)
+    executor = _executor(processes, dictionary.ids)
+    arguments = (kind,) if executor else (kind, dictionary.ids)
+    files = [open(os.path.join(work, f"{i:03}.records"), "wb") for i in range(BUCKETS)]
+    try:
+        items = _told(blocks(path, kind), size, "writing the index", say)
+        for frames in _in_order(executor, record_block, items, *arguments):
+            for file, frame in zip(files, frames):
+                file.write(frame)
+    finally:
+        for file in files:
+            file.close()
+        if executor:
+            executor.shutdown(cancel_futures=True)
+
+
+def _group(work, dictionary, text, processes, say):
+    """Group every file of records and write the index's columns; returns facts."""
+    columns = {name: _Column(os.path.join(work, name + ".npy"), dtype) for name, dtype in
+               (("names", np.uint8), ("name_ends", np.int64), ("words", np.int32),
+                ("word_ends", np.int64))}
+    paths = [os.path.join(work, f"{i:03}.records") for i in range(BUCKETS)]
+    executor = _executor(processes)
+    held = left_out = names = words = 0
+    for path, (blob, lengths, per_photo, word, some_held, some_left) in zip(
+            paths, _in_order(executor, group_records, paths, len(dictionary), text.valid)):
+        columns["names"].append(np.frombuffer(blob, np.uint8))
+        columns["name_ends"].append(names + np.cumsum(lengths))
+        columns["words"].append(word)
+        columns["word_ends"].append(words + np.cumsum(per_photo))
+        names, words, held, left_out = (names + len(blob), words + len(word), held + some_held,
+                                        left_out + some_left)
+        os.remove(path)
+    if executor:
+        executor.shutdown()
+    for column in columns.values():
+        column.close()
+    _invert(work, len(dictionary), held)
+    return {"held_out": held, "without_words": left_out}
+
+
+def _invert(work, k, held, rows=2_000_000):
+    """photo → words becomes word → training photos, by counting sort through memory maps."""
+    words = np.load(os.path.join(work, "words.npy"), mmap_mode="r")
+    ends = np.load(os.path.join(work, "word_ends.npy"), mmap_mode="r")
+    first = int(ends[held - 1]) if held else 0
+    counts = np.zeros(k, np.int64)
+    for start in range(first, len(words), rows):
+        counts += np.bincount(words[start:start + rows], minlength=k)
+    place = np.concatenate([[0], np.cumsum(counts)])
+    np.save(os.path.join(work, "photo_ends.npy"), place[1:])
+    path = os.path.join(work, "photos.npy")
+    if place[-1] == 0:
+        return np.save(path, np.empty(0, np.uint32))
+    out = np.lib.format.open_memmap(path, "w+", np.uint32, (int(place[-1]),))
+    place = place[:-1].copy()
+    for start in range(first, len(words), rows):
+        part = np.asarray(words[start:start + rows])
+        order = np.argsort(part, kind="stable")
+        part = part[order]
+        fresh = np.searchsorted(part, part)                         # first of each word's run
+        out[place[part] + np.arange(len(part)) - fresh] = np.searchsorted(
+            ends, start + order, side="right")
+        place += np.bincount(part, minlength=k)
+    out.flush()
+
+
+class Index:
+    """photo → words and word → training photos, by memory map; the first photos are held out."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        with open(os.path.join(folder, "index.json")) as file:
+            self.facts = json.load(file)
+        with open(os.path.join(folder, "words.json")) as file:
+            self.dictionary = Dictionary(json.load(file))
+        for name in ("names", "name_ends", "words", "word_ends", "photos", "photo_ends"):
+            path = os.path.join(folder, name + ".npy")
+            empty = os.path.getsize(path) <= _Column.HEADER         # nothing to map
+            setattr(self, "_" + name, np.load(path, mmap_mode=None if empty else "r"))
+        self.held_out = self.facts["held_out"]
+
+    def __len__(self):
+        return len(self._word_ends)
+
+    @property
+    def training(self):
+        """The number of training photos; they follow the held-out ones."""
+        return len(self) - self.held_out
+
+    def name(self, photo):
+        """The photo's name below the images folder."""
+        start = self._name_ends[photo - 1] if photo else 0
+        return self._names[start:self._name_ends[photo]].tobytes().decode("utf-8",
+                                                                          "surrogateescape")
+
+    def words(self, photo):
+        """The classes of a photo's words, ascending."""
+        start = self._word_ends[photo - 1] if photo else 0
+        return np.asarray(self._words[start:self._word_ends[photo]])
+
+    def photos(self, word):
+        """The training photos that carry a word."""
+        start = self._photo_ends[word - 1] if word else 0
+        return self._photos[start:self._photo_ends[word]]
+
+    def photo_counts(self):
+        """N_k, the number of training photos of each word."""
+        return np.diff(self._photo_ends, prepend=0)
+
+
+# ----------------------------------------------------------------------------------- draws
+
+def _below(raw, n):
+    """A uniform number below n from 64 random bits."""
+    return int(raw) * int(n) >> 64
+
+
+class Draws:
+    """The photos and targets of one step, a pure function of (seed, step, row, attempt).
+
+    Sampling by class: a word uniformly, then one of its photos uniformly; that word is the row's
+    only target (paper, §3: class balancing). By image: a photo uniformly, with all its words.
+    Row i of attempt a takes the block of Philox counter (i, step, a, stream 0): word, photo, crop
+    and flip. A photo that cannot be read is replaced by another of the same word.
+    """
+
+    def __init__(self, index, seed, step, count, sampling="class"):
+        self.index, self.seed, self.step, self.sampling = index, seed, step, sampling
+        self.attempts = np.zeros(count, int)
+        raw = philox(seed, (0, step, 0, 0), 4 * count).reshape(count, 4)
+        self.pixels = raw[:, 2]
+        self.words = [_below(r, len(index.dictionary)) for r in raw[:, 0]]
+        self.photos = [self._photo(i, r) for i, r in enumerate(raw[:, 1])]
+        self.weights = np.full(count, 1 / count, np.float32)
+
+    def _photo(self, row, raw):
+        if self.sampling == "image":
+            return self.index.held_out + _below(raw, self.index.training)
+        photos = self.index.photos(self.words[row])
+        return int(photos[_below(raw, len(photos))])
+
+    def retry(self, row):
+        """Another photo for the row, or None once it counts nothing."""
+        self.attempts[row] += 1
+        if self.sampling == "image" or self.attempts[row] >= ATTEMPTS:
+            self.weights[row] = 0
+            return None
+        raw = philox(self.seed, (row, self.step, int(self.attempts[row]), 0), 4)
+        self.photos[row] = self._photo(row, raw[1])
+        return self.photos[row]
+
+    def targets(self):
+        """int32 (N, T), padded with -1."""
+        if self.sampling == "class":
+            return np.array(self.words, np.int32)[:, None]          # (N, 1)
+        return pad_rows([self.index.words(photo) for photo in self.photos])
+
+    def crops(self, spare, random):
+        """top, left (N,) and flip (N,): random ones, or the centre (paper, §3)."""
+        count = len(self.photos)
+        if not random:
+            return centre(count, spare)
+        bits = self.pixels
+        top, left = (((bits >> shift) & 0xFFFF) * (spare + 1) >> 16 for shift in (0, 16))
+        return top.astype(np.int64), left.astype(np.int64), (bits >> 32 & 1).astype(bool)
+
+
+def centre(count, spare):
+    """top, left (N,) and flip (N,) of central crops."""
+    middle = np.full(count, spare // 2)
+    return middle, middle, np.zeros(count, bool)
+
+
+def pad_rows(rows):
+    """Rows of different lengths as one int32 array, padded with -1."""
+    out = np.full((len(rows), max([1, *map(len, rows)])), -1, np.int32)
+    for row, values in zip(out, rows):
+        row[:len(values)] = values
+    return out
+
+
+class Listed:
+    """Given photos, in their order and without replacement: for evaluation."""
+
+    def __init__(self, photos):
+        self.photos = list(photos)
+        self.weights = np.ones(len(self.photos), np.float32)
+
+    def retry(self, row):
+        self.weights[row] = 0
+        return None
+
+
+# ---------------------------------------------------------------------------------- photos
+
+def decode(path, size):
+    """A photo as uint8 (size, size, 3), rescaled to a square (paper, §3), and its content's hash.
+
+    Any mode becomes RGB, the camera's orientation is applied. ValueError says what is wrong.
+    """
+    try:
+        data = _read(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data), formats=PICTURES)
+            image.draft("RGB", (size, size))    # JPEG: decode at a fraction of the size
+            image = _rgb(ImageOps.exif_transpose(image))
+            image = image.resize((size, size), Image.Resampling.BILINEAR, reducing_gap=2.0)
+    except UnidentifiedImageError:
+        raise ValueError("not a picture") from None
+    except Image.DecompressionBombError:
+        raise ValueError(f"over {2 * Image.MAX_IMAGE_PIXELS:,} pixels") from None
+    except MemoryError:
+        raise ValueError("too large for the memory") from None
+    except OSError as error:
+        raise ValueError((error.strerror or str(error)).splitlines()[0].lower()) from None
+    except Exception as error:                  # broken files raise anything from deep inside
+        raise ValueError(f"cannot be decoded ({error})"[:200]) from None
+    return np.asarray(image), hashlib.blake2b(data, digest_size=8).digest()
+
+
+def _read(path):
+    """The bytes of a regular file, found under either form of Unicode."""
+    for form in (None, "NFC", "NFD"):
+        name = path if form is None else unicodedata.normalize(form, path)
+        if os.path.exists(name):
+            path = name
+            break
+    info = os.stat(path)
+    if not stat.S_ISREG(info.st_mode):
+        raise ValueError("not a file")
+    if not info.st_size:
+        raise ValueError("zero bytes")
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def _rgb(image):
+    """Any mode as RGB: 16 bits scaled down, transparent parts on white."""
+    if image.mode.startswith(("I", "F")):
+        pixels = np.asarray(image).astype(np.float64)
+        top = 65535 if image.mode.startswith("I") else max(1e-9, float(np.nanmax(pixels)))
+        image = Image.fromarray((np.nan_to_num(pixels) / top * 255).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _decode_loop(connection, file, slots, size):
+    """A worker process: decode the photos it is told to into the shared buffer, until the end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    buffer = _map(file.detach(), slots, size)
+    while True:
+        try:
+            task, slot, path = connection.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            buffer[slot], digest = decode(path, size)
+            connection.send((task, None, digest))
+        except ValueError as error:
+            connection.send((task, str(error), None))
+
+
+def _map(descriptor, slots, size):
+    shape = (slots, size, size, 3)
+    memory = mmap.mmap(descriptor, int(np.prod(shape)))
+    return np.frombuffer(memory, np.uint8).reshape(shape)
+
+
+class Loader:
+    """Decoded photos in a shared buffer, least recently used ones making way; batches in order.
+
+    The buffer holds every photo where memory allows, since no number of cores decodes fast enough
+    for a big GPU. workers = 0 decodes here. `skipped` maps a photo's name to what was wrong;
+    `digests` its number to the hash of its content. A worker that dies is replaced; a photo
+    that kills two is skipped.
+    """
+
+    QUEUE = 64                                  # tasks sent ahead to a worker: results fit a pipe
+    DIGESTS = 500_000                           # photos whose contents are remembered
+    AHEAD = 2                                   # batches under way besides the one in use
+
+    def __init__(self, folder, name, photos, size, batch, workers=0, scratch=None):
+        self.folder, self.name, self.size = folder, name, size
+        self.slots = self._room(photos, (self.AHEAD + 2) * batch, scratch)
+        self.buffer = _map(self.file.fileno(), self.slots, size)
+        self.free = list(range(self.slots))
+        self.ready = OrderedDict()              # photo -> slot, least recently used first
+        self.pins = Counter()                   # photos that batches under way hold
+        self.waiting = {}                       # photo -> [slot, the rows that wait for it]
+        self.backlog, self.done = deque(), deque()
+        self.skipped, self.digests, self.deaths = {}, {}, Counter()
+        self.decoded = 0
+        self.workers = [self._worker() for _ in range(workers)]
+
+    def _room(self, photos, least, scratch):
+        """Reserve the shared buffer, in memory if it fits, else in the scratch folder."""
+        each = self.size * self.size * 3
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        slots = max(least, min(photos, memory // 4 // each))
+        for place in ("/dev/shm", scratch, tempfile.gettempdir()):
+            for wanted in (slots, least):
+                if place and os.path.isdir(place) and (
+                        shutil.disk_usage(place).free > wanted * each * 1.2):
+                    try:
+                        self.file = tempfile.TemporaryFile(dir=place)
+                        os.posix_fallocate(self.file.fileno(), 0, wanted * each)
+                        return wanted
+                    except OSError:
+                        continue
+        raise RuntimeError(f"no room for {least * each >> 20} MB of decoded photos in memory or "
+                           f"on disk; free some, or lower --batch")
+
+    def _worker(self):
+        context = multiprocessing.get_context("forkserver")
+        here, there = context.Pipe()
+        process = context.Process(target=_decode_loop, daemon=True, args=(
+            there, DupFd(self.file.fileno()), self.slots, self.size))
+        process.start()
+        there.close()
+        return {"process": process, "pipe": here, "tasks": deque()}
+
+    def close(self):
+        """End the workers."""
+        for worker in self.workers:
+            worker["pipe"].close()
+        for worker in self.workers:
+            worker["process"].join(5)
+        self.workers = []
+        self.file.close()
+
+    def batches(self, plans):
+        """(plan, photos uint8 (N, S, S, 3)) for each plan, in order; rows of weight 0 are blank.
+
+        A plan has `photos`, and `retry(row)`, which gives another photo or None.
+        """
+        plans, running = iter(plans), deque()
+        while True:
+            for plan in islice(plans, self.AHEAD + 1 - len(running)):
+                running.append(plan)
+                plan.missing, plan.held = len(plan.photos), {}
+                for row in range(len(plan.photos)):
+                    self._want(plan, row)
+            if not running:
+                return
+            plan = running.popleft()
+            while plan.missing:
+                self._pump()
+            photos = np.zeros((len(plan.photos), self.size, self.size, 3), np.uint8)
+            for row, (photo, slot) in plan.held.items():
+                photos[row] = self.buffer[slot]
+                self.pins[photo] -= 1
+            yield plan, photos
+
+    def _want(self, plan, row):
+        photo = plan.photos[row]
+        if photo in self.ready:
+            self.ready.move_to_end(photo)
+            self._give(photo, plan, row)
+        elif photo in self.waiting:
+            self.waiting[photo].append((plan, row))
+        else:
+            self.waiting[photo] = [(plan, row)]
+            self.backlog.append(photo)
+            self._send()
+
+    def _give(self, photo, plan, row):
+        self.pins[photo] += 1
+        plan.held[row] = photo, self.ready[photo]
+        plan.missing -= 1
+
+    def _slot(self):
+        """A slot to decode into: a free one, or that of the least recently used photo."""
+        if not self.free:
+            old = next(photo for photo in self.ready if not self.pins[photo])
+            self.free.append(self.ready.pop(old))
+            del self.pins[old]
+        return self.free.pop()
+
+    def _send(self):
+        """Hand the backlog to the workers that have room, or decode one photo here."""
+        while self.backlog:
+            worker = min(self.workers, key=lambda w: len(w["tasks"]), default=None)
+            if worker and len(worker["tasks"]) >= self.QUEUE:
+                return
+            photo = self.backlog.popleft()
+            slot, path = self._slot(), os.path.join(self.folder, self.name(photo))
+            if worker is None:
+                try:
+                    self.buffer[slot], digest = decode(path, self.size)
+                    self.done.append((photo, slot, None, digest))
+                except ValueError as error:
+                    self.done.append((photo, slot, str(error), None))
+                continue
+            worker["tasks"].append((photo, slot, path))
+            try:
+                worker["pipe"].send((photo, slot, path))
+            except OSError:
+                pass                            # it died: _pump sees the closed pipe
+
+    def _pump(self):
+        """Take in at least one result."""
+        if not self.done:
+            for pipe in wait([worker["pipe"] for worker in self.workers]):
+                worker = next(w for w in self.workers if w["pipe"] is pipe)
+                try:
+                    photo, error, digest = pipe.recv()
+                    self.done.append((photo, worker["tasks"].popleft()[1], error, digest))
+                except (EOFError, OSError):
+                    self._bury(worker)
+        while self.done:
+            self._take(*self.done.popleft())
+        self._send()
+
+    def _bury(self, worker):
+        """A worker died over its first task: start another, try the photo once more."""
+        worker["process"].join(1)
+        self.workers.remove(worker)
+        tasks = worker["tasks"]
+        if tasks:
+            photo, slot, _ = tasks[0]
+            self.deaths[photo] += 1
+            if self.deaths[photo] > 1:
+                self.done.append((photo, slot, "its decoding process died twice", None))
+                tasks.popleft()
+        if sum(self.deaths.values()) > 20 + self.decoded // 100:
+            raise RuntimeError("decoding processes keep dying, perhaps for lack of memory; "
+                               "try fewer --workers, or --workers 0 to see the error")
+        for photo, slot, _ in reversed(tasks):
+            self.free.append(slot)
+            self.backlog.appendleft(photo)
+        self.workers.append(self._worker())
+
+    def _take(self, photo, slot, error, digest):
+        rows = self.waiting.pop(photo)
+        if error is None:
+            self.decoded += 1
+            self.ready[photo] = slot
+            if len(self.digests) < self.DIGESTS:
+                self.digests[photo] = digest
+            for plan, row in rows:
+                self._give(photo, plan, row)
+            return
+        self.free.append(slot)
+        self.skipped[self.name(photo)] = error
+        for plan, row in rows:
+            if plan.retry(row) is None:
+                plan.missing -= 1
+            else:
+                self._want(plan, row)

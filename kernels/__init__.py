@@ -1,0 +1,126 @@
+"""The operations that the networks are made of: one public function each, on the chosen device.
+
+`use(device)` chooses once; model.py then calls these functions and never asks where it runs.
+cpu.py holds the NumPy twins, which are the specification: same names, same arguments.
+"""
+from . import cpu
+
+_device = cpu                           # the module whose functions run
+
+DEVICES = ("auto", "cpu", "gpu")
+
+
+def use(device):
+    """Choose where everything computes from now on; returns one line that says what was chosen.
+
+    RuntimeError if the device asked for cannot be used.
+    """
+    found = _gpu_name()
+    if device == "gpu":
+        raise RuntimeError("--device gpu: this version has no CUDA kernels; use --device cpu"
+                           if found else
+                           "--device gpu: no GPU that CuPy can use was found; use --device cpu")
+    note = f"; the CUDA kernels for {found} are not part of this version" if found else ""
+    count = cpu.threads()
+    return f"device: CPU, {count} thread{'s' * (count > 1)}, NumPy{note}"
+
+
+def _gpu_name():
+    """The name of the first GPU that CuPy can use, or None: CuPy is optional at run time."""
+    try:
+        import cupy
+        if cupy.cuda.runtime.getDeviceCount():
+            return cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
+    except Exception:                   # not installed, no driver, no device: CuPy raises many kinds
+        return None
+    return None
+
+
+def set_threads(count):
+    """Number of CPU worker threads; the last bits of sums depend on it."""
+    cpu.set_threads(count)
+
+
+def threads():
+    """The number of CPU worker threads in use."""
+    return cpu.threads()
+
+
+def conv_forward(x, w, b, stride=1, pad=0, relu=False, out=None):
+    """x (N, H, W, C) * w (KH, KW, C, F) + b -> (N, OH, OW, F), with `relu` max(·, 0)."""
+    return _device.conv_forward(x, w, b, stride, pad, relu, out)
+
+
+def conv_backward_input(dy, w, x, stride=1, pad=0, relu=False):
+    """dx (N, H, W, C) from dy (N, OH, OW, F); with `relu` times (x > 0)."""
+    return _device.conv_backward_input(dy, w, x, stride, pad, relu)
+
+
+def conv_backward_filter(x, dy, w_shape, stride=1, pad=0):
+    """dw (KH, KW, C, F) and db (F,), summed over images and pixels."""
+    return _device.conv_backward_filter(x, dy, w_shape, stride, pad)
+
+
+def max_pool_forward(x, kernel, stride, pad=0, ceil=False, out=None):
+    """Maximum over windows; with `ceil` the last window may hang over the edge."""
+    return _device.max_pool_forward(x, kernel, stride, pad, ceil, out)
+
+
+def max_pool_backward(dy, x, y, kernel, stride, pad=0, relu=False):
+    """dx: each dy goes to the first maximum of its window; with `relu` times (x > 0)."""
+    return _device.max_pool_backward(dy, x, y, kernel, stride, pad, relu)
+
+
+def avg_pool_forward(x, kernel, stride, pad=0, ceil=False, out=None):
+    """Mean over windows, pixels outside the image left out."""
+    return _device.avg_pool_forward(x, kernel, stride, pad, ceil, out)
+
+
+def avg_pool_backward(dy, x, kernel, stride, pad=0, relu=False):
+    """dx: each dy shared equally among its window; with `relu` times (x > 0)."""
+    return _device.avg_pool_backward(dy, x, kernel, stride, pad, relu)
+
+
+def lrn_forward(x, size=5, k=2.0, alpha=1e-4, beta=0.75):
+    """Local response normalisation across channels: x / (k + α Σ x²)^β."""
+    return _device.lrn_forward(x, size, k, alpha, beta)
+
+
+def lrn_backward(dy, x, size=5, k=2.0, alpha=1e-4, beta=0.75, relu=False):
+    """dx of lrn_forward; with `relu` times (x > 0)."""
+    return _device.lrn_backward(dy, x, size, k, alpha, beta, relu)
+
+
+def dropout(x, rate, seed, step, layer, row=0, relu=None):
+    """x · mask / (1 - rate), the mask a function of (seed, step, layer, global row) alone."""
+    return _device.dropout(x, rate, seed, step, layer, row, relu)
+
+
+def prepare(photos, top, left, flip, crop):
+    """uint8 photos (N, S, S, 3) -> cropped, mirrored, normalised float32 (N, crop, crop, 3)."""
+    return _device.prepare(photos, top, left, flip, crop)
+
+
+def matmul(a, b, out=None):
+    """a b: (M, D) times (D, E) -> (M, E), into `out` if given."""
+    return _device.matmul(a, b, out)
+
+
+def softmax_loss(s, targets, weights):
+    """The loss (eq. 2) and its gradient, which takes the memory of s (N, K)."""
+    return _device.softmax_loss(s, targets, weights)
+
+
+def sgd(w, v, dw, rate, momentum, decay):
+    """v ← momentum·v + dw + decay·w; w ← w - rate·v; in place."""
+    _device.sgd(w, v, dw, rate, momentum, decay)
+
+
+def to_device(x):
+    """A copy of x (a NumPy array) where this device computes."""
+    return _device.to_device(x)
+
+
+def to_host(x):
+    """x as a NumPy array."""
+    return _device.to_host(x)

@@ -1,0 +1,641 @@
+"""Learn visual features from captions: train a convolutional network to predict their words.
+
+    python weak.py                                       draws a captioned picture set, trains on it
+    python weak.py --images DIR --captions FILE          your own photos
+    python weak.py --resume --out runs/NAME              go on where a run stopped
+
+Joulin, van der Maaten, Jabri, Vasilache: Learning Visual Features from Large Weakly Supervised
+Data (2016). `main` is the table of contents, `Run.train` the method. A run's folder holds
+model.npz (all of the run), words.txt, log.jsonl, skipped.txt, curves.png and filters.png.
+"""
+import argparse
+import errno
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+import data
+import eval as evaluation
+import kernels
+import model
+from kernels.cpu import philox
+
+BATCH = 128                     # paper, §3: training
+EPOCH = 1_000_000               # training images between two validations
+LEAST_EPOCH = 10_000            # … for collections smaller than that
+EPOCHS_PER_RATE = 10            # epochs that each learning rate is kept at least
+LEAST_RATE = 1e-6               # training stops below
+MOMENTUM, DECAY = 0.9, 5e-4     # not stated in the paper; Krizhevsky's (2012, §5)
+SAVE_SECONDS = 600
+VALIDATED = 10_000              # held-out photos scored after an epoch, at most
+HARMLESS = {"resume", "out", "images", "epochs", "min_lr", "workers", "threads", "device"}
+
+
+def main():
+    options, checkpoint = parse()
+    print(kernels.use(options.device), flush=True)
+    if options.threads:
+        kernels.set_threads(options.threads)
+    os.makedirs(options.out, exist_ok=True)
+    if options.drawn:
+        draw_set(os.path.dirname(options.captions), options.seed)
+    index = read_captions(options)
+    with Interrupt() as interrupt:
+        run = Run(options, index, checkpoint)
+        finished = run.train(interrupt)
+        run.finish()
+    return 0 if finished else 130
+
+
+# ---------------------------------------------------------------------------------- options
+
+def parser():
+    """All options; the defaults of --dropout, --lr and --epoch-size depend on others."""
+    top = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Without --images "
+                                  "and --captions, a picture set is drawn and trained on.",
+                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = top.add_argument_group("data").add_argument
+    add("--images", metavar="DIR", help="folder of the photos that the captions name")
+    add("--captions", metavar="FILE", help="captions: one of the formats, also .gz and .bz2")
+    add("--format", choices=data.FORMATS, help="of the captions; recognised if not given")
+    add("--words", type=int, default=data.WORDS, metavar="K", help="size of the dictionary")
+    add("--stop-words", type=int, default=data.STOP_WORDS, metavar="N",
+        help="the most frequent words, left out; 30 to 100 suit some thousand captions")
+    add("--valid", type=float, default=0.1, metavar="FRACTION", help="share of photos held out")
+    add("--crop", choices=("center", "random"), default="random",
+        help="training crops; random ones are also mirrored at random")
+    add("--sampling", choices=("class", "image"), default="class",
+        help="draw a word, then its photo; or a photo with all its words")
+    add = top.add_argument_group("model").add_argument
+    add("--network", choices=tuple(model.NETWORKS), default="small",
+        help="small: 64x64 pixels, for CPUs; alexnet: 224x224")
+    add("--dropout", type=float, help="rate; if not given alexnet 0.5, small 0")
+    add = top.add_argument_group("training").add_argument
+    add("--batch", type=int, default=BATCH, metavar="N", help="photos a step")
+    add("--lr", type=float, help="first learning rate; if not given alexnet 0.01, small 0.02")
+    add("--momentum", type=float, default=MOMENTUM, help="of SGD")
+    add("--weight-decay", type=float, default=DECAY, help="of SGD, not for biases")
+    add("--epoch-size", type=int, metavar="N", help="photos an epoch; if not given as many as "
+        f"there are, but {LEAST_EPOCH:,} to {EPOCH:,}")
+    add("--epochs", type=int, metavar="N", help="stop after N; if not given when --min-lr says")
+    add("--epochs-per-lr", type=int, default=EPOCHS_PER_RATE, metavar="N",
+        help="epochs before the rate may be halved, which happens when the validation loss rises")
+    add("--min-lr", type=float, default=LEAST_RATE, metavar="RATE", help="stop below this rate")
+    add("--seed", type=int, default=0, help="of weights, draws, crops and dropout")
+    add = top.add_argument_group("running").add_argument
+    add("--out", metavar="DIR", help="folder of the run; if not given runs/ and the images' name")
+    add("--resume", action="store_true", help="go on with the run in --out, with its options")
+    add("--device", choices=kernels.DEVICES, default="auto", help="where to compute")
+    add("--workers", type=int, default=min(8, os.cpu_count() or 1), metavar="N",
+        help="processes that read captions and decode photos; 0: none, for whole tracebacks")
+    add("--threads", type=int, metavar="N", help="threads that compute; all cores if not given")
+    return top
+
+
+# what `python weak.py` alone trains with
+DRAWN = {"words": 130, "stop_words": 25, "epochs": 4, "epoch_size": 10_000}
+
+
+def parse(arguments=None):
+    """The options, and the checkpoint to go on with or None; ValueError for what cannot be."""
+    top = parser()
+    given = top.parse_args(arguments)
+    drawn = given.images is None and given.captions is None and not given.resume
+    if drawn:
+        top.set_defaults(**DRAWN)
+        given = top.parse_args(arguments)
+    out = given.out or os.path.join("runs", "drawn" if drawn else name_of(given))
+    path = os.path.join(out, "model.npz")
+    checkpoint = None
+    if os.path.exists(path):
+        if not given.resume:
+            raise ValueError(f"{path} holds a trained model; go on with --resume, or choose "
+                             "another --out")
+        checkpoint = model.load(path)
+        stored = checkpoint[2]["options"]
+        top.set_defaults(**{key: value for key, value in stored.items() if key not in HARMLESS},
+                         images=stored["images"])
+        given = top.parse_args(arguments)
+        drawn = stored["drawn"]
+        changed = [f"--{key.replace('_', '-')} ({stored[key]}, now {value})"
+                   for key, value in vars(given).items()
+                   if key in stored and key not in HARMLESS and stored[key] != value]
+        if changed:
+            raise ValueError(f"the run in {out} began with other options: {', '.join(changed)}; "
+                             "leave them out, or choose another --out")
+    given.out, given.drawn = out, drawn
+    if drawn and not given.captions:
+        given.images = os.path.join(out, "drawn", "photos")
+        given.captions = os.path.join(out, "drawn", "captions.tsv")
+    return checked(given), checkpoint
+
+
+def name_of(options):
+    """The run's name where none is given: that of the images folder."""
+    if not options.images:
+        raise ValueError("--resume: name the run's folder with --out" if options.resume else
+                         "--captions needs --images, the folder of the photos")
+    return os.path.basename(os.path.normpath(options.images)) or "photos"
+
+
+def checked(options):
+    """The options, completed; ValueError for what no run can be made of."""
+    if not options.images or not options.captions:
+        raise ValueError("--images and --captions go together: the photos' folder and a file of "
+                         "photo<TAB>caption lines (without both, a picture set is drawn)")
+    if not options.drawn:
+        options.images, options.captions = map(os.path.abspath, (options.images, options.captions))
+        if not os.path.isdir(options.images):
+            raise ValueError(f"images: there is no folder {options.images}")
+        if not os.path.exists(options.captions):
+            raise ValueError(f"captions: there is no file {options.captions}")
+    for name, least in (("words", 1), ("stop_words", 0), ("batch", 1), ("epochs", 1), ("seed", 0),
+                        ("epoch_size", 1), ("epochs_per_lr", 1), ("workers", 0), ("threads", 1)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: it must be at least {least}")
+    _, _, _, dropout, rate = model.NETWORKS[options.network]
+    options.dropout = dropout if options.dropout is None else options.dropout
+    options.lr = rate if options.lr is None else options.lr
+    for name, good in (("valid", 0 <= options.valid < 1), ("dropout", 0 <= options.dropout < 1),
+                       ("momentum", 0 <= options.momentum < 1), ("lr", options.lr > 0),
+                       ("weight_decay", options.weight_decay >= 0), ("min_lr", options.min_lr > 0)):
+        if not good:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: out of range")
+    return options
+
+
+# ------------------------------------------------------------------------------------- data
+
+def read_captions(options):
+    """The index of the captions, with a summary line; ValueError if no photo is there."""
+    options.format = options.format or data.recognise(options.captions)
+    text = data.Text(options.words, options.stop_words, options.valid)
+    index = data.build_index(options.captions, os.path.join(options.out, "index"), text,
+                             options.format, processes=options.workers, say=print)
+    facts, found = index.facts, len(index.dictionary)
+    print(f"captions: {facts['captions']:,} as {options.format}, {len(index):,} photos "
+          f"({index.held_out:,} held out), {found:,} words, "
+          f"{len(index._words) / max(1, len(index)):.2f} a photo", flush=True)
+    for count, what in ((facts["bad_lines"], "lines are no captions"),
+                        (facts["refused"], "names are absolute or leave --images: refused"),
+                        (facts["without_words"], "photos have no word of the dictionary: left out")):
+        if count:
+            print(f"captions: {count:,} {what}")
+    if found < options.words:
+        print(f"captions: only {found:,} words are there after the {options.stop_words} most "
+              f"frequent ones, not {options.words:,}; going on with them")
+    probed = np.linspace(0, len(index) - 1, min(len(index), 2000)).astype(int)
+    if not any(os.path.exists(os.path.join(options.images, index.name(i))) for i in probed):
+        raise ValueError(f"none of the photos that the captions name is in {options.images}, "
+                         f"e.g. {index.name(0)!r}; check --images and the names")
+    return index
+
+
+# --------------------------------------------------------------------------------- training
+
+class Interrupt:
+    """Ctrl-C or a polite kill sets `asked`, so that the step ends first; a second one ends all."""
+
+    asked = False
+
+    def __enter__(self):
+        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def ask(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\nstopping after this step, and saving; once more to stop at once", flush=True)
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+class Run:
+    """A training run: network, optimiser, rate, and where it is."""
+
+    def __init__(self, options, index, checkpoint):
+        self.options, self.index = options, index
+        build, self.size, self.crop, *_ = model.NETWORKS[options.network]
+        self.net = build(len(index.dictionary), options.dropout).init(options.seed)
+        self.optimiser = model.SGD(self.net, options.momentum, options.weight_decay)
+        self.plateau = model.Plateau(options.lr, options.epochs_per_lr, options.min_lr)
+        self.step = self.epoch = 0
+        self.log, self.losses, self.saved = [], [], None
+        if checkpoint:
+            self.restore(*checkpoint)
+        self.epoch_size = options.epoch_size or min(EPOCH, max(LEAST_EPOCH, index.training))
+        self.steps = -(-self.epoch_size // options.batch)           # per epoch
+        most = min(VALIDATED, max(100, evaluation.BLOCK // len(index.dictionary)), index.held_out)
+        self.held_out = [int(i) for i in np.linspace(0, index.held_out - 1, most)]
+        self.check_room()
+        self.loader = data.Loader(options.images, index.name, len(index), self.size,
+                                  options.batch + evaluation.BATCH, options.workers, options.out)
+        self.write_texts()
+
+    def restore(self, weights, velocities, facts, words):
+        """Go on exactly where the checkpoint was written."""
+        if words != self.index.dictionary.words:
+            raise ValueError("the captions have changed since this run began, and with them the "
+                             "dictionary; choose another --out")
+        self.net.load(weights)
+        self.optimiser.load(velocities)
+        self.step, self.epoch, self.log, self.losses = (
+            facts[key] for key in ("step", "epoch", "log", "losses"))
+        vars(self.plateau).update(facts["plateau"], least=self.options.min_lr)
+        self.saved = self.step
+        print(f"going on at step {self.step:,}, epoch {self.epoch + 1}", flush=True)
+
+    def check_room(self):
+        """Say what a checkpoint takes, and refuse to start where two do not fit."""
+        weights = sum(array.nbytes for array in self.optimiser.v.values())
+        free = shutil.disk_usage(self.options.out).free
+        count = weights // 4
+        print(f"{self.options.network}: {count:,} parameters; a checkpoint takes "
+              f"{2 * weights / 1e6:,.0f} MB of {free / 1e9:,.1f} GB free", flush=True)
+        if free < 4 * weights:
+            raise ValueError(f"{self.options.out} has {free / 1e6:,.0f} MB free, and saving needs "
+                             f"{4 * weights / 1e6:,.0f}; free some, or choose another --out")
+
+    def done(self):
+        """True when the options say that training is over."""
+        return (self.plateau.rate < self.options.min_lr
+                or self.options.epochs is not None and self.epoch >= self.options.epochs)
+
+    def train(self, interrupt):
+        """Train until the rate is below --min-lr or --epochs are over; False if interrupted."""
+        options = self.options
+        draws = (data.Draws(self.index, options.seed, step, options.batch, options.sampling)
+                 for step in iter(range(self.step, sys.maxsize)))
+        batches = self.loader.batches(draws)
+        saved = time.monotonic()
+        while not self.done():
+            clock = Clock(self)
+            while len(self.losses) < self.steps:
+                with clock.waiting:
+                    draw, photos = next(batches)
+                self.losses.append(self.train_step(draw, photos))
+                clock.tick()
+                if interrupt.asked:
+                    return False
+                if time.monotonic() - saved > SAVE_SECONDS:
+                    self.save()
+                    saved = time.monotonic()
+            self.end_epoch(clock)
+            saved = time.monotonic()
+        return True
+
+    def train_step(self, draw, photos):
+        """Forward, loss, backward, update: one step of SGD on one batch; returns the loss."""
+        if not draw.weights.any():
+            name, why = next(iter(self.loader.skipped.items()))
+            raise RuntimeError(f"no photo of step {self.step:,} could be read, e.g. {name}: {why}")
+        where = draw.crops(self.size - self.crop, self.options.crop == "random")
+        x = kernels.prepare(photos, *where, self.crop)              # (N, H, W, 3)
+        s = self.net.forward(x, seed=self.options.seed, step=self.step)     # (N, K)
+        loss, ds = kernels.softmax_loss(s, draw.targets(), draw.weights)
+        if not np.isfinite(loss):
+            kept = ("nothing was saved yet" if self.saved is None
+                    else f"the checkpoint of step {self.saved:,} is untouched")
+            raise RuntimeError(f"the loss is {loss} at step {self.step:,}: {kept}; "
+                               f"lower --lr ({self.plateau.rate:g})")
+        self.net.backward(ds)
+        self.optimiser.step(self.plateau.rate)
+        self.step += 1
+        return loss
+
+    def end_epoch(self, clock):
+        """Validate, apply the learning-rate rule, save, and log the epoch."""
+        self.epoch += 1
+        row = {"epoch": self.epoch, "step": self.step, "loss": float(np.mean(self.losses)),
+               "learning_rate": self.plateau.rate, "images_per_second": clock.rate(),
+               "loader_wait": clock.wait_share(), "precision@10": None, "auc": None,
+               "validation_loss": None, "skipped": len(self.loader.skipped)}
+        result = self.validate()
+        error = row["loss"]                     # where nothing is held out
+        if result:
+            error = result["loss"]
+            row |= {"validation_loss": error, **{key: result[key] for key in
+                                                 ("precision@10", "auc", "map")}}
+        self.plateau.update(error)
+        self.log.append(row)
+        self.losses = []
+        self.save()
+        self.write_texts()
+        print(f"epoch {self.epoch}: loss {row['loss']:.4f}, " + (
+            f"held-out loss {error:.4f}, precision@10 {result['precision@10']:.4f}, "
+            f"AUC {result['auc']:.4f}, " if result else "")
+            + f"rate {row['learning_rate']:g}, {row['images_per_second']:.0f} images/s, "
+            f"waited for photos {row['loader_wait']:.0%}", flush=True)
+
+    def validate(self):
+        """Metrics on the fixed held-out photos, or None where there are none."""
+        features, found = evaluation.features_of(self.net, self.loader, self.held_out, self.crop)
+        if not found:
+            return None
+        return evaluation.word_metrics(features, self.net.rows[-1][1],
+                                       evaluation.target_rows(self.index, found),
+                                       self.index.photo_counts())
+
+    # ------------------------------------------------------------------------ what is written
+
+    def facts(self):
+        """What a checkpoint holds besides weights and velocities."""
+        options = {key: value for key, value in vars(self.options).items() if key != "resume"}
+        return {"options": options, "step": self.step, "epoch": self.epoch, "log": self.log,
+                "losses": self.losses, "plateau": vars(self.plateau),
+                "counts": self.index.photo_counts().tolist()}
+
+    def save(self, last=False):
+        """Write the checkpoint; a full disk is said, and costs the run nothing but this one."""
+        places = [self.options.out] + [tempfile.gettempdir()] * last
+        for place in places:
+            path = os.path.join(place, "model.npz" if place == self.options.out else
+                                f"weak-{os.path.basename(self.options.out)}-{os.getpid()}.npz")
+            try:
+                model.save(path, self.net, self.optimiser, self.facts(),
+                           self.index.dictionary.words)
+            except OSError as error:
+                full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+                print(f"not saved to {path}: {error.strerror or error}; "
+                      + ("free some space" if full else "the previous checkpoint is untouched"),
+                      file=sys.stderr, flush=True)
+                continue
+            self.saved = self.step
+            if place != self.options.out:
+                print(f"saved to {path} instead; move it to "
+                      f"{os.path.join(self.options.out, 'model.npz')}", flush=True)
+            return True
+        if last:
+            raise RuntimeError("the last steps could not be saved anywhere")
+        return False
+
+    def write_texts(self):
+        """words.txt, log.jsonl and skipped.txt; losing one of them never ends a run."""
+        counts = self.index.photo_counts()
+        skipped = [*self.loader.skipped.items(),
+                   *((name, "refused: outside --images")
+                     for name in self.index.facts["refused_names"])]
+        texts = {
+            "words.txt": [f"{word}\t{count}" for word, count in
+                          zip(self.index.dictionary.words, counts)],
+            "log.jsonl": [json.dumps(row) for row in self.log],
+            "skipped.txt": [f"{name}\t{why}" for name, why in skipped]}
+        try:
+            for name, lines in texts.items():
+                with open(os.path.join(self.options.out, name), "w", encoding="utf-8",
+                          errors="surrogateescape") as file:
+                    file.writelines(line + "\n" for line in lines)
+        except OSError as error:
+            print(f"not written: {error.filename}: {error.strerror}", file=sys.stderr)
+
+    def finish(self):
+        """Save, draw the pictures, and say what was learned and what to try next."""
+        if self.saved != self.step or not os.path.exists(
+                os.path.join(self.options.out, "model.npz")):
+            self.save(last=True)
+        self.write_texts()
+        if self.log:
+            evaluation.curves_picture(self.log, os.path.join(self.options.out, "curves.png"))
+        evaluation.filters_picture(kernels.to_host(self.net.rows[0][1].w),
+                                   os.path.join(self.options.out, "filters.png"))
+        if self.log and (result := self.validate()):
+            evaluation.print_words(result)
+        self.say_doubles()
+        if self.loader.skipped:
+            name, why = next(iter(self.loader.skipped.items()))
+            print(f"skipped {len(self.loader.skipped):,} photos, e.g. {name}: {why}; all are in "
+                  f"{os.path.join(self.options.out, 'skipped.txt')}")
+        self.loader.close()
+        out = self.options.out
+        print(f"{out}: model.npz at step {self.step:,}, words.txt, log.jsonl, curves.png, "
+              "filters.png")
+        photo = os.path.join(self.options.images, self.index.name(0))
+        print(f"next: python eval.py tag --model {out} {photo!r}" if self.done() else
+              f"next: python weak.py --resume --out {out}")
+
+    def say_doubles(self):
+        """Held-out photos whose very bytes were trained on make a score too good: name them."""
+        trained = {digest: photo for photo, digest in self.loader.digests.items()
+                   if photo >= self.index.held_out}
+        doubles = [(photo, trained[digest]) for photo, digest in self.loader.digests.items()
+                   if photo < self.index.held_out and digest in trained]
+        if doubles:
+            names = ", ".join(" = ".join(map(self.index.name, pair)) for pair in doubles[:3])
+            print(f"{len(doubles):,} held-out photos are byte-identical to training photos: "
+                  f"{names}{', …' if len(doubles) > 3 else ''}")
+
+
+class Clock:
+    """Progress of an epoch: the rate, the share of time waiting for photos, the time left."""
+
+    class Waiting:
+        total = 0.0
+
+        def __enter__(self):
+            self.since = time.monotonic()
+
+        def __exit__(self, *_):
+            self.total += time.monotonic() - self.since
+
+    def __init__(self, run):
+        self.run, self.waiting = run, self.Waiting()
+        self.started, self.shown, self.steps = time.monotonic(), time.monotonic(), 0
+        self.terminal = sys.stdout.isatty()
+
+    def rate(self):
+        """Images a second, waiting included."""
+        return self.steps * self.run.options.batch / max(1e-9, time.monotonic() - self.started)
+
+    def wait_share(self):
+        """Share of the time that was spent waiting for photos."""
+        return self.waiting.total / max(1e-9, time.monotonic() - self.started)
+
+    def tick(self):
+        """After each step: now and then, a line."""
+        self.steps += 1
+        now = time.monotonic()
+        if now - self.shown < (0.5 if self.terminal else 20):
+            return
+        self.shown = now
+        run, done = self.run, len(self.run.losses)
+        left = (run.steps - done) * run.options.batch / self.rate()
+        text = (f"epoch {run.epoch + 1}: {done * run.options.batch:,} of "
+                f"{run.steps * run.options.batch:,} images, {self.rate():.0f}/s, "
+                f"loss {np.mean(run.losses[-50:]):.4f}, {duration(left)} left in the epoch")
+        if run.options.epochs:
+            whole = (run.options.epochs - run.epoch - 1) * run.steps * run.options.batch
+            text += f", {duration(left + whole / self.rate())} in all"
+        text += f", waiting for photos {self.wait_share():.0%}"
+        print(f"\r{text} \033[K" if self.terminal else text, end="\r" if self.terminal else "\n",
+              flush=True)
+
+
+def duration(seconds):
+    """Seconds as a person says them."""
+    seconds = int(seconds)
+    if seconds < 120:
+        return f"{seconds} s"
+    return f"{seconds // 60} min" if seconds < 7200 else f"{seconds // 3600} h"
+
+
+# --------------------------------------------------------------------------- the drawn set
+
+COLOURS = {                     # English, French: RGB
+    ("red", "rouge"): (214, 40, 40), ("blue", "bleu"): (40, 80, 210),
+    ("yellow", "jaune"): (245, 215, 50), ("green", "vert"): (50, 160, 60),
+    ("white", "blanc"): (245, 245, 245), ("black", "noir"): (25, 25, 25),
+    ("orange", "orange"): (245, 140, 30), ("purple", "violet"): (130, 50, 170)}
+PLACES = {                      # English, French: sky, ground
+    ("sea", "mer"): ((150, 205, 240), (30, 90, 160)),
+    ("meadow", "prairie"): ((170, 215, 250), (90, 170, 70)),
+    ("night", "nuit"): ((20, 20, 60), (35, 40, 50)),
+    ("desert", "désert"): ((250, 225, 170), (225, 180, 100)),
+    ("snow", "neige"): ((200, 215, 230), (240, 245, 250)),
+    ("sunset", "crépuscule"): ((250, 150, 90), (90, 60, 80))}
+FILLERS = ("lovely", "nice", "great", "summer", "holiday", "canon", "nikon", "photo", "été",
+           "vacances", "souvenir", "beau", "instagram", "trip", "friday", "weekend")
+NAMES = ("Emma", "Hugo", "Léa", "Paris", "Lyon", "Oslo", "Nina", "Tom", "Berlin", "Rome", "Max",
+         "Zoé", "Lima", "Kyoto", "Anna", "Paul", "Nice", "Bath", "Ida", "Noé", "Turin", "Marta",
+         "Cairo", "Olga", "Brest", "Jan", "Porto", "Lucie", "Gent", "Malo", "Basel", "Inès",
+         "Perth", "Axel", "Delhi", "Rosa", "Metz", "Otto", "Quito", "Elsa")
+PHOTOS = 5000
+
+
+def _shapes():
+    """(English, French): points and shapes in a unit box, most frequent thing first (Zipf)."""
+    return {
+        ("tree", "arbre"): [("box", .42, .5, .58, 1, (110, 70, 40)), ("oval", .1, 0, .9, .7)],
+        ("house", "maison"): [("box", .1, .45, .9, 1), ("poly", 0, .45, .5, 0, 1, .45),
+                              ("box", .42, .65, .58, 1, (90, 60, 40))],
+        ("car", "voiture"): [("box", 0, .45, 1, .8), ("box", .2, .2, .75, .5),
+                             ("oval", .1, .65, .35, .95, (20, 20, 20)),
+                             ("oval", .65, .65, .9, .95, (20, 20, 20))],
+        ("ball", "ballon"): [("oval", .1, .1, .9, .9), ("oval", .3, .25, .45, .4, (255, 255, 255))],
+        ("boat", "bateau"): [("poly", 0, .65, 1, .65, .8, 1, .2, 1), ("poly", .5, 0, .5, .6, .95, .6)],
+        ("flower", "fleur"): [("box", .47, .5, .53, 1, (40, 120, 40)), ("oval", .3, 0, .7, .3),
+                              ("oval", .1, .15, .45, .5), ("oval", .55, .15, .9, .5),
+                              ("oval", .3, .3, .7, .6), ("oval", .4, .2, .6, .4, (250, 220, 60))],
+        ("fish", "poisson"): [("oval", .0, .25, .75, .75), ("poly", .7, .5, 1, .2, 1, .8),
+                              ("oval", .12, .4, .2, .48, (0, 0, 0))],
+        ("bird", "oiseau"): [("oval", .2, .35, .8, .75), ("oval", .65, .15, .95, .45),
+                             ("poly", .95, .25, 1, .3, .95, .35, .8, .3), ("poly", .3, .5, 0, .2, .5, .4)],
+        ("cat", "chat"): [("oval", .2, .4, .9, 1), ("oval", .1, .1, .6, .55),
+                          ("poly", .12, .25, .15, 0, .32, .15), ("poly", .4, .15, .55, 0, .58, .25),
+                          ("oval", .22, .28, .28, .36, (250, 250, 120)),
+                          ("oval", .42, .28, .48, .36, (250, 250, 120))],
+        ("star", "étoile"): [("poly", .5, 0, .62, .38, 1, .38, .7, .6, .8, 1, .5, .75, .2, 1, .3, .6,
+                              0, .38, .38, .38)],
+        ("balloon", "montgolfière"): [("oval", .1, 0, .9, .75), ("box", .4, .82, .6, 1, (120, 80, 40)),
+                                      ("poly", .25, .65, .75, .65, .6, .85, .4, .85)],
+        ("umbrella", "parapluie"): [("arc", 0, .1, 1, 1), ("box", .48, .5, .52, 1, (60, 60, 60))],
+        ("mushroom", "champignon"): [("box", .38, .5, .62, 1, (235, 225, 205)), ("arc", .05, .05, .95, 1)],
+        ("mountain", "montagne"): [("poly", 0, 1, .4, 0, .65, .5, .75, .35, 1, 1),
+                                   ("poly", .4, 0, .28, .3, .52, .27, (255, 255, 255))],
+        ("moon", "lune"): [("oval", .1, .1, .9, .9, (250, 245, 200))],
+        ("flag", "drapeau"): [("box", .1, 0, .16, 1, (90, 60, 40)), ("box", .16, .05, .95, .5)],
+    }
+
+
+class Dice:
+    """Random numbers for one drawn scene, from a counter: scene n is always the same."""
+
+    def __init__(self, seed, n):
+        self.raw = iter((philox(seed, (0, n, 0, 2), 160) >> 11) / 2**53)
+
+    def real(self, low=0.0, high=1.0):
+        return low + (high - low) * float(next(self.raw))
+
+    def one(self, things, zipf=False):
+        """One of the things, the i-th with a chance of 1/(i+1) where they follow Zipf."""
+        weights = 1 / np.arange(1, len(things) + 1) if zipf else np.ones(len(things))
+        ends = np.cumsum(weights / weights.sum())
+        return list(things)[min(len(things) - 1, int(np.searchsorted(ends, self.real())))]
+
+
+def draw_scene(seed, n, size=96):
+    """Scene n of the drawn set: a picture, and its caption."""
+    dice, shapes = Dice(seed, n), _shapes()
+    place = dice.one(PLACES)
+    sky, ground = PLACES[place]
+    image = Image.new("RGB", (size, size), _shade(sky, dice))
+    draw = ImageDraw.Draw(image)
+    draw.rectangle([0, size * dice.real(.55, .75), size, size], _shade(ground, dice))
+    seen = []
+    for _ in range(1 + int(dice.real(0, 2.6))):
+        thing, colour = dice.one(shapes, zipf=True), dice.one(COLOURS)
+        wide = size * dice.real(.3, .6)
+        left, top = dice.real(0, size - wide), dice.real(0, size - wide)
+        for kind, *numbers in shapes[thing]:
+            fill = numbers.pop() if isinstance(numbers[-1], tuple) else _shade(COLOURS[colour], dice)
+            spots = [(left + wide * x, top + wide * y) for x, y in zip(numbers[::2], numbers[1::2])]
+            if kind == "poly":
+                draw.polygon(spots, fill)
+            elif kind == "arc":
+                draw.pieslice(spots, 180, 360, fill)
+            else:
+                (draw.ellipse if kind == "oval" else draw.rectangle)(spots, fill)
+        seen.append((thing, colour))
+    return image, write_caption(dice, seen, place, list(shapes))
+
+
+def _shade(colour, dice):
+    """The colour, a little lighter or darker."""
+    change = dice.real(-22, 22)
+    return tuple(int(min(255, max(0, part + change))) for part in colour)
+
+
+def write_caption(dice, seen, place, things):
+    """A caption as people write them: true in the main, and with everything else they write."""
+    french = dice.real() < 0.35
+    words = []
+    for thing, colour in seen:
+        if dice.real() < 0.15:
+            continue                            # there, and nobody mentions it
+        named = [thing[french]] if dice.real() < 0.25 else (
+            [thing[1], colour[1]] if french else [colour[0], thing[0]])
+        words.append(f"{'un' if french else 'a'} {' '.join(named)}")
+    text = (" et " if french else " and ").join(words)
+    if dice.real() < 0.6:
+        text += f" dans la {place[1]}" if french else f" in the {place[0]}"
+    if dice.real() < 0.3:
+        text += (" avec " if french else " with ") + dice.one(NAMES, zipf=True)
+    if dice.real() < 0.12:
+        text += f" {dice.one(things, zipf=True)[french]}"           # not in the picture at all
+    for _ in range(int(dice.real(0, 2.5))):
+        text += f" {'#' if dice.real() < 0.4 else ''}{dice.one(FILLERS, zipf=True)}"
+    if dice.real() < 0.25:
+        text += f" {int(dice.real(1, 2016))}"
+    return (text.strip() or "IMG " + str(int(dice.real(1, 9999)))).capitalize() + "!" * (
+        dice.real() < 0.1)
+
+
+def draw_set(folder, seed):
+    """The picture set that `python weak.py` trains on, unless it is already there."""
+    captions = os.path.join(folder, "captions.tsv")
+    if os.path.exists(captions):
+        return
+    os.makedirs(os.path.join(folder, "photos"), exist_ok=True)
+    print(f"drawing {PHOTOS:,} captioned pictures into {folder}", flush=True)
+    lines = []
+    for n in range(PHOTOS):
+        image, caption = draw_scene(seed, n)
+        image.save(os.path.join(folder, "photos", f"{n:05}.jpg"), quality=90)
+        lines.append(f"{n:05}.jpg\t{caption}\n")
+    with open(captions + ".part", "w", encoding="utf-8") as file:
+        file.writelines(lines)
+    os.rename(captions + ".part", captions)
+
+
+if __name__ == "__main__":
+    evaluation.guarded(main)
