@@ -25,9 +25,11 @@ import tempfile
 import time
 import unicodedata
 import warnings
+import zlib
 from collections import Counter, OrderedDict, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain, islice, repeat
 from multiprocessing.connection import wait
@@ -52,33 +54,36 @@ SMALL_FILE = 8 << 20            # captions files below this are indexed without 
 INDEX_VERSION = 1
 
 FORMATS = ("tsv", "csv", "jsonl", "coco", "yfcc")
-PICTURES = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "MPO")
+PICTURES = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 NAME_KEYS = ("file_name", "filename", "image", "image_name", "photo", "file", "path", "name")
 TEXT_KEYS = ("caption", "text", "comment", "captions", "sentence", "title", "description", "tags")
 
 
 # --------------------------------------------------------------------------- captions files
 
+@contextmanager
 def open_captions(path):
-    """The captions file as a binary stream, unpacked if it is gzip or bzip2 (told by content)."""
+    """The captions file as (stream, file): the stream unpacks gzip and bzip2, told by content."""
     try:
         with open(path, "rb") as file:
             magic = file.read(3)
+            if not magic:
+                raise ValueError(f"captions: {path} is empty; it needs lines of photo<TAB>caption")
+            file.seek(0)
+            yield (gzip.open(file) if magic[:2] == b"\x1f\x8b" else
+                   bz2.open(file) if magic == b"BZh" else file), file
     except IsADirectoryError:
         raise ValueError(f"captions: {path} is a folder; name the file in it") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"captions: {path} is damaged ({error}); fetch it again") from None
     except OSError as error:
-        raise ValueError(f"captions: cannot read {path}: {error.strerror}") from None
-    if not magic:
-        raise ValueError(f"captions: {path} is empty; it needs lines of photo<TAB>caption")
-    if magic[:2] == b"\x1f\x8b":
-        return gzip.open(path, "rb")
-    return bz2.open(path, "rb") if magic == b"BZh" else open(path, "rb")
+        raise ValueError(f"captions: cannot read {path}: {error.strerror or error}") from None
 
 
 def recognise(path):
     """The format of a captions file, by its content: one of FORMATS."""
-    with open_captions(path) as file:
-        head = file.read(1 << 16)
+    with open_captions(path) as (stream, _):
+        head = stream.read(1 << 16)
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise ValueError(f"captions: {path} is in UTF-16; save it as UTF-8")
     head = head.removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -118,14 +123,14 @@ def _yfcc_url(columns):
 
 def blocks(path, kind):
     """(block, bytes read) pairs, a block of captions for `parse`: bytes, or rows already parted."""
-    with open_captions(path) as file:
+    with open_captions(path) as (stream, file):
         if kind in ("csv", "coco"):
-            rows = _csv_rows(file, path) if kind == "csv" else _coco_rows(file, path)
+            rows = _csv_rows(stream, path) if kind == "csv" else _coco_rows(stream, path)
             while block := list(islice(rows, BLOCK_ROWS)):
                 yield block, file.tell()
             return
         rest = b""
-        while block := file.read(BLOCK_BYTES):
+        while block := stream.read(BLOCK_BYTES):
             cut = block.rfind(b"\n") + 1
             if not cut:
                 rest += block
@@ -139,9 +144,9 @@ def blocks(path, kind):
             yield rest, file.tell()
 
 
-def _csv_rows(file, path):
+def _csv_rows(stream, path):
     csv.field_size_limit(LONGEST_LINE)
-    text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
+    text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
     header = text.readline()
     if not _csv_header(header):
         raise ValueError(f"captions: the first line of {path} names no columns `image,caption`")
@@ -152,6 +157,7 @@ def _csv_rows(file, path):
         try:
             row = next(reader)
         except StopIteration:
+            text.detach()                       # the stream is not this wrapper's to close
             return
         except csv.Error:
             yield "", ""                        # counted as a bad line
@@ -162,9 +168,9 @@ def _csv_rows(file, path):
             yield (row[photo], row[caption]) if len(row) > max(photo, caption) else ("", "")
 
 
-def _coco_rows(file, path):
+def _coco_rows(stream, path):
     try:
-        table = json.load(file)
+        table = json.load(stream)
         names = {image["id"]: image["file_name"] for image in table["images"]}
         annotations = table["annotations"]
     except (ValueError, KeyError, TypeError):

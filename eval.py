@@ -201,8 +201,9 @@ class Trained:
         self.run = run
         weights, _, facts, self.words = model.load(os.path.join(run, "model.npz"))
         self.options, self.counts = facts["options"], np.array(facts["counts"])
-        build, self.size, self.crop, *_ = model.NETWORKS[self.options["network"]]
-        self.net = build(len(self.words), self.options["dropout"]).load(weights)
+        recipe = model.NETWORKS[self.options["network"]]
+        self.size, self.crop = recipe.size, recipe.crop
+        self.net = recipe.build(len(self.words), self.options["dropout"]).load(weights)
 
     def index(self, captions, processes):
         """The index of the captions under this model's dictionary; the run's own if it fits."""
@@ -314,9 +315,16 @@ def tagged(scores, words, top, threshold):
     return [(words[i], float(p[i])) for i in best]
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Help with defaults, where there are any."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 def parser():
     """The commands and their options."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
+    formatter = HelpFormatter
     top = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=formatter)
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 

@@ -11,12 +11,13 @@ Linear receive a dy that is already the gradient of x w + b. `Network` tells eac
 import json
 import os
 import zlib
+from typing import Callable, NamedTuple
 
 import numpy as np
 
 import kernels
 
-OUTPUT_STD = 0.01                       # first scores near 0: the loss starts at ln K
+OUTPUT_STD = 0.001                      # first scores near 0: the loss starts at ln K
 
 
 # ----------------------------------------------------------------------------------- layers
@@ -300,11 +301,11 @@ class Network:
 
     def forward(self, x, out=None, seed=0, step=None, row=0):
         """The last layer's y. With a step number this is training: dropout is on."""
-        for _, layer in self.rows[:-1]:
+        for _, layer in self.rows:
             layer.at(seed, step, row)
-            x = layer.forward(x)
-        last = self.rows[-1][1]
-        return last.forward(x) if out is None else last.forward(x, out)
+            into = [out] if layer is self.rows[-1][1] and out is not None else []
+            x = layer.forward(x, *into)
+        return x
 
     def features(self, x):
         """The last hidden layer e = f(x; θ), (N, E), without dropout (paper, §3)."""
@@ -357,10 +358,20 @@ def small(k, dropout):
     ])
 
 
-# name: (network, pixels of the decoded photo, pixels of the crop, default dropout, default rate)
+class Recipe(NamedTuple):
+    """A network, and what it trains with where nothing else is asked for."""
+
+    build: Callable
+    size: int                           # pixels of the decoded photo
+    crop: int                           # pixels that the network sees
+    batch: int
+    dropout: float
+    lr: float
+
+
 NETWORKS = {
-    "alexnet": (alexnet, 256, 224, 0.5, 0.01),
-    "small": (small, 72, 64, 0.0, 0.02),
+    "alexnet": Recipe(alexnet, size=256, crop=224, batch=128, dropout=0.5, lr=0.01),
+    "small": Recipe(small, size=72, crop=64, batch=64, dropout=0.0, lr=0.02),
 }
 
 

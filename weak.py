@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -27,7 +28,6 @@ import kernels
 import model
 from kernels.cpu import philox
 
-BATCH = 128                     # paper, §3: training
 EPOCH = 1_000_000               # training images between two validations
 LEAST_EPOCH = 10_000            # … for collections smaller than that
 EPOCHS_PER_RATE = 10            # epochs that each learning rate is kept at least
@@ -40,6 +40,7 @@ HARMLESS = {"resume", "out", "images", "epochs", "min_lr", "workers", "threads",
 
 def main():
     options, checkpoint = parse()
+    warnings.filterwarnings("ignore", "(overflow|invalid value)", RuntimeWarning)   # the loss says
     print(kernels.use(options.device), flush=True)
     if options.threads:
         kernels.set_threads(options.threads)
@@ -60,7 +61,7 @@ def parser():
     """All options; the defaults of --dropout, --lr and --epoch-size depend on others."""
     top = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Without --images "
                                   "and --captions, a picture set is drawn and trained on.",
-                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                  formatter_class=evaluation.HelpFormatter)
     add = top.add_argument_group("data").add_argument
     add("--images", metavar="DIR", help="folder of the photos that the captions name")
     add("--captions", metavar="FILE", help="captions: one of the formats, also .gz and .bz2")
@@ -76,10 +77,10 @@ def parser():
     add = top.add_argument_group("model").add_argument
     add("--network", choices=tuple(model.NETWORKS), default="small",
         help="small: 64x64 pixels, for CPUs; alexnet: 224x224")
-    add("--dropout", type=float, help="rate; if not given alexnet 0.5, small 0")
+    add("--dropout", type=float, help="rate" + _by_network("dropout"))
     add = top.add_argument_group("training").add_argument
-    add("--batch", type=int, default=BATCH, metavar="N", help="photos a step")
-    add("--lr", type=float, help="first learning rate; if not given alexnet 0.01, small 0.02")
+    add("--batch", type=int, metavar="N", help="photos a step" + _by_network("batch"))
+    add("--lr", type=float, help="first learning rate" + _by_network("lr"))
     add("--momentum", type=float, default=MOMENTUM, help="of SGD")
     add("--weight-decay", type=float, default=DECAY, help="of SGD, not for biases")
     add("--epoch-size", type=int, metavar="N", help="photos an epoch; if not given as many as "
@@ -97,6 +98,12 @@ def parser():
         help="processes that read captions and decode photos; 0: none, for whole tracebacks")
     add("--threads", type=int, metavar="N", help="threads that compute; all cores if not given")
     return top
+
+
+def _by_network(name):
+    """The part of a help line that tells an option's defaults."""
+    return "; if not given " + ", ".join(f"{network} {getattr(recipe, name):g}"
+                                         for network, recipe in model.NETWORKS.items())
 
 
 # what `python weak.py` alone trains with
@@ -120,8 +127,7 @@ def parse(arguments=None):
                              "another --out")
         checkpoint = model.load(path)
         stored = checkpoint[2]["options"]
-        top.set_defaults(**{key: value for key, value in stored.items() if key not in HARMLESS},
-                         images=stored["images"])
+        top.set_defaults(**{key: value for key, value in stored.items() if key != "out"})
         given = top.parse_args(arguments)
         drawn = stored["drawn"]
         changed = [f"--{key.replace('_', '-')} ({stored[key]}, now {value})"
@@ -161,9 +167,9 @@ def checked(options):
         value = getattr(options, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} {value}: it must be at least {least}")
-    _, _, _, dropout, rate = model.NETWORKS[options.network]
-    options.dropout = dropout if options.dropout is None else options.dropout
-    options.lr = rate if options.lr is None else options.lr
+    for name in ("batch", "dropout", "lr"):
+        if getattr(options, name) is None:
+            setattr(options, name, getattr(model.NETWORKS[options.network], name))
     for name, good in (("valid", 0 <= options.valid < 1), ("dropout", 0 <= options.dropout < 1),
                        ("momentum", 0 <= options.momentum < 1), ("lr", options.lr > 0),
                        ("weight_decay", options.weight_decay >= 0), ("min_lr", options.min_lr > 0)):
@@ -226,8 +232,9 @@ class Run:
 
     def __init__(self, options, index, checkpoint):
         self.options, self.index = options, index
-        build, self.size, self.crop, *_ = model.NETWORKS[options.network]
-        self.net = build(len(index.dictionary), options.dropout).init(options.seed)
+        recipe = model.NETWORKS[options.network]
+        self.size, self.crop = recipe.size, recipe.crop
+        self.net = recipe.build(len(index.dictionary), options.dropout).init(options.seed)
         self.optimiser = model.SGD(self.net, options.momentum, options.weight_decay)
         self.plateau = model.Plateau(options.lr, options.epochs_per_lr, options.min_lr)
         self.step = self.epoch = 0
