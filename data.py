@@ -320,7 +320,7 @@ def name_hash(name):
 
 def refused(name):
     """True for a name that is absolute or leaves the images folder."""
-    return name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/")
+    return name[0] in "/\\" or (".." in name and ".." in name.replace("\\", "/").split("/"))
 
 
 def _photos(names):
@@ -336,7 +336,8 @@ def count_block(block, kind, text):
     """Words of the block's training captions: (Counter, captions, bad lines, refused names)."""
     names, captions, bad = parse(block, kind)
     distinct, owner, away = _photos(names)
-    train = np.array([name_hash(name) >= text.valid * 2**32 and not refused(name)
+    gone = set(away)
+    train = np.array([name_hash(name) >= text.valid * 2**32 and name not in gone
                       for name in distinct], bool)
     kept = [caption.replace("\n", " ") for caption, use in zip(captions, train[owner]) if use]
     return Counter(normalise("\n".join(kept)).split()), len(names), bad, away
@@ -390,7 +391,7 @@ def record_block(block, kind, ids=None):
     """The block's (photo, words) records, framed for each of the 256 files: [bytes]."""
     ids = _worker["ids"] if ids is None else ids
     names, captions, _ = parse(block, kind)
-    distinct, owner, _ = _photos(names)
+    distinct, owner, away = _photos(names)
     lines = normalise("\n".join(c.replace("\n", " ") for c in captions)).split("\n")
     tokens = [line.split() for line in lines] if names else []
     length = np.fromiter(map(len, tokens), np.int64, len(tokens))
@@ -400,9 +401,9 @@ def record_block(block, kind, ids=None):
     pairs = np.unique((photo * len(ids) + word)[word >= 0])         # each word once a photo
     photo, word = np.divmod(pairs, len(ids))
     ends = np.cumsum(np.bincount(photo, minlength=len(distinct)))
-    files = [[] for _ in range(BUCKETS)]
+    files, away = [[] for _ in range(BUCKETS)], set(away)
     for i, name in enumerate(distinct):
-        if not refused(name):
+        if name not in away:
             files[name_hash(name) >> 24].append(i)
     return [_frame([distinct[i] for i in file],
                    [word[ends[i - 1] if i else 0:ends[i]] for i in file]) for file in files]
@@ -499,7 +500,7 @@ def fingerprint(path, kind, text, dictionary):
             "content": digest.hexdigest(), "format": kind, **asdict(text)}
 
 
-def build_index(path, folder, text, kind=None, dictionary=None, processes=1, say=print):
+def build_index(path, folder, text, kind=None, dictionary=None, processes=0, say=print):
     """The index of a captions file in `folder`, from its cache if nothing changed.
 
     With a dictionary (of a trained model) only the second pass runs. `say` gets progress lines.

@@ -1,0 +1,263 @@
+"""How fast the kernels, whole steps, the loader and the captions index are, against their limits.
+
+    python kernels/bench.py layers          each convolution: GFLOP/s, share of a plain product's
+    python kernels/bench.py step            whole training steps against PyTorch, where installed
+    python kernels/bench.py loader --images DIR          photos/s against PyTorch's DataLoader
+    python kernels/bench.py index           captions/s and memory for 10^5 to 10^7 captions
+
+Machines are noisy: things that are compared take turns in one run, and medians are printed.
+"""
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import numpy as np
+
+import data
+import kernels
+import model
+
+ALEXNET = [                     # input pixels, C, F, kernel, stride, pad of its convolutions
+    ("conv1", 224, 3, 64, 11, 4, 2), ("conv2", 27, 64, 192, 5, 1, 2), ("conv3", 13, 192, 384, 3, 1, 1),
+    ("conv4", 13, 384, 256, 3, 1, 1), ("conv5", 13, 256, 256, 3, 1, 1)]
+
+
+def timed(*functions, rounds=9):
+    """Median seconds of each function, the functions taking turns."""
+    times = [[] for _ in functions]
+    for turn in range(rounds + 1):
+        for function, mine in zip(functions, times):
+            started = time.perf_counter()
+            function()
+            if turn:                            # the first turn warms up
+                mine.append(time.perf_counter() - started)
+    return [statistics.median(mine) for mine in times]
+
+
+def layers(options):
+    """Each convolution of AlexNet in three directions, beside a plain matrix product."""
+    rng = np.random.default_rng(0)
+    n = options.batch
+    a, b = (rng.standard_normal((1536, 1536)).astype(np.float32) for _ in range(2))
+    (limit,) = timed(lambda: kernels.cpu._pool.run(lambda t: a @ b))
+    limit = 2 * 1536 ** 3 * kernels.threads() / limit / 1e9
+    print(f"the limit: {limit:.0f} GFLOP/s, a matrix product in each of {kernels.threads()} threads")
+    print(f"{'':8}{'forward':>10}{'dx':>10}{'dw':>10}   GFLOP/s and share of the limit, batch {n}")
+    for name, size, c, f, k, stride, pad in ALEXNET:
+        x = rng.standard_normal((n, size, size, c)).astype(np.float32)
+        w = rng.standard_normal((k, k, c, f)).astype(np.float32)
+        y = kernels.conv_forward(x, w, np.zeros(f, np.float32), stride, pad)
+        times = timed(lambda: kernels.conv_forward(x, w, w[0, 0, 0], stride, pad, relu=True),
+                      lambda: stride == 1 and kernels.conv_backward_input(y, w, x, stride, pad, True),
+                      lambda: kernels.conv_backward_filter(x, y, w.shape, stride, pad))
+        rates = [2 * y.size * k * k * c / seconds / 1e9 for seconds in times]
+        print(f"{name:8}" + "".join("         -" if direction == 1 and stride > 1 else
+                                    f"{rate:5.0f}{rate / limit:5.0%}"
+                                    for direction, rate in enumerate(rates)))
+
+
+def our_step(name, n, k):
+    """A function that makes one training step of ours."""
+    recipe, rng = model.NETWORKS[name], np.random.default_rng(0)
+    net = recipe.build(k, recipe.dropout).init(0)
+    optimiser = model.SGD(net, 0.9, 5e-4)
+    x = rng.standard_normal((n, recipe.crop, recipe.crop, 3)).astype(np.float32)
+    targets, weights = rng.integers(0, k, (n, 1)).astype(np.int32), np.full(n, 1 / n, np.float32)
+    state = {"step": 0}
+
+    def step():
+        state["step"] += 1
+        _, ds = kernels.softmax_loss(net.forward(x, step=state["step"]), targets, weights)
+        net.backward(ds)
+        optimiser.step(1e-4)
+    return step
+
+
+def torch_step(torch, name, n, k, channels_last):
+    """The same step of the same network in PyTorch, eager."""
+    nn, recipe = torch.nn, model.NETWORKS[name]
+    parts = []
+    for _, layer in recipe.build(k, recipe.dropout).rows:
+        if isinstance(layer, model.Conv):
+            kh, _, c, f = layer.shape
+            parts += [nn.Conv2d(c, f, kh, layer.stride, layer.pad), nn.ReLU(True)]
+        elif isinstance(layer, model.MaxPool):
+            parts.append(nn.MaxPool2d(layer.kernel, layer.stride, layer.pad))
+        elif isinstance(layer, model.Flatten):
+            parts.append(nn.Flatten())
+        elif isinstance(layer, model.Dropout) and layer.rate:
+            parts.append(nn.Dropout(layer.rate))
+        elif isinstance(layer, model.Linear):
+            parts += [nn.Linear(*layer.shape), nn.ReLU(True)]
+        elif isinstance(layer, model.Output):
+            parts.append(nn.Linear(*layer.shape[::-1]))
+    net, x = nn.Sequential(*parts), torch.randn(n, 3, recipe.crop, recipe.crop)
+    if channels_last:
+        net, x = (thing.to(memory_format=torch.channels_last) for thing in (net, x))
+    optimiser = torch.optim.SGD(net.parameters(), 1e-4, 0.9, weight_decay=5e-4)
+    targets, loss_of = torch.randint(0, k, (n,)), nn.CrossEntropyLoss()
+
+    def step():
+        optimiser.zero_grad()
+        loss_of(net(x), targets).backward()
+        optimiser.step()
+    return step
+
+
+def step(options):
+    """Whole training steps, forward, backward and update, in turns with PyTorch."""
+    names, steps = ["weak.py"], [our_step(options.network, options.batch, options.words)]
+    try:
+        import torch
+        torch.set_num_threads(kernels.threads())
+        for last in (False, True):
+            names.append(f"PyTorch {torch.__version__}, {'channels last' if last else 'NCHW'}")
+            steps.append(torch_step(torch, options.network, options.batch, options.words, last))
+    except ImportError:
+        print("PyTorch is not installed: no comparison")
+    times = timed(*steps, rounds=options.rounds)
+    print(f"{options.network}, batch {options.batch}, K = {options.words}, "
+          f"{kernels.threads()} threads, median of {options.rounds}")
+    for name, seconds in zip(names, times):
+        print(f"{name:34}{options.batch / seconds:8.1f} images/s")
+    if len(times) > 1:
+        print(f"ratio to PyTorch's better format: {min(times[1:]) / times[0]:.2f}")
+
+
+class Photos:
+    """The same decoding and transformations as a PyTorch data set; without torch at the top."""
+
+    def __init__(self, paths, recipe):
+        self.paths, self.recipe = paths, recipe
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        from PIL import Image
+        image = Image.open(self.paths[i])
+        image.draft("RGB", (self.recipe.size, self.recipe.size))
+        image = image.convert("RGB").resize((self.recipe.size,) * 2, Image.Resampling.BILINEAR)
+        middle = (self.recipe.size - self.recipe.crop) // 2
+        x = np.asarray(image)[middle:middle + self.recipe.crop, middle:middle + self.recipe.crop]
+        x = x.astype(np.float32)
+        return (x - x.mean()) / max(x.std(), 1)
+
+
+def loader(options):
+    """Photos/s from files to normalised batches, nothing cached, in turns with PyTorch's loader."""
+    recipe = model.NETWORKS[options.network]
+    names = sorted(os.listdir(options.images))[:options.photos]
+    paths = [os.path.join(options.images, name) for name in names]
+    n = options.batch
+
+    def ours():
+        mine = data.Loader(options.images, names.__getitem__, len(names), recipe.size, n,
+                           options.workers)
+        plans = (data.Listed(range(i, min(i + n, len(names)))) for i in range(0, len(names), n))
+        for plan, photos in mine.batches(plans):
+            where = data.centre(len(photos), recipe.size - recipe.crop)
+            kernels.prepare(photos, *where, recipe.crop)
+        mine.close()
+
+    rivals, labels = [ours], ["weak.py"]
+    try:
+        import torch
+        from torch.utils.data import DataLoader
+        torch.set_num_threads(kernels.threads())
+        labels.append(f"PyTorch {torch.__version__} DataLoader")
+        rivals.append(lambda: [None for _ in DataLoader(
+            Photos(paths, recipe), batch_size=n, num_workers=options.workers)])
+    except ImportError:
+        print("PyTorch is not installed: no comparison")
+    times = timed(*rivals, rounds=options.rounds)
+    print(f"{len(names):,} photos for {options.network}, {options.workers} workers, starting them "
+          f"included, median of {options.rounds}")
+    for label, seconds in zip(labels, times):
+        print(f"{label:34}{len(names) / seconds:8.0f} photos/s")
+
+
+def write_captions(path, count, words=50_000):
+    """`count` captions of eight words of a Zipf vocabulary, five a photo and far apart."""
+    rng = np.random.default_rng(0)
+    names = np.array([f"word{i:x}" for i in range(words)])
+    chance = 1 / np.arange(1, words + 1)
+    photos, part = max(1, count // 5), 100_000
+    with open(path, "w") as file:
+        for start in range(0, count, part):
+            chosen = names[rng.choice(words, (min(part, count - start), 8), p=chance / chance.sum())]
+            file.writelines(f"{(start + i) % photos:09}.jpg\tA {' '.join(row)}.\n"
+                            for i, row in enumerate(chosen.tolist()))
+
+
+class Memory(threading.Thread):
+    """The most anonymous memory of this process while it runs, in MB: no page cache."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.most, self.over = 0, False
+
+    def run(self):
+        while not self.over:
+            with open("/proc/self/status") as file:
+                kb = next(line for line in file if line.startswith("RssAnon")).split()[1]
+            self.most = max(self.most, int(kb) / 1024)
+            time.sleep(0.02)
+
+
+def index(options):
+    """Captions/s of the index in one process, and its memory: each size in a process of its own."""
+    if options.captions:
+        with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
+            path = os.path.join(folder, "captions.tsv")
+            write_captions(path, options.captions)
+            memory = Memory()
+            memory.start()
+            started = time.perf_counter()
+            built = data.build_index(path, os.path.join(folder, "index"), data.Text(10_000, 500),
+                                     say=lambda text: None)
+            seconds = time.perf_counter() - started
+            memory.over = True
+            size = sum(os.path.getsize(os.path.join(built.folder, name))
+                       for name in os.listdir(built.folder))
+            started = time.perf_counter()
+            for number in range(50):
+                data.Draws(built, 0, number, 128)
+            draw = (time.perf_counter() - started) / 50
+            print(f"{options.captions:>12,}{len(built):>12,}{seconds:9.1f}"
+                  f"{options.captions / seconds:14,.0f}{memory.most:11.0f}{size / 1e6:10.1f}"
+                  f"{draw * 1000:11.2f}", flush=True)
+        return
+    print(f"{'captions':>12}{'photos':>12}{'seconds':>9}{'captions/s':>14}{'memory MB':>11}"
+          f"{'index MB':>10}{'batch ms':>11}", flush=True)
+    for count in (10**5, 10**6, 10**7):
+        subprocess.run([sys.executable, __file__, "index", "--captions", str(count),
+                        *(["--scratch", options.scratch] if options.scratch else [])], check=True)
+
+
+def main():
+    top = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    top.add_argument("what", choices=("layers", "step", "loader", "index"), help="what to measure")
+    top.add_argument("--network", choices=tuple(model.NETWORKS), default="alexnet", help="of steps")
+    top.add_argument("--batch", type=int, default=32, help="images a step")
+    top.add_argument("--words", type=int, default=1000, help="K")
+    top.add_argument("--rounds", type=int, default=9, help="turns of each")
+    top.add_argument("--images", default=".", help="photos for the loader")
+    top.add_argument("--photos", type=int, default=1000, help="how many of them")
+    top.add_argument("--workers", type=int, default=2, help="processes that decode")
+    top.add_argument("--captions", type=int, help="one size only for the index")
+    top.add_argument("--scratch", help="folder for generated captions")
+    options = top.parse_args()
+    {"layers": layers, "step": step, "loader": loader, "index": index}[options.what](options)
+
+
+if __name__ == "__main__":
+    main()
