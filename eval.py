@@ -70,7 +70,8 @@ def word_metrics(features, output, rows, counts):
     """What `words` reports, from features (N, E) and each photo's classes; a plain dictionary.
 
     counts: N_k, the training photos of each word, for the baseline and for the split into the
-    most frequent and the rarest third of the words. `loss` is eq. 2 over all K words.
+    most frequent and the rarest third of the words. `loss` is eq. 2 over all K words, a photo's
+    weight shared among its words, so that it compares with the training loss of one word a row.
     """
     n, k = len(rows), len(counts)
     sizes = np.array([len(row) for row in rows])
@@ -80,7 +81,8 @@ def word_metrics(features, output, rows, counts):
         scores = output.forward(features[start:start + len(part)])
         best = top_words(kernels.to_host(scores), max(KS))
         precision[start:start + len(part)] = precision_at(best, part)
-        loss += kernels.softmax_loss(scores, data.pad_rows(part), np.full(len(part), 1 / n))[0]
+        share = 1 / n / sizes[start:start + len(part)]
+        loss += kernels.softmax_loss(scores, data.pad_rows(part), share)[0]
     auc, ap = _by_word(features, output, rows, k)
     order = np.argsort(-counts, kind="stable")
     third = max(1, k // 3)
@@ -134,7 +136,8 @@ def features_of(net, loader, photos, crop, tick=None):
 
 # -------------------------------------------------------------------------------- pictures
 
-INK, PALE, COLOURS = (40, 40, 40), (225, 225, 225), ((31, 98, 180), (214, 92, 20), (46, 140, 70))
+INK, PALE, COLOURS = (40, 40, 40), (225, 225, 225), (
+    (31, 98, 180), (214, 92, 20), (46, 140, 70), (140, 60, 150))
 
 
 def filters_picture(w, path, scale=6):
@@ -152,44 +155,42 @@ def filters_picture(w, path, scale=6):
 
 
 def curves_picture(log, path):
-    """The learning curves of a run's log: losses on the left, precision@10 and AUC on the right."""
-    image = Image.new("RGB", (960, 400), "white")
+    """The learning curves of a run's log: four panels over the epochs."""
+    image = Image.new("RGB", (960, 640), "white")
     draw = ImageDraw.Draw(image)
-    epochs = [row["epoch"] for row in log]
-    for left, title, keys in ((60, "loss a photo", ("loss", "validation_loss")),
-                              (540, "held-out photos", ("precision@10", "auc"))):
-        lines = {key: [row.get(key) for row in log] for key in keys}
-        _plot(draw, (left, 50, left + 390, 350), title, epochs, lines)
+    panels = [("training loss", "loss"), ("held-out loss", "validation_loss"),
+              ("held-out precision@10", "precision@10"), ("held-out AUC, mean of words", "auc")]
+    for number, (title, key) in enumerate(panels):
+        left, top = 70 + 480 * (number % 2), 50 + 310 * (number // 2)
+        points = [(row["epoch"], row[key]) for row in log
+                  if row.get(key) is not None and np.isfinite(row[key])]
+        _plot(draw, (left, top, left + 380, top + 220), title, points, COLOURS[number])
     image.save(path)
 
 
-def _plot(draw, box, title, xs, lines):
-    """One pair of axes with a line for each key."""
+def _plot(draw, box, title, points, colour):
+    """One pair of axes with one line through the points."""
     font = ImageFont.load_default(14)
     left, top, right, bottom = box
-    values = [v for ys in lines.values() for v in ys if v is not None and np.isfinite(v)]
-    low, high = (min(values), max(values)) if values else (0, 1)
-    low, high = (low - 0.05, high + 0.05) if high - low < 1e-9 else (low, high)
-
-    def place(x, y):
-        return (left + (right - left) * (x - xs[0]) / max(1, xs[-1] - xs[0]),
-                bottom - (bottom - top) * (y - low) / (high - low))
-
-    for i in range(5):
-        y = low + (high - low) * i / 4
-        draw.line([place(xs[0], y), (right, place(xs[0], y)[1])], PALE)
-        draw.text((left - 6, place(xs[0], y)[1]), f"{y:.3g}", INK, font, anchor="rm")
-    draw.line([(left, top), (left, bottom), (right, bottom)], INK)
     draw.text((left, top - 28), title, INK, font)
+    draw.line([(left, top), (left, bottom), (right, bottom)], INK)
+    if not points:
+        return draw.text((left + 20, top + 20), "nothing to show", INK, font)
+    xs, ys = zip(*points)
+    low, high = min(ys), max(ys)
+    low, high = (low - 0.05, high + 0.05) if high - low < 1e-9 else (low, high)
+    spots = [(left + (right - left) * (x - xs[0]) / max(1, xs[-1] - xs[0]),
+              bottom - (bottom - top) * (y - low) / (high - low)) for x, y in points]
+    for i in range(5):
+        height = bottom - (bottom - top) * i / 4
+        draw.line([(left + 1, height), (right, height)], PALE)
+        draw.text((left - 6, height), f"{low + (high - low) * i / 4:.4g}", INK, font, anchor="rm")
+    draw.line([(left, bottom), (right, bottom)], INK)
     draw.text((left, bottom + 8), str(xs[0]), INK, font)
     draw.text((right, bottom + 8), f"epoch {xs[-1]}", INK, font, anchor="ra")
-    for number, ((key, ys), colour) in enumerate(zip(lines.items(), COLOURS)):
-        points = [place(x, y) for x, y in zip(xs, ys) if y is not None and np.isfinite(y)]
-        if len(points) > 1:
-            draw.line(points, colour, 2)
-        for x, y in points:
-            draw.ellipse([x - 2, y - 2, x + 2, y + 2], colour)
-        draw.text((right, top - 28 + 16 * number), key.replace("_", " "), colour, font, anchor="ra")
+    draw.line(spots, colour, 2)
+    for x, y in spots:
+        draw.ellipse([x - 2, y - 2, x + 2, y + 2], colour)
 
 
 # -------------------------------------------------------------------------------- commands

@@ -29,14 +29,19 @@ ALEXNET = [                     # input pixels, C, F, kernel, stride, pad of its
     ("conv4", 13, 384, 256, 3, 1, 1), ("conv5", 13, 256, 256, 3, 1, 1)]
 
 
-def timed(*functions, rounds=9):
-    """Median seconds of each function, the functions taking turns."""
+def timed(*functions, rounds=5, each=3):
+    """Median seconds of each function, in turns: one call to warm up, then `each` that count.
+
+    The call that warms up matters: memory that another function left idle may have gone back to
+    the system, and fetching it again can cost more than the call itself.
+    """
     times = [[] for _ in functions]
-    for turn in range(rounds + 1):
+    for _ in range(rounds):
         for function, mine in zip(functions, times):
-            started = time.perf_counter()
             function()
-            if turn:                            # the first turn warms up
+            for _ in range(each):
+                started = time.perf_counter()
+                function()
                 mine.append(time.perf_counter() - started)
     return [statistics.median(mine) for mine in times]
 
@@ -124,7 +129,7 @@ def step(options):
         print("PyTorch is not installed: no comparison")
     times = timed(*steps, rounds=options.rounds)
     print(f"{options.network}, batch {options.batch}, K = {options.words}, "
-          f"{kernels.threads()} threads, median of {options.rounds}")
+          f"{kernels.threads()} threads, median of {3 * options.rounds}")
     for name, seconds in zip(names, times):
         print(f"{name:34}{options.batch / seconds:8.1f} images/s")
     if len(times) > 1:
@@ -177,7 +182,7 @@ def loader(options):
             Photos(paths, recipe), batch_size=n, num_workers=options.workers)])
     except ImportError:
         print("PyTorch is not installed: no comparison")
-    times = timed(*rivals, rounds=options.rounds)
+    times = timed(*rivals, rounds=options.rounds, each=1)
     print(f"{len(names):,} photos for {options.network}, {options.workers} workers, starting them "
           f"included, median of {options.rounds}")
     for label, seconds in zip(labels, times):
@@ -249,7 +254,7 @@ def main():
     top.add_argument("--network", choices=tuple(model.NETWORKS), default="alexnet", help="of steps")
     top.add_argument("--batch", type=int, default=32, help="images a step")
     top.add_argument("--words", type=int, default=1000, help="K")
-    top.add_argument("--rounds", type=int, default=9, help="turns of each")
+    top.add_argument("--rounds", type=int, default=5, help="turns of each")
     top.add_argument("--images", default=".", help="photos for the loader")
     top.add_argument("--photos", type=int, default=1000, help="how many of them")
     top.add_argument("--workers", type=int, default=2, help="processes that decode")
