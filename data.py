@@ -22,6 +22,7 @@ import shutil
 import signal
 import stat
 import tempfile
+import threading
 import time
 import unicodedata
 import warnings
@@ -87,12 +88,17 @@ def recognise(path):
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise ValueError(f"captions: {path} is in UTF-16; save it as UTF-8")
     head = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    text = head.decode("utf-8", "replace")
+    if sum(text.count(c) for c in "\ufffd\0") > len(text) / 10:
+        raise ValueError(f"captions: {path} is not text in UTF-8; save it as UTF-8")
+    if b"\r" in head and b"\n" not in head:
+        raise ValueError(f"captions: {path} has no line ends but \\r; convert them to \\n")
     line = head.partition(b"\n")[0].decode("utf-8", "replace").strip()
     if line.startswith(("{", "[")):
         try:
             if _first_key(json.loads(line), NAME_KEYS):
                 return "jsonl"
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             pass
         return "coco"
     columns = line.split("\t")
@@ -171,13 +177,15 @@ def _csv_rows(stream, path):
 def _coco_rows(stream, path):
     try:
         table = json.load(stream)
-        names = {image["id"]: image["file_name"] for image in table["images"]}
-        annotations = table["annotations"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"captions: {path} is JSON, but not COCO captions with `images` and "
-                         "`annotations`, nor one object with `file_name` a line") from None
+        images, annotations = list(table["images"]), list(table["annotations"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError(f"captions: {path} is neither COCO captions with `images` and "
+                         "`annotations`, nor JSON with an object with `file_name` a line") from None
+    names = {str(image["id"]): image["file_name"] for image in images
+             if isinstance(image, dict) and {"id", "file_name"} <= image.keys()}
     for row in annotations:
-        yield str(names.get(row.get("image_id"), "")), str(row.get("caption", ""))
+        row = row if isinstance(row, dict) else {}                  # counted as a bad line
+        yield str(names.get(str(row.get("image_id")), "")), str(row.get("caption", ""))
 
 
 def _decode(block):
@@ -211,12 +219,20 @@ def parse(block, kind):
             continue
         name, caption = row
         name = name.strip()
-        if not name or "\n" in name or "\0" in name:
+        if not name or "\n" in name or "\0" in name or not (name.isascii() or _encodes(name)):
             bad += 1
             continue
         names.append(name)
         captions.append(caption)
     return names, captions, bad
+
+
+def _encodes(name):
+    """True unless the name has half a character, as JSON may: no file is called so."""
+    try:
+        return bool(name.encode("utf-8", "surrogateescape"))
+    except UnicodeEncodeError:
+        return False
 
 
 def _tsv_row(line):
@@ -231,7 +247,7 @@ def _json_row(line):
         name = row[_first_key(row, NAME_KEYS)]
         texts = [row[key] for key in ("text", "caption", "captions", "tags", "title",
                                       "description") if key in row]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return "", ""
     parts = chain.from_iterable(text if isinstance(text, list) else [text] for text in texts)
     return str(name), " ".join(str(part) for part in parts)
@@ -386,6 +402,12 @@ def _start_worker(ids):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _worker["ids"] = ids
 
+    def end_with_parent():                      # which may have been killed
+        wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
 
 def record_block(block, kind, ids=None):
     """The block's (photo, words) records, framed for each of the 256 files: [bytes]."""
@@ -512,6 +534,9 @@ def build_index(path, folder, text, kind=None, dictionary=None, processes=0, say
         return index
     origin = fingerprint(path, kind, text, dictionary)
     processes = 0 if os.path.getsize(path) < SMALL_FILE else processes
+    if os.path.isdir(folder) and os.listdir(folder) and not os.path.exists(
+            os.path.join(folder, "index.json")):
+        raise ValueError(f"{folder} holds other things than an index; move them away")
     work = folder + ".part"
     shutil.rmtree(work, ignore_errors=True)
     os.makedirs(work)
@@ -542,10 +567,10 @@ def cached_index(path, folder, text, kind, dictionary=None):
     """The index in `folder` if it was built from this captions file with these options, or None."""
     try:
         index = Index(folder)
-    except (OSError, ValueError):
+        same = index.facts["fingerprint"] == fingerprint(path, kind, text, dictionary)
+        return index if same else None
+    except (OSError, ValueError, KeyError, TypeError):              # none, or a damaged one
         return None
-    same = index.facts["fingerprint"] == fingerprint(path, kind, text, dictionary)
-    return index if same else None
 
 
 def _executor(processes, ids=None):
@@ -787,6 +812,9 @@ def decode(path, size):
     """
     try:
         data = _read(path)
+    except OSError as error:
+        raise ValueError((error.strerror or str(error)).lower()) from None
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data), formats=PICTURES)

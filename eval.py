@@ -6,10 +6,15 @@
 `--model` is the run's folder, as weak.py made it. Fractions, not percent, everywhere.
 """
 import argparse
+import errno
 import json
 import os
+import signal
 import sys
 import time
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # while the rest is imported
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -21,6 +26,7 @@ import model
 
 BATCH = 64                      # photos a forward pass: this is about memory, not results
 BLOCK = 20_000_000              # scores held at a time
+MOST_WORKERS = 4 * (os.cpu_count() or 1)
 KS = (1, 5, 10)                 # precision@k
 
 
@@ -178,7 +184,8 @@ def _plot(draw, box, title, points, colour):
         return draw.text((left + 20, top + 20), "nothing to show", INK, font)
     xs, ys = zip(*points)
     low, high = min(ys), max(ys)
-    low, high = (low - 0.05, high + 0.05) if high - low < 1e-9 else (low, high)
+    spare = max(abs(low) * 0.05, 1e-9) * (high - low <= 1e-9 * abs(high))     # a flat line
+    low, high = low - spare, high + spare
     spots = [(left + (right - left) * (x - xs[0]) / max(1, xs[-1] - xs[0]),
               bottom - (bottom - top) * (y - low) / (high - low)) for x, y in points]
     for i in range(5):
@@ -353,9 +360,13 @@ def parser():
 
 def guarded(work):
     """Run work() and exit as a command should: one line for what a user can mend, never more."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.stdout.reconfigure(errors="backslashreplace")               # whatever a photo is called
     try:
         sys.exit(work())
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:                     # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -364,7 +375,10 @@ def guarded(work):
         print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)
     except OSError as error:
-        print(f"{os.path.basename(sys.argv[0])}: {error.filename or ''}: {error.strerror or error}",
+        where = f"{error.filename}: " if error.filename else ""
+        remedy = ("; free some space, or choose another place" if error.errno == errno.ENOSPC else
+                  "")
+        print(f"{os.path.basename(sys.argv[0])}: {where}{error.strerror or error}{remedy}",
               file=sys.stderr)
         sys.exit(1)
 
@@ -380,8 +394,23 @@ def write_json(path, result):
         file.write("\n")
 
 
+def check(options):
+    """ValueError for options that cannot be; before any work, also for where the JSON goes."""
+    for name, low, high in (("threads", 1, np.inf), ("workers", 0, MOST_WORKERS), ("top", 1, np.inf),
+                            ("threshold", 0, 1)):
+        value = getattr(options, name, None)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"--{name} {value}: it must be {low} to {high}")
+    if options.json:
+        try:
+            open(options.json, "a").close()
+        except OSError as error:
+            raise ValueError(f"--json: cannot write {options.json}: {error.strerror}") from None
+
+
 def main():
     options = parser().parse_args()
+    check(options)
     if options.threads:
         kernels.set_threads(options.threads)
     print(kernels.use(options.device), file=sys.stderr)

@@ -51,14 +51,14 @@ class Conv(Layer):
     names = ("w", "b")
 
     def __init__(self, c, f, kernel, stride=1, pad=0, relu=True):
-        self.shape = (kernel, kernel, c, f)
+        self.shape, self.bias = (kernel, kernel, c, f), (f,)
         self.stride, self.pad, self.relu = stride, pad, relu
         self.x = None
 
     def init(self, rng):
         fan_in = np.prod(self.shape[:3])
         self.w = he_normal(rng, self.shape, fan_in)
-        self.b = np.zeros(self.shape[3], np.float32)
+        self.b = np.zeros(self.bias, np.float32)
 
     def forward(self, x, out=None):
         self.x = x                                                  # (N, H, W, C)
@@ -80,12 +80,12 @@ class Linear(Layer):
     names = ("w", "b")
 
     def __init__(self, d, e, relu=True):
-        self.shape, self.relu = (d, e), relu
+        self.shape, self.bias, self.relu = (d, e), (e,), relu
         self.x = self.dw = None             # dw is kept: new memory would cost page faults
 
     def init(self, rng):
         self.w = he_normal(rng, self.shape, fan_in=self.shape[0])
-        self.b = np.zeros(self.shape[1], np.float32)
+        self.b = np.zeros(self.bias, np.float32)
 
     def forward(self, x):
         self.x = x                                                  # (N, D)
@@ -113,12 +113,12 @@ class Output(Layer):
     names = ("w", "b")
 
     def __init__(self, e, k):
-        self.shape = (k, e)
+        self.shape, self.bias = (k, e), (k,)
         self.x = self.dw = None
 
     def init(self, rng):
         self.w = rng.standard_normal(self.shape).astype(np.float32) * np.float32(OUTPUT_STD)
-        self.b = np.zeros(self.shape[0], np.float32)
+        self.b = np.zeros(self.bias, np.float32)
 
     def forward(self, x):
         self.x = x                                                  # (N, E)
@@ -294,8 +294,12 @@ class Network:
                 for path, layer, attribute in self.parameters()}
 
     def load(self, state):
-        """Take the weights of `state`, {path: array}."""
+        """Take the weights of `state`, {path: array}; ValueError if they are of another network."""
         for path, layer, attribute in self.parameters():
+            wanted = layer.shape if attribute == "w" else layer.bias
+            if path not in state or state[path].shape != tuple(wanted):
+                raise ValueError(f"the model is not one of this network: {path} should be "
+                                 f"{tuple(wanted)}")
             setattr(layer, attribute, kernels.to_device(state[path]))
         return self
 
@@ -455,7 +459,7 @@ def load(path):
     except FileNotFoundError:
         raise ValueError(f"no model at {path}; train one with `python weak.py --out "
                          f"{os.path.dirname(path) or '.'}`") from None
-    except Exception as error:                  # a broken zip file raises anything
-        raise ValueError(f"{path} is not a model of weak.py ({error})") from None
+    except Exception:                           # a broken zip file raises anything
+        raise ValueError(f"{path} is not a model of weak.py, or it is damaged") from None
     return (*({key[2:]: value for key, value in arrays.items() if key.startswith(kind)}
               for kind in ("w/", "v/")), facts, words)

@@ -855,7 +855,7 @@ def test_infinite_loss_stops_the_run_in_one_line(mine, tmp_path):
 def test_infinite_loss_leaves_the_last_checkpoint_untouched(mine, tmp_path, monkeypatch):
     honest, out = kernels.softmax_loss, str(tmp_path / "r")
     options, _ = weak.parse([*map(str, mine), "--epochs", "3", "--out", out])
-    os.makedirs(out)
+    lock = weak.lock_folder(out)
     training = weak.Run(options, weak.read_captions(options), None)
 
     def spoilt(s, targets, weights):
@@ -866,13 +866,14 @@ def test_infinite_loss_leaves_the_last_checkpoint_untouched(mine, tmp_path, monk
     with pytest.raises(RuntimeError, match="inf at step 8: the checkpoint of step 6 is untouched"):
         training.train(weak.Interrupt())
     training.loader.close()
+    lock.close()
     assert model.load(os.path.join(out, "model.npz"))[2]["step"] == 6
 
 
 def test_full_disk_costs_a_run_only_the_checkpoint(mine, tmp_path, monkeypatch, capsys):
     honest, out = os.fsync, str(tmp_path / "r")
     options, _ = weak.parse([*map(str, mine), "--epochs", "2", "--out", out])
-    os.makedirs(out)
+    lock = weak.lock_folder(out)
     training = weak.Run(options, weak.read_captions(options), None)
 
     def full(descriptor):
@@ -883,6 +884,7 @@ def test_full_disk_costs_a_run_only_the_checkpoint(mine, tmp_path, monkeypatch, 
     monkeypatch.setattr(os, "fsync", full)
     assert training.train(weak.Interrupt())
     training.loader.close()
+    lock.close()
     assert "free some space" in capsys.readouterr().err
     assert model.load(os.path.join(out, "model.npz"))[2]["step"] == 12
 
@@ -966,6 +968,13 @@ BAD = {
                                        "--stop-words", 5000], "lower --stop-words"),
     "words of zero": (lambda d: ["--words", 0], "at least 1"),
     "rate below zero": (lambda d: ["--lr", -1], "out of range"),
+    "rate infinite": (lambda d: ["--lr", "inf"], "out of range"),
+    "seed too large": (lambda d: ["--seed", 2**64], "below"),
+    "threads without end": (lambda d: ["--threads", 99999], "--threads"),
+    "workers without end": (lambda d: ["--workers", 99999], "--workers"),
+    "out is a file": (lambda d: ["--out", "captions.tsv"], "choose another"),
+    "out is somebody else's": (lambda d: ["--out", "other"], "holds other things"),
+    "nothing to resume": (lambda d: ["--resume", "--out", "fresh"], "no run in"),
     "gpu": (lambda d: ["--device", "gpu"], "--device cpu"),
 }
 
@@ -974,6 +983,7 @@ BAD = {
 def test_bad_input_is_one_line_with_the_remedy(name, tmp_path, photos):
     write_captions(tmp_path / "captions.tsv", 40)
     (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "words.txt").write_text("mine")
     (tmp_path / "empty").write_bytes(b"")
     (tmp_path / "binary").write_bytes(np.random.default_rng(0).bytes(100_000))
     (tmp_path / "blank").write_text("a.jpg\t\nb.jpg\t12\n")
@@ -984,6 +994,42 @@ def test_bad_input_is_one_line_with_the_remedy(name, tmp_path, photos):
     expect = 1 if name == "gpu" else 2
     done = run(*arguments(tmp_path), folder=tmp_path, expect=expect)
     assert done.stderr.count("\n") == 1 and remedy in done.stderr, done.stderr
+    assert (tmp_path / "other" / "words.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("annotations", ["null", "5", '[null, [], {"image_id": [1]}, {"image_id": 1}]'])
+def test_odd_coco_files_cost_no_traceback(annotations, tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text('{"images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2}, 7], "annotations": '
+                    + annotations + "}")
+    if annotations.startswith("["):
+        (block, _), = data.blocks(path, "coco")
+        assert data.parse(block, "coco")[0] == ["a.jpg"]
+    else:
+        with pytest.raises(ValueError, match="annotations"):
+            list(data.blocks(path, "coco"))
+
+
+def test_odd_json_lines_are_counted(tmp_path):
+    path = tmp_path / "c.jsonl"
+    path.write_text('{"file_name": "a.jpg", "text": "x"}\n{"file_name": "b\\ud800.jpg", "text": "x"}\n'
+                    'null\n5\n' + "[" * 200_000 + "\n")
+    (block, _), = data.blocks(path, "jsonl")
+    assert data.parse(block, "jsonl") == (["a.jpg"], ["x"], 4)
+
+
+def test_folder_of_a_running_run_is_refused(tmp_path):
+    lock = weak.lock_folder(str(tmp_path / "r"))
+    with pytest.raises(ValueError, match="another run"):
+        weak.lock_folder(str(tmp_path / "r"))
+    lock.close()
+    weak.lock_folder(str(tmp_path / "r")).close()
+
+
+def test_flat_and_diverged_curves_are_drawn(tmp_path):
+    for losses in ([5e35, 5e35], [0.0, 0.0], [1e-12, 3.0], [float("nan")]):
+        evaluation.curves_picture([{"epoch": i + 1, "loss": loss} for i, loss in enumerate(losses)],
+                                  tmp_path / "c.png")
 
 
 def test_small_dictionary_is_said_and_used(mine, tmp_path):
@@ -995,7 +1041,10 @@ def test_small_dictionary_is_said_and_used(mine, tmp_path):
 def test_eval_says_what_is_wrong_in_one_line(tmp_path):
     (tmp_path / "model.npz").write_text("not a model")
     for arguments, remedy in ((["words", "--model", "none"], "train one"),
-                              (["tag", "--model", tmp_path, "x.jpg"], "not a model")):
+                              (["tag", "--model", tmp_path, "x.jpg"], "not a model"),
+                              (["words", "--model", "none", "--threads", -1], "--threads"),
+                              (["words", "--model", "none", "--json", "/nope/x"], "--json"),
+                              (["tag", "--model", "none", "x.jpg", "--top", 0], "--top")):
         done = run(*arguments, folder=tmp_path, script="eval.py", expect=2)
         assert remedy in done.stderr
 

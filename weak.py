@@ -10,6 +10,8 @@ model.npz (all of the run), words.txt, log.jsonl, skipped.txt, curves.png and fi
 """
 import argparse
 import errno
+import fcntl
+import math
 import json
 import os
 import shutil
@@ -18,6 +20,9 @@ import sys
 import tempfile
 import time
 import warnings
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # while the rest is imported
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -44,7 +49,7 @@ def main():
     print(kernels.use(options.device), flush=True)
     if options.threads:
         kernels.set_threads(options.threads)
-    os.makedirs(options.out, exist_ok=True)
+    lock = lock_folder(options.out)
     if options.drawn:
         draw_set(os.path.dirname(options.captions), options.seed)
     index = read_captions(options)
@@ -52,6 +57,7 @@ def main():
         run = Run(options, index, checkpoint)
         finished = run.train(interrupt)
         run.finish()
+    lock.close()
     return 0 if finished else 130
 
 
@@ -118,6 +124,8 @@ def parse(arguments=None):
     if drawn:
         top.set_defaults(**DRAWN)
         given = top.parse_args(arguments)
+    if given.out == "":
+        raise ValueError("--out: name a folder")
     out = given.out or os.path.join("runs", "drawn" if drawn else name_of(given))
     path = os.path.join(out, "model.npz")
     checkpoint = None
@@ -130,6 +138,8 @@ def parse(arguments=None):
         top.set_defaults(**{key: value for key, value in stored.items() if key != "out"})
         given = top.parse_args(arguments)
         drawn = stored["drawn"]
+        if not drawn and given.captions:
+            given.captions = os.path.abspath(given.captions)
         changed = [f"--{key.replace('_', '-')} ({stored[key]}, now {value})"
                    for key, value in vars(given).items()
                    if key in stored and key not in HARMLESS and stored[key] != value]
@@ -153,6 +163,8 @@ def name_of(options):
 
 def checked(options):
     """The options, completed; ValueError for what no run can be made of."""
+    if options.resume and not options.captions:
+        raise ValueError(f"--resume: there is no run in {options.out}; begin one without --resume")
     if not options.images or not options.captions:
         raise ValueError("--images and --captions go together: the photos' folder and a file of "
                          "photo<TAB>caption lines (without both, a picture set is drawn)")
@@ -162,20 +174,44 @@ def checked(options):
             raise ValueError(f"images: there is no folder {options.images}")
         if not os.path.exists(options.captions):
             raise ValueError(f"captions: there is no file {options.captions}")
+        if not os.path.isfile(options.captions) and not os.path.isdir(options.captions):
+            raise ValueError(f"captions: {options.captions} is a pipe; save it to a file first")
     for name, least in (("words", 1), ("stop_words", 0), ("batch", 1), ("epochs", 1), ("seed", 0),
                         ("epoch_size", 1), ("epochs_per_lr", 1), ("workers", 0), ("threads", 1)):
         value = getattr(options, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} {value}: it must be at least {least}")
+    if options.workers > evaluation.MOST_WORKERS:
+        raise ValueError(f"--workers {options.workers}: at most {evaluation.MOST_WORKERS} help here")
+    if options.seed >= 2**63:
+        raise ValueError(f"--seed {options.seed}: it must be below 2^63")
     for name in ("batch", "dropout", "lr"):
         if getattr(options, name) is None:
             setattr(options, name, getattr(model.NETWORKS[options.network], name))
     for name, good in (("valid", 0 <= options.valid < 1), ("dropout", 0 <= options.dropout < 1),
-                       ("momentum", 0 <= options.momentum < 1), ("lr", options.lr > 0),
-                       ("weight_decay", options.weight_decay >= 0), ("min_lr", options.min_lr > 0)):
+                       ("momentum", 0 <= options.momentum < 1), ("lr", 0 < options.lr < math.inf),
+                       ("weight_decay", 0 <= options.weight_decay < math.inf),
+                       ("min_lr", 0 < options.min_lr < math.inf)):
         if not good:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: out of range")
     return options
+
+
+def lock_folder(out):
+    """Make the run's folder and hold it: ValueError if it holds other things, or another run."""
+    path = os.path.join(out, "run.lock")
+    try:
+        os.makedirs(out, exist_ok=True)
+        if os.listdir(out) and not os.path.exists(path):
+            raise ValueError(f"{out} holds other things than a run; choose another --out")
+        lock = open(path, "a")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock
+    except BlockingIOError:
+        raise ValueError(f"another run is using {out}; wait for it, or choose another --out"
+                         ) from None
+    except OSError as error:
+        raise ValueError(f"--out {out}: {error.strerror}; choose another") from None
 
 
 # ------------------------------------------------------------------------------------- data
@@ -400,11 +436,22 @@ class Run:
             "skipped.txt": [f"{name}\t{why}" for name, why in skipped]}
         try:
             for name, lines in texts.items():
-                with open(os.path.join(self.options.out, name), "w", encoding="utf-8",
-                          errors="surrogateescape") as file:
+                path = os.path.join(self.options.out, name)
+                with open(path + ".part", "w", encoding="utf-8", errors="surrogateescape") as file:
                     file.writelines(line + "\n" for line in lines)
+                os.replace(path + ".part", path)
         except OSError as error:
-            print(f"not written: {error.filename}: {error.strerror}", file=sys.stderr)
+            print(f"{', '.join(texts)} not written: {error.strerror}", file=sys.stderr)
+
+    def draw_pictures(self):
+        """curves.png and filters.png; losing one of them never ends a run."""
+        try:
+            if self.log:
+                evaluation.curves_picture(self.log, os.path.join(self.options.out, "curves.png"))
+            evaluation.filters_picture(kernels.to_host(self.net.rows[0][1].w),
+                                       os.path.join(self.options.out, "filters.png"))
+        except OSError as error:
+            print(f"pictures not drawn: {error.strerror or error}", file=sys.stderr)
 
     def finish(self):
         """Save, draw the pictures, and say what was learned and what to try next."""
@@ -412,10 +459,7 @@ class Run:
                 os.path.join(self.options.out, "model.npz")):
             self.save(last=True)
         self.write_texts()
-        if self.log:
-            evaluation.curves_picture(self.log, os.path.join(self.options.out, "curves.png"))
-        evaluation.filters_picture(kernels.to_host(self.net.rows[0][1].w),
-                                   os.path.join(self.options.out, "filters.png"))
+        self.draw_pictures()
         if self.log and (result := self.validate()):
             evaluation.print_words(result)
         self.say_doubles()

@@ -3,6 +3,8 @@
 `use(device)` chooses once; model.py then calls these functions and never asks where it runs.
 cpu.py holds the NumPy twins, which are the specification: same names, same arguments.
 """
+import os
+
 from . import cpu
 
 _device = cpu                           # the module whose functions run
@@ -38,6 +40,8 @@ def _gpu_name():
 
 def set_threads(count):
     """Number of CPU worker threads; the last bits of sums depend on it."""
+    if not 1 <= count <= 4 * (os.cpu_count() or 1):
+        raise ValueError(f"--threads {count}: it must be 1 to {4 * (os.cpu_count() or 1)} here")
     cpu.set_threads(count)
 
 
