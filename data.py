@@ -50,6 +50,7 @@ BUCKETS = 256                   # files of records, by the first byte of the nam
 BLOCK_BYTES = 4 << 20           # captions a process takes at a time
 BLOCK_ROWS = 50_000
 LONGEST_LINE = 64 << 20
+SWALLOWED = 20                  # line ends in one CSV field that mean an unclosed quote
 MOST_COUNTED = 2_000_000        # distinct words counted at a time: rare ones are dropped beyond
 SMALL_FILE = 8 << 20            # captions files below this are indexed without other processes
 INDEX_VERSION = 1
@@ -85,6 +86,8 @@ def recognise(path):
     """The format of a captions file, by its content: one of FORMATS."""
     with open_captions(path) as (stream, _):
         head = stream.read(1 << 16)
+        if b"\n" not in head:
+            head += stream.readline(LONGEST_LINE)
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise ValueError(f"captions: {path} is in UTF-16; save it as UTF-8")
     head = head.removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -151,7 +154,7 @@ def blocks(path, kind):
 
 
 def _csv_rows(stream, path):
-    csv.field_size_limit(LONGEST_LINE)
+    csv.field_size_limit(1 << 22)
     text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
     header = text.readline()
     if not _csv_header(header):
@@ -170,8 +173,23 @@ def _csv_rows(stream, path):
             continue
         if len(row) > width and caption == width - 1:
             row[caption:] = [delimiter.join(row[caption:])]         # a comma nobody quoted
-        if row:
+        if not row:
+            continue
+        yield (row[photo], _mended(row[caption])) if len(row) > max(photo, caption) else ("", "")
+        for line in row[-1].split("\n")[1:] if row[-1].count("\n") > SWALLOWED else ():
+            row = line.split(delimiter)         # a quote nobody closed had swallowed these lines
             yield (row[photo], row[caption]) if len(row) > max(photo, caption) else ("", "")
+
+
+def _mended(caption):
+    """A caption whose bytes were not UTF-8, read as Windows' Latin letters."""
+    if caption.count("\n") > SWALLOWED:
+        caption = caption.partition("\n")[0]
+    try:
+        caption.encode()
+        return caption
+    except UnicodeEncodeError:
+        return caption.encode("utf-8", "surrogateescape").decode("cp1252", "replace")
 
 
 def _coco_rows(stream, path):
@@ -185,7 +203,8 @@ def _coco_rows(stream, path):
              if isinstance(image, dict) and {"id", "file_name"} <= image.keys()}
     for row in annotations:
         row = row if isinstance(row, dict) else {}                  # counted as a bad line
-        yield str(names.get(str(row.get("image_id")), "")), str(row.get("caption", ""))
+        name = names.get(str(row.get("image_id"))) or ""
+        yield str(name), str(row.get("caption") or "")
 
 
 def _decode(block):
@@ -250,7 +269,7 @@ def _json_row(line):
     except (ValueError, KeyError, TypeError, RecursionError):
         return "", ""
     parts = chain.from_iterable(text if isinstance(text, list) else [text] for text in texts)
-    return str(name), " ".join(str(part) for part in parts)
+    return str(name or ""), " ".join(str(part) for part in parts if part is not None)
 
 
 def _yfcc_row(line):
@@ -284,7 +303,7 @@ class _Letters(dict):
         category = unicodedata.category(c)
         if c == "\n":
             return c
-        if c in self.JOINING or category == "Cf" or "\u0300" <= c <= "\u036f":
+        if c in self.JOINING or category in ("Cf", "Me") or "\u0300" <= c <= "\u036f":
             return None                         # gone, the letters around it join
         if category[0] in "PSZC" or category == "No":
             return " "
@@ -510,7 +529,8 @@ def _in_order(executor, function, items, *arguments):
 
 def fingerprint(path, kind, text, dictionary):
     """Of the captions file (size, time, sampled blocks) and all that decides the index."""
-    info = os.stat(path)
+    with open_captions(path):
+        info = os.stat(path)                    # the errors of a missing file, said kindly
     digest = hashlib.blake2b(digest_size=8)
     with open(path, "rb") as file:
         for start in np.linspace(0, max(0, info.st_size - 4096), 16).astype(int):
@@ -834,13 +854,23 @@ def decode(path, size):
     return np.asarray(image), hashlib.blake2b(data, digest_size=8).digest()
 
 
+def find(path):
+    """The path in the form of Unicode under which it is on the disk, or None."""
+    forms = [path] if path.isascii() else [path, *(unicodedata.normalize(form, path)
+                                                   for form in ("NFC", "NFD"))]
+    return next((name for name in forms if os.path.exists(name)), None)
+
+
+def any_photo(folder, index):
+    """True if any photo of the index is on the disk: a sample first, then all."""
+    sample = np.linspace(0, len(index) - 1, min(len(index), 1000)).astype(int)
+    return any(find(os.path.join(folder, index.name(int(i))))
+               for i in chain(sample, range(len(index))))
+
+
 def _read(path):
-    """The bytes of a regular file, found under either form of Unicode."""
-    for form in (None, "NFC", "NFD"):
-        name = path if form is None else unicodedata.normalize(form, path)
-        if os.path.exists(name):
-            path = name
-            break
+    """The bytes of a regular file."""
+    path = find(path) or path
     info = os.stat(path)
     if not stat.S_ISREG(info.st_mode):
         raise ValueError("not a file")
@@ -874,9 +904,13 @@ def _decode_loop(connection, file, slots, size):
             return
         try:
             buffer[slot], digest = decode(path, size)
-            connection.send((task, None, digest))
+            result = task, None, digest
         except ValueError as error:
-            connection.send((task, str(error), None))
+            result = task, str(error), None
+        try:
+            connection.send(result)
+        except OSError:                         # nobody waits for it any more
+            return
 
 
 def _map(descriptor, slots, size):

@@ -100,7 +100,7 @@ def word_metrics(features, output, rows, counts):
         "photos": n, "words": int(np.isfinite(auc).sum()), "dictionary": k,
         "ceiling": {f"precision@{at}": float(np.minimum(sizes, at).mean() / at) for at in KS},
         "baseline": {f"precision@{at}": float(value) for at, value in zip(KS, baseline)},
-        "chance": {**{f"precision@{at}": float(sizes.mean() / k) for at in KS}, "auc": 0.5,
+        "chance": {**{f"precision@{at}": float(sizes.mean() / k * min(at, k) / at) for at in KS}, "auc": 0.5,
                    "map": float(sizes.sum() / n / max(1, np.isfinite(auc).sum()))},
     }
 
@@ -271,7 +271,7 @@ def words(options):
 
 def print_words(result):
     """The table of `eval.py words`."""
-    print(f"{result['photos']:,} held-out photos, {result['words']:,} of {result['dictionary']:,} "
+    print(f"{result['photos']:,} photos, {result['words']:,} of {result['dictionary']:,} "
           "words occur in them")
     print(f"{'':20}{'model':>9}{'frequent words':>16}{'chance':>9}{'ceiling':>9}")
     for key in [f"precision@{k}" for k in KS]:
@@ -383,14 +383,17 @@ def guarded(work):
         sys.exit(1)
 
 
+def without_nan(value):
+    """The value for JSON, which lacks NaN and infinity: null instead."""
+    if isinstance(value, dict):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
 def write_json(path, result):
-    """The result of a command as JSON; NaN, which JSON lacks, as null."""
-    def clean(value):
-        if isinstance(value, dict):
-            return {key: clean(inner) for key, inner in value.items()}
-        return None if isinstance(value, float) and not np.isfinite(value) else value
+    """The result of a command as JSON."""
     with open(path, "w") as file:
-        json.dump(clean(result), file, indent=1)
+        json.dump(without_nan(result), file, indent=1)
         file.write("\n")
 
 

@@ -1018,6 +1018,47 @@ def test_odd_json_lines_are_counted(tmp_path):
     assert data.parse(block, "jsonl") == (["a.jpg"], ["x"], 4)
 
 
+def test_quote_that_nobody_closed_costs_one_row(tmp_path):
+    path = tmp_path / "c.csv"
+    path.write_bytes(b'image,caption\n0.jpg,caf\xe9\n1.jpg,"a cat sits\n'
+                     + b"".join(b"%d.jpg,word\n" % i for i in range(2, 60)))
+    (block, _), = data.blocks(path, "csv")
+    names, captions, _ = data.parse(block, "csv")
+    assert len(names) == 60 and data.words_of(captions[0]) == ["cafe"]
+    assert data.words_of(captions[1]) == ["a", "cat", "sits"]
+
+
+def test_missing_captions_are_not_the_word_none(tmp_path):
+    (tmp_path / "c").write_text('{"file_name": "a.jpg", "text": null}\n')
+    (block, _), = data.blocks(tmp_path / "c", "jsonl")
+    assert data.parse(block, "jsonl") == (["a.jpg"], [""], 0)
+
+
+def test_long_first_line_of_json_lines_is_recognised(tmp_path):
+    (tmp_path / "c").write_text(json.dumps({"file_name": "a.jpg", "text": "word " * 99_999}) + "\n")
+    assert data.recognise(tmp_path / "c") == "jsonl"
+
+
+def test_steps_without_any_photo_cost_nothing_but_themselves(mine, tmp_path):
+    mine[mine.index("--batch") + 1] = 1
+    run(*mine, "--sampling", "image", "--lr", 0.001, "--epochs", 1, "--out", "r", folder=tmp_path)
+    kept = open(tmp_path / "r" / "skipped.txt").read()
+    run("--resume", "--out", "r", folder=tmp_path)
+    assert kept and open(tmp_path / "r" / "skipped.txt").read() == kept
+
+
+def test_diverged_weights_are_not_saved(mine, tmp_path):
+    mine[mine.index("--epoch-size") + 1] = 16                      # the first step ends an epoch
+    done = run(*mine, "--lr", 1e30, "--out", "r", folder=tmp_path, expect=1)
+    assert "lower --lr" in done.stderr and not os.path.exists(tmp_path / "r" / "model.npz")
+
+
+def test_resume_with_the_same_relative_paths_goes_on(mine, tmp_path):
+    mine[1:4:2] = ["photos", "captions.tsv"]
+    run(*mine, "--epochs", 1, "--out", "r", folder=tmp_path)
+    run(*mine, "--epochs", 2, "--out", "r", "--resume", folder=tmp_path)
+
+
 def test_folder_of_a_running_run_is_refused(tmp_path):
     lock = weak.lock_folder(str(tmp_path / "r"))
     with pytest.raises(ValueError, match="another run"):

@@ -39,6 +39,7 @@ EPOCHS_PER_RATE = 10            # epochs that each learning rate is kept at leas
 LEAST_RATE = 1e-6               # training stops below
 MOMENTUM, DECAY = 0.9, 5e-4     # not stated in the paper; Krizhevsky's (2012, §5)
 SAVE_SECONDS = 600
+EMPTY_STEPS = 100               # steps in a row without a photo that can be read: give up
 VALIDATED = 10_000              # held-out photos scored after an epoch, at most
 HARMLESS = {"resume", "out", "images", "epochs", "min_lr", "workers", "threads", "device"}
 
@@ -46,9 +47,9 @@ HARMLESS = {"resume", "out", "images", "epochs", "min_lr", "workers", "threads",
 def main():
     options, checkpoint = parse()
     warnings.filterwarnings("ignore", "(overflow|invalid value)", RuntimeWarning)   # the loss says
-    print(kernels.use(options.device), flush=True)
     if options.threads:
         kernels.set_threads(options.threads)
+    print(kernels.use(options.device), flush=True)
     lock = lock_folder(options.out)
     if options.drawn:
         draw_set(os.path.dirname(options.captions), options.seed)
@@ -56,7 +57,7 @@ def main():
     with Interrupt() as interrupt:
         run = Run(options, index, checkpoint)
         finished = run.train(interrupt)
-        run.finish()
+        run.finish(finished)
     lock.close()
     return 0 if finished else 130
 
@@ -158,7 +159,7 @@ def name_of(options):
     if not options.images:
         raise ValueError("--resume: name the run's folder with --out" if options.resume else
                          "--captions needs --images, the folder of the photos")
-    return os.path.basename(os.path.normpath(options.images)) or "photos"
+    return os.path.basename(os.path.abspath(options.images)) or "photos"
 
 
 def checked(options):
@@ -234,8 +235,7 @@ def read_captions(options):
     if found < options.words:
         print(f"captions: only {found:,} words are there after the {options.stop_words} most "
               f"frequent ones, not {options.words:,}; going on with them")
-    probed = np.linspace(0, len(index) - 1, min(len(index), 2000)).astype(int)
-    if not any(os.path.exists(os.path.join(options.images, index.name(i))) for i in probed):
+    if not data.any_photo(options.images, index):
         raise ValueError(f"none of the photos that the captions name is in {options.images}, "
                          f"e.g. {index.name(0)!r}; check --images and the names")
     return index
@@ -274,7 +274,8 @@ class Run:
         self.optimiser = model.SGD(self.net, options.momentum, options.weight_decay)
         self.plateau = model.Plateau(options.lr, options.epochs_per_lr, options.min_lr)
         self.step = self.epoch = 0
-        self.log, self.losses, self.saved = [], [], None
+        self.log, self.losses, self.saved = [], [], None            # a loss a step of the epoch
+        self.batch = None                                           # the last one
         if checkpoint:
             self.restore(*checkpoint)
         self.epoch_size = options.epoch_size or min(EPOCH, max(LEAST_EPOCH, index.training))
@@ -284,6 +285,8 @@ class Run:
         self.check_room()
         self.loader = data.Loader(options.images, index.name, len(index), self.size,
                                   options.batch + evaluation.BATCH, options.workers, options.out)
+        if checkpoint:
+            self.recall_skipped()
         self.write_texts()
 
     def restore(self, weights, velocities, facts, words):
@@ -340,27 +343,40 @@ class Run:
 
     def train_step(self, draw, photos):
         """Forward, loss, backward, update: one step of SGD on one batch; returns the loss."""
+        self.step += 1
         if not draw.weights.any():
-            name, why = next(iter(self.loader.skipped.items()))
-            raise RuntimeError(f"no photo of step {self.step:,} could be read, e.g. {name}: {why}")
+            if self.losses[-EMPTY_STEPS:] == [None] * EMPTY_STEPS:
+                name, why = next(iter(self.loader.skipped.items()))
+                raise RuntimeError(f"no photo of the last {EMPTY_STEPS} steps could be read, "
+                                   f"e.g. {name}: {why}")
+            return None
         where = draw.crops(self.size - self.crop, self.options.crop == "random")
         x = kernels.prepare(photos, *where, self.crop)              # (N, H, W, 3)
         s = self.net.forward(x, seed=self.options.seed, step=self.step)     # (N, K)
         loss, ds = kernels.softmax_loss(s, draw.targets(), draw.weights)
+        self.check_loss(loss)
+        self.net.backward(ds)
+        self.optimiser.step(self.plateau.rate)
+        self.batch = x, draw.targets(), draw.weights
+        return loss
+
+    def check_loss(self, loss):
+        """RuntimeError if the loss is not finite: what was saved before stays as it is."""
         if not np.isfinite(loss):
             kept = ("nothing was saved yet" if self.saved is None
                     else f"the checkpoint of step {self.saved:,} is untouched")
             raise RuntimeError(f"the loss is {loss} at step {self.step:,}: {kept}; "
                                f"lower --lr ({self.plateau.rate:g})")
-        self.net.backward(ds)
-        self.optimiser.step(self.plateau.rate)
-        self.step += 1
-        return loss
+
+    def mean_loss(self, last=None):
+        """The mean training loss of the epoch so far, or of its last steps; NaN without one."""
+        losses = [loss for loss in self.losses[-(last or 0):] if loss is not None]
+        return float(np.mean(losses)) if losses else math.nan
 
     def end_epoch(self, clock):
         """Validate, apply the learning-rate rule, save, and log the epoch."""
         self.epoch += 1
-        row = {"epoch": self.epoch, "step": self.step, "loss": float(np.mean(self.losses)),
+        row = {"epoch": self.epoch, "step": self.step, "loss": self.mean_loss(),
                "learning_rate": self.plateau.rate, "images_per_second": clock.rate(),
                "loader_wait": clock.wait_share(), "precision@10": None, "auc": None,
                "validation_loss": None, "skipped": len(self.loader.skipped)}
@@ -368,6 +384,7 @@ class Run:
         error = row["loss"]                     # where nothing is held out
         if result:
             error = result["loss"]
+            self.check_loss(error)
             row |= {"validation_loss": error, **{key: result[key] for key in
                                                  ("precision@10", "auc", "map")}}
         self.plateau.update(error)
@@ -400,7 +417,13 @@ class Run:
                 "counts": self.index.photo_counts().tolist()}
 
     def save(self, last=False):
-        """Write the checkpoint; a full disk is said, and costs the run nothing but this one."""
+        """Write the checkpoint; a full disk is said, and costs the run nothing but this one.
+
+        The last update may have diverged: one more forward pass keeps the checkpoint good.
+        """
+        if self.batch:
+            x, targets, weights = self.batch
+            self.check_loss(kernels.softmax_loss(self.net.forward(x), targets, weights)[0])
         places = [self.options.out] + [tempfile.gettempdir()] * last
         for place in places:
             path = os.path.join(place, "model.npz" if place == self.options.out else
@@ -423,6 +446,17 @@ class Run:
             raise RuntimeError("the last steps could not be saved anywhere")
         return False
 
+    def recall_skipped(self):
+        """What was skipped before the run was resumed."""
+        try:
+            with open(os.path.join(self.options.out, "skipped.txt"), encoding="utf-8",
+                      errors="surrogateescape") as file:
+                rows = [line.rstrip("\n").rpartition("\t") for line in file]
+        except OSError:
+            return
+        self.loader.skipped.update({name: why for name, _, why in rows
+                                    if name not in self.index.facts["refused_names"]})
+
     def write_texts(self):
         """words.txt, log.jsonl and skipped.txt; losing one of them never ends a run."""
         counts = self.index.photo_counts()
@@ -432,7 +466,7 @@ class Run:
         texts = {
             "words.txt": [f"{word}\t{count}" for word, count in
                           zip(self.index.dictionary.words, counts)],
-            "log.jsonl": [json.dumps(row) for row in self.log],
+            "log.jsonl": [json.dumps(evaluation.without_nan(row)) for row in self.log],
             "skipped.txt": [f"{name}\t{why}" for name, why in skipped]}
         try:
             for name, lines in texts.items():
@@ -453,14 +487,14 @@ class Run:
         except OSError as error:
             print(f"pictures not drawn: {error.strerror or error}", file=sys.stderr)
 
-    def finish(self):
+    def finish(self, finished):
         """Save, draw the pictures, and say what was learned and what to try next."""
         if self.saved != self.step or not os.path.exists(
                 os.path.join(self.options.out, "model.npz")):
             self.save(last=True)
         self.write_texts()
         self.draw_pictures()
-        if self.log and (result := self.validate()):
+        if finished and (result := self.validate()):
             evaluation.print_words(result)
         self.say_doubles()
         if self.loader.skipped:
@@ -523,7 +557,7 @@ class Clock:
         left = (run.steps - done) * run.options.batch / self.rate()
         text = (f"epoch {run.epoch + 1}: {done * run.options.batch:,} of "
                 f"{run.steps * run.options.batch:,} images, {self.rate():.0f}/s, "
-                f"loss {np.mean(run.losses[-50:]):.4f}, {duration(left)} left in the epoch")
+                f"loss {run.mean_loss(50):.4f}, {duration(left)} left in the epoch")
         if run.options.epochs:
             whole = (run.options.epochs - run.epoch - 1) * run.steps * run.options.batch
             text += f", {duration(left + whole / self.rate())} in all"
