@@ -1,7 +1,7 @@
 """The paper's experiments on a trained run, using the model, and the pictures of a run.
 
-    python eval.py words --model runs/NAME                    precision@k, AUC, AP on held-out photos
-    python eval.py tag   --model runs/NAME PHOTO...           words for photos
+    python eval.py words --model runs/NAME                precision@k, AUC and AP on held-out photos
+    python eval.py tag   --model runs/NAME PHOTO...       words for photos
 
 `--model` is the run's folder, as weak.py made it. Fractions, not percent, everywhere.
 """
@@ -100,8 +100,8 @@ def word_metrics(features, output, rows, counts):
         "photos": n, "words": int(np.isfinite(auc).sum()), "dictionary": k,
         "ceiling": {f"precision@{at}": float(np.minimum(sizes, at).mean() / at) for at in KS},
         "baseline": {f"precision@{at}": float(value) for at, value in zip(KS, baseline)},
-        "chance": {**{f"precision@{at}": float(sizes.mean() / k * min(at, k) / at) for at in KS}, "auc": 0.5,
-                   "map": float(sizes.sum() / n / max(1, np.isfinite(auc).sum()))},
+        "chance": {**{f"precision@{at}": float(sizes.mean() / k * min(at, k) / at) for at in KS},
+                   "auc": 0.5, "map": float(sizes.sum() / n / max(1, np.isfinite(auc).sum()))},
     }
 
 
@@ -399,8 +399,8 @@ def write_json(path, result):
 
 def check(options):
     """ValueError for options that cannot be; before any work, also for where the JSON goes."""
-    for name, low, high in (("threads", 1, np.inf), ("workers", 0, MOST_WORKERS), ("top", 1, np.inf),
-                            ("threshold", 0, 1)):
+    for name, low, high in (("threads", 1, np.inf), ("workers", 0, MOST_WORKERS),
+                            ("top", 1, np.inf), ("threshold", 0, 1)):
         value = getattr(options, name, None)
         if value is not None and not low <= value <= high:
             raise ValueError(f"--{name} {value}: it must be {low} to {high}")

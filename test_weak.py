@@ -3,6 +3,7 @@
 Gradients in float64 against central differences, twins against SciPy, plain loops and (where it is
 installed) PyTorch, the text, the index, the draws, the loader, training, resuming, and bad input.
 """
+
 import bz2
 import errno
 import gzip
@@ -37,6 +38,7 @@ def rng():
 
 # ------------------------------------------------------------------------------- gradients
 
+
 def as_float64(net, seed=0):
     """The network with float64 weights, biases drawn so that they matter."""
     net.init(seed)
@@ -63,12 +65,14 @@ def check_gradients(net, x, loss_of=None, samples=12, tolerance=1e-6, eps=1e-5):
 
     dy = loss_of(y.copy())[1].copy()
     if net.rows[-1][1].relu:
-        dy = dy * (y > 0)                       # whoever stands above takes the ReLU's derivative
+        dy = dy * (y > 0)  # whoever stands above takes the ReLU's derivative
     before = dy.copy()
     dx = net.backward(dy)
     assert np.array_equal(dy, before), "backward changed dy"
-    tensors = [(path, getattr(layer, name), np.array(getattr(layer, "d" + name)))
-               for path, layer, name in net.parameters()]
+    tensors = [
+        (path, getattr(layer, name), np.array(getattr(layer, "d" + name)))
+        for path, layer, name in net.parameters()
+    ]
     if dx is not None:
         tensors.append(("x", x, dx.copy()))
     for path, value, gradient in tensors:
@@ -84,7 +88,8 @@ def check_gradients(net, x, loss_of=None, samples=12, tolerance=1e-6, eps=1e-5):
             numeric = (above - below) / (2 * eps)
             assert abs(numeric - gradient[index]) <= tolerance * max(1, abs(numeric)), (
                 f"d{path}{list(map(int, index))}: {gradient[index]} by backward, "
-                f"{numeric} by differences")
+                f"{numeric} by differences"
+            )
 
 
 def alone(*layers):
@@ -111,15 +116,28 @@ LAYERS = {
     "lrn_on_relu": lambda: [model.Conv(3, 7, 3), model.LRN(5, alpha=0.2)],
     "linear": lambda: [model.Flatten(), model.Linear(10 * 8 * 3, 6, relu=False)],
     "linear_on_relu": lambda: [model.Flatten(), model.Linear(10 * 8 * 3, 6), model.Linear(6, 4)],
-    "flatten_on_relu": lambda: [model.Conv(3, 2, 3), model.Flatten(),
-                                model.Linear(96, 3, relu=False)],
+    "flatten_on_relu": lambda: [
+        model.Conv(3, 2, 3),
+        model.Flatten(),
+        model.Linear(96, 3, relu=False),
+    ],
     "dropout": lambda: [model.Flatten(), model.Dropout(0.4)],
-    "dropout_on_relu": lambda: [model.Flatten(), model.Linear(240, 40), model.Dropout(0.5),
-                                model.Linear(40, 3, relu=False)],
+    "dropout_on_relu": lambda: [
+        model.Flatten(),
+        model.Linear(240, 40),
+        model.Dropout(0.5),
+        model.Linear(40, 3, relu=False),
+    ],
     "output": lambda: [model.Flatten(), model.Linear(240, 9), model.Output(9, 5)],
-    "concat": lambda: [model.Conv(3, 4, 3, pad=1), model.Concat(
-        [model.Conv(4, 3, 1)], [model.Conv(4, 2, 1), model.Conv(2, 5, 3, pad=1)],
-        [model.MaxPool(3, 1, pad=1), model.Conv(4, 2, 1)]), model.Conv(10, 2, 3)],
+    "concat": lambda: [
+        model.Conv(3, 4, 3, pad=1),
+        model.Concat(
+            [model.Conv(4, 3, 1)],
+            [model.Conv(4, 2, 1), model.Conv(2, 5, 3, pad=1)],
+            [model.MaxPool(3, 1, pad=1), model.Conv(4, 2, 1)],
+        ),
+        model.Conv(10, 2, 3),
+    ],
 }
 
 
@@ -131,8 +149,10 @@ def test_layer_gradient_is_numerical(name, rng):
 def batch_of(rng, n, crop, k):
     targets = data.pad_rows([rng.choice(k, size, replace=False) for size in (2, 1, 3)[:n]])
     weights = np.array([0.5, 0.25, 0.25])[:n]
-    return (rng.standard_normal((n, crop, crop, 3)),
-            lambda s: kernels.softmax_loss(s, targets, weights))
+    return (
+        rng.standard_normal((n, crop, crop, 3)),
+        lambda s: kernels.softmax_loss(s, targets, weights),
+    )
 
 
 def test_small_network_gradient_is_numerical(rng):
@@ -146,12 +166,20 @@ def test_alexnet_gradient_is_numerical(rng):
     check_gradients(net, x, loss, samples=3, tolerance=1e-5, eps=1e-6)
 
 
-@pytest.mark.parametrize("name, spoil", list({
-    "conv": lambda layer: setattr(layer, "stride", 2),
-    "max_pool": lambda layer: setattr(layer, "pad", 1),
-    "avg_pool": lambda layer: setattr(layer, "backward", lambda dy: -type(layer).backward(layer, dy)),
-    "conv_on_relu": lambda layer: setattr(layer, "below_relu", False),
-    "dropout": lambda layer: layer.at(1, 6, 0)}.items()))
+@pytest.mark.parametrize(
+    "name, spoil",
+    list(
+        {
+            "conv": lambda layer: setattr(layer, "stride", 2),
+            "max_pool": lambda layer: setattr(layer, "pad", 1),
+            "avg_pool": lambda layer: setattr(
+                layer, "backward", lambda dy: -type(layer).backward(layer, dy)
+            ),
+            "conv_on_relu": lambda layer: setattr(layer, "below_relu", False),
+            "dropout": lambda layer: layer.at(1, 6, 0),
+        }.items()
+    ),
+)
 def test_wrong_backward_is_caught(name, spoil, rng):
     net = alone(*LAYERS[name]())
     layer = net.rows[-1][1]
@@ -176,14 +204,24 @@ def test_wrong_gradient_is_named(rng):
 
 # ------------------------------------------------------------------------- twins and others
 
+
 def random_shapes(count):
     rng = np.random.default_rng(11)
     for _ in range(count):
         kh, kw = rng.integers(1, 8, 2)
         stride, pad = int(rng.integers(1, 5)), int(rng.integers(0, 6))
         h, w = rng.integers(max(1, kh - 2 * pad), 16), rng.integers(max(1, kw - 2 * pad), 16)
-        yield (int(rng.integers(1, 6)), int(h), int(w), int(rng.integers(1, 6)), int(kh), int(kw),
-               int(rng.integers(1, 8)), stride, pad)
+        yield (
+            int(rng.integers(1, 6)),
+            int(h),
+            int(w),
+            int(rng.integers(1, 6)),
+            int(kh),
+            int(kw),
+            int(rng.integers(1, 8)),
+            stride,
+            pad,
+        )
 
 
 @pytest.mark.parametrize("n, h, w, c, kh, kw, f, stride, pad", list(random_shapes(40)))
@@ -192,33 +230,46 @@ def test_convolution_agrees_with_scipy_and_its_adjoints(n, h, w, c, kh, kw, f, s
     b = rng.standard_normal(f)
     y = kernels.conv_forward(x, filters, b, stride, pad)
     padded = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    whole = np.stack([sum(correlate(padded[i, :, :, j], filters[:, :, j, k], "valid", "direct")
-                          for j in range(c)) for i in range(n) for k in range(f)])
+    whole = np.stack(
+        [
+            sum(
+                correlate(padded[i, :, :, j], filters[:, :, j, k], "valid", "direct")
+                for j in range(c)
+            )
+            for i in range(n)
+            for k in range(f)
+        ]
+    )
     whole = whole.reshape(n, f, *whole.shape[1:]).transpose(0, 2, 3, 1)[:, ::stride, ::stride]
     np.testing.assert_allclose(y, whole + b, atol=1e-11)
     dy = rng.standard_normal(y.shape)
     dx = kernels.conv_backward_input(dy, filters, x, stride, pad)
     dw, db = kernels.conv_backward_filter(x, dy, filters.shape, stride, pad)
-    np.testing.assert_allclose((dx * x).sum(), (dy * (y - b)).sum(), atol=1e-9)     # <Aᵀdy, x> =
-    np.testing.assert_allclose((dw * filters).sum(), (dy * (y - b)).sum(), atol=1e-9)   # <dy, Ax>
+    np.testing.assert_allclose((dx * x).sum(), (dy * (y - b)).sum(), atol=1e-9)  # <Aᵀdy, x> =
+    np.testing.assert_allclose((dw * filters).sum(), (dy * (y - b)).sum(), atol=1e-9)  # <dy, Ax>
     np.testing.assert_allclose(db, dy.sum(axis=(0, 1, 2)), atol=1e-11)
 
 
-@pytest.mark.parametrize("kernel, stride, pad, ceil", [(3, 2, 0, False), (3, 2, 0, True),
-                                                       (3, 1, 1, False), (2, 3, 1, True)])
+@pytest.mark.parametrize(
+    "kernel, stride, pad, ceil",
+    [(3, 2, 0, False), (3, 2, 0, True), (3, 1, 1, False), (2, 3, 1, True)],
+)
 def test_pooling_agrees_with_a_plain_loop(kernel, stride, pad, ceil, rng):
-    x = np.maximum(rng.standard_normal((2, 9, 12, 3)), 0)           # zeros: ties
+    x = np.maximum(rng.standard_normal((2, 9, 12, 3)), 0)  # zeros: ties
     y = kernels.max_pool_forward(x, kernel, stride, pad, ceil)
     mean = kernels.avg_pool_forward(x, kernel, stride, pad, ceil)
     dy, dx = rng.standard_normal(y.shape), np.zeros(x.shape)
     for n, i, j, c in np.ndindex(y.shape):
-        window = [(p, q) for p in range(i * stride - pad, i * stride - pad + kernel)
-                  for q in range(j * stride - pad, j * stride - pad + kernel)
-                  if 0 <= p < 9 and 0 <= q < 12]
+        window = [
+            (p, q)
+            for p in range(i * stride - pad, i * stride - pad + kernel)
+            for q in range(j * stride - pad, j * stride - pad + kernel)
+            if 0 <= p < 9 and 0 <= q < 12
+        ]
         values = [x[n, p, q, c] for p, q in window]
         assert y[n, i, j, c] == max(values)
         assert math.isclose(mean[n, i, j, c], sum(values) / len(values), abs_tol=1e-12)
-        p, q = window[int(np.argmax(values))]                       # the first of the largest
+        p, q = window[int(np.argmax(values))]  # the first of the largest
         dx[n, p, q, c] += dy[n, i, j, c]
     np.testing.assert_allclose(kernels.max_pool_backward(dy, x, y, kernel, stride, pad), dx)
 
@@ -227,8 +278,8 @@ def test_lrn_follows_its_formula(rng):
     x = rng.standard_normal((1, 2, 3, 9))
     y = kernels.lrn_forward(x, 5, 2.0, 0.1, 0.75)
     for c in range(9):
-        near = x[..., max(0, c - 2):c + 3]
-        np.testing.assert_allclose(y[..., c], x[..., c] / (2 + 0.1 * (near ** 2).sum(-1)) ** 0.75)
+        near = x[..., max(0, c - 2) : c + 3]
+        np.testing.assert_allclose(y[..., c], x[..., c] / (2 + 0.1 * (near**2).sum(-1)) ** 0.75)
 
 
 def test_results_do_not_depend_on_the_number_of_threads(rng):
@@ -239,8 +290,13 @@ def test_results_do_not_depend_on_the_number_of_threads(rng):
         for count in (1, 2, 3):
             kernels.set_threads(count)
             y = kernels.conv_forward(x, w, b, 1, 1, relu=True)
-            results.append((y, *kernels.conv_backward_filter(x, y, w.shape, 1, 1),
-                            kernels.max_pool_forward(y, 3, 2)))
+            results.append(
+                (
+                    y,
+                    *kernels.conv_backward_filter(x, y, w.shape, 1, 1),
+                    kernels.max_pool_forward(y, 3, 2),
+                )
+            )
     finally:
         kernels.set_threads(before)
     for one in results[1:]:
@@ -256,9 +312,15 @@ def test_networks_agree_with_pytorch(rng):
     y = torch.tensor(x).permute(0, 3, 1, 2)
     for name, layer in net.rows:
         if isinstance(layer, model.Conv):
-            y = torch.relu(torch.nn.functional.conv2d(
-                y, torch.tensor(layer.w).permute(3, 2, 0, 1), torch.tensor(layer.b),
-                layer.stride, layer.pad))
+            y = torch.relu(
+                torch.nn.functional.conv2d(
+                    y,
+                    torch.tensor(layer.w).permute(3, 2, 0, 1),
+                    torch.tensor(layer.b),
+                    layer.stride,
+                    layer.pad,
+                )
+            )
         elif isinstance(layer, model.MaxPool):
             y = torch.nn.functional.max_pool2d(y, layer.kernel, layer.stride)
         elif isinstance(layer, model.Flatten):
@@ -281,7 +343,9 @@ def philox_by_hand(key, counter):
     return [c0, c1, c2, c3]
 
 
-@pytest.mark.parametrize("counter", [(0, 0, 0, 0), (5, 3, 2, 1), (0, 9, 0, 1), (2**40, 7, 2**33, 0)])
+@pytest.mark.parametrize(
+    "counter", [(0, 0, 0, 0), (5, 3, 2, 1), (0, 9, 0, 1), (2**40, 7, 2**33, 0)]
+)
 def test_philox_numbers_are_those_of_the_counter(counter):
     block, step, layer, stream = counter
     expected = philox_by_hand(42, counter) + philox_by_hand(42, (block + 1, step, layer, stream))
@@ -298,7 +362,7 @@ def test_dropout_mask_is_a_function_of_the_global_row():
 
 def test_prepare_crops_mirrors_and_normalises(rng):
     photos = rng.integers(0, 256, (3, 12, 12, 3)).astype(np.uint8)
-    photos[2] = 200                                                 # a blank photo
+    photos[2] = 200  # a blank photo
     y = kernels.prepare(photos, [0, 4, 1], [2, 1, 1], [False, True, False], 8)
     part = photos[1, 4:12, 1:9][:, ::-1].astype(np.float64)
     np.testing.assert_allclose(y[1], (part - part.mean()) / part.std(), atol=1e-5)
@@ -308,17 +372,21 @@ def test_prepare_crops_mirrors_and_normalises(rng):
 
 # ------------------------------------------------------------------------ losses and SGD
 
+
 def test_softmax_loss_is_worked_out_by_hand():
     s = np.array([[1.0, 2.0, 0.5], [0.0, -1.0, 3.0], [5.0, 5.0, 5.0]])
-    targets, weights = np.array([[0, 2], [2, -1], [1, -1]], np.int32), np.array([.5, .25, 0])
+    targets, weights = np.array([[0, 2], [2, -1], [1, -1]], np.int32), np.array([0.5, 0.25, 0])
     z0, z1 = sum(map(math.exp, s[0])), sum(map(math.exp, s[1]))
-    expected = -.5 * (math.log(math.exp(1) / z0) + math.log(math.exp(.5) / z0)) - .25 * math.log(
-        math.exp(3) / z1)
+    expected = -0.5 * (math.log(math.exp(1) / z0) + math.log(math.exp(0.5) / z0)) - 0.25 * math.log(
+        math.exp(3) / z1
+    )
     loss, ds = kernels.softmax_loss(s.copy(), targets, weights)
     assert math.isclose(loss, expected, rel_tol=1e-12)
-    np.testing.assert_allclose(ds[0], [.5 * (2 * math.exp(1) / z0 - 1), math.exp(2) / z0,
-                                       .5 * (2 * math.exp(.5) / z0 - 1)])
-    assert not ds[2].any()                                          # a row that does not count
+    np.testing.assert_allclose(
+        ds[0],
+        [0.5 * (2 * math.exp(1) / z0 - 1), math.exp(2) / z0, 0.5 * (2 * math.exp(0.5) / z0 - 1)],
+    )
+    assert not ds[2].any()  # a row that does not count
 
 
 def test_softmax_loss_gradient_is_numerical(rng):
@@ -352,15 +420,17 @@ def test_learning_rate_is_halved_when_the_error_rose():
     for error in [5, 6, 4, 5, 6, 4, 5, 3, 4, 5]:
         rates.append(rule.rate)
         going = rule.update(error)
-    assert rates == [.1, .1, .1, .1, .05, .05, .05, .025, .025, .025] and not going
+    assert rates == [0.1, 0.1, 0.1, 0.1, 0.05, 0.05, 0.05, 0.025, 0.025, 0.025] and not going
 
 
 def test_networks_have_their_parameter_counts():
     for k in (10, 1000):
         net = model.alexnet(k, 0.5)
-        count = sum(np.prod(layer.shape) + layer.shape[-1 if not isinstance(layer, model.Output)
-                                                       else 0]
-                    for _, layer in net.rows if layer.names)
+        count = sum(
+            np.prod(layer.shape) + layer.shape[-1 if not isinstance(layer, model.Output) else 0]
+            for _, layer in net.rows
+            if layer.names
+        )
         assert count == 57_003_840 + 4097 * k
 
 
@@ -379,20 +449,27 @@ def test_network_overfits_one_batch(rng):
 
 # ------------------------------------------------------------------------------------ text
 
-@pytest.mark.parametrize("caption, words", [
-    ("A tri-colored dog, isn't it?", "a tricolored dog isnt it"),
-    ("#sunset#beach 2014 mp3 3.5 12-13", "sunset beach mp3"),
-    ("Été à Nîmes — Ça va: cœur", "ete a nimes ca va cœur"),
-    ("e\u0301te\u0301 naïve ÅNGSTRÖM", "ete naive angstrom"),
-    ("Ёлка и йогурт Київ", "елка и йогурт київ"),
-    ("ΚΑΛΗΜΈΡΑ", "καλημερα"),
-    ("हिन्दी में फूल", "हिन्दी में फूल"),
-    ("สวัสดีครับ ประเทศไทย", "สวัสดีครับ ประเทศไทย"),
-    ("한국어 사진", "한국어 사진"),
-    ("日本の写真 2015", "日本の写真"),
-    ("dog,cat/bird|fish", "dog cat bird fish"),
-    ("❤️ love☀️ ½ ² ٣", "love"),
-    ("", ""), ("!!! 12", ""), ("a\nb\tc\u2028d\u00a0e", "a b c d e")])
+
+@pytest.mark.parametrize(
+    "caption, words",
+    [
+        ("A tri-colored dog, isn't it?", "a tricolored dog isnt it"),
+        ("#sunset#beach 2014 mp3 3.5 12-13", "sunset beach mp3"),
+        ("Été à Nîmes — Ça va: cœur", "ete a nimes ca va cœur"),
+        ("e\u0301te\u0301 naïve ÅNGSTRÖM", "ete naive angstrom"),
+        ("Ёлка и йогурт Київ", "елка и йогурт київ"),
+        ("ΚΑΛΗΜΈΡΑ", "καλημερα"),
+        ("हिन्दी में फूल", "हिन्दी में फूल"),
+        ("สวัสดีครับ ประเทศไทย", "สวัสดีครับ ประเทศไทย"),
+        ("한국어 사진", "한국어 사진"),
+        ("日本の写真 2015", "日本の写真"),
+        ("dog,cat/bird|fish", "dog cat bird fish"),
+        ("❤️ love☀️ ½ ² ٣", "love"),
+        ("", ""),
+        ("!!! 12", ""),
+        ("a\nb\tc\u2028d\u00a0e", "a b c d e"),
+    ],
+)
 def test_words_are_the_papers_in_every_script(caption, words):
     assert data.words_of(caption) == words.split()
 
@@ -403,16 +480,44 @@ def test_words_of_decomposed_hangul_and_marks_stay_whole():
 
 # --------------------------------------------------------------------------------- formats
 
-ROWS = [("a.jpg", "one dog"), ("b c.jpg", "two, dogs"), ("sub/ü.jpg", 'three "dogs"'),
-        ("a.jpg", "four")]
+ROWS = [
+    ("a.jpg", "one dog"),
+    ("b c.jpg", "two, dogs"),
+    ("sub/ü.jpg", 'three "dogs"'),
+    ("a.jpg", "four"),
+]
 
 
 def yfcc_line(photo, title, description, tags, columns, video=False):
     head = {23: [photo], 24: ["7", photo], 25: ["7", photo, "0f" * 16]}[columns]
     url = "http://www.flickr.com/photos/1@N00/1/"
-    return "\t".join([*head, "1@N00", "nick", "2009-01-01", "123", "Canon", title, description, tags,
-                      "", "", "", "", url, url, "CC", url, "1", "2", "3", "4", "jpg",
-                      str(int(video))])
+    return "\t".join(
+        [
+            *head,
+            "1@N00",
+            "nick",
+            "2009-01-01",
+            "123",
+            "Canon",
+            title,
+            description,
+            tags,
+            "",
+            "",
+            "",
+            "",
+            url,
+            url,
+            "CC",
+            url,
+            "1",
+            "2",
+            "3",
+            "4",
+            "jpg",
+            str(int(video)),
+        ]
+    )
 
 
 def captions_text(kind):
@@ -425,23 +530,43 @@ def captions_text(kind):
         return "image,caption\n" + "".join(f"{name},{text}\n" for name, text in quoted)
     if kind == "bare csv":
         return "image_name| comment_number| comment\n" + "".join(
-            f"{name}| 0| {text}\n" for name, text in ROWS)
+            f"{name}| 0| {text}\n" for name, text in ROWS
+        )
     if kind == "jsonl":
         keys = ["text", "caption", "captions", "tags"]
-        return "".join(json.dumps({"file_name": name, key: text.split(" ") if key == "tags" else text})
-                       + "\n" for key, (name, text) in zip(keys, ROWS))
+        return "".join(
+            json.dumps({"file_name": name, key: text.split(" ") if key == "tags" else text}) + "\n"
+            for key, (name, text) in zip(keys, ROWS)
+        )
     if kind == "coco":
         names = list(dict.fromkeys(name for name, _ in ROWS))
-        return json.dumps({"info": {}, "images": [{"id": i, "file_name": n} for i, n in enumerate(names)],
-                           "annotations": [{"image_id": names.index(n), "caption": t} for n, t in ROWS]},
-                          indent=1)
+        return json.dumps(
+            {
+                "info": {},
+                "images": [{"id": i, "file_name": n} for i, n in enumerate(names)],
+                "annotations": [{"image_id": names.index(n), "caption": t} for n, t in ROWS],
+            },
+            indent=1,
+        )
     raise AssertionError(kind)
 
 
-@pytest.mark.parametrize("kind, found", [("tsv", "tsv"), ("token", "tsv"), ("csv", "csv"),
-                                         ("bare csv", "csv"), ("jsonl", "jsonl"), ("coco", "coco")])
-@pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress, b"\xef\xbb\xbf".__add__],
-                         ids=["plain", "gzip", "bzip2", "BOM"])
+@pytest.mark.parametrize(
+    "kind, found",
+    [
+        ("tsv", "tsv"),
+        ("token", "tsv"),
+        ("csv", "csv"),
+        ("bare csv", "csv"),
+        ("jsonl", "jsonl"),
+        ("coco", "coco"),
+    ],
+)
+@pytest.mark.parametrize(
+    "pack",
+    [bytes, gzip.compress, bz2.compress, b"\xef\xbb\xbf".__add__],
+    ids=["plain", "gzip", "bzip2", "BOM"],
+)
 def test_captions_formats_are_recognised_and_read(kind, found, pack, tmp_path):
     path = tmp_path / "captions"
     path.write_bytes(pack(captions_text(kind).encode()))
@@ -452,16 +577,25 @@ def test_captions_formats_are_recognised_and_read(kind, found, pack, tmp_path):
         assert not bad
         rows += zip(names, captions)
     assert [(name, data.words_of(text)) for name, text in rows] == [
-        (name, data.words_of(text)) for name, text in ROWS]
+        (name, data.words_of(text)) for name, text in ROWS
+    ]
 
 
 @pytest.mark.parametrize("columns", [23, 24, 25])
 def test_yfcc_table_is_read_with_and_without_line_numbers(columns, tmp_path):
     path = tmp_path / "yfcc"
-    path.write_text("\n".join([yfcc_line("6185218911", "My+Caf%C3%A9", "at+the%0Asea", "red+car,sun", columns),
-                               yfcc_line("5", "a+video", "", "", columns, video=True), "junk"]) + "\n")
+    path.write_text(
+        "\n".join(
+            [
+                yfcc_line("6185218911", "My+Caf%C3%A9", "at+the%0Asea", "red+car,sun", columns),
+                yfcc_line("5", "a+video", "", "", columns, video=True),
+                "junk",
+            ]
+        )
+        + "\n"
+    )
     assert data.recognise(path) == "yfcc"
-    (block, _), = data.blocks(path, "yfcc")
+    ((block, _),) = data.blocks(path, "yfcc")
     names, captions, bad = data.parse(block, "yfcc")
     assert names == ["6185218911.jpg"] and bad == 1
     assert data.words_of(captions[0]) == "my cafe at the sea red car sun".split()
@@ -469,9 +603,12 @@ def test_yfcc_table_is_read_with_and_without_line_numbers(columns, tmp_path):
 
 def test_captions_in_odd_encodings_are_read(tmp_path):
     path = tmp_path / "captions.tsv"
-    path.write_bytes(b"a.jpg\tcaf\xe9 noir\nb.jpg\t\xff\xfe\x00\x01\nno tab here\n\xe9.jpg\tok\nc.jpg\t"
-                     + b"word " * 200_000 + b"\n")
-    (block, _), = data.blocks(path, "tsv")
+    path.write_bytes(
+        b"a.jpg\tcaf\xe9 noir\nb.jpg\t\xff\xfe\x00\x01\nno tab here\n\xe9.jpg\tok\nc.jpg\t"
+        + b"word " * 200_000
+        + b"\n"
+    )
+    ((block, _),) = data.blocks(path, "tsv")
     names, captions, bad = data.parse(block, "tsv")
     assert bad == 1 and names[0] == "a.jpg" and data.words_of(captions[0]) == ["cafe", "noir"]
     assert os.fsencode(names[2]) == b"\xe9.jpg" and len(data.words_of(captions[3])) == 200_000
@@ -480,7 +617,7 @@ def test_captions_in_odd_encodings_are_read(tmp_path):
 def test_commas_that_nobody_quoted_stay_in_the_caption(tmp_path):
     path = tmp_path / "captions.csv"
     path.write_text('image,caption\na.jpg,one, two, three\nb.jpg\n"c.jpg","x\ny"\n')
-    (block, _), = data.blocks(path, "csv")
+    ((block, _),) = data.blocks(path, "csv")
     names, captions, bad = data.parse(block, "csv")
     assert names == ["a.jpg", "c.jpg"] and bad == 1
     assert data.words_of(captions[0]) == ["one", "two", "three"]
@@ -488,19 +625,25 @@ def test_commas_that_nobody_quoted_stay_in_the_caption(tmp_path):
 
 # ------------------------------------------------------------------------- index and draws
 
+
 def write_captions(path, photos=400, seed=0, extra=""):
     rng = np.random.default_rng(seed)
     vocabulary = [f"w{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(60)]
     chance = 1 / np.arange(1, 61)
-    lines = [f"p{i}.jpg\t{' '.join(rng.choice(vocabulary, 4, p=chance / chance.sum()))}"
-             for _ in range(3) for i in range(photos)]              # a photo's captions far apart
+    lines = [
+        f"p{i}.jpg\t{' '.join(rng.choice(vocabulary, 4, p=chance / chance.sum()))}"
+        for _ in range(3)
+        for i in range(photos)
+    ]  # a photo's captions far apart
     path.write_text("\n".join(lines) + "\n" + extra)
     return [line.split("\t") for line in lines]
 
 
 def columns_of(index):
-    return {index.name(i): [index.dictionary.words[w] for w in index.words(i)]
-            for i in range(len(index))}
+    return {
+        index.name(i): [index.dictionary.words[w] for w in index.words(i)]
+        for i in range(len(index))
+    }
 
 
 def test_index_is_the_captions_words(tmp_path):
@@ -516,7 +659,9 @@ def test_index_is_the_captions_words(tmp_path):
     expected = {}
     for name, caption in rows:
         expected.setdefault(name, set()).update(set(caption.split()) & set(words))
-    assert {n: set(w) for n, w in columns_of(index).items()} == {n: w for n, w in expected.items() if w}
+    assert {n: set(w) for n, w in columns_of(index).items()} == {
+        n: w for n, w in expected.items() if w
+    }
     assert {index.name(i) for i in range(index.held_out)} == {n for n in held if expected[n]}
     assert index.facts["refused"] == 2 and index.facts["without_words"] >= 1
     for k, word in enumerate(words):
@@ -532,8 +677,10 @@ def test_index_does_not_depend_on_blocks_or_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "BLOCK_BYTES", 3000)
     assert columns_of(data.build_index(str(tmp_path / "c"), str(tmp_path / "2"), text)) == one
     monkeypatch.setattr(data, "SMALL_FILE", 0)
-    assert columns_of(data.build_index(str(tmp_path / "c"), str(tmp_path / "3"), text,
-                                       processes=2)) == one
+    assert (
+        columns_of(data.build_index(str(tmp_path / "c"), str(tmp_path / "3"), text, processes=2))
+        == one
+    )
 
 
 def test_index_is_cached_until_something_changes(tmp_path):
@@ -554,8 +701,9 @@ def test_held_out_photos_stay_held_out_when_photos_are_added(tmp_path):
     write_captions(tmp_path / "d", 400)
     held = []
     for name in "cd":
-        index = data.build_index(str(tmp_path / name), str(tmp_path / f"i{name}"),
-                                 data.Text(60, 0, 0.25))
+        index = data.build_index(
+            str(tmp_path / name), str(tmp_path / f"i{name}"), data.Text(60, 0, 0.25)
+        )
         held.append({index.name(i) for i in range(index.held_out)})
     assert held[0] == {name for name in held[1] if int(name[1:-4]) < 200}
     assert 0.15 < len(held[1]) / 400 < 0.35
@@ -581,8 +729,9 @@ def test_draws_are_uniform_over_words_and_over_their_photos(index):
         draw = data.Draws(index, 3, step, 64)
         words += draw.words
         photos += [p for w, p in zip(draw.words, draw.photos) if w == 2]
-        assert all(w in index.words(p) and p >= index.held_out
-                   for w, p in zip(draw.words[:5], draw.photos))
+        assert all(
+            w in index.words(p) and p >= index.held_out for w, p in zip(draw.words[:5], draw.photos)
+        )
     assert chisquare(np.bincount(words, minlength=30)).pvalue > 1e-3
     seen = np.bincount(photos, minlength=len(index))[np.asarray(index.photos(2))]
     assert chisquare(seen).pvalue > 1e-3
@@ -591,8 +740,8 @@ def test_draws_are_uniform_over_words_and_over_their_photos(index):
 def test_draws_by_image_are_uniform_over_photos_with_all_words(index):
     photos = [p for step in range(200) for p in data.Draws(index, 3, step, 64, "image").photos]
     counts = np.bincount(photos, minlength=len(index))
-    assert not counts[:index.held_out].any()
-    assert chisquare(counts[index.held_out:]).pvalue > 1e-3
+    assert not counts[: index.held_out].any()
+    assert chisquare(counts[index.held_out :]).pvalue > 1e-3
     draw = data.Draws(index, 3, 0, 8, "image")
     for photo, row in zip(draw.photos, draw.targets()):
         assert [w for w in row if w >= 0] == list(index.words(photo))
@@ -612,6 +761,7 @@ def test_draws_are_a_function_of_seed_step_row_and_attempt(index):
 
 # ---------------------------------------------------------------------------------- photos
 
+
 def odd_photos(folder):
     """Files that bite, with what is wrong with them, or None where nothing is."""
     rng = np.random.default_rng(0)
@@ -627,17 +777,31 @@ def odd_photos(folder):
     Image.new("RGB", (20_000, 3), "red").save(folder / "wide.png")
     (folder / "späce name ☃.jpg").write_bytes((folder / "good.jpg").read_bytes())
     whole = (folder / "good.jpg").read_bytes()
-    (folder / "cut.jpg").write_bytes(whole[:len(whole) // 2])
+    (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     (folder / "empty.jpg").write_bytes(b"")
     (folder / "text.jpg").write_text("broken image")
     (folder / "folder.jpg").mkdir()
     Image.new("1", (20_000, 20_000)).save(folder / "bomb.png")
     (folder / "noise.jpg").write_bytes(b"\xff\xd8\xff" + rng.bytes(500))
-    return {"good.jpg": None, "cmyk.jpg": None, "palette.png": None, "alpha.png": None,
-            "la.png": None, "bits.png": None, "deep.png": None, "dot.png": None, "wide.png": None,
-            "späce name ☃.jpg": None, "cut.jpg": "truncated", "empty.jpg": "zero bytes",
-            "text.jpg": "not a picture", "folder.jpg": "not a file", "bomb.png": "pixels",
-            "noise.jpg": ".", "missing.jpg": "no such file"}
+    return {
+        "good.jpg": None,
+        "cmyk.jpg": None,
+        "palette.png": None,
+        "alpha.png": None,
+        "la.png": None,
+        "bits.png": None,
+        "deep.png": None,
+        "dot.png": None,
+        "wide.png": None,
+        "späce name ☃.jpg": None,
+        "cut.jpg": "truncated",
+        "empty.jpg": "zero bytes",
+        "text.jpg": "not a picture",
+        "folder.jpg": "not a file",
+        "bomb.png": "pixels",
+        "noise.jpg": ".",
+        "missing.jpg": "no such file",
+    }
 
 
 def test_every_kind_of_photo_is_decoded_or_named(tmp_path):
@@ -654,7 +818,7 @@ def test_photos_are_turned_and_scaled_as_they_should(tmp_path):
     left = Image.new("RGB", (60, 30), "black")
     left.paste("white", (0, 0, 30, 30))
     exif = Image.Exif()
-    exif[0x0112] = 6                                                # turn by 90° clockwise
+    exif[0x0112] = 6  # turn by 90° clockwise
     left.save(tmp_path / "turned.jpg", exif=exif, quality=95)
     pixels, _ = data.decode(str(tmp_path / "turned.jpg"), 16)
     assert pixels[:6].mean() > 240 and pixels[-6:].mean() < 15
@@ -677,7 +841,8 @@ def photos(tmp_path):
             (folder / f"p{i}.jpg").write_text("broken")
             continue
         Image.fromarray(rng.integers(0, 256, (8, 8, 3)).astype(np.uint8)).resize((20, 20)).save(
-            folder / f"p{i}.jpg")
+            folder / f"p{i}.jpg"
+        )
     return folder
 
 
@@ -693,8 +858,10 @@ def load_all(index, photos, workers, batch=16, steps=12, room=None, hurt=None):
 
 
 def same_batches(one, two):
-    return all(np.array_equal(a[0], b[0]) and a[1] == b[1] and np.array_equal(a[2], b[2])
-               for a, b in zip(one, two, strict=True))
+    return all(
+        np.array_equal(a[0], b[0]) and a[1] == b[1] and np.array_equal(a[2], b[2])
+        for a, b in zip(one, two, strict=True)
+    )
 
 
 def test_batches_do_not_depend_on_workers_or_cache(index, photos):
@@ -710,13 +877,14 @@ def test_batches_survive_a_worker_that_dies(index, photos):
         os.kill(loader.workers[0]["process"].pid, signal.SIGKILL)
         time.sleep(0.2)
 
-    assert same_batches(load_all(index, photos, 0)[0],
-                        load_all(index, photos, 2, room=1, hurt=kill)[0])
+    assert same_batches(
+        load_all(index, photos, 0)[0], load_all(index, photos, 2, room=1, hurt=kill)[0]
+    )
 
 
 def test_listed_photos_keep_their_order_and_lose_what_is_broken(index, photos):
     loader = data.Loader(str(photos), index.name, len(index), 24, 64)
-    (plan, pixels), = loader.batches([data.Listed(range(50))])
+    ((plan, pixels),) = loader.batches([data.Listed(range(50))])
     loader.close()
     for row in range(50):
         path = photos / index.name(row)
@@ -728,22 +896,24 @@ def test_listed_photos_keep_their_order_and_lose_what_is_broken(index, photos):
 
 # --------------------------------------------------------------------------------- metrics
 
+
 def test_precision_is_worked_out_by_hand():
-    scores = np.array([[.1, .9, .5, .2], [.4, .3, .2, .1]])
+    scores = np.array([[0.1, 0.9, 0.5, 0.2], [0.4, 0.3, 0.2, 0.1]])
     rows = [np.array([1, 3]), np.array([2])]
     best = evaluation.top_words(scores, 10)
     assert best.tolist() == [[1, 2, 3, 0], [0, 1, 2, 3]]
-    np.testing.assert_allclose(evaluation.precision_at(best, rows, (1, 2, 3)),
-                               [[1, .5, 2 / 3], [0, 0, 1 / 3]])
+    np.testing.assert_allclose(
+        evaluation.precision_at(best, rows, (1, 2, 3)), [[1, 0.5, 2 / 3], [0, 0, 1 / 3]]
+    )
 
 
 def test_auc_and_average_precision_are_worked_out_by_hand(rng):
-    scores = np.array([[.9, .5], [.8, .5], [.7, .5], [.1, .5]])
+    scores = np.array([[0.9, 0.5], [0.8, 0.5], [0.7, 0.5], [0.1, 0.5]])
     carried = np.array([[1, 1], [0, 0], [1, 0], [0, 1]], bool)
     auc, ap = evaluation.auc_and_ap(scores, carried)
     np.testing.assert_allclose(auc, [3 / 4, 1 / 2])
     assert math.isclose(ap[0], (1 + 2 / 3) / 2)
-    scores, carried = rng.standard_normal((40, 5)), rng.random((40, 5)) < .3
+    scores, carried = rng.standard_normal((40, 5)), rng.random((40, 5)) < 0.3
     carried[:, 4] = False
     auc, _ = evaluation.auc_and_ap(scores, carried)
     for k in range(4):
@@ -754,17 +924,37 @@ def test_auc_and_average_precision_are_worked_out_by_hand(rng):
 
 # --------------------------------------------------------------------- the commands, as used
 
+
 def run(*arguments, folder, script="weak.py", expect=0):
     """A command as a user types it; its output. No traceback, whatever happens."""
-    done = subprocess.run([sys.executable, os.path.join(HERE, script), *map(str, arguments)],
-                          cwd=folder, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, os.path.join(HERE, script), *map(str, arguments)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == expect, done.stdout + done.stderr
     assert "Traceback" not in done.stderr, done.stderr
     return done
 
 
-TINY = ("--words", 30, "--stop-words", 5, "--valid", 0.2, "--batch", 16, "--epoch-size", 96,
-        "--threads", 2, "--workers", 1)
+TINY = (
+    "--words",
+    30,
+    "--stop-words",
+    5,
+    "--valid",
+    0.2,
+    "--batch",
+    16,
+    "--epoch-size",
+    96,
+    "--threads",
+    2,
+    "--workers",
+    1,
+)
 
 
 @pytest.fixture
@@ -789,7 +979,9 @@ def test_run_leaves_all_its_files_and_eval_reads_them(mine, tmp_path):
     assert "device: CPU" in done.stdout and "next: python eval.py tag" in done.stdout
     log = [json.loads(line) for line in open(tmp_path / "r" / "log.jsonl")]
     assert [row["epoch"] for row in log] == [1, 2] and log[-1]["step"] == 12
-    assert {"loss", "learning_rate", "images_per_second", "loader_wait", "precision@10"} <= set(log[0])
+    assert {"loss", "learning_rate", "images_per_second", "loader_wait", "precision@10"} <= set(
+        log[0]
+    )
     words = [line.split("\t") for line in open(tmp_path / "r" / "words.txt")]
     assert len(words) == 30 and all(int(count) > 0 for _, count in words)
     skipped = dict(line.rstrip("\n").split("\t") for line in open(tmp_path / "r" / "skipped.txt"))
@@ -798,17 +990,49 @@ def test_run_leaves_all_its_files_and_eval_reads_them(mine, tmp_path):
         assert Image.open(tmp_path / "r" / picture).size[0] > 100
     run("words", "--model", "r", "--json", "w.json", folder=tmp_path, script="eval.py")
     result = json.load(open(tmp_path / "w.json"))
-    assert {"precision@1", "precision@5", "precision@10", "auc", "map", "photos", "words",
-            "baseline"} <= set(result)
+    assert {
+        "precision@1",
+        "precision@5",
+        "precision@10",
+        "auc",
+        "map",
+        "photos",
+        "words",
+        "baseline",
+    } <= set(result)
     assert 0 < result["photos"] < 100 and set(result["baseline"]) == {
-        "precision@1", "precision@5", "precision@10"}
+        "precision@1",
+        "precision@5",
+        "precision@10",
+    }
     run("words", "--model", "r", "--all", "--json", "a.json", folder=tmp_path, script="eval.py")
     assert json.load(open(tmp_path / "a.json"))["photos"] > 300
     good = tmp_path / "photos" / "p1.jpg"
-    run("tag", "--model", "r", good, "--top", 3, "--json", "t.json", folder=tmp_path, script="eval.py")
+    run(
+        "tag",
+        "--model",
+        "r",
+        good,
+        "--top",
+        3,
+        "--json",
+        "t.json",
+        folder=tmp_path,
+        script="eval.py",
+    )
     assert len(json.load(open(tmp_path / "t.json"))["tags"][str(good)]) == 3
-    done = run("tag", "--model", "r", good, "none.jpg", "--threshold", 0.9, folder=tmp_path,
-               script="eval.py", expect=1)
+    done = run(
+        "tag",
+        "--model",
+        "r",
+        good,
+        "none.jpg",
+        "--threshold",
+        0.9,
+        folder=tmp_path,
+        script="eval.py",
+        expect=1,
+    )
     assert "no word above" in done.stdout and "none.jpg: no such file" in done.stderr
     done = run(*mine, "--out", "r", folder=tmp_path, expect=2)
     assert "--resume" in done.stderr
@@ -821,8 +1045,10 @@ def test_resumed_run_is_the_uninterrupted_one_to_the_bit(mine, tmp_path):
     assert not same_models(tmp_path / "whole" / "model.npz", tmp_path / "parts" / "model.npz")
     run("--resume", "--out", "parts", "--epochs", 3, "--workers", 0, folder=tmp_path)
     assert same_models(tmp_path / "whole" / "model.npz", tmp_path / "parts" / "model.npz")
-    logs = [[json.loads(line)["loss"] for line in open(tmp_path / name / "log.jsonl")]
-            for name in ("whole", "parts")]
+    logs = [
+        [json.loads(line)["loss"] for line in open(tmp_path / name / "log.jsonl")]
+        for name in ("whole", "parts")
+    ]
     assert logs[0] == logs[1]
     done = run("--resume", "--out", "parts", "--lr", 0.5, folder=tmp_path, expect=2)
     assert "--lr (0.02, now 0.5)" in done.stderr
@@ -831,9 +1057,20 @@ def test_resumed_run_is_the_uninterrupted_one_to_the_bit(mine, tmp_path):
 def test_interrupted_run_saves_and_resumes_to_the_bit(mine, tmp_path):
     mine[mine.index("--epoch-size") + 1] = 1600
     run(*mine, "--epochs", 1, "--out", "whole", folder=tmp_path)
-    process = subprocess.Popen([sys.executable, os.path.join(HERE, "weak.py"), *map(str, mine),
-                                "--epochs", "1", "--out", "parts"], cwd=tmp_path,
-                               stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            os.path.join(HERE, "weak.py"),
+            *map(str, mine),
+            "--epochs",
+            "1",
+            "--out",
+            "parts",
+        ],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     for line in process.stdout:
         if "parameters" in line:
             break
@@ -841,7 +1078,9 @@ def test_interrupted_run_saves_and_resumes_to_the_bit(mine, tmp_path):
     process.send_signal(signal.SIGINT)
     rest = process.stdout.read()
     assert process.wait() == 130 and "--resume" in rest, rest
-    assert 0 < json.loads(np.load(tmp_path / "parts" / "model.npz")["facts"].tobytes())["step"] < 100
+    assert (
+        0 < json.loads(np.load(tmp_path / "parts" / "model.npz")["facts"].tobytes())["step"] < 100
+    )
     run("--resume", "--out", "parts", folder=tmp_path)
     assert same_models(tmp_path / "whole" / "model.npz", tmp_path / "parts" / "model.npz")
 
@@ -909,8 +1148,11 @@ def test_checkpoint_is_whole_after_kill_in_mid_save(tmp_path):
     path = str(tmp_path / "model.npz")
     rng = np.random.default_rng(5)
     for _ in range(6):
-        process = subprocess.Popen([sys.executable, "-c", SAVER.format(here=HERE, path=path)],
-                                   stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", SAVER.format(here=HERE, path=path)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         process.stdout.readline()
         time.sleep(rng.uniform(0.01, 0.2))
         process.kill()
@@ -955,17 +1197,24 @@ BAD = {
     "no such captions": (lambda d: ["--images", "photos", "--captions", "none"], "no file"),
     "captions missing": (lambda d: ["--images", "photos"], "go together"),
     "images missing": (lambda d: ["--captions", "captions.tsv"], "--images"),
-    "captions is a folder": (lambda d: ["--images", "photos", "--captions", "photos"], "is a folder"),
+    "captions is a folder": (
+        lambda d: ["--images", "photos", "--captions", "photos"],
+        "is a folder",
+    ),
     "captions empty": (lambda d: ["--images", "photos", "--captions", "empty"], "is empty"),
     "captions binary": (lambda d: ["--images", "photos", "--captions", "binary"], "captions"),
     "captions of nothing": (lambda d: ["--images", "photos", "--captions", "blank"], "no training"),
     "captions utf-16": (lambda d: ["--images", "photos", "--captions", "utf16"], "UTF-16"),
     "captions broken json": (lambda d: ["--images", "photos", "--captions", "json"], "COCO"),
     "captions torn gzip": (lambda d: ["--images", "photos", "--captions", "torn.gz"], "damaged"),
-    "photos elsewhere": (lambda d: ["--images", "other", "--captions", "captions.tsv",
-                                   "--stop-words", 5], "none of the"),
-    "too many stop words": (lambda d: ["--images", "photos", "--captions", "captions.tsv",
-                                       "--stop-words", 5000], "lower --stop-words"),
+    "photos elsewhere": (
+        lambda d: ["--images", "other", "--captions", "captions.tsv", "--stop-words", 5],
+        "none of the",
+    ),
+    "too many stop words": (
+        lambda d: ["--images", "photos", "--captions", "captions.tsv", "--stop-words", 5000],
+        "lower --stop-words",
+    ),
     "words of zero": (lambda d: ["--words", 0], "at least 1"),
     "rate below zero": (lambda d: ["--lr", -1], "out of range"),
     "rate infinite": (lambda d: ["--lr", "inf"], "out of range"),
@@ -997,13 +1246,18 @@ def test_bad_input_is_one_line_with_the_remedy(name, tmp_path, photos):
     assert (tmp_path / "other" / "words.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("annotations", ["null", "5", '[null, [], {"image_id": [1]}, {"image_id": 1}]'])
+@pytest.mark.parametrize(
+    "annotations", ["null", "5", '[null, [], {"image_id": [1]}, {"image_id": 1}]']
+)
 def test_odd_coco_files_cost_no_traceback(annotations, tmp_path):
     path = tmp_path / "c.json"
-    path.write_text('{"images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2}, 7], "annotations": '
-                    + annotations + "}")
+    path.write_text(
+        '{"images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2}, 7], "annotations": '
+        + annotations
+        + "}"
+    )
     if annotations.startswith("["):
-        (block, _), = data.blocks(path, "coco")
+        ((block, _),) = data.blocks(path, "coco")
         assert data.parse(block, "coco")[0] == ["a.jpg"]
     else:
         with pytest.raises(ValueError, match="annotations"):
@@ -1012,17 +1266,21 @@ def test_odd_coco_files_cost_no_traceback(annotations, tmp_path):
 
 def test_odd_json_lines_are_counted(tmp_path):
     path = tmp_path / "c.jsonl"
-    path.write_text('{"file_name": "a.jpg", "text": "x"}\n{"file_name": "b\\ud800.jpg", "text": "x"}\n'
-                    'null\n5\n' + "[" * 200_000 + "\n")
-    (block, _), = data.blocks(path, "jsonl")
+    path.write_text(
+        '{"file_name": "a.jpg", "text": "x"}\n{"file_name": "b\\ud800.jpg", "text": "x"}\n'
+        "null\n5\n" + "[" * 200_000 + "\n"
+    )
+    ((block, _),) = data.blocks(path, "jsonl")
     assert data.parse(block, "jsonl") == (["a.jpg"], ["x"], 4)
 
 
 def test_quote_that_nobody_closed_costs_one_row(tmp_path):
     path = tmp_path / "c.csv"
-    path.write_bytes(b'image,caption\n0.jpg,caf\xe9\n1.jpg,"a cat sits\n'
-                     + b"".join(b"%d.jpg,word\n" % i for i in range(2, 60)))
-    (block, _), = data.blocks(path, "csv")
+    path.write_bytes(
+        b'image,caption\n0.jpg,caf\xe9\n1.jpg,"a cat sits\n'
+        + b"".join(b"%d.jpg,word\n" % i for i in range(2, 60))
+    )
+    ((block, _),) = data.blocks(path, "csv")
     names, captions, _ = data.parse(block, "csv")
     assert len(names) == 60 and data.words_of(captions[0]) == ["cafe"]
     assert data.words_of(captions[1]) == ["a", "cat", "sits"]
@@ -1030,7 +1288,7 @@ def test_quote_that_nobody_closed_costs_one_row(tmp_path):
 
 def test_missing_captions_are_not_the_word_none(tmp_path):
     (tmp_path / "c").write_text('{"file_name": "a.jpg", "text": null}\n')
-    (block, _), = data.blocks(tmp_path / "c", "jsonl")
+    ((block, _),) = data.blocks(tmp_path / "c", "jsonl")
     assert data.parse(block, "jsonl") == (["a.jpg"], [""], 0)
 
 
@@ -1048,7 +1306,7 @@ def test_steps_without_any_photo_cost_nothing_but_themselves(mine, tmp_path):
 
 
 def test_diverged_weights_are_not_saved(mine, tmp_path):
-    mine[mine.index("--epoch-size") + 1] = 16                      # the first step ends an epoch
+    mine[mine.index("--epoch-size") + 1] = 16  # the first step ends an epoch
     done = run(*mine, "--lr", 1e30, "--out", "r", folder=tmp_path, expect=1)
     assert "lower --lr" in done.stderr and not os.path.exists(tmp_path / "r" / "model.npz")
 
@@ -1069,8 +1327,9 @@ def test_folder_of_a_running_run_is_refused(tmp_path):
 
 def test_flat_and_diverged_curves_are_drawn(tmp_path):
     for losses in ([5e35, 5e35], [0.0, 0.0], [1e-12, 3.0], [float("nan")]):
-        evaluation.curves_picture([{"epoch": i + 1, "loss": loss} for i, loss in enumerate(losses)],
-                                  tmp_path / "c.png")
+        evaluation.curves_picture(
+            [{"epoch": i + 1, "loss": loss} for i, loss in enumerate(losses)], tmp_path / "c.png"
+        )
 
 
 def test_small_dictionary_is_said_and_used(mine, tmp_path):
@@ -1081,17 +1340,21 @@ def test_small_dictionary_is_said_and_used(mine, tmp_path):
 
 def test_eval_says_what_is_wrong_in_one_line(tmp_path):
     (tmp_path / "model.npz").write_text("not a model")
-    for arguments, remedy in ((["words", "--model", "none"], "train one"),
-                              (["tag", "--model", tmp_path, "x.jpg"], "not a model"),
-                              (["words", "--model", "none", "--threads", -1], "--threads"),
-                              (["words", "--model", "none", "--json", "/nope/x"], "--json"),
-                              (["tag", "--model", "none", "x.jpg", "--top", 0], "--top")):
+    for arguments, remedy in (
+        (["words", "--model", "none"], "train one"),
+        (["tag", "--model", tmp_path, "x.jpg"], "not a model"),
+        (["words", "--model", "none", "--threads", -1], "--threads"),
+        (["words", "--model", "none", "--json", "/nope/x"], "--json"),
+        (["tag", "--model", "none", "x.jpg", "--top", 0], "--top"),
+    ):
         done = run(*arguments, folder=tmp_path, script="eval.py", expect=2)
         assert remedy in done.stderr
 
 
 def test_cupy_is_optional(tmp_path):
-    code = ("import sys; sys.modules['cupy'] = None; sys.path.insert(0, sys.argv[1]);"
-            "import kernels; print(kernels.use('auto'))")
+    code = (
+        "import sys; sys.modules['cupy'] = None; sys.path.insert(0, sys.argv[1]);"
+        "import kernels; print(kernels.use('auto'))"
+    )
     done = subprocess.run([sys.executable, "-c", code, HERE], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("device: CPU")

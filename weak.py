@@ -183,7 +183,7 @@ def checked(options):
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} {value}: it must be at least {least}")
     if options.workers > evaluation.MOST_WORKERS:
-        raise ValueError(f"--workers {options.workers}: at most {evaluation.MOST_WORKERS} help here")
+        raise ValueError(f"--workers {options.workers}: at most {evaluation.MOST_WORKERS} here")
     if options.seed >= 2**63:
         raise ValueError(f"--seed {options.seed}: it must be below 2^63")
     for name in ("batch", "dropout", "lr"):
@@ -229,7 +229,7 @@ def read_captions(options):
           f"{len(index._words) / max(1, len(index)):.2f} a photo", flush=True)
     for count, what in ((facts["bad_lines"], "lines are no captions"),
                         (facts["refused"], "names are absolute or leave --images: refused"),
-                        (facts["without_words"], "photos have no word of the dictionary: left out")):
+                        (facts["without_words"], "photos have no word of the dictionary")):
         if count:
             print(f"captions: {count:,} {what}")
     if found < options.words:
@@ -604,24 +604,28 @@ def _shapes():
                              ("oval", .1, .65, .35, .95, (20, 20, 20)),
                              ("oval", .65, .65, .9, .95, (20, 20, 20))],
         ("ball", "ballon"): [("oval", .1, .1, .9, .9), ("oval", .3, .25, .45, .4, (255, 255, 255))],
-        ("boat", "bateau"): [("poly", 0, .65, 1, .65, .8, 1, .2, 1), ("poly", .5, 0, .5, .6, .95, .6)],
+        ("boat", "bateau"): [("poly", 0, .65, 1, .65, .8, 1, .2, 1),
+                             ("poly", .5, 0, .5, .6, .95, .6)],
         ("flower", "fleur"): [("box", .47, .5, .53, 1, (40, 120, 40)), ("oval", .3, 0, .7, .3),
                               ("oval", .1, .15, .45, .5), ("oval", .55, .15, .9, .5),
                               ("oval", .3, .3, .7, .6), ("oval", .4, .2, .6, .4, (250, 220, 60))],
         ("fish", "poisson"): [("oval", .0, .25, .75, .75), ("poly", .7, .5, 1, .2, 1, .8),
                               ("oval", .12, .4, .2, .48, (0, 0, 0))],
         ("bird", "oiseau"): [("oval", .2, .35, .8, .75), ("oval", .65, .15, .95, .45),
-                             ("poly", .95, .25, 1, .3, .95, .35, .8, .3), ("poly", .3, .5, 0, .2, .5, .4)],
+                             ("poly", .95, .25, 1, .3, .95, .35, .8, .3),
+                             ("poly", .3, .5, 0, .2, .5, .4)],
         ("cat", "chat"): [("oval", .2, .4, .9, 1), ("oval", .1, .1, .6, .55),
                           ("poly", .12, .25, .15, 0, .32, .15), ("poly", .4, .15, .55, 0, .58, .25),
                           ("oval", .22, .28, .28, .36, (250, 250, 120)),
                           ("oval", .42, .28, .48, .36, (250, 250, 120))],
-        ("star", "étoile"): [("poly", .5, 0, .62, .38, 1, .38, .7, .6, .8, 1, .5, .75, .2, 1, .3, .6,
-                              0, .38, .38, .38)],
-        ("balloon", "montgolfière"): [("oval", .1, 0, .9, .75), ("box", .4, .82, .6, 1, (120, 80, 40)),
+        ("star", "étoile"): [("poly", .5, 0, .62, .38, 1, .38, .7, .6, .8, 1, .5, .75, .2, 1,
+                              .3, .6, 0, .38, .38, .38)],
+        ("balloon", "montgolfière"): [("oval", .1, 0, .9, .75),
+                                      ("box", .4, .82, .6, 1, (120, 80, 40)),
                                       ("poly", .25, .65, .75, .65, .6, .85, .4, .85)],
         ("umbrella", "parapluie"): [("arc", 0, .1, 1, 1), ("box", .48, .5, .52, 1, (60, 60, 60))],
-        ("mushroom", "champignon"): [("box", .38, .5, .62, 1, (235, 225, 205)), ("arc", .05, .05, .95, 1)],
+        ("mushroom", "champignon"): [("box", .38, .5, .62, 1, (235, 225, 205)),
+                                     ("arc", .05, .05, .95, 1)],
         ("mountain", "montagne"): [("poly", 0, 1, .4, 0, .65, .5, .75, .35, 1, 1),
                                    ("poly", .4, 0, .28, .3, .52, .27, (255, 255, 255))],
         ("moon", "lune"): [("oval", .1, .1, .9, .9, (250, 245, 200))],
@@ -659,7 +663,8 @@ def draw_scene(seed, n, size=96):
         wide = size * dice.real(.3, .6)
         left, top = dice.real(0, size - wide), dice.real(0, size - wide)
         for kind, *numbers in shapes[thing]:
-            fill = numbers.pop() if isinstance(numbers[-1], tuple) else _shade(COLOURS[colour], dice)
+            own = isinstance(numbers[-1], tuple)
+            fill = numbers.pop() if own else _shade(COLOURS[colour], dice)
             spots = [(left + wide * x, top + wide * y) for x, y in zip(numbers[::2], numbers[1::2])]
             if kind == "poly":
                 draw.polygon(spots, fill)

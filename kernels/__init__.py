@@ -33,7 +33,7 @@ def _gpu_name():
         import cupy
         if cupy.cuda.runtime.getDeviceCount():
             return cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
-    except Exception:                   # not installed, no driver, no device: CuPy raises many kinds
+    except Exception:                   # not installed, no driver, no device: many kinds
         return None
     return None
 

@@ -25,8 +25,9 @@ import kernels
 import model
 
 ALEXNET = [                     # input pixels, C, F, kernel, stride, pad of its convolutions
-    ("conv1", 224, 3, 64, 11, 4, 2), ("conv2", 27, 64, 192, 5, 1, 2), ("conv3", 13, 192, 384, 3, 1, 1),
-    ("conv4", 13, 384, 256, 3, 1, 1), ("conv5", 13, 256, 256, 3, 1, 1)]
+    ("conv1", 224, 3, 64, 11, 4, 2), ("conv2", 27, 64, 192, 5, 1, 2),
+    ("conv3", 13, 192, 384, 3, 1, 1), ("conv4", 13, 384, 256, 3, 1, 1),
+    ("conv5", 13, 256, 256, 3, 1, 1)]
 
 
 def timed(*functions, rounds=5, each=3):
@@ -51,16 +52,16 @@ def layers(options):
     rng = np.random.default_rng(0)
     n = options.batch
     a, b = (rng.standard_normal((1536, 1536)).astype(np.float32) for _ in range(2))
-    (limit,) = timed(lambda: kernels.cpu._pool.run(lambda t: a @ b))
-    limit = 2 * 1536 ** 3 * kernels.threads() / limit / 1e9
-    print(f"the limit: {limit:.0f} GFLOP/s, a matrix product in each of {kernels.threads()} threads")
+    (seconds,) = timed(lambda: kernels.cpu._pool.run(lambda t: a @ b))
+    limit = 2 * 1536 ** 3 * kernels.threads() / seconds / 1e9
+    print(f"the limit: {limit:.0f} GFLOP/s, one matrix product a thread, {kernels.threads()} threads")
     print(f"{'':8}{'forward':>10}{'dx':>10}{'dw':>10}   GFLOP/s and share of the limit, batch {n}")
     for name, size, c, f, k, stride, pad in ALEXNET:
         x = rng.standard_normal((n, size, size, c)).astype(np.float32)
         w = rng.standard_normal((k, k, c, f)).astype(np.float32)
         y = kernels.conv_forward(x, w, np.zeros(f, np.float32), stride, pad)
         times = timed(lambda: kernels.conv_forward(x, w, w[0, 0, 0], stride, pad, relu=True),
-                      lambda: stride == 1 and kernels.conv_backward_input(y, w, x, stride, pad, True),
+                      lambda: stride > 1 or kernels.conv_backward_input(y, w, x, 1, pad, True),
                       lambda: kernels.conv_backward_filter(x, y, w.shape, stride, pad))
         rates = [2 * y.size * k * k * c / seconds / 1e9 for seconds in times]
         print(f"{name:8}" + "".join("         -" if direction == 1 and stride > 1 else
@@ -197,7 +198,8 @@ def write_captions(path, count, words=50_000):
     photos, part = max(1, count // 5), 100_000
     with open(path, "w") as file:
         for start in range(0, count, part):
-            chosen = names[rng.choice(words, (min(part, count - start), 8), p=chance / chance.sum())]
+            size = min(part, count - start), 8
+            chosen = names[rng.choice(words, size, p=chance / chance.sum())]
             file.writelines(f"{(start + i) % photos:09}.jpg\tA {' '.join(row)}.\n"
                             for i, row in enumerate(chosen.tolist()))
 
@@ -227,7 +229,7 @@ def index(options):
             memory.start()
             started = time.perf_counter()
             built = data.build_index(path, os.path.join(folder, "index"), data.Text(10_000, 500),
-                                     say=lambda text: None)
+                                     processes=0, say=lambda text: None)
             seconds = time.perf_counter() - started
             memory.over = True
             size = sum(os.path.getsize(os.path.join(built.folder, name))
