@@ -11,6 +11,7 @@ held-out photos, those of the smallest hashes, are its first ones. A draw is a p
 """
 import bz2
 import csv
+import gc
 import gzip
 import hashlib
 import io
@@ -32,7 +33,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import chain, islice, repeat
+from itertools import chain, islice, pairwise, repeat
 from multiprocessing.connection import wait
 from multiprocessing.reduction import DupFd
 from urllib.parse import unquote_plus
@@ -229,7 +230,10 @@ def parse(block, kind):
     if kind in ("csv", "coco"):
         rows = block
     else:
-        lines = _decode(block).removeprefix("\ufeff").replace("\r\n", "\n").split("\n")
+        text = _decode(block).removeprefix("\ufeff").replace("\r\n", "\n")
+        if kind == "tsv" and (plain := _plain_rows(text)):
+            return *plain, 0
+        lines = text.split("\n")
         rows = map({"tsv": _tsv_row, "jsonl": _json_row, "yfcc": _yfcc_row}[kind],
                    filter(str.strip, lines))
     names, captions, bad = [], [], 0
@@ -252,6 +256,16 @@ def _encodes(name):
         return bool(name.encode("utf-8", "surrogateescape"))
     except UnicodeEncodeError:
         return False
+
+
+def _plain_rows(text):
+    """Names and captions of lines without anything odd, at twice the speed, or None."""
+    if not text.isascii() or "\0" in text:
+        return None
+    rows = (line.partition("\t") for line in text.rstrip("\n").split("\n"))
+    names, tabs, captions = zip(*rows)
+    names = [name.strip() for name in names]
+    return (names, captions) if all(tabs) and all(names) and "#" not in "".join(names) else None
 
 
 def _tsv_row(line):
@@ -364,7 +378,9 @@ def _photos(names):
     owner = np.fromiter((number.setdefault(name, len(number)) for name in names), np.int64,
                         len(names))
     distinct = list(number)
-    return distinct, owner, [name for name in distinct if refused(name)]
+    joined = "\n" + "\n".join(distinct)         # one look at all is faster than one at each
+    odd = ".." in joined or "\n/" in joined or "\n\\" in joined
+    return distinct, owner, [name for name in distinct if refused(name)] if odd else []
 
 
 def count_block(block, kind, text):
@@ -419,6 +435,7 @@ _worker = {}                                    # what an indexing process was s
 
 def _start_worker(ids):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.disable()
     _worker["ids"] = ids
 
     def end_with_parent():                      # which may have been killed
@@ -433,31 +450,33 @@ def record_block(block, kind, ids=None):
     ids = _worker["ids"] if ids is None else ids
     names, captions, _ = parse(block, kind)
     distinct, owner, away = _photos(names)
-    lines = normalise("\n".join(c.replace("\n", " ") for c in captions)).split("\n")
-    tokens = [line.split() for line in lines] if names else []
-    length = np.fromiter(map(len, tokens), np.int64, len(tokens))
-    word = np.fromiter(map(ids.get, chain.from_iterable(tokens), repeat(-1)), np.int64,
-                       int(length.sum()))
-    photo = np.repeat(owner, length)
-    pairs = np.unique((photo * len(ids) + word)[word >= 0])         # each word once a photo
+    mark = {"\0": -2}                           # between captions; no caption has it any more
+    text = normalise("\n".join(c.replace("\n", " ") for c in captions)).replace("\n", " \0 ")
+    tokens = text.split()
+    word = np.fromiter(map((ids | mark).get, tokens, repeat(-1)), np.int64, len(tokens))
+    photo = owner[np.cumsum(word == -2)] if len(owner) else owner   # each token's photo
+    away = set(away)
+    bucket = np.array([BUCKETS if name in away else name_hash(name) >> 24 for name in distinct])
+    order = np.argsort(bucket, kind="stable")                       # photos by file
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order))
+    pairs = np.unique((rank[photo] * len(ids) + word)[word >= 0])   # each word once a photo
     photo, word = np.divmod(pairs, len(ids))
-    ends = np.cumsum(np.bincount(photo, minlength=len(distinct)))
-    files, away = [[] for _ in range(BUCKETS)], set(away)
-    for i, name in enumerate(distinct):
-        if name not in away:
-            files[name_hash(name) >> 24].append(i)
-    return [_frame([distinct[i] for i in file],
-                   [word[ends[i - 1] if i else 0:ends[i]] for i in file]) for file in files]
+    per_photo = np.bincount(photo, minlength=len(order))
+    word_ends = np.concatenate([[0], np.cumsum(per_photo)])
+    ends = np.searchsorted(bucket[order], np.arange(BUCKETS + 1))
+    return [_frame([distinct[i] for i in order[a:b]], per_photo[a:b],
+                   word[word_ends[a]:word_ends[b]]) for a, b in pairwise(ends)]
 
 
-def _frame(names, words):
+def _frame(names, per_photo, words):
     """One write to a file of records: counts, names, number of words of each, words."""
     if not names:
         return b""
     blob = "\n".join(names).encode("utf-8", "surrogateescape")
-    head = np.array([len(names), len(blob), sum(map(len, words))], np.int64)
-    return (head.tobytes() + blob + np.array(list(map(len, words)), np.int32).tobytes()
-            + np.concatenate(words).astype(np.int32).tobytes())
+    head = np.array([len(names), len(blob), len(words)], np.int64)
+    return (head.tobytes() + blob + per_photo.astype(np.int32).tobytes()
+            + words.astype(np.int32).tobytes())
 
 
 def group_records(path, k, valid):
@@ -560,6 +579,7 @@ def build_index(path, folder, text, kind=None, dictionary=None, processes=0, say
     work = folder + ".part"
     shutil.rmtree(work, ignore_errors=True)
     os.makedirs(work)
+    gc.disable()                                # millions of strings, and no cycles among them
     facts = {"captions": 0, "bad_lines": 0, "refused": 0, "refused_names": []}
     try:
         if dictionary is None:
@@ -573,6 +593,8 @@ def build_index(path, folder, text, kind=None, dictionary=None, processes=0, say
     except BrokenProcessPool:
         raise RuntimeError("an indexing process died, perhaps for lack of memory; "
                            "try --workers 0") from None
+    finally:
+        gc.enable()
     facts |= {"fingerprint": origin, "seconds": round(time.monotonic() - started, 2)}
     with open(os.path.join(work, "words.json"), "w") as file:
         json.dump(dictionary.words, file)

@@ -54,7 +54,8 @@ def layers(options):
     a, b = (rng.standard_normal((1536, 1536)).astype(np.float32) for _ in range(2))
     (seconds,) = timed(lambda: kernels.cpu._pool.run(lambda t: a @ b))
     limit = 2 * 1536 ** 3 * kernels.threads() / seconds / 1e9
-    print(f"the limit: {limit:.0f} GFLOP/s, one matrix product a thread, {kernels.threads()} threads")
+    print(f"the limit: {limit:.0f} GFLOP/s, a matrix product in each of "
+          f"{kernels.threads()} threads")
     print(f"{'':8}{'forward':>10}{'dx':>10}{'dw':>10}   GFLOP/s and share of the limit, batch {n}")
     for name, size, c, f, k, stride, pad in ALEXNET:
         x = rng.standard_normal((n, size, size, c)).astype(np.float32)
