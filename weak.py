@@ -114,7 +114,7 @@ def _by_network(name):
 
 
 # what `python weak.py` alone trains with
-DRAWN = {"words": 100, "stop_words": 10, "epochs": 4, "epoch_size": 10_000}
+DRAWN = {"words": 80, "stop_words": 10, "epochs": 5, "epoch_size": 10_000}
 
 
 def parse(arguments=None):
