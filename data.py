@@ -48,7 +48,7 @@ WORDS = 1000                    # K: 1,000, 10,000 or 100,000 in the paper
 ATTEMPTS = 8                    # photos tried for a drawn word before its row counts nothing
 
 BUCKETS = 256                   # files of records, by the first byte of the name's hash
-BLOCK_BYTES = 4 << 20           # captions a process takes at a time
+BLOCK_BYTES = 4 << 20          # captions a process takes at a time
 BLOCK_ROWS = 50_000
 LONGEST_LINE = 64 << 20
 SWALLOWED = 20                  # line ends in one CSV field that mean an unclosed quote
