@@ -593,6 +593,9 @@ def build_index(path, folder, text, kind=None, dictionary=None, processes=0, say
     except BrokenProcessPool:
         raise RuntimeError("an indexing process died, perhaps for lack of memory; "
                            "try --workers 0") from None
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)                     # the disk may be full
+        raise
     finally:
         gc.enable()
     facts |= {"fingerprint": origin, "seconds": round(time.monotonic() - started, 2)}
