@@ -1,0 +1,120 @@
+"""Runs the CUDA kernels on the host, for the tests: the same .cu text, the same launch code.
+
+`Emulator` stands where gpu.py has `Cuda`. It compiles a .cu file behind emulate.h with the host's
+C++ compiler and runs it on NumPy arrays, in three orders of blocks and threads. Different bits are
+a race; what else it finds, emulate.h says. Any finding is a RuntimeError that names the kernel.
+"""
+import atexit
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+
+import numpy as np
+
+FOLDER = os.path.dirname(os.path.abspath(__file__))
+ORDERS = ("ascending", "descending", "shuffled")
+FLAGS = ("-std=c++17", "-O2", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-w",
+         "-U_FORTIFY_SOURCE", "-fsanitize=alignment", "-fsanitize-undefined-trap-on-error")
+
+
+class _Argument(ctypes.Structure):
+    _fields_ = [("at", ctypes.c_void_p), ("bytes", ctypes.c_size_t)]
+
+
+def compiler():
+    """The C++ compiler's path, or None."""
+    return next(filter(None, map(shutil.which, (os.environ.get("CXX") or "g++", "c++", "clang++"))),
+                None)
+
+
+class Emulator:
+    """A device of NumPy arrays that runs the .cu files: see gpu.Cuda for the same functions."""
+
+    name = "emulated"
+    tf32 = True
+    multiprocessors = 3                     # few, so that convolutions are split as on a GPU
+
+    def __init__(self, change=lambda text: text):
+        """`change` is applied to each .cu text first: the tests plant mistakes with it."""
+        if not compiler():
+            raise RuntimeError("no C++ compiler: install g++ to run the kernels on the host")
+        self.xp, self.change = np, change
+        self.orders, self.libraries = range(len(ORDERS)), {}
+        self.folder = tempfile.mkdtemp(prefix="weak-emulated-")
+        atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
+
+    def library(self, file, defines):
+        """The compiled .cu file as a library with one `run_NAME` for each kernel."""
+        key = file, defines
+        if key in self.libraries:
+            return self.libraries[key]
+        with open(os.path.join(FOLDER, file), encoding="utf-8") as opened:
+            text = self.change(opened.read())
+        base = os.path.join(self.folder, str(len(self.libraries)))
+        with open(base + ".cpp", "w", encoding="utf-8") as source:
+            source.write(f'#include "{os.path.join(FOLDER, "emulate.h")}"\n#line 1 "{file}"\n')
+            source.write(text)
+            for name in re.findall(r"__global__ void\s+(?:__launch_bounds__\(\w+\)\s+)?(\w+)\(",
+                                   text):
+                source.write(
+                    f'\nextern "C" const char* run_{name}(emulated::Argument* arguments, '
+                    "unsigned* grid, unsigned* block, size_t bytes, int order, void** results)\n{\n"
+                    f"    return emulated::launch({name}, arguments, grid, block, bytes, order, "
+                    "results);\n}\n")
+        done = subprocess.run([compiler(), *FLAGS, *(f"-D{a}={b}" for a, b in defines),
+                               base + ".cpp", "-o", base + ".so"], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{file} does not compile for the host: {done.stderr[:2000]}")
+        self.libraries[key] = ctypes.CDLL(base + ".so")
+        return self.libraries[key]
+
+    def launch(self, file, kernel, defines, grid, block, args, shared=0):
+        """Run a kernel in every order; the arrays among `args` change as the kernel changes them.
+
+        RuntimeError with kernel, block and thread for whatever is wrong.
+        """
+        run = getattr(self.library(file, defines), "run_" + kernel)
+        run.restype = ctypes.c_char_p
+        spans = [_span(arg) if isinstance(arg, np.ndarray) else None for arg in args]
+        numbers = [None if span else np.array(arg) for arg, span in zip(args, spans)]
+        arguments = (_Argument * len(args))(*(
+            span or (number.ctypes.data, 0) for span, number in zip(spans, numbers)))
+        grid, block = ((ctypes.c_uint * 3)(*size, *[1] * (3 - len(size))) for size in (grid, block))
+        first = None
+        for order in self.orders:
+            results = [np.empty(span[1] if span else 0, np.uint8) for span in spans]
+            pointers = (ctypes.c_void_p * len(args))(*(found.ctypes.data for found in results))
+            wrong = run(arguments, grid, block, ctypes.c_size_t(shared), order, pointers)
+            if wrong:
+                raise RuntimeError(f"{kernel}: {wrong.decode()}")
+            first = first or results
+            for number, (a, b) in enumerate(zip(first, results)):
+                if not np.array_equal(a, b):
+                    raise RuntimeError(f"{kernel}: a race: argument {number + 1} depends on the "
+                                       f"order of threads, from byte {np.argmax(a != b)}")
+        for span, found in reversed(list(zip(spans, first))):     # the first of equals last
+            if span:
+                ctypes.memmove(span[0], found.ctypes.data, span[1])
+
+    def matmul(self, a, b, out=None):
+        """a b; the GPU's comes from cuBLAS, so there is nothing to emulate."""
+        return np.matmul(a, b, out=out)
+
+    def upload(self, x):
+        return np.ascontiguousarray(x)
+
+    def download(self, x):
+        return np.asarray(x)
+
+    def later(self, x):
+        """A number of the device that the caller will read: here it is known at once."""
+        return float(x)
+
+
+def _span(x):
+    """First address and number of bytes from there of what an array reaches."""
+    low, high = np.lib.array_utils.byte_bounds(x)
+    return low, high - low

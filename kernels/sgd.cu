@@ -1,0 +1,50 @@
+// Stochastic gradient descent with momentum and weight decay, in one pass:
+//
+//   v ← momentum·v + dw + decay·w;   w ← w - rate·v
+//
+// A thread updates four numbers. Called by gpu.sgd and gpu.sgd_rows.
+
+__device__ float update(float& v, float w, float dw, float rate, float momentum, float decay)
+{
+    v = momentum * v + dw + decay * w;
+    return w - rate * v;
+}
+
+extern "C" __global__ void
+sgd(float* w, float* v, const float* dw, long long total, float rate, float momentum, float decay)
+{
+    const long long index = (static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
+    if (index + 4 <= total) {
+        float4 weight = *reinterpret_cast<float4*>(w + index);
+        float4 velocity = *reinterpret_cast<float4*>(v + index);
+        const float4 d = *reinterpret_cast<const float4*>(dw + index);
+        weight.x = update(velocity.x, weight.x, d.x, rate, momentum, decay);
+        weight.y = update(velocity.y, weight.y, d.y, rate, momentum, decay);
+        weight.z = update(velocity.z, weight.z, d.z, rate, momentum, decay);
+        weight.w = update(velocity.w, weight.w, d.w, rate, momentum, decay);
+        *reinterpret_cast<float4*>(w + index) = weight;
+        *reinterpret_cast<float4*>(v + index) = velocity;
+    } else {
+        for (long long at = index; at < total; at++)
+            w[at] = update(v[at], w[at], dw[at], rate, momentum, decay);
+    }
+}
+
+// The same on rows[r] of w and v (K, E), with dw (R, E); no row twice.
+extern "C" __global__ void
+sgd_rows(float* w, float* v, const float* dw, const int* rows, long long total, int e, float rate,
+         float momentum, float decay)
+{
+    const long long index = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (index >= total) return;
+    const long long at = static_cast<long long>(rows[index / e]) * e + index % e;
+    w[at] = update(v[at], w[at], dw[index], rate, momentum, decay);
+}
+
+// taken (R, E) = rows[r] of w (K, E). Called by gpu.take_rows.
+extern "C" __global__ void
+take_rows(const float* w, const int* rows, float* taken, long long total, int e)
+{
+    const long long index = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (index < total) taken[index] = w[static_cast<long long>(rows[index / e]) * e + index % e];
+}
