@@ -88,7 +88,7 @@ def word_metrics(features, output, rows, counts):
         best = top_words(kernels.to_host(scores), max(KS))
         precision[start:start + len(part)] = precision_at(best, part)
         share = 1 / n / sizes[start:start + len(part)]
-        loss += kernels.softmax_loss(scores, data.pad_rows(part), share)[0]
+        loss += float(kernels.softmax_loss(scores, data.pad_rows(part), share)[0])
     auc, ap = _by_word(features, output, rows, k)
     order = np.argsort(-counts, kind="stable")
     third = max(1, k // 3)

@@ -89,22 +89,16 @@ class Linear(Layer):
 
     def forward(self, x):
         self.x = x                                                  # (N, D)
-        y = kernels.matmul(x, self.w)                               # (N, E)
-        y += self.b
-        if self.relu:
-            y *= y > 0
-        return y
+        return kernels.add_bias(kernels.matmul(x, self.w), self.b, self.relu)   # (N, E)
 
     def backward(self, dy):
         # y = x w + b, so dw = xᵀ dy and dx = dy wᵀ
         self.dw = kernels.matmul(self.x.T, dy, out=self.dw)         # (D, E)
-        self.db = dy.sum(axis=0)                                    # (E,)
+        self.db = kernels.column_sums(dy)                           # (E,)
         if not self.needs_dx:
             return None
         dx = kernels.matmul(dy, self.w.T)                           # (N, D)
-        if self.below_relu:
-            dx *= self.x > 0
-        return dx
+        return kernels.relu_backward(dx, self.x, out=dx) if self.below_relu else dx
 
 
 class Output(Layer):
@@ -122,18 +116,14 @@ class Output(Layer):
 
     def forward(self, x):
         self.x = x                                                  # (N, E)
-        s = kernels.matmul(x, self.w.T)                             # (N, K)
-        s += self.b
-        return s
+        return kernels.add_bias(kernels.matmul(x, self.w.T), self.b)            # (N, K)
 
     def backward(self, ds):
         # s = e wᵀ + b, so dw = dsᵀ e and de = ds w
         self.dw = kernels.matmul(ds.T, self.x, out=self.dw)         # (K, E)
-        self.db = ds.sum(axis=0)                                    # (K,)
+        self.db = kernels.column_sums(ds)                           # (K,)
         dx = kernels.matmul(ds, self.w)                             # (N, E)
-        if self.below_relu:
-            dx *= self.x > 0
-        return dx
+        return kernels.relu_backward(dx, self.x, out=dx) if self.below_relu else dx
 
 
 class MaxPool(Layer):
@@ -206,7 +196,7 @@ class Dropout(Layer):
         # y = x · mask, so dx = dy · mask: the counter draws the same mask again
         relu = self.x if self.below_relu else None
         if not self.counter or not self.rate:
-            return dy if relu is None else dy * (relu > 0)
+            return dy if relu is None else kernels.relu_backward(dy, relu)
         return kernels.dropout(dy, self.rate, *self.counter, relu=relu)
 
 
@@ -219,7 +209,7 @@ class Flatten(Layer):
 
     def backward(self, dy):
         dx = dy.reshape(self.x.shape)                               # (N, H, W, C)
-        return dx * (self.x > 0) if self.below_relu else dx
+        return kernels.relu_backward(dx, self.x) if self.below_relu else dx
 
 
 class Concat(Layer):
@@ -317,6 +307,17 @@ class Network:
             layer.at(0, None, 0)
             x = layer.forward(x)
         return x
+
+    def bytes_per_image(self, size, crop):
+        """GPU memory that one image of a batch takes in a training step.
+
+        Every layer's input stays for the backward pass, which holds two gradients at a time; the
+        photo itself is there twice, on its way and in use. Parts of split sums are not counted.
+        """
+        x = kernels.prepare(np.zeros((1, size, size, 3), np.uint8), [0], [0], [False], crop)
+        self.forward(x, step=0)
+        kept = [layer.x.nbytes for _, layer in self.rows if not isinstance(layer, Flatten)]
+        return sum(kept) + max(map(sum, zip(kept, kept[1:]))) + 2 * 3 * size ** 2
 
     def backward(self, dy):
         """Every layer's gradients, last to first; returns the first layer's dx if it is needed."""

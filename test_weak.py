@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ import eval as evaluation
 import kernels
 import model
 import weak
-from kernels import cpu
+from kernels import cpu, emulate, gpu
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -1358,3 +1359,309 @@ def test_cupy_is_optional(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code, HERE], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("device: CPU")
+
+
+# ------------------------------------------------------------------------- the CUDA kernels
+
+EMULATOR = emulate.Emulator() if emulate.compiler() else None
+ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
+HALF = 2.0**-24                         # a float's rounding error, relative
+
+
+@pytest.fixture(params=["emulated", "gpu"])
+def device(request):
+    """Each test of the kernels runs twice: on the host's processor, and on a GPU if one is here."""
+    if request.param == "emulated" and not EMULATOR:
+        pytest.skip("no C++ compiler to run the kernels with")
+    try:
+        kernels.use(EMULATOR if request.param == "emulated" else "gpu", "fp32")
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    yield EMULATOR if request.param == "emulated" else "gpu"
+    kernels.use("cpu")
+
+
+def up(*arrays):
+    """Arrays where the device computes."""
+    return [kernels.to_device(x) for x in arrays]
+
+
+def wide(x, before=4, after=8):
+    """x on the device as a channel slice of a wider array, and that array; x None: NaN inside."""
+    whole = kernels.to_device(np.full((*x.shape[:-1], before + x.shape[-1] + after), np.nan))
+    part = whole[..., before:before + x.shape[-1]]
+    part[...] = kernels.to_device(x)
+    return part, whole
+
+
+def check_close(y, expected, magnitude, terms, error=HALF):
+    """y within what rounding `terms` products explains; a failure names the index and values."""
+    y = kernels.to_host(y).astype(np.float64)
+    bound = error * (3 + 3 * np.sqrt(terms)) * magnitude + 1e-30
+    assert y.shape == expected.shape and not np.isnan(y).any()
+    worst = np.unravel_index(np.argmax(np.abs(y - expected) / bound), y.shape)
+    assert (np.abs(y - expected) <= bound).all(), (
+        f"at {worst}: {y[worst]} instead of {expected[worst]}")
+
+
+def conv_case(seed):
+    """A random convolution: x, w, b, stride, pad; sizes odd and even, images smaller than a tile.
+
+    Float64 arrays whose numbers are floats. Every fourth case has channels in multiples of four.
+    """
+    rng = np.random.default_rng(seed)
+    four = 4 if seed % 4 == 0 else 1
+    k, stride, pad = rng.integers(1, 12), int(rng.integers(1, 5)), int(rng.integers(0, 6))
+    n, c, f = rng.integers(1, 4), rng.integers(1, 20) * four, rng.integers(1, 36) * four
+    h, w = (max(1, k - 2 * pad + rng.integers(0, 12)) for _ in range(2))
+    return (*(rng.standard_normal(shape).astype(np.float32).astype(np.float64)
+              for shape in ((n, h, w, c), (k, k, c, f), (f,))), stride, pad)
+
+
+def check_convolution(case, error=HALF):
+    """All three directions against the float64 twin, reading and writing channel slices."""
+    x, w, b, stride, pad = case
+    y = cpu.conv_forward(x, w, b, stride, pad, relu=True)
+    dy = np.random.default_rng(1).standard_normal(y.shape).astype(np.float32).astype(np.float64)
+    k, c, f = w.shape[0], w.shape[2], w.shape[3]
+    (xd, wd, bd), (dyd, _), (out, whole) = up(x, w, b), wide(dy), wide(y * 0)
+    kernels.conv_forward(xd, wd, bd, stride, pad, relu=True, out=out)
+    check_close(out, y, cpu.conv_forward(abs(x), abs(w), abs(b), stride, pad), k * k * c, error)
+    beside = kernels.to_host(whole)
+    assert np.isnan(beside[..., :4]).all() and np.isnan(beside[..., -8:]).all()
+    check_close(kernels.conv_backward_input(dyd, wd, xd, stride, pad, relu=True),
+                cpu.conv_backward_input(dy, w, x, stride, pad, relu=True),
+                cpu.conv_backward_input(abs(dy), abs(w), x, stride, pad), k * k * f, error)
+    dw, db = kernels.conv_backward_filter(xd, dyd, w.shape, stride, pad)
+    right, magnitude = (cpu.conv_backward_filter(part(x), part(dy), w.shape, stride, pad)
+                        for part in (np.asarray, np.abs))
+    pixels = dy.size // f
+    check_close(dw, right[0], magnitude[0], pixels, error)
+    check_close(db, right[1], magnitude[1], pixels)
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_convolution_kernel_agrees_with_its_twin(device, seed):
+    check_convolution(conv_case(seed))
+
+
+@pytest.mark.parametrize("seed", (0, 3, 4, 8))
+@pytest.mark.parametrize("precision, error", [("tf32", 2.0**-11), ("3xtf32", 4 * HALF)])
+def test_tensor_core_convolution_agrees_with_its_twin(device, precision, error, seed):
+    kernels.use(device, precision)
+    check_convolution(conv_case(seed), error)
+
+
+@pytest.mark.parametrize("shape, taps", [
+    ((2, 23, 19, 8), (3, 3, 8, 76)), ((3, 9, 9, 64), (1, 1, 64, 132)), ((1, 31, 8, 4), (7, 7, 4, 64))])
+@pytest.mark.parametrize("precision", kernels.PRECISIONS)
+def test_convolution_over_many_tiles_and_parts_agrees(device, precision, shape, taps, rng):
+    kernels.use(device, precision)
+    x, w, b = (rng.standard_normal(size) for size in (shape, taps, taps[3:]))
+    check_convolution((x, w, b, 1, taps[0] // 2), {"fp32": 2, "tf32": 2.0**13, "3xtf32": 4}[
+        precision] * HALF)
+
+
+def test_tf32_operands_are_rounded_to_nearest(device, rng):
+    kernels.use(device, "tf32")
+    x, w = rng.random((1, 16, 16, 32)), rng.random((1, 1, 32, 64))
+    y = kernels.to_host(kernels.conv_forward(*up(x, w, np.zeros(64))))
+    off = y.reshape(-1, 64) / (x.reshape(-1, 32) @ w.reshape(32, 64)) - 1
+    assert abs(off.mean()) < 2.0**-14           # cut off instead, they would be 2^-10.5 too small
+
+
+def test_convolution_kernel_fits_into_little_shared_memory(device, monkeypatch):
+    target = gpu._device
+    for kilobytes in (64, 99):                  # compute capability 7.5; 8.6, 8.9 and 12.0
+        monkeypatch.setattr(target, "shared_bytes", kilobytes << 10)
+        check_convolution(conv_case(0))
+        assert gpu.tile(1000, 512, 1000, True, target)[1] >= 2
+
+
+@pytest.mark.parametrize("kernel, stride, pad, ceil", [
+    (3, 2, 0, False), (3, 2, 1, True), (2, 2, 0, True), (3, 1, 1, False), (5, 3, 2, True)])
+def test_pooling_kernels_agree_with_their_twins(device, kernel, stride, pad, ceil, rng):
+    x = rng.integers(-3, 4, (2, 11, 8, 5)).astype(np.float64)       # many ties
+    window = kernel, stride, pad
+    y, mean = (pool(x, *window, ceil) for pool in (cpu.max_pool_forward, cpu.avg_pool_forward))
+    dy = rng.integers(-9, 9, y.shape).astype(np.float64)
+    (xd,), (dyd, _), (out, _) = up(x), wide(dy), wide(y * 0)
+    kernels.max_pool_forward(xd, *window, ceil, out=out)
+    assert np.array_equal(kernels.to_host(out), y)
+    for relu in (False, True):
+        assert np.array_equal(
+            kernels.to_host(kernels.max_pool_backward(dyd, xd, out, *window, relu=relu)),
+            cpu.max_pool_backward(dy, x, y, *window, relu=relu))
+        check_close(kernels.avg_pool_backward(dyd, xd, *window, relu=relu),
+                    cpu.avg_pool_backward(dy, x, *window, relu=relu), 9, kernel)
+    check_close(kernels.avg_pool_forward(xd, *window, ceil), mean, 9, kernel)
+
+
+@pytest.mark.parametrize("channels", (1, 7, 64, 700))
+def test_lrn_kernels_agree_with_their_twins(device, channels, rng):
+    x, dy = (10 * rng.standard_normal((2, 3, 5, channels)) for _ in range(2))
+    for constants in ((5, 2.0, 1e-4, 0.75), (3, 1.0, 0.5, 0.6)):
+        check_close(kernels.lrn_forward(*up(x), *constants), cpu.lrn_forward(x, *constants),
+                    abs(x) + 1, 30)
+        expected = cpu.lrn_backward(dy, x, *constants, relu=True)
+        check_close(kernels.lrn_backward(*up(dy, x), *constants, relu=True), expected,
+                    abs(dy) + abs(x) + 10, 100)
+
+
+def test_prepare_kernel_agrees_with_its_twin(device, rng):
+    photos = rng.integers(0, 256, (4, 23, 23, 3), np.uint8)
+    photos[2] = 77                              # a blank photo
+    top, left, flip = np.array([0, 3, 6, 2]), np.array([6, 1, 0, 2]), np.array([0, 1, 0, 1], bool)
+    y = kernels.to_host(kernels.prepare(photos, top, left, flip, 17))
+    assert not y[..., 3].any() and not y[2].any()
+    check_close(kernels.to_device(y[..., :3]), cpu.prepare(photos, top, left, flip, 17), 8, 4)
+
+
+@pytest.mark.parametrize("n, e", [(3, 16), (2, 37), (5, 1), (1, 4096)])
+def test_dropout_kernel_draws_the_masks_of_its_twin(device, n, e, rng):
+    x, relu = (rng.standard_normal((n, e)).astype(np.float32) for _ in range(2))
+    counter = 2**62 + 11, 2**40 + 3, 3_000_000_000, 7               # seed, step, layer, row
+    for rate, gate in ((0.5, None), (0.2, relu)):
+        y = kernels.dropout(*up(x), rate, *counter, relu=None if gate is None else up(gate)[0])
+        assert np.array_equal(kernels.to_host(y), cpu.dropout(x, rate, *counter, relu=gate))
+
+
+def test_bias_relu_and_column_sum_kernels_agree_with_their_twins(device, rng):
+    x, y, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((701, 35), (701, 35), 35))
+    for relu in (False, True):
+        assert np.array_equal(kernels.to_host(kernels.add_bias(*up(x, b), relu)),
+                              cpu.add_bias(x.copy(), b, relu))
+    assert np.array_equal(kernels.to_host(kernels.relu_backward(*up(x, y))),
+                          cpu.relu_backward(x, y))
+    check_close(kernels.column_sums(*up(x)), x.sum(axis=0, dtype=np.float64),
+                abs(x).sum(axis=0), len(x))
+
+
+@pytest.mark.parametrize("n, k", [(3, 1), (2, 31), (4, 300), (2, 5000)])
+def test_loss_kernel_agrees_with_its_twin(device, n, k, rng):
+    s = 30 * rng.standard_normal((n, k))
+    s[0, 0] = 3e38                              # exp of it overflows
+    targets = np.array([[0, -1, k - 1] if k > 1 else [0, -1, -1]] * n, np.int32)
+    targets[-1] = -1                            # a photo that could not be read
+    weights = np.where(np.arange(n) < n - 1, 0.25, 0.0)
+    (sd,) = up(s)
+    expected, ds = cpu.softmax_loss(kernels.to_host(sd).astype(np.float64), targets, weights)
+    loss, grad = kernels.softmax_loss(sd, targets, weights)
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    check_close(grad, ds, abs(ds) + 1e-3, k)
+
+
+def test_update_kernels_agree_with_their_twins(device, rng):
+    constants = 0.1, 0.9, 5e-4                  # rate, momentum, decay
+    w, v, dw = (rng.standard_normal((7, 13)) for _ in range(3))
+    rows = np.array([5, 0, 3], np.int32)
+    for mine, arrays in (((), (w, v, dw)), ((rows,), (w, v, dw[:3]))):
+        wd, vd, dwd = up(*arrays)
+        w1, v1 = w.copy(), v.copy()
+        (kernels.sgd_rows if mine else kernels.sgd)(wd, vd, dwd, *mine, *constants)
+        (cpu.sgd_rows if mine else cpu.sgd)(w1, v1, arrays[2], *mine, *constants)
+        check_close(wd, w1, 4, 4)
+        check_close(vd, v1, 4, 4)
+    (wd,) = up(w)
+    assert np.array_equal(kernels.to_host(kernels.take_rows(wd, rows)), w[rows].astype(np.float32))
+
+
+def test_small_step_on_a_device_is_the_twins(device, rng):
+    photos = rng.integers(0, 256, (3, 72, 72, 3), np.uint8)
+    where = np.array([0, 4, 8]), np.array([8, 2, 0]), np.array([1, 0, 1], bool)
+    targets = np.array([[1, 4], [7, -1], [0, -1]], np.int32)
+
+    def step(on):
+        kernels.use(on, "fp32")
+        net = model.small(9, dropout=0.5).init(0)
+        optimiser = model.SGD(net, 0.9, 5e-4)
+        losses = []
+        for number in (1, 2):
+            s = net.forward(kernels.prepare(photos, *where, 64), seed=3, step=number)
+            loss, ds = kernels.softmax_loss(s, targets, np.full(3, 1 / 3, np.float32))
+            net.backward(ds)
+            optimiser.step(0.05)
+            losses.append(float(loss))
+        return losses, net.state()
+
+    losses, state = step(device)
+    expected, twin = step("cpu")
+    assert losses == pytest.approx(expected, rel=1e-4)
+    for path, w in state.items():
+        assert np.abs(w - twin[path]).max() < 1e-4 * max(0.01, np.abs(twin[path]).max()), path
+
+
+def test_kernels_refuse_arrays_they_would_misread(device):
+    x = kernels.to_device(np.zeros((2, 4, 4, 8)))
+    for wrong in (x.transpose(0, 2, 1, 3)[:, :, 1:], x[:, ::2], x.astype(np.float64)):
+        with pytest.raises(ValueError, match="float32"):
+            kernels.max_pool_forward(wrong, 2, 2)
+
+
+# a text of a kernel file, what it is changed to, and the test that must then fail
+MUTATIONS = [
+    ("conv.cu", "i = m < pixels ? oi * stride - pad", "i = m < pixels ? oi * stride + pad", 0),
+    ("conv.cu", "p = kw.divide(c.divide(k, channel), q);",
+     "q = kw.divide(c.divide(k, channel), p);", 0),
+    ("conv.cu", "i % dilate == 0 && j % dilate == 0", "i % dilate == 0", 5),
+    ("conv.cu", "copy_wait<STAGES - 2>();", "copy_wait<STAGES - 1>();", 0),
+    ("conv.cu", "const int next = tile + STAGES - 1;", "const int next = tile + STAGES;", 0),
+    ("conv.cu", "        __syncthreads();", "        ;", 0),
+    ("conv.cu", "if (row >= rows || col >= cols) return;", "if (col >= cols) return;", 0),
+    ("conv.cu", "const bool valid = k0 + k < depth && col0 + n < cols;",
+     "const bool valid = k0 + k < depth;", 0),
+    ("conv.cu", "copy_async<4 * VEC>(&A_AT(m, k), at, valid && there",
+     "copy_async<4 * VEC>(&A_AT(m, k), at, there", 0),
+    ("conv.cu", "if (bias) v += bias[col];", "if (bias) v -= bias[col];", 1),
+    ("pointwise.cu", "turned[(static_cast<long long>(taps - 1 - tap) * f",
+     "turned[(static_cast<long long>(tap) * f", 0),
+    ("pointwise.cu", "    __syncthreads();                                        // the tile is",
+     "    ;                                        // the tile is", 0),
+    ("pointwise.cu", "for (int z = 0; z < count; z++)", "for (int z = 1; z < count; z++)", 0),
+]
+
+
+@pytest.mark.parametrize("file, right, wrong, seed", MUTATIONS)
+def test_mistake_in_a_kernel_is_caught(file, right, wrong, seed):
+    if not EMULATOR:
+        pytest.skip("no C++ compiler to run the kernels with")
+
+    with open(os.path.join(HERE, "kernels", file)) as opened:
+        assert right in opened.read()
+    kernels.use(emulate.Emulator(lambda text: text.replace(right, wrong, 1)), "fp32")
+    try:
+        with pytest.raises((AssertionError, RuntimeError)):
+            check_convolution(conv_case(seed))
+    finally:
+        kernels.use("cpu")
+
+
+@pytest.mark.parametrize("body, message", [
+    ("y[blockIdx.x * 64 + threadIdx.x + 1] = 0;", "out of bounds, argument 1 of 1, byte 512"),
+    ("y[(int)(blockIdx.x * 64 + threadIdx.x) - 1] = 0;", "out of bounds, argument 1 of 1, byte -4"),
+    ("shared_memory()[64 + threadIdx.x] = 0;", "out of bounds of shared memory"),
+    ("if (threadIdx.x < 32) __syncthreads();", "not all threads reach in block .*, thread"),
+    ("if (threadIdx.x) { __syncthreads(); } else {\n __syncthreads(); }", "not all threads reach"),
+    ("if (threadIdx.x % 32) __shfl_xor_sync(~0u, 1, 1);", "not all lanes reach"),
+    ("y[0] += 1; y[1] = y[0] * threadIdx.x;", "a race"),
+    ("y[64 * blockIdx.x] = 2 * y[0] + blockIdx.x + 1;", "a race"),
+    ("y[threadIdx.x] = shared_memory()[threadIdx.x ^ 1]; shared_memory()[threadIdx.x] = 1;",
+     "a race"),
+    ("*(float2*)(y + 1) = make_float2(0, 0);", "misaligned"),
+])
+def test_emulator_finds_what_a_gpu_would_hide(body, message, tmp_path):
+    if not EMULATOR:
+        pytest.skip("no C++ compiler to run the kernels with")
+    (tmp_path / "bad.cu").write_text(f'extern "C" __global__ void bad(float* y)\n{{\n{body}\n}}\n')
+    emulator = emulate.Emulator()
+    with pytest.raises(RuntimeError, match="^bad: .*" + message):
+        emulator.launch(str(tmp_path / "bad.cu"), "bad", (), (2,), (64,),
+                        (np.zeros(128, np.float32),), shared=256)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kernels_compile_for(architecture):
+    pytest.importorskip("cupy")
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda variant: gpu.compile_for(architecture, *variant),
+                      gpu.variants(int(architecture) >= 80)))

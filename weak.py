@@ -39,9 +39,11 @@ EPOCHS_PER_RATE = 10            # epochs that each learning rate is kept at leas
 LEAST_RATE = 1e-6               # training stops below
 MOMENTUM, DECAY = 0.9, 5e-4     # not stated in the paper; Krizhevsky's (2012, §5)
 SAVE_SECONDS = 600
+LATE = 4                        # steps until the loss of a GPU is read
 EMPTY_STEPS = 100               # steps in a row without a photo that can be read: give up
 VALIDATED = 10_000              # held-out photos scored after an epoch, at most
-HARMLESS = {"resume", "out", "images", "epochs", "min_lr", "workers", "threads", "device"}
+HARMLESS = {"resume", "out", "images", "epochs", "min_lr", "workers", "threads", "device",
+            "precision"}
 
 
 def main():
@@ -49,7 +51,7 @@ def main():
     warnings.filterwarnings("ignore", "(overflow|invalid value)", RuntimeWarning)   # the loss says
     if options.threads:
         kernels.set_threads(options.threads)
-    print(kernels.use(options.device), flush=True)
+    print(kernels.use(options.device, options.precision), flush=True)
     lock = lock_folder(options.out)
     if options.drawn:
         draw_set(os.path.dirname(options.captions), options.seed)
@@ -101,6 +103,8 @@ def parser():
     add("--out", metavar="DIR", help="folder of the run; if not given runs/ and the images' name")
     add("--resume", action="store_true", help="go on with the run in --out, with its options")
     add("--device", choices=kernels.DEVICES, default="auto", help="where to compute")
+    add("--precision", choices=kernels.PRECISIONS,
+        help="of products on a GPU; if not given tf32 where it has tensor cores for that")
     add("--workers", type=int, default=min(8, os.cpu_count() or 1), metavar="N",
         help="processes that read captions and decode photos; 0: none, for whole tracebacks")
     add("--threads", type=int, metavar="N", help="threads that compute; all cores if not given")
@@ -275,6 +279,7 @@ class Run:
         self.plateau = model.Plateau(options.lr, options.epochs_per_lr, options.min_lr)
         self.step = self.epoch = 0
         self.log, self.losses, self.saved = [], [], None            # a loss a step of the epoch
+        self.read = 0                                               # how many of them are read
         self.batch = None                                           # the last one
         if checkpoint:
             self.restore(*checkpoint)
@@ -283,6 +288,7 @@ class Run:
         most = min(VALIDATED, max(100, evaluation.BLOCK // len(index.dictionary)), index.held_out)
         self.held_out = [int(i) for i in np.linspace(0, index.held_out - 1, most)]
         self.check_room()
+        self.check_memory()
         self.loader = data.Loader(options.images, index.name, len(index), self.size,
                                   options.batch + evaluation.BATCH, options.workers, options.out)
         if checkpoint:
@@ -313,6 +319,21 @@ class Run:
             raise ValueError(f"{self.options.out} has {free / 1e6:,.0f} MB free, and saving needs "
                              f"{4 * weights / 1e6:,.0f}; free some, or choose another --out")
 
+    def check_memory(self):
+        """Say what the GPU must hold, and refuse to start where it cannot."""
+        free = kernels.memory()
+        if free is None:
+            return
+        each = self.net.bytes_per_image(self.size, self.crop)
+        more = sum(array.nbytes for array in self.optimiser.v.values())     # the gradients
+        need, batch = more + each * self.options.batch, self.options.batch
+        print(f"GPU memory: {3 * more / 1e9:,.2f} GB for weights, velocities and gradients, "
+              f"{each / 1e6:,.1f} MB an image, {need / 1e9:,.2f} GB more at --batch {batch}; "
+              f"{free / 1e9:,.1f} GB are free", flush=True)
+        if need > free:
+            raise ValueError(f"--batch {batch} does not fit into the GPU's memory; use --batch "
+                             f"{max(1, int((free - more) / each))} or less")
+
     def done(self):
         """True when the options say that training is over."""
         return (self.plateau.rate < self.options.min_lr
@@ -331,6 +352,7 @@ class Run:
                 with clock.waiting:
                     draw, photos = next(batches)
                 self.losses.append(self.train_step(draw, photos))
+                self.read_losses()
                 clock.tick()
                 if interrupt.asked:
                     return False
@@ -354,28 +376,41 @@ class Run:
         x = kernels.prepare(photos, *where, self.crop)              # (N, H, W, 3)
         s = self.net.forward(x, seed=self.options.seed, step=self.step)     # (N, K)
         loss, ds = kernels.softmax_loss(s, draw.targets(), draw.weights)
-        self.check_loss(loss)
         self.net.backward(ds)
         self.optimiser.step(self.plateau.rate)
         self.batch = x, draw.targets(), draw.weights
         return loss
 
-    def check_loss(self, loss):
+    def read_losses(self, late=LATE):
+        """Read and check the losses that are due: on a GPU the last ones are still on their way."""
+        while self.read < len(self.losses):
+            loss, behind = self.losses[self.read], len(self.losses) - 1 - self.read
+            if loss is not None and not isinstance(loss, float):
+                if behind < late:
+                    return
+                loss = float(loss)
+            if loss is not None:
+                self.check_loss(loss, self.step - behind)
+            self.losses[self.read] = loss
+            self.read += 1
+
+    def check_loss(self, loss, step=None):
         """RuntimeError if the loss is not finite: what was saved before stays as it is."""
         if not np.isfinite(loss):
             kept = ("nothing was saved yet" if self.saved is None
                     else f"the checkpoint of step {self.saved:,} is untouched")
-            raise RuntimeError(f"the loss is {loss} at step {self.step:,}: {kept}; "
+            raise RuntimeError(f"the loss is {loss} at step {step or self.step:,}: {kept}; "
                                f"lower --lr ({self.plateau.rate:g})")
 
     def mean_loss(self, last=None):
         """The mean training loss of the epoch so far, or of its last steps; NaN without one."""
-        losses = [loss for loss in self.losses[-(last or 0):] if loss is not None]
+        losses = [loss for loss in self.losses[:self.read][-(last or 0):] if loss is not None]
         return float(np.mean(losses)) if losses else math.nan
 
     def end_epoch(self, clock):
         """Validate, apply the learning-rate rule, save, and log the epoch."""
         self.epoch += 1
+        self.read_losses(late=0)
         row = {"epoch": self.epoch, "step": self.step, "loss": self.mean_loss(),
                "learning_rate": self.plateau.rate, "images_per_second": clock.rate(),
                "loader_wait": clock.wait_share(), "precision@10": None, "auc": None,
@@ -389,7 +424,7 @@ class Run:
                                                  ("precision@10", "auc", "map")}}
         self.plateau.update(error)
         self.log.append(row)
-        self.losses = []
+        self.losses, self.read = [], 0
         self.save()
         self.write_texts()
         print(f"epoch {self.epoch}: loss {row['loss']:.4f}, " + (
@@ -421,9 +456,10 @@ class Run:
 
         The last update may have diverged: one more forward pass keeps the checkpoint good.
         """
+        self.read_losses(late=0)
         if self.batch:
             x, targets, weights = self.batch
-            self.check_loss(kernels.softmax_loss(self.net.forward(x), targets, weights)[0])
+            self.check_loss(float(kernels.softmax_loss(self.net.forward(x), targets, weights)[0]))
         places = [self.options.out] + [tempfile.gettempdir()] * last
         for place in places:
             path = os.path.join(place, "model.npz" if place == self.options.out else

@@ -1,7 +1,8 @@
 """The operations that the networks are made of: one public function each, on the chosen device.
 
 `use(device)` chooses once; model.py then calls these functions and never asks where it runs.
-cpu.py holds the NumPy twins, which are the specification: same names, same arguments.
+cpu.py holds the NumPy twins, which are the specification: same names, same arguments. gpu.py
+launches the CUDA kernels of the .cu files.
 """
 import os
 
@@ -10,32 +11,49 @@ from . import cpu
 _device = cpu                           # the module whose functions run
 
 DEVICES = ("auto", "cpu", "gpu")
+PRECISIONS = ("fp32", "tf32", "3xtf32")
 
 
-def use(device):
+def use(device, precision=None):
     """Choose where everything computes from now on; returns one line that says what was chosen.
 
-    RuntimeError if the device asked for cannot be used.
+    device: one of DEVICES, or what runs the CUDA kernels in the place of gpu.Cuda. precision: one
+    of PRECISIONS, for a GPU; if None, tf32 where it has tensor cores for that. RuntimeError if the
+    device or the precision cannot be had.
     """
-    found = _gpu_name()
-    if device == "gpu":
-        raise RuntimeError("--device gpu: this version has no CUDA kernels; use --device cpu"
-                           if found else
-                           "--device gpu: no GPU that CuPy can use was found; use --device cpu")
-    note = f"; the CUDA kernels for {found} are not part of this version" if found else ""
-    count = cpu.threads()
-    return f"device: CPU, {count} thread{'s' * (count > 1)}, NumPy{note}"
+    global _device
+    chosen = _find(device) if device in DEVICES else device
+    if chosen is None:
+        _device = cpu
+        count = cpu.threads()
+        return f"device: CPU, {count} thread{'s' * (count > 1)}, NumPy"
+    from . import gpu
+    precision = precision or ("tf32" if chosen.tf32 else "fp32")
+    gpu.use(chosen, precision)
+    _device = gpu
+    return f"device: {chosen.name}, {precision}"
 
 
-def _gpu_name():
-    """The name of the first GPU that CuPy can use, or None: CuPy is optional at run time."""
+def _find(device):
+    """The GPU, or None for the CPU: CuPy is optional at run time."""
+    if device == "cpu":
+        return None
     try:
         import cupy
-        if cupy.cuda.runtime.getDeviceCount():
-            return cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
+        found = cupy.cuda.runtime.getDeviceCount() > 0
     except Exception:                   # not installed, no driver, no device: many kinds
-        return None
+        found = False
+    if found:
+        from . import gpu
+        return gpu.Cuda()
+    if device == "gpu":
+        raise RuntimeError("--device gpu: no GPU that CuPy can use was found; use --device cpu")
     return None
+
+
+def memory():
+    """Free bytes of the GPU's memory, or None on the CPU."""
+    return None if _device is cpu else _device.memory()
 
 
 def set_threads(count):
@@ -95,13 +113,31 @@ def lrn_backward(dy, x, size=5, k=2.0, alpha=1e-4, beta=0.75, relu=False):
     return _device.lrn_backward(dy, x, size, k, alpha, beta, relu)
 
 
+def add_bias(y, b, relu=False):
+    """y (M, E) += b (E,), in place, then with `relu` max(·, 0); returns y."""
+    return _device.add_bias(y, b, relu)
+
+
+def relu_backward(dy, x, out=None):
+    """dy · (x > 0), into `out` (which may be dy) if given."""
+    return _device.relu_backward(dy, x, out)
+
+
+def column_sums(x):
+    """Σ of x (…, E) over all axes but the last: (E,)."""
+    return _device.column_sums(x)
+
+
 def dropout(x, rate, seed, step, layer, row=0, relu=None):
     """x · mask / (1 - rate), the mask a function of (seed, step, layer, global row) alone."""
     return _device.dropout(x, rate, seed, step, layer, row, relu)
 
 
 def prepare(photos, top, left, flip, crop):
-    """uint8 photos (N, S, S, 3) -> cropped, mirrored, normalised float32 (N, crop, crop, 3)."""
+    """uint8 photos (N, S, S, 3) -> cropped, mirrored, normalised float32 (N, crop, crop, 3 or 4).
+
+    The GPU's kernels pad three channels to four with zeros, and convolutions take either.
+    """
     return _device.prepare(photos, top, left, flip, crop)
 
 
@@ -111,13 +147,26 @@ def matmul(a, b, out=None):
 
 
 def softmax_loss(s, targets, weights):
-    """The loss (eq. 2) and its gradient, which takes the memory of s (N, K)."""
+    """The loss (eq. 2) and its gradient, which takes the memory of s (N, K).
+
+    float() of the loss is its value; on a GPU that may have to wait for it.
+    """
     return _device.softmax_loss(s, targets, weights)
 
 
 def sgd(w, v, dw, rate, momentum, decay):
     """v ← momentum·v + dw + decay·w; w ← w - rate·v; in place."""
     _device.sgd(w, v, dw, rate, momentum, decay)
+
+
+def sgd_rows(w, v, dw, rows, rate, momentum, decay):
+    """sgd on the rows w[rows] and v[rows] alone; dw (R, E), no row twice."""
+    _device.sgd_rows(w, v, dw, rows, rate, momentum, decay)
+
+
+def take_rows(w, rows):
+    """w[rows]: the rows of a batch's words, (R, E)."""
+    return _device.take_rows(w, rows)
 
 
 def to_device(x):

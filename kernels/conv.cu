@@ -102,7 +102,7 @@ struct Result {
     __device__ float finish(int row, int col, float v) const
     {
         if (bias) v += bias[col];
-        if (relu) v = fmaxf(v, 0.0f);
+        if (relu && v < 0) v = 0;                       // a NaN stays
         if (mask && !(mask[static_cast<long long>(row) * mask_pitch + col] > 0)) v = 0;
         return v;
     }
@@ -315,7 +315,7 @@ struct Product {
 #endif
 
 // Called by gpu.conv_forward, conv_backward_input and conv_backward_filter.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, VEC == 4 ? 2 : 1)
 conv(const float* x, const float* right, float* y, const float* bias, const float* mask,
      int h, int w, int x_pitch, int stride, int pad, int dilate, int pixels,
      int c, int c_mul, int c_shift, int kw, int kw_mul, int kw_shift,

@@ -363,6 +363,22 @@ def philox(seed, counter, words):
     return np.random.Philox(counter=before, key=seed).random_raw(words)
 
 
+def add_bias(y, b, relu=False):
+    """y[m, e] += b[e], in place, then with `relu` max(y, 0)."""
+    y += b
+    return np.maximum(y, 0, out=y) if relu else y
+
+
+def relu_backward(dy, x, out=None):
+    """dx = dy · (x > 0), into `out` (which may be dy) if given."""
+    return np.multiply(dy, x > 0, out=out)
+
+
+def column_sums(x):
+    """y[e] = Σ x[…, e], over all axes but the last."""
+    return x.reshape(-1, x.shape[-1]).sum(axis=0)
+
+
 def dropout(x, rate, seed, step, layer, row=0, relu=None):
     """y = x · mask / (1 - rate); the same call on dy gives dx, for the mask is drawn again.
 
@@ -453,6 +469,18 @@ def sgd(w, v, dw, rate, momentum, decay):
         part_w -= rate * part_v
 
     _pool.chunks(w.size, FLAT_CHUNK, work)
+
+
+def sgd_rows(w, v, dw, rows, rate, momentum, decay):
+    """The same on w[rows] and v[rows], with dw (R, E); no row twice. All other rows stay."""
+    part_w, part_v = w[rows], v[rows]                               # copies, (R, E)
+    sgd(part_w, part_v, dw, rate, momentum, decay)
+    w[rows], v[rows] = part_w, part_v
+
+
+def take_rows(w, rows):
+    """w[rows], (R, E)."""
+    return w[rows]
 
 
 def to_device(x):

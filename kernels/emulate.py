@@ -36,6 +36,7 @@ class Emulator:
     name = "emulated"
     tf32 = True
     multiprocessors = 3                     # few, so that convolutions are split as on a GPU
+    shared_bytes = 227 << 10
 
     def __init__(self, change=lambda text: text):
         """`change` is applied to each .cu text first: the tests plant mistakes with it."""
@@ -57,7 +58,7 @@ class Emulator:
         with open(base + ".cpp", "w", encoding="utf-8") as source:
             source.write(f'#include "{os.path.join(FOLDER, "emulate.h")}"\n#line 1 "{file}"\n')
             source.write(text)
-            for name in re.findall(r"__global__ void\s+(?:__launch_bounds__\(\w+\)\s+)?(\w+)\(",
+            for name in re.findall(r"__global__ void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(",
                                    text):
                 source.write(
                     f'\nextern "C" const char* run_{name}(emulated::Argument* arguments, '
@@ -79,13 +80,14 @@ class Emulator:
         run = getattr(self.library(file, defines), "run_" + kernel)
         run.restype = ctypes.c_char_p
         spans = [_span(arg) if isinstance(arg, np.ndarray) else None for arg in args]
+        once = [spans.index(span) == i for i, span in enumerate(spans)]    # an array passed twice
         numbers = [None if span else np.array(arg) for arg, span in zip(args, spans)]
         arguments = (_Argument * len(args))(*(
             span or (number.ctypes.data, 0) for span, number in zip(spans, numbers)))
         grid, block = ((ctypes.c_uint * 3)(*size, *[1] * (3 - len(size))) for size in (grid, block))
         first = None
         for order in self.orders:
-            results = [np.empty(span[1] if span else 0, np.uint8) for span in spans]
+            results = [np.zeros(span[1] if span else 0, np.uint8) for span in spans]
             pointers = (ctypes.c_void_p * len(args))(*(found.ctypes.data for found in results))
             wrong = run(arguments, grid, block, ctypes.c_size_t(shared), order, pointers)
             if wrong:
@@ -95,8 +97,8 @@ class Emulator:
                 if not np.array_equal(a, b):
                     raise RuntimeError(f"{kernel}: a race: argument {number + 1} depends on the "
                                        f"order of threads, from byte {np.argmax(a != b)}")
-        for span, found in reversed(list(zip(spans, first))):     # the first of equals last
-            if span:
+        for span, found, own in zip(spans, first, once):
+            if span and own:
                 ctypes.memmove(span[0], found.ctypes.data, span[1])
 
     def matmul(self, a, b, out=None):
@@ -108,6 +110,9 @@ class Emulator:
 
     def download(self, x):
         return np.asarray(x)
+
+    def memory(self):
+        return 8 << 30
 
     def later(self, x):
         """A number of the device that the caller will read: here it is known at once."""

@@ -5,6 +5,7 @@ CuPy when they are first needed. `Cuda` is the GPU; emulate.Emulator stands in i
 on machines without one, under the very same launch code. Arrays are float32 and NHWC; where a
 channel slice of a wider array will do, kernels take its pitch, the numbers from pixel to pixel.
 """
+import itertools
 import os
 
 import numpy as np
@@ -12,10 +13,10 @@ import numpy as np
 from .cpu import LANES, conv_size, pool_size
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
-PRECISIONS = ("fp32", "tf32", "3xtf32")
+INNER = {"fp32": 0, "tf32": 1, "3xtf32": 3}        # the product of conv.cu, by precision
 NULL = np.uint64(0)                     # a pointer to nothing
 BLOCK = 256                             # threads a block of the kernels that take a number each
-BM, BK = 128, 32                        # the tile of conv.cu
+BM, BK, STAGES = 128, 32, 3             # the tile of conv.cu, and how many are in flight
 LEAST_TILES = 8                         # tiles of BK along the reduction, that a split is worth
 LRN_BYTES = 12 << 10                    # shared memory of a block of lrn.cu, at least a pixel
 STAGING = 2                             # batches of photos on their way to the GPU
@@ -31,6 +32,11 @@ class Cuda:
         self.name = facts["name"].decode()
         self.multiprocessors = facts["multiProcessorCount"]
         self.tf32 = facts["major"] >= 8
+        self.shared_bytes = cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
+        if self.shared_bytes < 64 << 10:
+            raise RuntimeError(f"{self.name} is too old for these kernels, which want 64 KB of "
+                               "shared memory for a block (compute capability 7.0); use "
+                               "--device cpu")
         self.copies = cupy.cuda.Stream(non_blocking=True)
 
     def launch(self, file, kernel, defines, grid, block, args, shared=0):
@@ -71,6 +77,11 @@ class Cuda:
     def download(self, x):
         return self.xp.asnumpy(x)
 
+    def memory(self):
+        """Free bytes: the driver's, and those that CuPy keeps for the next array."""
+        pool = self.xp.get_default_memory_pool()
+        return self.xp.cuda.runtime.memGetInfo()[0] + pool.free_bytes()
+
     def later(self, x):
         """The number x of the GPU, read without waiting: float() of it waits if it must."""
         return Later(self.xp, x)
@@ -104,6 +115,33 @@ def source(file):
 def options(defines):
     """Compiler options of a kernel variant."""
     return "-std=c++17", *(f"-D{name}={value}" for name, value in defines)
+
+
+def variants(tf32):
+    """(file, defines) of every kernel variant that is launched on a GPU with TF32, or without."""
+    yield from ((file, ()) for file in ("pool.cu", "lrn.cu", "pointwise.cu", "loss.cu", "sgd.cu"))
+    for inner, filter_gradient, vec, bn in itertools.product(
+            (0, 1, 3) if tf32 else (0,), (0, 1), (4, 1), (128, 64)):
+        yield "conv.cu", _conv_defines(bn, STAGES, vec, filter_gradient, inner)
+
+
+def compile_for(architecture, file, defines):
+    """Compile a variant as CuPy would, for "90" say, without a GPU; (cubin, the compiler's notes).
+
+    RuntimeError with the compiler's message where that fails.
+    """
+    from cupy.cuda import nvrtc
+    program = nvrtc.createProgram(source(file), file, (), ())
+    try:
+        nvrtc.compileProgram(program, (
+            *options(defines), f"-arch=sm_{architecture}", "-ftz=true",
+            "--device-as-default-execution-space", "--ptxas-options=-v"))
+        return nvrtc.getCUBIN(program), nvrtc.getProgramLog(program)
+    except nvrtc.NVRTCError:
+        raise RuntimeError(f"{file} {defines} for sm_{architecture}: "
+                           f"{nvrtc.getProgramLog(program)}") from None
+    finally:
+        nvrtc.destroyProgram(program)
 
 
 _device = None                          # a Cuda, or what stands in its place
@@ -178,23 +216,34 @@ def divisor(d):
 
 # ------------------------------------------------------------------------------ convolution
 
-def tile(rows, cols, depth, multiprocessors):
-    """(columns of a tile, parts of the reduction) for a product of that shape.
+def stage_bytes(bn, filter_gradient):
+    """Shared memory of one stage of conv.cu: a tile of each operand, rows a little apart."""
+    return 4 * ((BK * (BM + 8) if filter_gradient else BM * (BK + 4)) + BK * (bn + 8))
+
+
+def tile(rows, cols, depth, filter_gradient, device):
+    """(columns of a tile, stages, parts of the reduction) for a product of that shape.
 
     A formula, never a timing, so that the same GPU always adds in the same order. Two blocks run
     on a multiprocessor at a time: parts are chosen so that the waves of blocks are full, against
     what it costs to write the parts and add them.
     """
-    bn = 128 if cols > 64 else 64
+    bn = 128 if cols > 64 and device.shared_bytes >= 2 * stage_bytes(128, True) else 64
+    stages = min(STAGES, device.shared_bytes // stage_bytes(bn, filter_gradient))
     blocks = -(-rows // BM) * -(-cols // bn)
-    slots, steps = 2 * multiprocessors, -(-depth // BK)
+    slots, steps = 2 * device.multiprocessors, -(-depth // BK)
 
     def cost(parts):
         waves = -(-blocks * parts // slots)
         added = 0 if parts == 1 else 4 * (parts + 1) * blocks / slots   # in steps of a tile
         return waves * (-(-steps // parts) + 4) + added
 
-    return bn, min(range(1, max(1, min(steps // LEAST_TILES, 256)) + 1), key=cost)
+    return bn, stages, min(range(1, max(1, min(steps // LEAST_TILES, 256)) + 1), key=cost)
+
+
+def _conv_defines(bn, stages, vec, filter_gradient, inner):
+    return (("BM", BM), ("BN", bn), ("STAGES", stages), ("VEC", vec),
+            ("FILTER", int(filter_gradient)), ("INNER", inner))
 
 
 def _convolve(x, right, y, bias, mask, relu, filter_gradient, grid, taps, window):
@@ -212,22 +261,19 @@ def _convolve(x, right, y, bias, mask, relu, filter_gradient, grid, taps, window
     fits = c % 4 == 0 and cols % 4 == 0 and all(
         pitch % 4 == 0 for pitch in pitches) and all(
         _address(array) % 16 == 0 for array in (x, right, y))
-    inner = PRECISIONS.index(_precision) + (_precision == "3xtf32")     # 0, 1 or 3
-    bn, parts = tile(rows, cols, depth, _device.multiprocessors)
-    stages = 3
+    inner = INNER[_precision]
+    bn, stages, parts = tile(rows, cols, depth, filter_gradient, _device)
     part = -(-(-(-depth // parts)) // BK) * BK
     parts = -(-depth // part)
     into = y if parts == 1 else _empty((parts, rows, cols))
     mask_pitch = 0 if mask is None else _pitch(mask)
-    a_size = BK * (BM + 8) if filter_gradient else BM * (BK + 4)
     _launch("conv.cu", "conv", (-(-rows // BM), -(-cols // bn), parts), (128 if inner else 256,),
             (x, right, into, *((bias, mask) if parts == 1 else (None, None)),
              h, w, pitches[0], *window, pixels, *divisor(c), *divisor(kw), *divisor(oh),
              *divisor(ow), rows, cols, depth, part, pitches[1],
              pitches[2] if parts == 1 else cols, mask_pitch, relu and parts == 1),
-            shared=4 * stages * (a_size + BK * (bn + 8)),
-            defines=(("BM", BM), ("BN", bn), ("STAGES", stages), ("VEC", 4 if fits else 1),
-                     ("FILTER", int(filter_gradient)), ("INNER", inner)))
+            shared=stages * stage_bytes(bn, filter_gradient),
+            defines=_conv_defines(bn, stages, 4 if fits else 1, filter_gradient, inner))
     if parts > 1:
         _each("pointwise.cu", "reduce", rows * cols, (into, y, bias, mask, parts, rows, cols,
                                                       pitches[2], mask_pitch, relu))
@@ -448,6 +494,11 @@ def take_rows(w, rows):
     _each("sgd.cu", "take_rows", taken.size, (
         w, _device.upload(np.asarray(rows, np.int32)), taken, np.int64(taken.size), w.shape[1]))
     return taken
+
+
+def memory():
+    """Free bytes of the device."""
+    return _device.memory()
 
 
 def to_device(x):

@@ -101,7 +101,7 @@ add_bias(float* y, const float* b, long long total, int e, int relu)
     const long long index = index_of_thread();
     if (index >= total) return;
     const float value = y[index] + b[index % e];
-    y[index] = relu ? fmaxf(value, 0.0f) : value;
+    y[index] = relu && value < 0 ? 0 : value;               // a NaN stays
 }
 
 // dx = dy · (x > 0), where dx may be dy. Called by gpu.relu_backward.
@@ -147,7 +147,7 @@ reduce(const float* parts, float* y, const float* bias, const float* mask, int c
     float sum = 0;
     for (int z = 0; z < count; z++) sum += parts[z * total + index];
     if (bias) sum += bias[col];
-    if (relu) sum = fmaxf(sum, 0.0f);
+    if (relu && sum < 0) sum = 0;                           // a NaN stays
     if (mask && !(mask[row * mask_pitch + col] > 0)) sum = 0;
     y[row * y_pitch + col] = sum;
 }

@@ -56,8 +56,10 @@ max_pool_forward(const float* x, float* y, long long total, int h, int w, int c,
     at.decode(index, oh, ow, n, oi, oj, channel);
     float most = -INFINITY;
     for (int i = at.first(oi); i < at.last(oi, h); i++)
-        for (int j = at.first(oj); j < at.last(oj, w); j++)
-            most = fmaxf(most, x[((n * h + i) * w + j) * c + channel]);
+        for (int j = at.first(oj); j < at.last(oj, w); j++) {
+            const float value = x[((n * h + i) * w + j) * c + channel];
+            most = value > most || value != value ? value : most;   // a NaN stays
+        }
     y[(index / c) * y_pitch + channel] = most;
 }
 

@@ -4,6 +4,8 @@
 // so the kernels call these names and compile as they are for a GPU and for the host's processor.
 // Facts are from the PTX ISA, sections on cp.async, mma.m16n8k8 and cvt.rna.tf32.
 
+#define INFINITY __uint_as_float(0x7f800000u)               // NVRTC has no math.h
+
 // Dynamic shared memory of the block, as floats: its size is an argument of the launch.
 __device__ __forceinline__ float* shared_memory()
 {
