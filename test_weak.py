@@ -1453,7 +1453,8 @@ def test_tensor_core_convolution_agrees_with_its_twin(device, precision, error, 
 
 
 @pytest.mark.parametrize("shape, taps", [
-    ((2, 23, 19, 8), (3, 3, 8, 76)), ((3, 9, 9, 64), (1, 1, 64, 132)), ((1, 31, 8, 4), (7, 7, 4, 64))])
+    ((2, 23, 19, 8), (3, 3, 8, 76)), ((3, 9, 9, 64), (1, 1, 64, 132)),
+    ((1, 31, 8, 4), (7, 7, 4, 64))])
 @pytest.mark.parametrize("precision", kernels.PRECISIONS)
 def test_convolution_over_many_tiles_and_parts_agrees(device, precision, shape, taps, rng):
     kernels.use(device, precision)
@@ -1527,7 +1528,8 @@ def test_dropout_kernel_draws_the_masks_of_its_twin(device, n, e, rng):
 
 
 def test_bias_relu_and_column_sum_kernels_agree_with_their_twins(device, rng):
-    x, y, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((701, 35), (701, 35), 35))
+    shapes = (701, 35), (701, 35), 35
+    x, y, b = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
     for relu in (False, True):
         assert np.array_equal(kernels.to_host(kernels.add_bias(*up(x, b), relu)),
                               cpu.add_bias(x.copy(), b, relu))

@@ -4,17 +4,21 @@
     python kernels/bench.py step            whole training steps against PyTorch, where installed
     python kernels/bench.py loader --images DIR          photos/s against PyTorch's DataLoader
     python kernels/bench.py index           captions/s and memory for 10^5 to 10^7 captions
+    python kernels/bench.py gpu             each CUDA kernel and whole steps, in each precision
+    python kernels/bench.py resources       registers and spills of each kernel; needs no GPU
 
 Machines are noisy: things that are compared take turns in one run, and medians are printed.
 """
 import argparse
 import os
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from functools import partial
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -23,6 +27,7 @@ import numpy as np
 import data
 import kernels
 import model
+from kernels import gpu as launches
 
 ALEXNET = [                     # input pixels, C, F, kernel, stride, pad of its convolutions
     ("conv1", 224, 3, 64, 11, 4, 2), ("conv2", 27, 64, 192, 5, 1, 2),
@@ -30,25 +35,30 @@ ALEXNET = [                     # input pixels, C, F, kernel, stride, pad of its
     ("conv5", 13, 256, 256, 3, 1, 1)]
 
 
-def timed(*functions, rounds=5, each=3):
+def timed(*functions, rounds=5, each=3, burst=1, sync=lambda: None):
     """Median seconds of each function, in turns: one call to warm up, then `each` that count.
 
     The call that warms up matters: memory that another function left idle may have gone back to
-    the system, and fetching it again can cost more than the call itself.
+    the system, and fetching it again can cost more than the call itself. On a GPU, which works
+    through a queue, `burst` calls are timed together and `sync` waits for their end.
     """
     times = [[] for _ in functions]
     for _ in range(rounds):
         for function, mine in zip(functions, times):
             function()
             for _ in range(each):
+                sync()
                 started = time.perf_counter()
-                function()
-                mine.append(time.perf_counter() - started)
+                for _ in range(burst):
+                    function()
+                sync()
+                mine.append((time.perf_counter() - started) / burst)
     return [statistics.median(mine) for mine in times]
 
 
 def layers(options):
     """Each convolution of AlexNet in three directions, beside a plain matrix product."""
+    kernels.use("cpu")
     rng = np.random.default_rng(0)
     n = options.batch
     a, b = (rng.standard_normal((1536, 1536)).astype(np.float32) for _ in range(2))
@@ -75,7 +85,8 @@ def our_step(name, n, k):
     recipe, rng = model.NETWORKS[name], np.random.default_rng(0)
     net = recipe.build(k, recipe.dropout).init(0)
     optimiser = model.SGD(net, 0.9, 5e-4)
-    x = rng.standard_normal((n, recipe.crop, recipe.crop, 3)).astype(np.float32)
+    photos = rng.integers(0, 256, (n, recipe.size, recipe.size, 3), np.uint8)
+    x = kernels.prepare(photos, *data.centre(n, recipe.size - recipe.crop), recipe.crop)
     targets, weights = rng.integers(0, k, (n, 1)).astype(np.int32), np.full(n, 1 / n, np.float32)
     state = {"step": 0}
 
@@ -87,7 +98,7 @@ def our_step(name, n, k):
     return step
 
 
-def torch_step(torch, name, n, k, channels_last):
+def torch_step(torch, name, n, k, channels_last, device="cpu"):
     """The same step of the same network in PyTorch, eager."""
     nn, recipe = torch.nn, model.NETWORKS[name]
     parts = []
@@ -105,11 +116,12 @@ def torch_step(torch, name, n, k, channels_last):
             parts += [nn.Linear(*layer.shape), nn.ReLU(True)]
         elif isinstance(layer, model.Output):
             parts.append(nn.Linear(*layer.shape[::-1]))
-    net, x = nn.Sequential(*parts), torch.randn(n, 3, recipe.crop, recipe.crop)
+    net = nn.Sequential(*parts).to(device)
+    x = torch.randn(n, 3, recipe.crop, recipe.crop, device=device)
     if channels_last:
         net, x = (thing.to(memory_format=torch.channels_last) for thing in (net, x))
     optimiser = torch.optim.SGD(net.parameters(), 1e-4, 0.9, weight_decay=5e-4)
-    targets, loss_of = torch.randint(0, k, (n,)), nn.CrossEntropyLoss()
+    targets, loss_of = torch.randint(0, k, (n,), device=device), nn.CrossEntropyLoss()
 
     def step():
         optimiser.zero_grad()
@@ -136,6 +148,131 @@ def step(options):
         print(f"{name:34}{options.batch / seconds:8.1f} images/s")
     if len(times) > 1:
         print(f"ratio to PyTorch's better format: {min(times[1:]) / times[0]:.2f}")
+
+
+def gpu_cases(n):
+    """(name, what counts, operations or bytes, our call, PyTorch's call) of each CUDA kernel.
+
+    PyTorch's call is made by a function of (torch, a function that draws a tensor like an array).
+    """
+    rng = np.random.default_rng(0)
+
+    def some(*shape):
+        return kernels.to_device(rng.standard_normal(shape, np.float32))
+
+    for name, size, c, f, k, stride, pad in ALEXNET:
+        x, w, b = some(n, size, size, c + c % 2), some(k, k, c, f), some(f)
+        y = kernels.conv_forward(x, w, b, stride, pad)
+        work = 2 * y.size * k * k * c
+        rival = partial(torch_convolution, n, size, c, f, k, stride, pad)
+        yield (name + " forward", "TFLOP/s", work,
+               partial(kernels.conv_forward, x, w, b, stride, pad, True), partial(rival, "forward"))
+        if stride == 1:
+            yield (name + " dx", "TFLOP/s", work,
+                   partial(kernels.conv_backward_input, y, w, x, stride, pad, True),
+                   partial(rival, "dx"))
+        yield (name + " dw, db", "TFLOP/s", work,
+               partial(kernels.conv_backward_filter, x, y, w.shape, stride, pad),
+               partial(rival, "dw"))
+    for name, size, c in (("pool1", 55, 64), ("pool2", 27, 192), ("pool5", 13, 256)):
+        x = some(n, size, size, c)
+        y = kernels.max_pool_forward(x, 3, 2)
+        bytes_each = 4 * (x.size + y.size)
+        rival = partial(torch_pool, n, size, c)
+        yield (name + " forward", "GB/s", bytes_each, partial(kernels.max_pool_forward, x, 3, 2),
+               partial(rival, False))
+        yield (name + " dx", "GB/s", 2 * bytes_each,
+               partial(kernels.max_pool_backward, y, x, y, 3, 2, 0, True), partial(rival, True))
+    x, e, s = some(n, 56, 56, 64), some(n, 4096), some(n, 100_000)
+    yield "LRN forward", "GB/s", 8 * x.size, partial(kernels.lrn_forward, x), None
+    yield "LRN dx", "GB/s", 12 * x.size, partial(kernels.lrn_backward, x, x), None
+    yield "dropout", "GB/s", 8 * e.size, partial(kernels.dropout, e, 0.5, 0, 1, 2), None
+    targets, weights = np.zeros((n, 1), np.int32), np.full(n, 1 / n, np.float32)
+    yield ("loss, K = 100,000", "GB/s", 12 * s.size,
+           partial(kernels.softmax_loss, s, targets, weights), None)
+    w, v, dw = some(9216, 4096), some(9216, 4096), some(9216, 4096)
+    yield "update of fc6", "GB/s", 20 * w.size, partial(kernels.sgd, w, v, dw, .1, .9, 5e-4), None
+    photos = rng.integers(0, 256, (n, 256, 256, 3), np.uint8)
+    yield ("photos, copied and prepared", "GB/s", photos.size + 16 * n * 224 * 224,
+           partial(kernels.prepare, photos, *data.centre(n, 32), 224), None)
+
+
+def torch_convolution(n, size, c, f, k, stride, pad, direction, torch):
+    """PyTorch's call for one direction of a convolution, channels last."""
+    last = torch.channels_last
+    x = torch.randn(n, c, size, size, device="cuda").to(memory_format=last)
+    w = torch.randn(f, c, k, k, device="cuda").to(memory_format=last)
+    b = torch.randn(f, device="cuda")
+    forward = partial(torch.nn.functional.conv2d, x, w, b, stride, pad)
+    if direction == "forward":
+        return lambda: torch.relu_(forward())
+    return partial(torch.ops.aten.convolution_backward, torch.randn_like(forward()), x, w, [f],
+                   [stride] * 2, [pad] * 2, [1, 1], False, [0, 0], 1,
+                   [direction == "dx", direction == "dw", direction == "dw"])
+
+
+def torch_pool(n, size, c, backward, torch):
+    """PyTorch's call for one direction of a 3×3 maximum with stride 2, channels last."""
+    x = torch.randn(n, c, size, size, device="cuda").to(memory_format=torch.channels_last)
+    y, where = torch.nn.functional.max_pool2d(x, 3, 2, return_indices=True)
+    if not backward:
+        return partial(torch.nn.functional.max_pool2d, x, 3, 2)
+    return partial(torch.ops.aten.max_pool2d_with_indices_backward, y, x, [3, 3], [2, 2], [0, 0],
+                   [1, 1], False, where)
+
+
+def gpu(options):
+    """Each CUDA kernel and whole steps in each precision, in turns with PyTorch if installed."""
+    kernels.use("gpu")
+    import cupy
+    try:
+        import torch
+        torch.backends.cudnn.benchmark = True
+    except ImportError:
+        torch = None
+        print("PyTorch is not installed: no comparison")
+    run = partial(timed, rounds=options.rounds, sync=cupy.cuda.Device().synchronize)
+    big, half = (cupy.ones((size, size), np.float32) for size in (8192, 16384))
+    other = cupy.empty_like(half)
+    (seconds,) = run(lambda: cupy.copyto(other, half), burst=10)
+    bandwidth = 2 * half.nbytes / seconds / 1e9
+    n = options.batch
+    for precision in kernels.PRECISIONS:
+        print(f"\n{kernels.use('gpu', precision)}, batch {n}, {time.strftime('%d %B %Y')}")
+        if torch:
+            tf32 = precision == "tf32"
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
+        (seconds,) = run(lambda: kernels.matmul(big, big), burst=5)
+        limits = {"TFLOP/s": 2 * 8192**3 / seconds / 1e12, "GB/s": bandwidth}
+        print(f"limits: {limits['TFLOP/s']:.0f} TFLOP/s, a product of 8192×8192 by cuBLAS; "
+              f"{bandwidth:,.0f} GB/s, a copy of 1 GB")
+        print(f"{'':30}{'ms':>9}{'rate':>18}{'of limit':>10}{'of PyTorch':>12}")
+        for name, unit, work, ours, rival in gpu_cases(n):
+            rivals = [rival(torch=torch)] if torch and rival else []
+            times = run(ours, *rivals, burst=10)
+            rate = work / times[0] / (1e12 if unit == "TFLOP/s" else 1e9)
+            print(f"{name:30}{times[0] * 1e3:9.3f}{rate:10.1f} {unit:7}{rate / limits[unit]:10.0%}"
+                  + "".join(f"{seconds / times[0]:12.2f}" for seconds in times[1:]), flush=True)
+        steps = [our_step("alexnet", n, options.words)]
+        if torch:
+            steps.append(torch_step(torch, "alexnet", n, options.words, True, "cuda"))
+        times = run(*steps, burst=5)
+        print(f"alexnet step: {n / times[0]:,.0f} images/s" + "".join(
+            f", PyTorch {torch.__version__} {n / seconds:,.0f}, ratio {seconds / times[0]:.2f}"
+            for seconds in times[1:]), flush=True)
+
+
+def resources(options):
+    """Registers a thread, and bytes spilled, of each kernel variant, as NVRTC's ptxas reports."""
+    print(f"{'sm_' + options.architecture:56}{'registers':>10}{'spilled':>9}")
+    for file, defines in launches.variants(int(options.architecture) >= 80):
+        notes = launches.compile_for(options.architecture, file, defines)[1]
+        label = " ".join(f"{name}={value}" for name, value in defines)
+        for kernel, note in re.findall(r"Compiling entry function '(\w+)'(.*?Used \d+ registers)",
+                                       notes, re.DOTALL):
+            spilled = sum(map(int, re.findall(r"(\d+) bytes spill", note)))
+            count = re.search(r"Used (\d+) registers", note)[1]
+            print(f"{kernel + ' ' + label:56}{count:>10}{spilled:>9}", flush=True)
 
 
 class Photos:
@@ -250,21 +387,31 @@ def index(options):
                         *(["--scratch", options.scratch] if options.scratch else [])], check=True)
 
 
+COMMANDS = {"layers": layers, "step": step, "loader": loader, "index": index, "gpu": gpu,
+            "resources": resources}
+
+
 def main():
     top = argparse.ArgumentParser(description=__doc__.splitlines()[0],
                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    top.add_argument("what", choices=("layers", "step", "loader", "index"), help="what to measure")
+    top.add_argument("what", choices=tuple(COMMANDS), help="what to measure")
     top.add_argument("--network", choices=tuple(model.NETWORKS), default="alexnet", help="of steps")
-    top.add_argument("--batch", type=int, default=32, help="images a step")
+    top.add_argument("--batch", type=int, help="images a step; if not given 32, on a GPU 128")
     top.add_argument("--words", type=int, default=1000, help="K")
     top.add_argument("--rounds", type=int, default=5, help="turns of each")
     top.add_argument("--images", default=".", help="photos for the loader")
     top.add_argument("--photos", type=int, default=1000, help="how many of them")
     top.add_argument("--workers", type=int, default=2, help="processes that decode")
     top.add_argument("--captions", type=int, help="one size only for the index")
+    top.add_argument("--architecture", default="90", help="of resources, e.g. 75, 80, 90, 120")
     top.add_argument("--scratch", help="folder for generated captions")
     options = top.parse_args()
-    {"layers": layers, "step": step, "loader": loader, "index": index}[options.what](options)
+    if options.batch is None:
+        options.batch = 128 if options.what == "gpu" else 32
+    try:
+        COMMANDS[options.what](options)
+    except (ImportError, RuntimeError) as error:
+        sys.exit(f"bench.py {options.what}: {error}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ BLOCK = 256                             # threads a block of the kernels that ta
 BM, BK, STAGES = 128, 32, 3             # the tile of conv.cu, and how many are in flight
 LEAST_TILES = 8                         # tiles of BK along the reduction, that a split is worth
 LRN_BYTES = 12 << 10                    # shared memory of a block of lrn.cu, at least a pixel
-STAGING = 2                             # batches of photos on their way to the GPU
 
 
 class Cuda:
@@ -27,7 +26,7 @@ class Cuda:
 
     def __init__(self):
         import cupy
-        self.xp, self.functions, self.staged = cupy, {}, []
+        self.xp, self.functions, self.slots = cupy, {}, []
         facts = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
         self.name = facts["name"].decode()
         self.multiprocessors = facts["multiProcessorCount"]
@@ -54,25 +53,28 @@ class Cuda:
         return self.xp.matmul(a, b, out=out)
 
     def upload(self, x):
-        """x on the GPU, without waiting: through page-locked memory, on a stream of its own."""
+        """x on the GPU, without waiting for it: the next batch travels while this one computes.
+
+        What is large goes through page-locked memory on a stream of its own. Two slots take turns;
+        the array that this returns is good until the next but one call.
+        """
         if x.nbytes < 1 << 20:
             return self.xp.asarray(x)
-        if len(self.staged) < STAGING or self.staged[0][0].size < x.nbytes:
-            host = np.frombuffer(self.xp.cuda.alloc_pinned_memory(x.nbytes), np.uint8, x.nbytes)
-            slot = host, self.xp.empty(x.nbytes, np.uint8), self.xp.cuda.Event()
-            self.staged = self.staged[-(STAGING - 1):]
-        else:
-            slot = self.staged.pop(0)
-        self.staged.append(slot)
-        host, device, event = slot
         main = self.xp.cuda.get_current_stream()
-        event.synchronize()                             # the copy that last used this slot is done
-        host[:x.nbytes] = x.reshape(-1).view(np.uint8)
-        self.copies.wait_event(main.record())           # …, and so are the kernels that read it
-        device.data.copy_from_host_async(host.ctypes.data, x.nbytes, self.copies)
-        event.record(self.copies)
-        main.wait_event(event)
-        return device[:x.nbytes].view(x.dtype).reshape(x.shape)
+        if self.slots:
+            self.slots[-1].read = main.record()         # after all that reads the last array
+        if len(self.slots) == 2 and self.slots[0].host.size >= x.nbytes:
+            slot = self.slots.pop(0)
+        else:
+            slot, self.slots = Slot(self.xp, x.nbytes), self.slots[-1:]
+        self.slots.append(slot)
+        slot.copied.synchronize()                       # the host's part is free again
+        slot.host[:x.nbytes] = x.reshape(-1).view(np.uint8)
+        self.copies.wait_event(slot.read)               # …, and so is the GPU's
+        slot.device.data.copy_from_host_async(slot.host.ctypes.data, x.nbytes, self.copies)
+        slot.copied.record(self.copies)
+        main.wait_event(slot.copied)
+        return slot.device[:x.nbytes].view(x.dtype).reshape(x.shape)
 
     def download(self, x):
         return self.xp.asnumpy(x)
@@ -85,6 +87,16 @@ class Cuda:
     def later(self, x):
         """The number x of the GPU, read without waiting: float() of it waits if it must."""
         return Later(self.xp, x)
+
+
+class Slot:
+    """Room for an array on its way to the GPU, on both sides, and what is known of its use."""
+
+    def __init__(self, cupy, size):
+        self.host = np.frombuffer(cupy.cuda.alloc_pinned_memory(size), np.uint8, size)
+        self.device = cupy.empty(size, np.uint8)
+        self.copied = cupy.cuda.Event()
+        self.read = cupy.cuda.get_current_stream().record()
 
 
 class Later:
@@ -351,7 +363,7 @@ def max_pool_forward(x, kernel, stride, pad=0, ceil=False, out=None):
     _dense(x)
     y = _pool_out(x, kernel, stride, pad, ceil, out)
     _each("pool.cu", "max_pool_forward", y.size, (
-        x, y, np.int64(y.size), *_window(x, y, kernel, stride, pad), _pitch(y)))
+        x, y, y.size, *_window(x, y, kernel, stride, pad), _pitch(y)))
     return y
 
 
@@ -360,7 +372,7 @@ def max_pool_backward(dy, x, y, kernel, stride, pad=0, relu=False):
     _dense(x)
     dx = _empty(x.shape)
     _each("pool.cu", "max_pool_backward", x.size, (
-        dy, x, y, dx, np.int64(x.size), *_window(x, y, kernel, stride, pad), _pitch(dy), _pitch(y),
+        dy, x, y, dx, x.size, *_window(x, y, kernel, stride, pad), _pitch(dy), _pitch(y),
         relu))
     return dx
 
@@ -370,7 +382,7 @@ def avg_pool_forward(x, kernel, stride, pad=0, ceil=False, out=None):
     _dense(x)
     y = _pool_out(x, kernel, stride, pad, ceil, out)
     _each("pool.cu", "avg_pool_forward", y.size, (
-        x, y, np.int64(y.size), *_window(x, y, kernel, stride, pad), _pitch(y)))
+        x, y, y.size, *_window(x, y, kernel, stride, pad), _pitch(y)))
     return y
 
 
@@ -379,7 +391,7 @@ def avg_pool_backward(dy, x, kernel, stride, pad=0, relu=False):
     _dense(x)
     dx = _empty(x.shape)
     _each("pool.cu", "avg_pool_backward", x.size, (
-        dy, x, dx, np.int64(x.size), *_window(x, dy, kernel, stride, pad), _pitch(dy), relu))
+        dy, x, dx, x.size, *_window(x, dy, kernel, stride, pad), _pitch(dy), relu))
     return dx
 
 
@@ -433,7 +445,7 @@ def dropout(x, rate, seed, step, layer, row=0, relu=None):
     y, e = _empty(x.shape), x.shape[1]
     blocks = -(-e // LANES)
     _each("pointwise.cu", "dropout", len(x) * blocks, (
-        x, relu, y, np.int64(len(x) * blocks), e, blocks, np.uint32(round(rate * 65536)),
+        x, relu, y, len(x) * blocks, e, blocks, np.uint32(round(rate * 65536)),
         float(1 / (1 - rate)), *map(np.uint64, (seed, step, layer, row))))
     return y
 
@@ -441,7 +453,7 @@ def dropout(x, rate, seed, step, layer, row=0, relu=None):
 def add_bias(y, b, relu=False):
     """A thread for each number, in place."""
     _dense(y, b)
-    _each("pointwise.cu", "add_bias", y.size, (y, b, np.int64(y.size), y.shape[-1], relu))
+    _each("pointwise.cu", "add_bias", y.size, (y, b, y.size, y.shape[-1], relu))
     return y
 
 
@@ -449,7 +461,7 @@ def relu_backward(dy, x, out=None):
     """A thread for each number."""
     dx = _empty(dy.shape) if out is None else out
     _dense(dy, x, dx)
-    _each("pointwise.cu", "relu_backward", x.size, (dy, x, dx, np.int64(x.size)))
+    _each("pointwise.cu", "relu_backward", x.size, (dy, x, dx, x.size))
     return dx
 
 
@@ -475,7 +487,7 @@ def softmax_loss(s, targets, weights):
 def sgd(w, v, dw, rate, momentum, decay):
     """A thread for each four numbers."""
     _dense(w, v, dw)
-    _each("sgd.cu", "sgd", -(-w.size // 4), (w, v, dw, np.int64(w.size), float(rate),
+    _each("sgd.cu", "sgd", -(-w.size // 4), (w, v, dw, w.size, float(rate),
                                              float(momentum), float(decay)))
 
 
@@ -483,7 +495,7 @@ def sgd_rows(w, v, dw, rows, rate, momentum, decay):
     """A thread for each number of dw."""
     _dense(w, v, dw)
     _each("sgd.cu", "sgd_rows", dw.size, (
-        w, v, dw, _device.upload(np.asarray(rows, np.int32)), np.int64(dw.size), w.shape[1],
+        w, v, dw, _device.upload(np.asarray(rows, np.int32)), dw.size, w.shape[1],
         float(rate), float(momentum), float(decay)))
 
 
@@ -492,7 +504,7 @@ def take_rows(w, rows):
     _dense(w)
     taken = _empty((len(rows), w.shape[1]))
     _each("sgd.cu", "take_rows", taken.size, (
-        w, _device.upload(np.asarray(rows, np.int32)), taken, np.int64(taken.size), w.shape[1]))
+        w, _device.upload(np.asarray(rows, np.int32)), taken, taken.size, w.shape[1]))
     return taken
 
 

@@ -2,10 +2,7 @@
 //
 // Each of them reads and writes every number once; their limit is the memory's bandwidth.
 
-__device__ long long index_of_thread()
-{
-    return static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
-}
+__device__ unsigned index_of_thread() { return blockIdx.x * blockDim.x + threadIdx.x; }
 
 // ------------------------------------------------------------------------------------ photos
 // uint8 photos (N, S, S, 3) -> cropped, mirrored (x - mean) / deviation, (N, crop, crop, 4); the
@@ -73,11 +70,11 @@ __device__ void philox(unsigned long long key, unsigned long long (&counter)[4])
 }
 
 extern "C" __global__ void
-dropout(const float* x, const float* mask, float* y, long long total, int e, int blocks,
+dropout(const float* x, const float* mask, float* y, unsigned total, int e, int blocks,
         unsigned threshold, float scale, unsigned long long seed, unsigned long long step,
         unsigned long long layer, unsigned long long row)
 {
-    const long long index = index_of_thread();              // one Philox block
+    const unsigned index = index_of_thread();              // one Philox block
     if (index >= total) return;
     unsigned long long lanes[4] = {row * blocks + index, step, layer, 1};
     philox(seed, lanes);
@@ -96,9 +93,9 @@ dropout(const float* x, const float* mask, float* y, long long total, int e, int
 
 // y += b, then with relu max(y, 0), in place; y (M, E). Called by gpu.add_bias.
 extern "C" __global__ void
-add_bias(float* y, const float* b, long long total, int e, int relu)
+add_bias(float* y, const float* b, unsigned total, int e, int relu)
 {
-    const long long index = index_of_thread();
+    const unsigned index = index_of_thread();
     if (index >= total) return;
     const float value = y[index] + b[index % e];
     y[index] = relu && value < 0 ? 0 : value;               // a NaN stays
@@ -106,9 +103,9 @@ add_bias(float* y, const float* b, long long total, int e, int relu)
 
 // dx = dy · (x > 0), where dx may be dy. Called by gpu.relu_backward.
 extern "C" __global__ void
-relu_backward(const float* dy, const float* x, float* dx, long long total)
+relu_backward(const float* dy, const float* x, float* dx, unsigned total)
 {
-    const long long index = index_of_thread();
+    const unsigned index = index_of_thread();
     if (index < total) dx[index] = x[index] > 0 ? dy[index] : 0;
 }
 
@@ -140,12 +137,12 @@ extern "C" __global__ void
 reduce(const float* parts, float* y, const float* bias, const float* mask, int count, int rows,
        int cols, int y_pitch, int mask_pitch, int relu)
 {
-    const long long index = index_of_thread(), total = static_cast<long long>(rows) * cols;
+    const unsigned index = index_of_thread(), total = rows * cols;
     if (index >= total) return;
     const long long row = index / cols;
     const int col = index % cols;
     float sum = 0;
-    for (int z = 0; z < count; z++) sum += parts[z * total + index];
+    for (int z = 0; z < count; z++) sum += parts[static_cast<long long>(z) * total + index];
     if (bias) sum += bias[col];
     if (relu && sum < 0) sum = 0;                           // a NaN stays
     if (mask && !(mask[row * mask_pitch + col] > 0)) sum = 0;

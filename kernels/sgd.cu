@@ -11,9 +11,9 @@ __device__ float update(float& v, float w, float dw, float rate, float momentum,
 }
 
 extern "C" __global__ void
-sgd(float* w, float* v, const float* dw, long long total, float rate, float momentum, float decay)
+sgd(float* w, float* v, const float* dw, unsigned total, float rate, float momentum, float decay)
 {
-    const long long index = (static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x) * 4;
+    const unsigned index = (blockIdx.x * blockDim.x + threadIdx.x) * 4;
     if (index + 4 <= total) {
         float4 weight = *reinterpret_cast<float4*>(w + index);
         float4 velocity = *reinterpret_cast<float4*>(v + index);
@@ -25,17 +25,17 @@ sgd(float* w, float* v, const float* dw, long long total, float rate, float mome
         *reinterpret_cast<float4*>(w + index) = weight;
         *reinterpret_cast<float4*>(v + index) = velocity;
     } else {
-        for (long long at = index; at < total; at++)
+        for (unsigned at = index; at < total; at++)
             w[at] = update(v[at], w[at], dw[at], rate, momentum, decay);
     }
 }
 
 // The same on rows[r] of w and v (K, E), with dw (R, E); no row twice.
 extern "C" __global__ void
-sgd_rows(float* w, float* v, const float* dw, const int* rows, long long total, int e, float rate,
+sgd_rows(float* w, float* v, const float* dw, const int* rows, unsigned total, int e, float rate,
          float momentum, float decay)
 {
-    const long long index = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
+    const unsigned index = blockIdx.x * blockDim.x + threadIdx.x;
     if (index >= total) return;
     const long long at = static_cast<long long>(rows[index / e]) * e + index % e;
     w[at] = update(v[at], w[at], dw[index], rate, momentum, decay);
@@ -43,8 +43,8 @@ sgd_rows(float* w, float* v, const float* dw, const int* rows, long long total, 
 
 // taken (R, E) = rows[r] of w (K, E). Called by gpu.take_rows.
 extern "C" __global__ void
-take_rows(const float* w, const int* rows, float* taken, long long total, int e)
+take_rows(const float* w, const int* rows, float* taken, unsigned total, int e)
 {
-    const long long index = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
+    const unsigned index = blockIdx.x * blockDim.x + threadIdx.x;
     if (index < total) taken[index] = w[static_cast<long long>(rows[index / e]) * e + index % e];
 }
