@@ -1661,6 +1661,15 @@ def test_emulator_finds_what_a_gpu_would_hide(body, message, tmp_path):
                         (np.zeros(128, np.float32),), shared=256)
 
 
+def test_emulator_finds_a_write_just_beside_an_array(tmp_path):
+    if not EMULATOR:
+        pytest.skip("no C++ compiler to run the kernels with")
+    (tmp_path / "bad.cu").write_text('extern "C" __global__ void bad(float* y) { y[5] = 0; }\n')
+    with pytest.raises(RuntimeError, match="a write beside argument 1 of 1"):
+        emulate.Emulator().launch(str(tmp_path / "bad.cu"), "bad", (), (1,), (1,),
+                                  (np.zeros(5, np.float32),))
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kernels_compile_for(architecture):
     pytest.importorskip("cupy")

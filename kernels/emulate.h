@@ -171,7 +171,14 @@ struct Guarded {
         mprotect(pages + PAGE, room, PROT_READ | PROT_WRITE);
         data = pages + PAGE + alignment;
         if (at_end) data += (room - alignment - bytes) / 16 * 16;
+        memset(pages + PAGE, 0xff, room);                   // NaN, before and after the array
         if (from) memcpy(data, from, bytes);
+    }
+    bool intact() const                                     // nothing was written beside it
+    {
+        for (char* at = pages + PAGE; at < pages + whole - PAGE; at++)
+            if ((at < data || at >= data + size) && *at != char(0xff)) return false;
+        return true;
     }
     ~Guarded() { munmap(pages, whole); }
     Guarded(const Guarded&) = delete;
@@ -337,6 +344,10 @@ const char* launch(void (*kernel)(A...), const Argument* arguments, const unsign
     sigaltstack(&before, nullptr);
     for (int i = 0; i < count; i++)
         if (arrays[i]) {
+            if (!wrong && !arrays[i]->intact()) {
+                snprintf(message, sizeof message, "a write beside argument %d of %d", i + 1, count);
+                wrong = message;
+            }
             memcpy(results[i], arrays[i]->data, arrays[i]->size);
             delete arrays[i];
         }
