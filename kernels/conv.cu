@@ -80,14 +80,14 @@ struct Image {
     // the number at pixel (i, j), a channel; false where it is zero
     __device__ bool find(int first, int i, int j, int channel, const float*& at) const
     {
-        bool inside = i >= 0 && j >= 0;
+        bool inside = true;
         if (dilate > 1) {
-            inside = inside && i % dilate == 0 && j % dilate == 0;
-            i /= dilate;
-            j /= dilate;
+            inside = i % dilate == 0 && j % dilate == 0;    // a negative one fails below
+            i = i < 0 ? i : i / dilate;
+            j = j < 0 ? j : j / dilate;
         }
-        inside = inside && i < h && j < w;
-        at = inside ? x + static_cast<long long>(first + i * w + j) * pitch + channel : x;
+        inside = inside && unsigned(i) < unsigned(h) && unsigned(j) < unsigned(w);
+        at = x + (inside ? static_cast<long long>(first + i * w + j) * pitch + channel : 0);
         return inside;
     }
 };
@@ -137,13 +137,19 @@ struct Left {
         image.tap(row, p, q, channel);
     }
 
+    // All lanes of a warp copy from the same pixel at a time. Each lane finds out where one of the
+    // tile's pixels is (BK = 32), and the others ask it: the divisions would cost more.
     __device__ void load(float* a, const Image& image, int k0, int depth) const
     {
         const int m = threadIdx.x % GROUPS * VEC;
+        int my_first, my_i, my_j;
+        image.pixel(k0 + threadIdx.x % 32, my_first, my_i, my_j);
+#pragma unroll
         for (int k = threadIdx.x / GROUPS; k < BK; k += STEP) {
-            int first, i, j;
+            const int first = __shfl_sync(0xffffffffu, my_first, k);
+            const int i = __shfl_sync(0xffffffffu, my_i, k);
+            const int j = __shfl_sync(0xffffffffu, my_j, k);
             const float* at;
-            image.pixel(k0 + k, first, i, j);
             const bool valid = image.find(first, i + p, j + q, channel, at);
             copy_async<4 * VEC>(&A_AT(m, k), at, valid && there && k0 + k < depth);
         }

@@ -208,15 +208,22 @@ inline void copies_land(size_t groups_left)
 
 inline void warp_barrier(int line) { emulated::stop(emulated::AT_WARP, line); }
 
-inline float __shfl_xor_sync(unsigned, float x, int mask, int line = __builtin_LINE())
+template <class T>
+inline T __shfl_sync(unsigned, T x, int from, int line = __builtin_LINE())
 {
-    const int thread = emulated::current;
-    auto& lanes = emulated::exchange[thread / 32];
-    lanes[thread % 32][0] = __float_as_uint(x);
+    static_assert(sizeof x == 4, "shuffles move four bytes");
+    auto& lanes = emulated::exchange[emulated::current / 32];
+    memcpy(lanes[emulated::current % 32], &x, 4);
     warp_barrier(line);
-    const float other = __uint_as_float(lanes[thread % 32 ^ mask][0]);
+    memcpy(&x, lanes[from], 4);
     warp_barrier(line);
-    return other;
+    return x;
+}
+
+template <class T>
+inline T __shfl_xor_sync(unsigned all, T x, int mask, int line = __builtin_LINE())
+{
+    return __shfl_sync(all, x, emulated::current % 32 ^ mask, line);
 }
 
 // ------------------------------------------------------- the host versions of ptx.cuh's functions
