@@ -1676,3 +1676,30 @@ def test_kernels_compile_for(architecture):
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda variant: gpu.compile_for(architecture, *variant),
                       gpu.variants(int(architecture) >= 80)))
+
+
+def test_run_on_the_kernels_goes_on_on_the_cpu(mine, tmp_path, monkeypatch, capsys):
+    if not EMULATOR:
+        pytest.skip("no C++ compiler to run the kernels with")
+    fast = emulate.Emulator()
+    fast.orders = [0]                           # one order: other tests look for races
+    monkeypatch.setattr(kernels, "_find", lambda device: None if device == "cpu" else fast)
+    monkeypatch.setattr(weak, "VALIDATED", 4)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["weak.py", *map(str, mine), "--epoch-size", "16", "--batch", "8", "--workers", "0",
+                 "--out", "r"]
+    try:
+        monkeypatch.setattr(sys, "argv", [*arguments, "--epochs", "1", "--precision", "tf32"])
+        assert weak.main() == 0
+        out = capsys.readouterr().out
+        assert "device: emulated, tf32" in out and "MB an image" in out and "epoch 1" in out
+        monkeypatch.setattr(sys, "argv", [*arguments, "--epochs", "2", "--resume", "--device",
+                                          "cpu"])
+        assert weak.main() == 0 and "going on at step 2" in capsys.readouterr().out
+        for free, remedy in ((9 << 20, "--batch [1-7] or less"), (1 << 20, "--device cpu")):
+            fast.memory = lambda free=free: free
+            monkeypatch.setattr(sys, "argv", [*arguments[:-1], f"other{free}"])
+            with pytest.raises(ValueError, match=f"--batch 8 does not fit .* use {remedy}"):
+                weak.main()
+    finally:
+        kernels.use("cpu")

@@ -331,8 +331,9 @@ class Run:
               f"{each / 1e6:,.1f} MB an image, {need / 1e9:,.2f} GB more at --batch {batch}; "
               f"{free / 1e9:,.1f} GB are free", flush=True)
         if need > free:
-            raise ValueError(f"--batch {batch} does not fit into the GPU's memory; use --batch "
-                             f"{max(1, int((free - more) / each))} or less")
+            most = int((free - more) / each)
+            raise ValueError(f"--batch {batch} does not fit into the GPU's memory; use "
+                             + (f"--batch {most} or less" if most > 0 else "--device cpu"))
 
     def done(self):
         """True when the options say that training is over."""
