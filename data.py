@@ -22,6 +22,7 @@ import os
 import shutil
 import signal
 import stat
+import sys
 import tempfile
 import threading
 import time
@@ -466,7 +467,7 @@ def _prune(counts):
     least = 1
     while len(counts) > MOST_COUNTED // 2:
         least += 1
-        for word in [word for word, count in counts.items() if count < least]:
+        for word in [word for word, times in counts.items() if times < least]:
             del counts[word]
 
 
@@ -662,8 +663,31 @@ def cached_index(path, folder, text, kind, dictionary=None):
 
 def _executor(processes, ids=None):
     """Processes for one pass, or None to do it here, with whole tracebacks."""
-    return processes and ProcessPoolExecutor(
-        processes, multiprocessing.get_context("forkserver"), _start_worker, (ids,)) or None
+    if not processes:
+        return None
+    executor = ProcessPoolExecutor(processes, _forkserver(), _start_worker, (ids,))
+    with _without_main():
+        executor.submit(int)                                        # this starts the processes
+    return executor
+
+
+def _forkserver():
+    """Where processes come from: a server that has imported this file, and nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["data"])
+    return context
+
+
+@contextmanager
+def _without_main():
+    """Processes that start meanwhile do not import the script that is running."""
+    main = sys.modules["__main__"]
+    facts = {name: vars(main).pop(name) for name in ("__file__", "__spec__") if name in vars(main)}
+    main.__spec__ = None
+    try:
+        yield
+    finally:
+        vars(main).update(facts)
 
 
 def _told(items, size, what, say):
@@ -1031,11 +1055,12 @@ class Loader:
                            f"on disk; free some, or lower --batch")
 
     def _worker(self):
-        context = multiprocessing.get_context("forkserver")
+        context = _forkserver()
         here, there = context.Pipe()
         process = context.Process(target=_decode_loop, daemon=True, args=(
             there, DupFd(self.file.fileno()), self.slots, self.size))
-        process.start()
+        with _without_main():
+            process.start()
         there.close()
         return {"process": process, "pipe": here, "tasks": deque()}
 
@@ -1065,10 +1090,14 @@ class Loader:
             plan = running.popleft()
             while plan.missing:
                 self._pump()
-            photos = np.zeros((len(plan.photos), self.size, self.size, 3), np.uint8)
-            for row, (photo, slot) in plan.held.items():
-                photos[row] = self.buffer[slot]
-                self.pins[photo] -= 1
+            photos = np.empty((len(plan.photos), self.size, self.size, 3), np.uint8)
+            for row in range(len(photos)):
+                if row in plan.held:
+                    photo, slot = plan.held[row]
+                    photos[row] = self.buffer[slot]
+                    self.pins[photo] -= 1
+                else:
+                    photos[row] = 0
             yield plan, photos
 
     def _want(self, plan, row):

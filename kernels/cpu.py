@@ -407,10 +407,11 @@ def prepare(photos, top, left, flip, crop):
     def work(start, stop):
         for n in range(start, stop):
             part = photos[n, top[n]:top[n] + crop, left[n]:left[n] + crop]
-            part = part[:, ::-1] if flip[n] else part
-            mean, deviation = part.mean(dtype=np.float32), part.std(dtype=np.float32)
-            np.subtract(part, mean, out=y[n], dtype=np.float32)
-            y[n] *= np.float32(1) / max(deviation, np.float32(1))
+            y[n] = part[:, ::-1] if flip[n] else part
+            flat = y[n].reshape(-1)                                 # a view
+            flat -= flat.mean()
+            deviation = np.sqrt(flat @ flat / flat.size)
+            flat *= np.float32(1) / max(deviation, np.float32(1))
 
     _pool.chunks(len(photos), 8, work)
     return y
