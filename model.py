@@ -375,7 +375,7 @@ class Recipe(NamedTuple):
 
 
 NETWORKS = {
-    "alexnet": Recipe(alexnet, size=256, crop=224, batch=128, dropout=0.5, lr=0.01),
+    "alexnet": Recipe(alexnet, size=256, crop=224, batch=64, dropout=0.2, lr=0.0025),
     "small": Recipe(small, size=72, crop=64, batch=64, dropout=0.2, lr=0.02),
 }
 

@@ -1510,12 +1510,12 @@ def test_lrn_kernels_agree_with_their_twins(device, channels, rng):
 
 
 def test_prepare_kernel_agrees_with_its_twin(device, rng):
-    photos = rng.integers(0, 256, (4, 23, 23, 3), np.uint8)
+    photos = rng.integers(0, 256, (4, 43, 43, 3), np.uint8)
     photos[2] = 77                              # a blank photo
     top, left, flip = np.array([0, 3, 6, 2]), np.array([6, 1, 0, 2]), np.array([0, 1, 0, 1], bool)
-    y = kernels.to_host(kernels.prepare(photos, top, left, flip, 17))
+    y = kernels.to_host(kernels.prepare(photos, top, left, flip, 37))
     assert not y[..., 3].any() and not y[2].any()
-    check_close(kernels.to_device(y[..., :3]), cpu.prepare(photos, top, left, flip, 17), 8, 4)
+    check_close(kernels.to_device(y[..., :3]), cpu.prepare(photos, top, left, flip, 37), 8, 4)
 
 
 @pytest.mark.parametrize("n, e", [(3, 16), (2, 37), (5, 1), (1, 4096)])

@@ -4,6 +4,7 @@
 cpu.py holds the NumPy twins, which are the specification: same names, same arguments. gpu.py
 launches the CUDA kernels of the .cu files.
 """
+import functools
 import os
 
 from . import cpu
@@ -44,11 +45,17 @@ def _find(device):
     except Exception:                   # not installed, no driver, no device: many kinds
         found = False
     if found:
-        from . import gpu
-        return gpu.Cuda()
+        return _cuda()
     if device == "gpu":
         raise RuntimeError("--device gpu: no GPU that CuPy can use was found; use --device cpu")
     return None
+
+
+@functools.cache
+def _cuda():
+    """The one gpu.Cuda of this process, which keeps the kernels that it compiled."""
+    from . import gpu
+    return gpu.Cuda()
 
 
 def memory():
