@@ -434,7 +434,8 @@ def count_block(block, kind, text):
     words, number, per_caption = _tokens(captions)
     counts = np.bincount(number[np.repeat(train[owner], per_caption)], minlength=len(words))
     found = {word: n for word, n in zip(words, counts.tolist()) if n}
-    return found, len(names), bad, [os.fsdecode(distinct[i]) for i in away]
+    return found, len(names), bad, [distinct[i].decode("utf-8", "surrogateescape")
+                                    for i in away]
 
 
 class Dictionary:
@@ -582,7 +583,8 @@ def _in_order(executor, function, items, *arguments):
         return
     running = deque()
     for item in items:
-        running.append(executor.submit(function, item, *arguments))
+        with _without_main():                   # the first tasks start a process each
+            running.append(executor.submit(function, item, *arguments))
         if len(running) > 2 * executor._max_workers:
             yield running.popleft().result()
     while running:
@@ -663,12 +665,8 @@ def cached_index(path, folder, text, kind, dictionary=None):
 
 def _executor(processes, ids=None):
     """Processes for one pass, or None to do it here, with whole tracebacks."""
-    if not processes:
-        return None
-    executor = ProcessPoolExecutor(processes, _forkserver(), _start_worker, (ids,))
-    with _without_main():
-        executor.submit(int)                                        # this starts the processes
-    return executor
+    return processes and ProcessPoolExecutor(
+        processes, _forkserver(), _start_worker, (ids,)) or None
 
 
 def _forkserver():

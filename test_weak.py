@@ -684,6 +684,15 @@ def test_index_does_not_depend_on_blocks_or_processes(tmp_path, monkeypatch):
     )
 
 
+def test_words_of_a_block_are_those_of_its_captions():
+    captions = ["a dog", "", "  ", "aaaaaaaa aaaaaaaab aaaaaaaaa a", "Straße прыжок狗 Café cafe",
+                "12 ½", "supercalifragilistic don't", "狗在跑 a\u2028aaaaaaaa\x85b\x0bx", "last"]
+    words, number, per_caption = data._tokens(captions)
+    found = np.split(np.array(words)[number], np.cumsum(per_caption)[:-1])
+    assert [[word for word in row if not word.isdecimal()] for row in found] == [
+        data.words_of(caption) for caption in captions]
+
+
 def test_index_is_cached_until_something_changes(tmp_path):
     write_captions(tmp_path / "c")
     build = lambda text: data.build_index(str(tmp_path / "c"), str(tmp_path / "i"), text)
