@@ -404,8 +404,8 @@ def _photos(names):
 def _tokens(captions):
     """Distinct words of captions, each token's number among them, and tokens per caption.
 
-    A token of up to eight bytes is one 64-bit number, so that NumPy sorts a block's hundred
-    thousands of them; only longer ones become strings.
+    A token of up to eight bytes is one 64-bit number, so that NumPy sorts a block's
+    half a million of them; only longer ones become strings.
     """
     text = normalise("\n".join([caption.replace("\n", " ") for caption in captions])).encode()
     raw = np.frombuffer(b" %b\n       " % text, np.uint8)
