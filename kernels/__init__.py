@@ -27,7 +27,8 @@ def use(device, precision=None):
     if chosen is None:
         _device = cpu
         count = cpu.threads()
-        return f"device: CPU, {count} thread{'s' * (count > 1)}, NumPy"
+        note = f"; --precision {precision} is for a GPU" if precision else ""
+        return f"device: CPU, {count} thread{'s' * (count > 1)}, NumPy{note}"
     from . import gpu
     precision = precision or ("tf32" if chosen.tf32 else "fp32")
     gpu.use(chosen, precision)

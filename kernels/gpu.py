@@ -315,11 +315,11 @@ def conv_backward_input(dy, w, x, stride=1, pad=0, relu=False):
     """The forward product on dy, its pixels `stride` apart, with turned filters."""
     _dense(w)
     kh, kw, c, f = w.shape
+    if kh != kw:
+        raise ValueError(f"filters must be square, not {kh}×{kw}")
     turned = _empty((kh * kw * f, c))
     _launch("pointwise.cu", "turn", (-(-f // 32), -(-c // 32), kh * kw), (32, 8),
             (w, turned, kh * kw, c, f), shared=4 * 32 * 33)
-    if kh != kw:
-        raise ValueError(f"filters must be square, not {kh}×{kw}")
     return _convolve(dy, turned, _empty(x.shape), None, x if relu else None, False, False,
                      x.shape[1:3], (kh, kw), (1, kh - 1 - pad, stride))
 

@@ -6,7 +6,8 @@
 // One thread makes one number; neighbours in a warp are neighbouring channels, so every access is
 // coalesced. The backward passes gather: no mask is kept and nothing is added atomically. A
 // window's maximum is found again by comparing; where several tie, the first in scan order has it.
-// Arrays hold less than 2^31 numbers. y and dy may be channel slices: `pitch` is the distance from a pixel to the next.
+// Arrays hold less than 2^31 numbers. y and dy may be channel slices: `pitch` is the distance from
+// a pixel to the next.
 // Called by gpu.max_pool_forward and its three siblings.
 
 struct Window {
