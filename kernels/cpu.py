@@ -320,6 +320,15 @@ def _window_sum(x, size):
     return total
 
 
+def _inverse_power(scale, beta):
+    """scale^-β; the β of every published network, 3/4, by roots, at a tenth of pow's time."""
+    if beta != 0.75:
+        return scale ** -beta
+    root = np.sqrt(scale)
+    root *= np.sqrt(root)
+    return np.divide(1, root, out=root)
+
+
 def lrn_forward(x, size=5, k=2.0, alpha=1e-4, beta=0.75):
     """y = x / (k + α Σ x²)^β, the sum over `size` neighbouring channels (size is odd)."""
     y = np.empty_like(x)
@@ -327,7 +336,7 @@ def lrn_forward(x, size=5, k=2.0, alpha=1e-4, beta=0.75):
     def work(start, stop):
         part = x[start:stop]
         scale = k + alpha * _window_sum(part * part, size)
-        np.multiply(part, scale ** -beta, out=y[start:stop])
+        np.multiply(part, _inverse_power(scale, beta), out=y[start:stop])
 
     _pool.chunks(len(x), 1, work)
     return y
@@ -340,7 +349,7 @@ def lrn_backward(dy, x, size=5, k=2.0, alpha=1e-4, beta=0.75, relu=False):
     def work(start, stop):
         part, d = x[start:stop], dy[start:stop]
         scale = k + alpha * _window_sum(part * part, size)
-        power = scale ** -beta
+        power = _inverse_power(scale, beta)
         near = _window_sum(d * part * power / scale, size)
         dx[start:stop] = d * power - 2 * alpha * beta * part * near
         if relu:
@@ -361,6 +370,17 @@ def philox(seed, counter, words):
     number = block | step << 64 | layer << 128 | stream << 192
     before = (number - 1) % 2**256                                  # NumPy counts before it draws
     return np.random.Philox(counter=before, key=seed).random_raw(words)
+
+
+def add(y, x):
+    """y += x, in place and in chunks; returns y."""
+    flat_y, flat_x = y.reshape(-1), x.reshape(-1)
+
+    def work(start, stop):
+        flat_y[start:stop] += flat_x[start:stop]
+
+    _pool.chunks(y.size, FLAT_CHUNK, work)
+    return y
 
 
 def add_bias(y, b, relu=False):
@@ -435,17 +455,26 @@ def matmul(a, b, out=None):
     return y
 
 
-def softmax_loss(s, targets, weights):
+def _positives(targets):
+    """Row and column of each target: targets int32 (N, T), padded with -1."""
+    rows, slots = np.nonzero(targets >= 0)
+    return rows, targets[rows, slots]
+
+
+def softmax_loss(s, targets, weights, shift=None):
     """ℓ = - Σ_n weights[n] Σ_{k in targets[n]} log p_nk, with p_nk = exp s_nk / Σ_k' exp s_nk'.
 
     The multi-class logistic loss (eq. 2 with weights 1/N). s (N, K) becomes the gradient,
     ∂ℓ/∂s_nk = weights[n] (|targets[n]| p_nk - [k in targets[n]]), since ∂ log Σ exp s / ∂s_k = p_k.
     targets int32 (N, T), padded with -1; weights (N,), zero for a row that does not count.
-    Returns ℓ as a float and the gradient, in the memory of s.
+    shift (K,), if given, is added to the scores of all but a row's targets: the logarithm of how
+    many classes each of them stands for. Returns ℓ as a float and the gradient, in s's memory.
     """
-    rows, slots = np.nonzero(targets >= 0)
-    words = targets[rows, slots]
+    rows, words = _positives(targets)
     count = np.bincount(rows, minlength=len(s)).astype(s.dtype)     # |targets[n]|
+    if shift is not None:
+        s += shift.astype(s.dtype)
+        s[rows, words] -= shift[words].astype(s.dtype)
     s -= s.max(axis=1, keepdims=True)                               # exp cannot overflow
     picked = s[rows, words].astype(np.float64)                      # s_nk - max
     np.exp(s, out=s)
@@ -454,6 +483,26 @@ def softmax_loss(s, targets, weights):
     s *= (weights * count)[:, None].astype(s.dtype) / total
     s[rows, words] -= weights[rows].astype(s.dtype)
     return float((weights[rows] * log_p).sum() * -1), s
+
+
+def one_vs_all_loss(s, targets, weights, positive, negative):
+    """ℓ = - Σ_nk weights[n] (y_nk positive[k] log σ(s_nk) + (1-y_nk) negative[k] log(1-σ(s_nk))).
+
+    The one-versus-all logistic loss (eq. 1 with positive 1/N_k and negative 1/(N - N_k)); y_nk
+    says whether k is in targets[n]. s (N, K) becomes the gradient, weights[n] times
+    negative[k] σ(s) for y = 0 and -positive[k] σ(-s) for y = 1, since ∂ log(1 + exp s) / ∂s = σ(s).
+    Arguments as in softmax_loss; positive, negative (K,). Returns ℓ and the gradient.
+    """
+    rows, words = _positives(targets)
+    s[rows, words] *= -1                        # both terms are now log(1 + exp s)
+    scale = weights[:, None].astype(s.dtype) * negative.astype(s.dtype)             # (N, K)
+    scale[rows, words] = weights[rows] * positive[words]
+    small = np.exp(-np.abs(s))                                      # in (0, 1]: no overflow
+    loss = (scale * (np.maximum(s, 0) + np.log1p(small))).sum(dtype=np.float64)
+    np.divide(np.where(s > 0, 1, small), 1 + small, out=s)          # σ(s)
+    s *= scale
+    s[rows, words] *= -1
+    return float(loss), s
 
 
 def sgd(w, v, dw, rate, momentum, decay):
@@ -473,14 +522,14 @@ def sgd(w, v, dw, rate, momentum, decay):
 
 
 def sgd_rows(w, v, dw, rows, rate, momentum, decay):
-    """The same on w[rows] and v[rows], with dw (R, E); no row twice. All other rows stay."""
+    """The same on w[rows] and v[rows], with dw (R, …); no row twice. All other rows stay."""
     part_w, part_v = w[rows], v[rows]                               # copies, (R, E)
     sgd(part_w, part_v, dw, rate, momentum, decay)
     w[rows], v[rows] = part_w, part_v
 
 
 def take_rows(w, rows):
-    """w[rows], (R, E)."""
+    """w[rows], (R, …)."""
     return w[rows]
 
 

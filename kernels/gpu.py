@@ -450,6 +450,13 @@ def dropout(x, rate, seed, step, layer, row=0, relu=None):
     return y
 
 
+def add(y, x):
+    """A thread for each four numbers, in place."""
+    _dense(y, x)
+    _each("pointwise.cu", "add", -(-y.size // 4), (y, x, y.size))
+    return y
+
+
 def add_bias(y, b, relu=False):
     """A thread for each number, in place."""
     _dense(y, b)
@@ -472,16 +479,26 @@ def matmul(a, b, out=None):
     return _device.matmul(a, b, out)
 
 
-def softmax_loss(s, targets, weights):
+def _loss(kernel, s, targets, weights, *vectors):
     """A block for each row; the loss is on its way when this returns."""
     _dense(s)
     losses = _empty(len(s))
-    slots = targets.shape[1]
-    _launch("loss.cu", "softmax_loss", (len(s),), (1024 if s.shape[1] > 4096 else BLOCK,),
+    vectors = (None if x is None else _device.upload(np.asarray(x, np.float32)) for x in vectors)
+    _launch("loss.cu", kernel, (len(s),), (1024 if s.shape[1] > 4096 else BLOCK,),
             (s, _device.upload(np.ascontiguousarray(targets, np.int32)),
-             _device.upload(np.asarray(weights, np.float32)), losses, s.shape[1], slots),
-            shared=4 * 64)
+             _device.upload(np.asarray(weights, np.float32)), *vectors, losses, s.shape[1],
+             targets.shape[1]), shared=4 * 64)
     return _device.later(losses.sum(dtype=np.float64)), s
+
+
+def softmax_loss(s, targets, weights, shift=None):
+    """A block for each row, which it reads twice."""
+    return _loss("softmax_loss", s, targets, weights, shift)
+
+
+def one_vs_all_loss(s, targets, weights, positive, negative):
+    """A block for each row, which it reads once."""
+    return _loss("one_vs_all_loss", s, targets, weights, positive, negative)
 
 
 def sgd(w, v, dw, rate, momentum, decay):
@@ -495,16 +512,16 @@ def sgd_rows(w, v, dw, rows, rate, momentum, decay):
     """A thread for each number of dw."""
     _dense(w, v, dw)
     _each("sgd.cu", "sgd_rows", dw.size, (
-        w, v, dw, _device.upload(np.asarray(rows, np.int32)), dw.size, w.shape[1],
+        w, v, dw, _device.upload(np.asarray(rows, np.int32)), dw.size, w.size // len(w),
         float(rate), float(momentum), float(decay)))
 
 
 def take_rows(w, rows):
     """A thread for each number taken."""
     _dense(w)
-    taken = _empty((len(rows), w.shape[1]))
+    taken = _empty((len(rows), *w.shape[1:]))
     _each("sgd.cu", "take_rows", taken.size, (
-        w, _device.upload(np.asarray(rows, np.int32)), taken, taken.size, w.shape[1]))
+        w, _device.upload(np.asarray(rows, np.int32)), taken, taken.size, w.size // len(w)))
     return taken
 
 

@@ -1,11 +1,14 @@
-// The multi-class logistic loss over rows of K scores (eq. 2), K up to millions.
+// The two losses over rows of K scores, K up to millions; a block takes a row.
 //
-//   ℓ_n = -w_n Σ_{k in targets} log p_nk,   p_nk = exp s_nk / Σ_k' exp s_nk'
-//   ∂ℓ/∂s_nk = w_n (T_n p_nk - [k in targets]),   T_n the number of targets
+//   multi-class logistic (eq. 2)   ℓ_n = -w_n Σ_{k in targets} log p_nk,  p_nk = exp s_nk / Σ exp s
+//                                  ∂ℓ/∂s_nk = w_n (T_n p_nk - [k in targets]),  T_n of them
+//   one-versus-all (eq. 1)         ℓ_n = w_n Σ_k (y_nk a_k log(1 + exp -s_nk)
+//                                                 + (1 - y_nk) b_k log(1 + exp s_nk))
+//                                  ∂ℓ/∂s_nk = w_n (y_nk -a_k σ(-s_nk) + (1 - y_nk) b_k σ(s_nk))
 //
-// A block takes a row: one pass finds the maximum and the sum of exponentials together, a second
-// one writes the gradient over the scores. targets (N, T) holds columns of s, padded with -1: of
-// all K words, or of those alone whose scores were computed. Called by gpu.softmax_loss.
+// targets (N, T) holds columns of s, padded with -1: of all K words, or of those alone whose scores
+// were computed. Gradients are written over the scores. Called by gpu.softmax_loss and
+// gpu.one_vs_all_loss.
 
 // (most, sum) of two halves of a row: Σ exp(s - most)
 __device__ void join(float& most, float& sum, float other_most, float other_sum)
@@ -16,14 +19,24 @@ __device__ void join(float& most, float& sum, float other_most, float other_sum)
     most = larger;
 }
 
+// One pass finds the maximum and the sum of exponentials together, a second one writes the
+// gradient. `shift`, if there is one, is added to all scores but the targets'.
 extern "C" __global__ void
-softmax_loss(float* s, const int* targets, const float* weights, float* losses, int k, int slots)
+softmax_loss(float* s, const int* targets, const float* weights, const float* shift, float* losses,
+             int k, int slots)
 {
     float* shared = shared_memory();                        // 2 × 32, a pair for each warp
     const int n = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float* row = s + static_cast<long long>(n) * k;
     const int* mine = targets + static_cast<long long>(n) * slots;
 
+    if (shift) {
+        for (int col = threadIdx.x; col < k; col += blockDim.x) row[col] += shift[col];
+        __syncthreads();                                    // the targets' scores are there
+        for (int slot = threadIdx.x; slot < slots; slot += blockDim.x)
+            if (mine[slot] >= 0) row[mine[slot]] -= shift[mine[slot]];
+        __syncthreads();                                    // …, and are themselves again
+    }
     float most = -INFINITY, sum = 0;
     for (int col = threadIdx.x; col < k; col += blockDim.x) join(most, sum, row[col], 1);
     for (int step = 16; step; step /= 2) {
@@ -56,4 +69,34 @@ softmax_loss(float* s, const int* targets, const float* weights, float* losses, 
     __syncthreads();                                        // the products are there
     for (int slot = threadIdx.x; slot < slots; slot += blockDim.x)
         if (mine[slot] >= 0) row[mine[slot]] -= weights[n];
+}
+
+// One pass: each score gives its term and its derivative. Nothing overflows, for exp is taken of
+// -|s| alone.
+extern "C" __global__ void
+one_vs_all_loss(float* s, const int* targets, const float* weights, const float* positive,
+                const float* negative, float* losses, int k, int slots)
+{
+    float* shared = shared_memory();                        // 32, a sum for each warp
+    const int n = blockIdx.x;
+    float* row = s + static_cast<long long>(n) * k;
+    const int* mine = targets + static_cast<long long>(n) * slots;
+
+    float loss = 0;
+    for (int col = threadIdx.x; col < k; col += blockDim.x) {
+        bool carried = false;
+        for (int slot = 0; slot < slots; slot++) carried |= mine[slot] == col;
+        const float z = carried ? -row[col] : row[col];     // the term is log(1 + exp z)
+        const float scale = weights[n] * (carried ? positive[col] : negative[col]);
+        const float small = expf(-fabsf(z)), sigmoid = (z > 0 ? 1 : small) / (1 + small);
+        loss += scale * ((z > 0 ? z : 0) + log1pf(small));
+        row[col] = scale * (carried ? -sigmoid : sigmoid);
+    }
+    for (int step = 16; step; step /= 2) loss += __shfl_xor_sync(0xffffffffu, loss, step);
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = loss;
+    __syncthreads();                                        // every warp's sum is there
+    if (threadIdx.x == 0) {
+        for (int warp = 1; warp < blockDim.x / 32; warp++) loss += shared[warp];
+        losses[n] = loss;
+    }
 }

@@ -91,6 +91,23 @@ dropout(const float* x, const float* mask, float* y, unsigned total, int e, int 
 
 // ------------------------------------------------------------------------------ bias and ReLU
 
+// y += x; a thread adds four numbers. Called by gpu.add.
+extern "C" __global__ void add(float* y, const float* x, unsigned total)
+{
+    const unsigned index = index_of_thread() * 4;
+    if (index + 4 <= total) {
+        float4 sum = *reinterpret_cast<float4*>(y + index);
+        const float4 more = *reinterpret_cast<const float4*>(x + index);
+        sum.x += more.x;
+        sum.y += more.y;
+        sum.z += more.z;
+        sum.w += more.w;
+        *reinterpret_cast<float4*>(y + index) = sum;
+    } else {
+        for (unsigned at = index; at < total; at++) y[at] += x[at];
+    }
+}
+
 // y += b, then with relu max(y, 0), in place; y (M, E). Called by gpu.add_bias.
 extern "C" __global__ void
 add_bias(float* y, const float* b, unsigned total, int e, int relu)
