@@ -56,7 +56,8 @@ LONGEST_LINE = 64 << 20
 SWALLOWED = 20                  # line ends in one CSV field that mean an unclosed quote
 MOST_COUNTED = 2_000_000        # distinct words counted at a time: rare ones are dropped beyond
 SMALL_FILE = 8 << 20            # captions files below this are indexed without other processes
-INDEX_VERSION = 1
+INDEX_VERSION = 2
+HASH = 32                       # letters of a photo's hash in the YFCC100M table
 
 FORMATS = ("tsv", "csv", "jsonl", "coco", "yfcc")
 PICTURES = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
@@ -109,7 +110,7 @@ def recognise(path):
             pass
         return "coco"
     columns = line.split("\t")
-    if len(columns) >= 23 and _yfcc_url(columns):
+    if _yfcc_url(columns):
         return "yfcc"
     return "csv" if _csv_header(line) else "tsv"
 
@@ -131,7 +132,10 @@ def _csv_header(line):
 
 def _yfcc_url(columns):
     """The column of the photo's page address, from which the others are counted; 0 if none is."""
-    return next((i for i in (13, 14, 15) if columns[i].startswith("http")), 0)
+    if len(columns) < 23:
+        return 0
+    return (13 if columns[13][:4] == "http" else 14 if columns[14][:4] == "http" else
+            15 if columns[15][:4] == "http" else 0)
 
 
 def blocks(path, kind):
@@ -236,14 +240,11 @@ def parse(block, kind):
         text = _decode(block).removeprefix("\ufeff").replace("\r\n", "\n")
         if kind == "tsv" and (plain := _plain_rows(text)):
             return *plain, 0
-        lines = text.split("\n")
-        rows = map({"tsv": _tsv_row, "jsonl": _json_row, "yfcc": _yfcc_row}[kind],
-                   filter(str.strip, lines))
+        lines = filter(str.strip, text.split("\n"))
+        rows = (_yfcc_rows(lines) if kind == "yfcc" else
+                map(_tsv_row if kind == "tsv" else _json_row, lines))
     names, captions, bad = [], [], 0
-    for row in rows:
-        if row is None:
-            continue
-        name, caption = row
+    for name, caption in rows:
         name = name.strip()
         if not name or "\n" in name or "\0" in name or not (name.isascii() or _encodes(name)):
             bad += 1
@@ -296,19 +297,27 @@ def _json_row(line):
     return str(name or ""), " ".join(str(part) for part in parts if part is not None)
 
 
-def _yfcc_row(line):
-    """Title, description and tags of a line of the YFCC100M table; None for a video."""
-    columns = line.split("\t")
-    url = _yfcc_url(columns) if len(columns) >= 23 else 0
-    if not url:
-        return "", ""
-    if columns[-1].strip() == "1":
-        return None
-    numbered = url == 15 or (url == 14 and len(columns[1]) < 32)     # 32: the photo's hash
-    photo = columns[1 if numbered else 0]
-    title, description, tags = columns[url - 7:url - 4]
-    text = f"{title} {description} {tags.replace(',', ' ')}"
-    return f"{photo}.{columns[-2] or 'jpg'}", unquote_plus(text)
+def _yfcc_rows(lines):
+    """(name, text) of lines of the YFCC100M table, title, description and tags; no videos.
+
+    Where the table has the photo's hash, its name is hash/id.jpg, for `Folder` to find either.
+    """
+    names, texts = [], []
+    for line in lines:
+        columns = line.split("\t")
+        url = _yfcc_url(columns)
+        if not url:
+            names.append("")                    # counted as a bad line
+            texts.append("")
+        elif columns[-1].strip() != "1":
+            first = int(url == 15 or (url == 14 and len(columns[1]) < HASH))    # a line number
+            photo = f"{columns[first]}.{columns[-2] or 'jpg'}"
+            hashed = len(columns[first + 1]) == HASH
+            names.append(f"{columns[first + 1]}/{photo}" if hashed else photo)
+            title, description, tags = columns[url - 7:url - 4]
+            texts.append(f"{title} {description} {tags.replace(',', ' ')}")
+    text = "\n".join(texts).replace("%0A", "+").replace("%0a", "+")  # line ends of descriptions
+    return zip(names, unquote_plus(text).split("\n"))
 
 
 # --------------------------------------------------------------------------------- the text
@@ -352,6 +361,13 @@ def normalise(text):
     if not text.isascii():
         text = unicodedata.normalize("NFC", text)
     return text.translate(_LETTERS)
+
+
+def _normalised(captions):
+    """normalise of many lines, joined; those of ASCII, at five times the speed, by themselves."""
+    plain = iter(normalise("\n".join(filter(str.isascii, captions))).split("\n"))
+    other = iter(normalise("\n".join(c for c in captions if not c.isascii())).split("\n"))
+    return "\n".join(next(plain if caption.isascii() else other) for caption in captions)
 
 
 def words_of(caption):
@@ -407,7 +423,7 @@ def _tokens(captions):
     A token of up to eight bytes is one 64-bit number, so that NumPy sorts a block's
     half a million of them; only longer ones become strings.
     """
-    text = normalise("\n".join([caption.replace("\n", " ") for caption in captions])).encode()
+    text = _normalised([caption.replace("\n", " ") for caption in captions]).encode()
     raw = np.frombuffer(b" %b\n       " % text, np.uint8)
     blank = raw <= 32                           # `normalise` leaves no other white space
     edges = np.flatnonzero(blank[1:] != blank[:-1]) + 1
@@ -622,35 +638,64 @@ def build_index(path, folder, text, kind=None, dictionary=None, processes=0, say
             os.path.join(folder, "index.json")):
         raise ValueError(f"{folder} holds other things than an index; move them away")
     work = folder + ".part"
-    shutil.rmtree(work, ignore_errors=True)
-    os.makedirs(work)
     gc.disable()                                # millions of strings, and no cycles among them
-    facts = {"captions": 0, "bad_lines": 0, "refused": 0, "refused_names": []}
     try:
-        if dictionary is None:
-            counts = _count(path, kind, text, processes, facts, say)
-            if not facts["captions"]:
-                raise ValueError(f"captions: {path} has no captions as {kind}; "
-                                 f"--format may be one of {', '.join(FORMATS)}")
-            dictionary = choose_words(counts, text)
-        _record(path, kind, dictionary, processes, work, say)
-        facts |= _group(work, dictionary, text, processes, say)
+        facts = _passes(path, work, text, kind, dictionary, origin, processes, say)
     except BrokenProcessPool:
         raise RuntimeError("an indexing process died, perhaps for lack of memory; "
                            "try --workers 0") from None
-    except BaseException:
+    except Exception:                           # an interrupt keeps the passes that were made
         shutil.rmtree(work, ignore_errors=True)                     # the disk may be full
         raise
     finally:
         gc.enable()
-    facts |= {"fingerprint": origin, "seconds": round(time.monotonic() - started, 2)}
-    with open(os.path.join(work, "words.json"), "w") as file:
-        json.dump(dictionary.words, file)
-    with open(os.path.join(work, "index.json"), "w") as file:
-        json.dump(facts, file)
+    facts["seconds"] = round(time.monotonic() - started, 2)
+    for name, thing in ("words.json", facts.pop("words")), ("index.json", facts):
+        with open(os.path.join(work, name), "w") as file:
+            json.dump(thing, file)
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(work, folder)
+    for i in range(BUCKETS):
+        os.remove(os.path.join(folder, f"{i:03}.records"))
+    os.remove(os.path.join(folder, "state.json"))
     return Index(folder)
+
+
+def _passes(path, work, text, kind, dictionary, origin, processes, say):
+    """Count words, write records, group them; returns the index's facts, with its words.
+
+    After a kill, the passes that were finished before it are not made again.
+    """
+    state = os.path.join(work, "state.json")
+    try:
+        with open(state) as file:
+            facts = json.load(file)
+        assert facts["fingerprint"] == origin
+        say(f"going on with the index that was left in {work}")
+    except (OSError, ValueError, KeyError, AssertionError):         # there is none, or another one
+        shutil.rmtree(work, ignore_errors=True)
+        os.makedirs(work)
+        facts = {"fingerprint": origin, "captions": 0, "bad_lines": 0, "refused": 0,
+                 "refused_names": [], "recorded": False}
+        if dictionary is None:
+            counts = _count(path, kind, text, processes, facts, say)
+            if not facts["captions"]:
+                raise ValueError(f"captions: {path} has no captions as {kind}; "
+                                 f"--format may be one of {', '.join(FORMATS)}") from None
+            dictionary = choose_words(counts, text)
+        facts["words"] = dictionary.words
+        _write_state(state, facts)
+    dictionary = Dictionary(facts["words"])
+    if not facts["recorded"]:
+        _record(path, kind, dictionary, processes, work, say)
+        _write_state(state, facts | {"recorded": True})
+    return facts | _group(work, dictionary, text, processes)
+
+
+def _write_state(path, facts):
+    with open(path + ".part", "w") as file:
+        json.dump(facts, file)
+    os.replace(path + ".part", path)
 
 
 def cached_index(path, folder, text, kind, dictionary=None):
@@ -734,7 +779,7 @@ def _record(path, kind, dictionary, processes, work, say):
             executor.shutdown(cancel_futures=True)
 
 
-def _group(work, dictionary, text, processes, say):
+def _group(work, dictionary, text, processes):
     """Group every file of records and write the index's columns; returns facts."""
     columns = {name: _Column(os.path.join(work, name + ".npy"), dtype) for name, dtype in
                (("names", np.uint8), ("name_ends", np.int64), ("words", np.int32),
@@ -750,7 +795,6 @@ def _group(work, dictionary, text, processes, say):
         columns["word_ends"].append(words + np.cumsum(per_photo))
         names, words, held, left_out = (names + len(blob), words + len(word), held + some_held,
                                         left_out + some_left)
-        os.remove(path)
     if executor:
         executor.shutdown()
     for column in columns.values():
@@ -828,6 +872,14 @@ class Index:
         """N_k, the number of training photos of each word."""
         return np.diff(self._photo_ends, prepend=0)
 
+    def share(self, sampling):
+        """The share of the training rows that carry each word, (K,): 1/K by class, N_k/N by image.
+
+        By class because a row then has one word, and every word is drawn alike.
+        """
+        k = len(self.dictionary)
+        return np.full(k, 1 / k) if sampling == "class" else self.photo_counts() / self.training
+
 
 # ----------------------------------------------------------------------------------- draws
 
@@ -842,17 +894,21 @@ class Draws:
     Sampling by class: a word uniformly, then one of its photos uniformly; that word is the row's
     only target (paper, §3: class balancing). By image: a photo uniformly, with all its words.
     Row i of attempt a takes the block of Philox counter (i, step, a, stream 0): word, photo, crop
-    and flip. A photo that cannot be read is replaced by another of the same word.
+    and flip. A photo that cannot be read is replaced by another of the same word. With `part`, the
+    photos are only those of some of the batch's rows, one rank's share; words are those of all.
     """
 
-    def __init__(self, index, seed, step, count, sampling="class"):
+    def __init__(self, index, seed, step, count, sampling="class", part=slice(None)):
         self.index, self.seed, self.step, self.sampling = index, seed, step, sampling
-        self.attempts = np.zeros(count, int)
+        self.count, self.rows = count, range(count)[part]
         raw = philox(seed, (0, step, 0, 0), 4 * count).reshape(count, 4)
-        self.pixels = raw[:, 2]
+        self.pixels = raw[part, 2]
         self.words = [_below(r, len(index.dictionary)) for r in raw[:, 0]]
-        self.photos = [self._photo(i, r) for i, r in enumerate(raw[:, 1])]
-        self.weights = np.full(count, 1 / count, np.float32)
+        self.photos = [self._photo(i, raw[i, 1]) for i in self.rows]
+        self.others = [] if sampling == "class" else [        # photos of the other ranks' rows
+            self._photo(i, raw[i, 1]) for i in range(count) if i not in self.rows]
+        self.attempts = np.zeros(len(self.rows), int)
+        self.weights = np.full(len(self.rows), 1 / count, np.float32)
 
     def _photo(self, row, raw):
         if self.sampling == "image":
@@ -861,20 +917,41 @@ class Draws:
         return int(photos[_below(raw, len(photos))])
 
     def retry(self, row):
-        """Another photo for the row, or None once it counts nothing."""
+        """Another photo for the row of `photos`, or None once it counts nothing."""
         self.attempts[row] += 1
         if self.sampling == "image" or self.attempts[row] >= ATTEMPTS:
             self.weights[row] = 0
             return None
-        raw = philox(self.seed, (row, self.step, int(self.attempts[row]), 0), 4)
-        self.photos[row] = self._photo(row, raw[1])
+        raw = philox(self.seed, (self.rows[row], self.step, int(self.attempts[row]), 0), 4)
+        self.photos[row] = self._photo(self.rows[row], raw[1])
         return self.photos[row]
 
     def targets(self):
         """int32 (N, T), padded with -1."""
         if self.sampling == "class":
-            return np.array(self.words, np.int32)[:, None]          # (N, 1)
+            return np.array(self.words, np.int32)[self.rows, None]  # (N, 1)
         return pad_rows([self.index.words(photo) for photo in self.photos])
+
+    def classes(self, share, negatives=0):
+        """The classes C whose scores this step needs, and each one's chance to be among them.
+
+        They are the words of the whole batch, and `negatives` more: one drawn uniformly from each
+        of as many runs of classes. The chance is that of a class where one row does not carry it:
+        another of the B rows does, with probability 1 - (1 - share)^(B-1), or its run gave it.
+        share (K,): of the rows that carry each word. Returns int32 (C,), ascending, and (C,).
+        """
+        k = len(share)
+        words = self.words if self.sampling == "class" else np.concatenate(
+            [self.index.words(photo) for photo in self.photos + self.others])
+        ends = np.arange(min(negatives, k) + 1) * k // max(1, min(negatives, k))
+        runs = np.diff(ends)
+        raw = philox(self.seed, (0, self.step, 0, 3), len(runs)) >> 32
+        found = np.union1d(words, ends[:-1] + (raw * runs.astype(np.uint64) >> 32).astype(int))
+        with np.errstate(divide="ignore"):      # a word of every photo
+            absent = np.exp((self.count - 1) * np.log1p(-share[found]))     # from the other rows
+        if len(runs):
+            absent *= 1 - 1 / runs[np.searchsorted(ends, found, side="right") - 1]
+        return found.astype(np.int32), 1 - absent
 
     def crops(self, spare, random):
         """top, left (N,) and flip (N,): random ones, or the centre (paper, §3)."""
@@ -884,6 +961,11 @@ class Draws:
         bits = self.pixels
         top, left = (((bits >> shift) & 0xFFFF) * (spare + 1) >> 16 for shift in (0, 16))
         return top.astype(np.int64), left.astype(np.int64), (bits >> 32 & 1).astype(bool)
+
+
+def columns(targets, classes):
+    """Where targets (N, T), padded with -1, stand among the classes (C,): columns of scores."""
+    return np.where(targets < 0, -1, np.searchsorted(classes, targets)).astype(np.int32)
 
 
 def centre(count, spare):
@@ -950,10 +1032,66 @@ def find(path):
     return next((name for name in forms if os.path.exists(name)), None)
 
 
+class Folder:
+    """Finds photos below a folder: under their names, or in sub-folders, however those are called.
+
+    A name of the YFCC100M table, hash/id.jpg, is also looked for as id.jpg and, as that set's
+    photos are stored, as abc/def/abcdef….jpg by its hash. Sub-folders may be named by letters of
+    the photos in them (123/1234567.jpg, 67/45/1234567.jpg): a look at some of them tells which.
+    """
+
+    LOOK, MOST = 10_000, 256            # entries looked at in a folder; ways of naming remembered
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.ways = list(dict.fromkeys(islice(self._ways(folder, ()), self.MOST)))
+
+    def _ways(self, folder, parts):
+        """For each sub-folder with a photo: how it is called, as `_way` says."""
+        try:
+            with os.scandir(folder) as entries:
+                entries = sorted(islice(entries, self.LOOK), key=lambda entry: entry.name)
+        except OSError:
+            return
+        photo = next((entry.name for entry in entries if entry.is_file()), None)
+        if photo and parts:
+            yield _way(parts, os.path.splitext(photo)[0])
+        for entry in entries if len(parts) < 3 else ():
+            if entry.is_dir():
+                yield from self._ways(entry.path, (*parts, entry.name))
+
+    def _candidates(self, name):
+        yield name
+        if name[HASH:HASH + 1] == "/":
+            code, name = name[:HASH], name[HASH + 1:]
+            yield name
+            yield f"{code[:3]}/{code[3:6]}/{code}{os.path.splitext(name)[1]}"
+        for way in self.ways:
+            yield "/".join([part if isinstance(part, str) else os.path.splitext(name)[0][slice(*part)]
+                            for part in way] + [name])
+
+    def find(self, name):
+        """The path of the photo's file; where there is none, of the file it should be."""
+        paths = (find(os.path.join(self.folder, candidate)) for candidate in self._candidates(name))
+        return next(filter(None, paths), os.path.join(self.folder, name))
+
+
+def _way(parts, stem):
+    """Which letters of the photo's name, from where to where, its folders are; or their names."""
+    way, used = [], 0
+    for part in parts:
+        size = len(part)
+        places = (used, used + size), (0, size), (-size, None), (-used - size, -used)
+        way.append(next((place for place in places if stem[slice(*place)] == part), None))
+        used += size
+    return tuple(way) if all(way) else parts
+
+
 def any_photo(folder, index):
     """True if any photo of the index is on the disk: a sample first, then all."""
     sample = np.linspace(0, len(index) - 1, min(len(index), 1000)).astype(int)
-    return any(find(os.path.join(folder, index.name(int(i))))
+    found = Folder(folder)
+    return any(os.path.exists(found.find(index.name(int(i))))
                for i in chain(sample, range(len(index))))
 
 
@@ -982,17 +1120,17 @@ def _rgb(image):
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _decode_loop(connection, file, slots, size):
+def _decode_loop(connection, file, folder, slots, size):
     """A worker process: decode the photos it is told to into the shared buffer, until the end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     buffer = _map(file.detach(), slots, size)
     while True:
         try:
-            task, slot, path = connection.recv()
+            task, slot, name = connection.recv()
         except (EOFError, OSError):
             return
         try:
-            buffer[slot], digest = decode(path, size)
+            buffer[slot], digest = decode(folder.find(name), size)
             result = task, None, digest
         except ValueError as error:
             result = task, str(error), None
@@ -1012,7 +1150,7 @@ class Loader:
     """Decoded photos in a shared buffer, least recently used ones making way; batches in order.
 
     The buffer holds every photo where memory allows, since no number of cores decodes fast enough
-    for a big GPU. workers = 0 decodes here. `skipped` maps a photo's name to what was wrong;
+    for a big GPU; `loaders` share this machine's memory. workers = 0 decodes here. `skipped` maps a photo's name to what was wrong;
     `digests` its number to the hash of its content. A worker that dies is replaced; a photo
     that kills two is skipped.
     """
@@ -1021,9 +1159,9 @@ class Loader:
     DIGESTS = 500_000                           # photos whose contents are remembered
     AHEAD = 2                                   # batches under way besides the one in use
 
-    def __init__(self, folder, name, photos, size, batch, workers=0, scratch=None):
-        self.folder, self.name, self.size = folder, name, size
-        self.slots = self._room(photos, (self.AHEAD + 2) * batch, scratch)
+    def __init__(self, folder, name, photos, size, batch, workers=0, scratch=None, loaders=1):
+        self.folder, self.name, self.size = Folder(folder), name, size
+        self.slots = self._room(photos, (self.AHEAD + 2) * batch, scratch, loaders)
         self.buffer = _map(self.file.fileno(), self.slots, size)
         self.free = list(range(self.slots))
         self.ready = OrderedDict()              # photo -> slot, least recently used first
@@ -1034,11 +1172,11 @@ class Loader:
         self.decoded = 0
         self.workers = [self._worker() for _ in range(workers)]
 
-    def _room(self, photos, least, scratch):
+    def _room(self, photos, least, scratch, loaders):
         """Reserve the shared buffer, in memory if it fits, else in the scratch folder."""
         each = self.size * self.size * 3
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        slots = max(least, min(photos, memory // 4 // each))
+        slots = max(least, min(photos, memory // 4 // loaders // each))
         for place in ("/dev/shm", scratch, tempfile.gettempdir()):
             for wanted in (slots, least):
                 if place and os.path.isdir(place) and (
@@ -1056,7 +1194,7 @@ class Loader:
         context = _forkserver()
         here, there = context.Pipe()
         process = context.Process(target=_decode_loop, daemon=True, args=(
-            there, DupFd(self.file.fileno()), self.slots, self.size))
+            there, DupFd(self.file.fileno()), self.folder, self.slots, self.size))
         with _without_main():
             process.start()
         there.close()
@@ -1130,17 +1268,17 @@ class Loader:
             if worker and len(worker["tasks"]) >= self.QUEUE:
                 return
             photo = self.backlog.popleft()
-            slot, path = self._slot(), os.path.join(self.folder, self.name(photo))
+            slot, name = self._slot(), self.name(photo)
             if worker is None:
                 try:
-                    self.buffer[slot], digest = decode(path, self.size)
+                    self.buffer[slot], digest = decode(self.folder.find(name), self.size)
                     self.done.append((photo, slot, None, digest))
                 except ValueError as error:
                     self.done.append((photo, slot, str(error), None))
                 continue
-            worker["tasks"].append((photo, slot, path))
+            worker["tasks"].append((photo, slot))
             try:
-                worker["pipe"].send((photo, slot, path))
+                worker["pipe"].send((photo, slot, name))
             except OSError:
                 pass                            # it died: _pump sees the closed pipe
 
@@ -1164,7 +1302,7 @@ class Loader:
         self.workers.remove(worker)
         tasks = worker["tasks"]
         if tasks:
-            photo, slot, _ = tasks[0]
+            photo, slot = tasks[0]
             self.deaths[photo] += 1
             if self.deaths[photo] > 1:
                 self.done.append((photo, slot, "its decoding process died twice", None))
@@ -1172,7 +1310,7 @@ class Loader:
         if sum(self.deaths.values()) > 20 + self.decoded // 100:
             raise RuntimeError("decoding processes keep dying, perhaps for lack of memory; "
                                "try fewer --workers, or --workers 0 to see the error")
-        for photo, slot, _ in reversed(tasks):
+        for photo, slot in reversed(tasks):
             self.free.append(slot)
             self.backlog.appendleft(photo)
         self.workers.append(self._worker())

@@ -18,9 +18,20 @@ import numpy as np
 import kernels
 
 OUTPUT_STD = 0.001                      # first scores near 0: the loss starts at ln K
+HEAD_WEIGHT = 0.3                       # of an auxiliary classifier's loss (Szegedy 2014, §5)
+HEAD_DROPOUT = 0.7
 
 
 # ----------------------------------------------------------------------------------- layers
+
+class Pass(NamedTuple):
+    """What a forward pass depends on besides x and the weights."""
+
+    seed: int = 0
+    step: int | None = None             # None: evaluation, without dropout and auxiliary heads
+    row: int = 0                        # of x[0] in the whole batch, for dropout's counter
+    classes: np.ndarray | None = None   # the words that scores are wanted of; None: all K
+
 
 class Layer:
     """What all layers share: `below_relu` says that x came out of a ReLU; `relu`, that y does."""
@@ -37,8 +48,12 @@ class Layer:
     def init(self, rng):
         """Draw the first weights."""
 
-    def at(self, seed, step, row):
-        """The counter of this pass's random numbers; step None is evaluation."""
+    def at(self, now):
+        """Get ready for a forward pass (and the backward pass after it): now is a Pass."""
+
+    def inputs(self):
+        """The arrays that the layer keeps for its backward pass."""
+        return [self.x]
 
     def parameters(self):
         """(path, layer, attribute) of each array learned; its gradient is the attribute d…"""
@@ -102,27 +117,39 @@ class Linear(Layer):
 
 
 class Output(Layer):
-    """s = e wᵀ + b: a row of w for each word, which is also the word's embedding (paper, §5.3)."""
+    """s = e wᵀ + b: a row of w for each word, which is also the word's embedding (paper, §5.3).
+
+    With the classes of a batch in the pass, only their rows are gathered and get a gradient, so
+    that a step's time does not depend on K (paper, §3: SGD over targets); `rows` says which.
+    """
 
     names = ("w", "b")
 
     def __init__(self, e, k):
         self.shape, self.bias = (k, e), (k,)
-        self.x = self.dw = None
+        self.x = self.dw = self.rows = None
 
     def init(self, rng):
-        self.w = rng.standard_normal(self.shape).astype(np.float32) * np.float32(OUTPUT_STD)
-        self.b = np.zeros(self.bias, np.float32)
+        self.w, self.b = np.empty(self.shape, np.float32), np.zeros(self.bias, np.float32)
+        for part in np.array_split(self.w, 1 + self.w.size // (1 << 24)):       # bounded memory
+            part[...] = rng.standard_normal(part.shape) * OUTPUT_STD
+
+    def at(self, now):
+        self.rows = now.classes
 
     def forward(self, x):
-        self.x = x                                                  # (N, E)
-        return kernels.add_bias(kernels.matmul(x, self.w.T), self.b)            # (N, K)
+        self.x, w, b = x, self.w, self.b                            # (N, E)
+        if self.rows is not None:
+            w, b = kernels.take_rows(w, self.rows), kernels.take_rows(b, self.rows)
+        self.used = w                                               # (K, E), or (C, E)
+        return kernels.add_bias(kernels.matmul(x, w.T), b)          # (N, K), or (N, C)
 
     def backward(self, ds):
         # s = e wᵀ + b, so dw = dsᵀ e and de = ds w
-        self.dw = kernels.matmul(ds.T, self.x, out=self.dw)         # (K, E)
+        same = self.dw is not None and len(self.dw) == ds.shape[1]
+        self.dw = kernels.matmul(ds.T, self.x, out=self.dw if same else None)   # (K, E)
         self.db = kernels.column_sums(ds)                           # (K,)
-        dx = kernels.matmul(ds, self.w)                             # (N, E)
+        dx = kernels.matmul(ds, self.used)                          # (N, E)
         return kernels.relu_backward(dx, self.x, out=dx) if self.below_relu else dx
 
 
@@ -184,8 +211,8 @@ class Dropout(Layer):
     def init(self, rng):
         self.stream = int(rng.integers(1 << 32))                    # its own stream of masks
 
-    def at(self, seed, step, row):
-        self.counter = None if step is None else (seed, step, self.stream, row)
+    def at(self, now):
+        self.counter = None if now.step is None else (now.seed, now.step, self.stream, now.row)
 
     def forward(self, x):
         self.x = x                                                  # (N, E)
@@ -220,7 +247,7 @@ class Concat(Layer):
 
     def __init__(self, *branches):
         self.branches = [Network([(f"{i}.{j}", layer) for j, layer in enumerate(branch)])
-                         for i, branch in enumerate(branches)]
+                         for i, branch in enumerate(branches)]          # their paths: 0.0, 1.0, …
         ends = [branch[-1] for branch in branches]
         self.relu = all(end.relu for end in ends)
         stops = np.cumsum([0] + [end.shape[3] for end in ends])
@@ -232,8 +259,14 @@ class Concat(Layer):
 
     def init(self, rng):
         for branch in self.branches:
-            for _, layer in branch.rows:
-                layer.init(rng)
+            branch.init_from(rng)
+
+    def at(self, now):
+        for branch in self.branches:
+            branch.at(now)
+
+    def inputs(self):
+        return [x for branch in self.branches for x in branch.inputs()]
 
     def parameters(self):
         return [row for branch in self.branches for row in branch.parameters()]
@@ -241,14 +274,53 @@ class Concat(Layer):
     def forward(self, x):
         y = np.empty_like(x, shape=(*x.shape[:3], self.slices[-1].stop))    # (N, H, W, ΣF)
         for branch, part in zip(self.branches, self.slices):
-            branch.forward(x, out=y[..., part])
+            branch.run(x, out=y[..., part])
         return y
 
     def backward(self, dy):
         # every branch saw the same x, so its gradients add up
-        parts = [branch.backward(dy[..., part])
-                 for branch, part in zip(self.branches, self.slices)]
-        return sum(parts[1:], parts[0]) if parts[0] is not None else None
+        dx, *others = [branch.backward(dy[..., part])
+                       for branch, part in zip(self.branches, self.slices)]
+        for other in others if dx is not None else ():
+            kernels.add(dx, other)
+        return dx                                                   # (N, H, W, C)
+
+
+class Head(Layer):
+    """y = x; while training, an auxiliary classifier on x, its scores s (Szegedy 2014, §5).
+
+    Whoever computes the loss of s leaves the gradient in `ds`: see `training_loss`.
+    """
+
+    def __init__(self, *rows):
+        self.branch = Network(rows)
+        self.s = self.ds = None
+
+    def link(self, below_relu, needs_dx):
+        self.relu = below_relu
+        self.branch.link(below_relu, needs_dx=True)
+
+    def init(self, rng):
+        self.branch.init_from(rng)
+
+    def at(self, now):
+        self.training = now.step is not None
+        self.branch.at(now)
+
+    def inputs(self):
+        return self.branch.inputs() if self.training else []
+
+    def parameters(self):
+        return self.branch.parameters()
+
+    def forward(self, x):
+        if self.training:
+            self.s = self.branch.run(x)                             # (N, K), or (N, C)
+        return x
+
+    def backward(self, dy):
+        # x goes on and into the branch, so the two gradients add up
+        return kernels.add(self.branch.backward(self.ds), dy)
 
 
 # --------------------------------------------------------------------------------- networks
@@ -273,6 +345,11 @@ class Network:
             setattr(layer, attribute, kernels.to_device(getattr(layer, attribute)))
         return self
 
+    def init_from(self, rng):
+        """First weights of a part of a network, one layer after the other."""
+        for _, layer in self.rows:
+            layer.init(rng)
+
     def parameters(self):
         """(path, layer, attribute) of everything learned, e.g. ("conv1.w", conv1, "w")."""
         return [(f"{name}.{path}", owner, attribute) for name, layer in self.rows
@@ -293,36 +370,58 @@ class Network:
             setattr(layer, attribute, kernels.to_device(state[path]))
         return self
 
-    def forward(self, x, out=None, seed=0, step=None, row=0):
-        """The last layer's y. With a step number this is training: dropout is on."""
+    def heads(self):
+        """The auxiliary classifiers."""
+        return [layer for _, layer in self.rows if isinstance(layer, Head)]
+
+    def at(self, now):
+        """Get every layer ready for a forward pass."""
         for _, layer in self.rows:
-            layer.at(seed, step, row)
+            layer.at(now)
+
+    def forward(self, x, **now):
+        """The last layer's y; `now` are fields of Pass. With a step number this is training."""
+        self.at(Pass(**now))
+        return self.run(x)
+
+    def run(self, x, out=None):
+        """The last layer's y, into `out` if given; `at` has been called."""
+        for _, layer in self.rows:
             into = [out] if layer is self.rows[-1][1] and out is not None else []
             x = layer.forward(x, *into)
         return x
 
     def features(self, x):
         """The last hidden layer e = f(x; θ), (N, E), without dropout (paper, §3)."""
+        self.at(Pass())
         for _, layer in self.rows[:-1]:
-            layer.at(0, None, 0)
             x = layer.forward(x)
         return x
+
+    def inputs(self):
+        """The arrays that the layers keep for the backward pass."""
+        return [x for _, layer in self.rows for x in layer.inputs()]
 
     def bytes_per_image(self, size, crop):
         """GPU memory that one image of a batch takes in a training step.
 
-        Every layer's input stays for the backward pass, which holds two gradients at a time; the
-        photo itself is there twice, on its way and in use. Parts of split sums are not counted.
+        Every layer's input stays for the backward pass, which holds up to three gradients as large
+        as the largest; the photo is there twice, on its way and in use. Parts of split sums are
+        not counted.
         """
         x = kernels.prepare(np.zeros((1, size, size, 3), np.uint8), [0], [0], [False], crop)
-        self.forward(x, step=0)
-        kept = [layer.x.nbytes for _, layer in self.rows if not isinstance(layer, Flatten)]
-        return sum(kept) + max(map(sum, zip(kept, kept[1:]))) + 2 * 3 * size ** 2
+        self.forward(x, step=0, classes=np.zeros(1, np.int32))
+        kept = {id(x if x.base is None else x.base): x.nbytes for x in self.inputs()}
+        return sum(kept.values()) + 3 * max(kept.values()) + 2 * 3 * size ** 2
 
-    def backward(self, dy):
-        """Every layer's gradients, last to first; returns the first layer's dx if it is needed."""
+    def backward(self, dy, done=lambda layer: None):
+        """Every layer's gradients, last to first; returns the first layer's dx if it is needed.
+
+        done(layer) is called as soon as a layer's gradients are there.
+        """
         for _, layer in reversed(self.rows):
             dy = layer.backward(dy)
+            done(layer)
         return dy
 
 
@@ -363,6 +462,55 @@ def small(k, dropout):
     ])
 
 
+def inception(c, n1, reduce3, n3, reduce5, n5, pooled):
+    """An inception module (Szegedy 2014, fig. 2b): four branches, H×W as it was."""
+    return Concat([Conv(c, n1, 1)],
+                  [Conv(c, reduce3, 1), Conv(reduce3, n3, 3, pad=1)],
+                  [Conv(c, reduce5, 1), Conv(reduce5, n5, 5, pad=2)],
+                  [MaxPool(3, 1, pad=1), Conv(c, pooled, 1)])
+
+
+def auxiliary(c, k):
+    """An auxiliary classifier on 14 x 14 pixels (Szegedy 2014, §5)."""
+    return Head(("pool", AvgPool(5, 3)),                                    # 4
+                ("conv", Conv(c, 128, 1)),
+                ("flat", Flatten()),                                        # 2048
+                ("fc", Linear(2048, 1024)),
+                ("drop", Dropout(HEAD_DROPOUT)),
+                ("output", Output(1024, k)))
+
+
+def googlenet(k, dropout):
+    """GoogLeNet (Szegedy 2014, table 1): 5.97M + 1,025 K parameters, 10.3M + 3,075 K with heads."""
+    return Network([                                                        # 224 x 224 x 3
+        ("conv1", Conv(3, 64, 7, stride=2, pad=3)),                         # 112
+        ("pool1", MaxPool(3, 2, ceil=True)),                                # 56
+        ("norm1", LRN()),
+        ("reduce2", Conv(64, 64, 1)),                                       # 56
+        ("conv2", Conv(64, 192, 3, pad=1)),                                 # 56
+        ("norm2", LRN()),
+        ("pool2", MaxPool(3, 2, ceil=True)),                                # 28
+        #                        1x1  reduce, 3x3  reduce, 5x5  pool
+        ("3a", inception(192,  64,  96, 128, 16,  32,  32)),                # 28, 256 channels
+        ("3b", inception(256, 128, 128, 192, 32,  96,  64)),                # 28, 480
+        ("pool3", MaxPool(3, 2, ceil=True)),                                # 14
+        ("4a", inception(480, 192,  96, 208, 16,  48,  64)),                # 14, 512
+        ("head1", auxiliary(512, k)),
+        ("4b", inception(512, 160, 112, 224, 24,  64,  64)),                # 14, 512
+        ("4c", inception(512, 128, 128, 256, 24,  64,  64)),                # 14, 512
+        ("4d", inception(512, 112, 144, 288, 32,  64,  64)),                # 14, 528
+        ("head2", auxiliary(528, k)),
+        ("4e", inception(528, 256, 160, 320, 32, 128, 128)),                # 14, 832
+        ("pool4", MaxPool(3, 2, ceil=True)),                                # 7
+        ("5a", inception(832, 256, 160, 320, 32, 128, 128)),                # 7, 832
+        ("5b", inception(832, 384, 192, 384, 48, 128, 128)),                # 7, 1024
+        ("pool5", AvgPool(7, 1)),                                           # 1
+        ("flat", Flatten()),                                                # the feature e, 1024
+        ("drop5", Dropout(dropout)),
+        ("output", Output(1024, k)),
+    ])
+
+
 class Recipe(NamedTuple):
     """A network, and what it trains with where nothing else is asked for."""
 
@@ -376,6 +524,7 @@ class Recipe(NamedTuple):
 
 NETWORKS = {
     "alexnet": Recipe(alexnet, size=256, crop=224, batch=64, dropout=0.2, lr=0.0025),
+    "googlenet": Recipe(googlenet, size=256, crop=224, batch=32, dropout=0.4, lr=0.01),
     "small": Recipe(small, size=72, crop=64, batch=64, dropout=0.2, lr=0.02),
 }
 
@@ -385,10 +534,74 @@ def he_normal(rng, shape, fan_in):
     return rng.standard_normal(shape, np.float32) * np.float32(np.sqrt(2 / fan_in))
 
 
+# ---------------------------------------------------------------------------------- losses
+
+class Softmax:
+    """The multi-class logistic loss (eq. 2), over all K words or over some classes.
+
+    share (K,): the share of the training rows that carry each word. With `chance`, the chance of
+    each class to be among the given ones where a row does not carry it, a class counts for
+    1/chance classes: the sum over some is an unbiased estimate of that over all (sampled softmax).
+    """
+
+    def __init__(self, share):
+        self.share = share
+
+    def __call__(self, s, targets, weights, classes=None, chance=None):
+        """ℓ and ∂ℓ/∂s in the memory of s (N, C); targets (N, T) are columns of s."""
+        return kernels.softmax_loss(s, targets, weights,
+                                    None if chance is None else -np.log(chance))
+
+    def photo_weights(self, rows):
+        """A photo's weight is shared by its words, as training with one word a row does."""
+        return np.array([1 / len(row) for row in rows])
+
+
+class OneVersusAll:
+    """The one-versus-all logistic loss (eq. 1), its class weights scaled by N / K.
+
+    A class's positives weigh 1 / (K share) and its negatives 1 / (K (1 - share)), so each class
+    counts 1/K for either. With `chance` a negative counts for 1/chance of them, as in Softmax.
+    """
+
+    def __init__(self, share):
+        with np.errstate(divide="ignore"):      # a word that every row carries has no negatives
+            self.positive = 1 / (len(share) * share)                # (K,)
+            self.negative = np.where(share < 1, 1 / (len(share) * (1 - share)), 0)
+
+    def __call__(self, s, targets, weights, classes=None, chance=None):
+        """ℓ and ∂ℓ/∂s in the memory of s (N, C); targets (N, T) are columns of s."""
+        chosen = slice(None) if classes is None else classes
+        negative = self.negative[chosen]
+        if chance is not None:                  # 0 where no other row can bring the class
+            negative = np.divide(negative, chance, out=np.zeros_like(negative), where=chance > 0)
+        return kernels.one_vs_all_loss(s, targets, weights, self.positive[chosen], negative)
+
+    def photo_weights(self, rows):
+        return np.ones(len(rows))
+
+
+LOSSES = {"softmax": Softmax, "one-vs-all": OneVersusAll}
+
+
+def training_loss(net, s, weights, loss):
+    """ℓ and ∂ℓ/∂s of the scores s; those of auxiliary heads count HEAD_WEIGHT, and keep theirs.
+
+    loss(s, weights) -> (ℓ, ∂ℓ/∂s).
+    """
+    for head in net.heads():
+        _, head.ds = loss(head.s, HEAD_WEIGHT * weights)
+    return loss(s, weights)
+
+
 # ------------------------------------------------------------------------------------- SGD
 
 class SGD:
-    """v ← μ v + dw + λ w; w ← w - η v. The decay λ is for weights, not for biases."""
+    """v ← μ v + dw + λ w; w ← w - η v. The decay λ is for weights, not for biases.
+
+    Of an output layer that was given the classes of a batch, only their rows move: the others keep
+    weights and velocities, as if no time had passed for them.
+    """
 
     def __init__(self, net, momentum, decay):
         self.net, self.momentum, self.decay = net, momentum, decay
@@ -398,8 +611,12 @@ class SGD:
 
     def step(self, rate):
         for path, layer, name in self.net.parameters():
-            kernels.sgd(getattr(layer, name), self.v[path], getattr(layer, "d" + name), rate,
-                        self.momentum, self.decay if name == "w" else 0)
+            arrays = getattr(layer, name), self.v[path], getattr(layer, "d" + name)
+            constants = rate, self.momentum, self.decay if name == "w" else 0
+            if getattr(layer, "rows", None) is None:
+                kernels.sgd(*arrays, *constants)
+            else:
+                kernels.sgd_rows(*arrays, layer.rows, *constants)
 
     def load(self, state):
         """Take the velocities of `state`, {path: array}."""
