@@ -12,17 +12,20 @@ import os
 import signal
 import sys
 import time
+import traceback
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # while the rest is imported
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from scipy.special import expit, softmax
 from scipy.stats import rankdata
 
 import data
 import kernels
 import model
+from kernels import ranks
 
 BATCH = 64                      # photos a forward pass: this is about memory, not results
 BLOCK = 20_000_000              # scores held at a time
@@ -72,12 +75,12 @@ def auc_and_ap(scores, carried):
     return np.where(both, auc, np.nan), np.where(both, ap, np.nan)
 
 
-def word_metrics(features, output, rows, counts):
+def word_metrics(features, output, rows, counts, loss_of):
     """What `words` reports, from features (N, E) and each photo's classes; a plain dictionary.
 
     counts: N_k, the training photos of each word, for the baseline and for the split into the
-    most frequent and the rarest third of the words. `loss` is eq. 2 over all K words, a photo's
-    weight shared among its words, so that it compares with the training loss of one word a row.
+    most frequent and the rarest third of the words. `loss` is the mean of loss_of (of
+    model.LOSSES) over the photos and all K words.
     """
     n, k = len(rows), len(counts)
     sizes = np.array([len(row) for row in rows])
@@ -87,8 +90,7 @@ def word_metrics(features, output, rows, counts):
         scores = output.forward(features[start:start + len(part)])
         best = top_words(kernels.to_host(scores), max(KS))
         precision[start:start + len(part)] = precision_at(best, part)
-        share = 1 / n / sizes[start:start + len(part)]
-        loss += float(kernels.softmax_loss(scores, data.pad_rows(part), share)[0])
+        loss += float(loss_of(scores, data.pad_rows(part), loss_of.photo_weights(part) / n)[0])
     auc, ap = _by_word(features, output, rows, k)
     order = np.argsort(-counts, kind="stable")
     third = max(1, k // 3)
@@ -212,6 +214,9 @@ class Trained:
         recipe = model.NETWORKS[self.options["network"]]
         self.size, self.crop = recipe.size, recipe.crop
         self.net = recipe.build(len(self.words), self.options["dropout"]).load(weights)
+        self.one_vs_all = self.options.get("loss") == "one-vs-all"
+        self.loss = model.LOSSES[self.options.get("loss", "softmax")](
+            self.counts / max(1, facts["training"]) if self.one_vs_all else None)
 
     def index(self, captions, processes):
         """The index of the captions under this model's dictionary; the run's own if it fits."""
@@ -263,7 +268,7 @@ def words(options):
         raise ValueError(f"none of {len(photos):,} photos could be read from {images}; first: "
                          + "; ".join(f"{n}: {e}" for n, e in list(loader.skipped.items())[:1]))
     result = word_metrics(features, trained.net.rows[-1][1], target_rows(index, found),
-                          trained.counts)
+                          trained.counts, trained.loss)
     result["skipped"] = len(loader.skipped)
     print_words(result)
     return result
@@ -303,7 +308,7 @@ def tag(options):
             scores = kernels.to_host(trained.net.forward(
                 kernels.prepare(np.stack(pixels), *where, trained.crop)))
             for name, row in zip(names, scores):
-                result[name] = tagged(row, trained.words, options.top, options.threshold)
+                result[name] = tagged(row, trained, options.top, options.threshold)
     for name, found in result.items():
         print(f"{name}: " + (", ".join(f"{word} {p:.3f}" for word, p in found)
                              or f"no word above {options.threshold:g}"))
@@ -314,13 +319,15 @@ def tag(options):
     return {"tags": {name: dict(found) for name, found in result.items()}, "skipped": failed}
 
 
-def tagged(scores, words, top, threshold):
-    """[(word, probability)] of one row of scores, most probable first."""
-    p = np.exp(scores - scores.max())
-    p /= p.sum()
+def tagged(scores, trained, top, threshold):
+    """[(word, probability)] of one row of scores, most probable first.
+
+    Probabilities are of one word among K, or of each word by itself after one-versus-all training.
+    """
+    p = expit(scores) if trained.one_vs_all else softmax(scores)
     best = np.argsort(-p, kind="stable")
     best = best[:top] if threshold is None else best[p[best] >= threshold]
-    return [(words[i], float(p[i])) for i in best]
+    return [(trained.words[i], float(p[i])) for i in best]
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -366,21 +373,29 @@ def guarded(work):
     try:
         sys.exit(work())
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        fail(130, "interrupted")
     except BrokenPipeError:                     # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (ValueError, RuntimeError) as error:
-        print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ValueError) else 1)
+    except ValueError as error:
+        fail(2, error)
+    except RuntimeError as error:
+        fail(1, error)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         remedy = ("; free some space, or choose another place" if error.errno == errno.ENOSPC else
                   "")
-        print(f"{os.path.basename(sys.argv[0])}: {where}{error.strerror or error}{remedy}",
-              file=sys.stderr)
-        sys.exit(1)
+        fail(1, f"{where}{error.strerror or error}{remedy}")
+    except Exception:                           # a mistake of this program
+        if ranks.joined.size == 1:
+            raise
+        fail(1, traceback.format_exc())         # the other ranks must not wait for this one
+
+
+def fail(status, error):
+    """End this process, and all ranks with it, with one line."""
+    ranks.joined.fail(status, f"{os.path.basename(sys.argv[0])}: {error}"
+                      if status != 130 else str(error))
 
 
 def without_nan(value):

@@ -10,6 +10,8 @@ import gzip
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +22,8 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy.signal import correlate
+from scipy.special import log_expit, logsumexp
+from scipy.special import softmax as scipy_softmax
 from scipy.stats import chisquare
 
 import data
@@ -27,7 +31,7 @@ import eval as evaluation
 import kernels
 import model
 import weak
-from kernels import cpu, emulate, gpu
+from kernels import bench, cpu, emulate, gpu
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -152,7 +156,7 @@ def batch_of(rng, n, crop, k):
     weights = np.array([0.5, 0.25, 0.25])[:n]
     return (
         rng.standard_normal((n, crop, crop, 3)),
-        lambda s: kernels.softmax_loss(s, targets, weights),
+        lambda s, share=1: kernels.softmax_loss(s, targets, share * weights),
     )
 
 
@@ -167,6 +171,74 @@ def test_alexnet_gradient_is_numerical(rng):
     check_gradients(net, x, loss, samples=3, tolerance=1e-5, eps=1e-6)
 
 
+def with_heads(net, loss):
+    """The loss of the scores and of the auxiliary heads', as training minimises it."""
+    def loss_of(s):
+        heads = sum(loss(head.s.copy(), model.HEAD_WEIGHT)[0] for head in net.heads())
+        value, ds = model.training_loss(net, s, np.ones(1), lambda s, w: loss(s, w[0]))
+        return value + heads, ds
+    return loss_of
+
+
+def test_auxiliary_head_gradient_is_numerical(rng):
+    net = alone(
+        model.Conv(3, 4, 3),
+        model.Head(("conv", model.Conv(4, 2, 2)), ("flat", model.Flatten()),
+                   ("drop", model.Dropout(0.4)), ("output", model.Output(2 * 7 * 5, 6))),
+        model.Conv(4, 2, 3),
+        model.Flatten(),
+        model.Output(2 * 6 * 4, 6))
+    _, loss = batch_of(rng, 2, 2, 6)
+    check_gradients(net, rng.standard_normal((2, 10, 8, 3)), with_heads(net, loss))
+
+
+def test_googlenet_gradient_is_numerical(rng):
+    """Module by module, along a random direction of all its weights."""
+    x, loss = batch_of(rng, 1, 224, 7)
+    net = as_float64(model.googlenet(7, 0.4))
+
+    whole = with_heads(net, loss)
+    net.backward(whole(net.forward(x, seed=1, step=5))[1])
+    arrays = {path: (getattr(layer, name), np.array(getattr(layer, "d" + name)))
+              for path, layer, name in net.parameters()}
+    for module, layer in net.rows:
+        mine = [arrays[path] for path in arrays if path.split(".")[0] == module]
+        directions = [rng.standard_normal(w.shape) / np.sqrt(w.size) for w, _ in mine]
+        ends = []
+        for eps in (1e-6, -2e-6, 1e-6) if mine else ():
+            for (w, _), direction in zip(mine, directions):
+                w += eps * direction
+            ends.append(whole(net.forward(x, seed=1, step=5))[0] if len(ends) < 2 else None)
+        if mine:
+            numeric = (ends[0] - ends[1]) / 2e-6
+            exact = sum((dw * direction).sum() for (_, dw), direction in zip(mine, directions))
+            assert abs(numeric - exact) < 1e-5 * max(1, abs(numeric)), (module, exact, numeric)
+
+
+def test_gathered_output_is_the_full_one_on_its_classes(rng):
+    net = alone(model.Flatten(), model.Linear(240, 9), model.Output(9, 12))
+    x, classes = rng.standard_normal((3, 10, 8, 3)), np.array([1, 4, 5, 11], np.int32)
+    ds = np.zeros((3, 12))
+    ds[:, classes] = rng.standard_normal((3, 4))
+    whole, output, linear = net.forward(x), net.rows[2][1], net.rows[1][1]
+    net.backward(ds)
+    dw, db, below = output.dw.copy(), output.db.copy(), linear.dw.copy()
+    np.testing.assert_allclose(net.forward(x, classes=classes), whole[:, classes])
+    net.backward(ds[:, classes].copy())
+    np.testing.assert_allclose(output.dw, dw[classes])
+    np.testing.assert_allclose(output.db, db[classes])
+    np.testing.assert_allclose(linear.dw, below)
+    before = {path: getattr(layer, name).copy() for path, layer, name in net.parameters()}
+    optimiser = model.SGD(net, 0.9, 0.1)
+    optimiser.v = {path: np.ones_like(v, np.float64) for path, v in optimiser.v.items()}
+    optimiser.step(0.1)
+    others = np.setdiff1d(np.arange(12), classes)
+    for path in ("layer2.w", "layer2.b"):
+        after, v = getattr(output, path[-1]), optimiser.v[path]
+        assert np.array_equal(after[others], before[path][others]) and (v[others] == 1).all()
+        assert (after[classes] != before[path][classes]).all() and (v[classes] != 1).all()
+
+
 @pytest.mark.parametrize(
     "name, spoil",
     list(
@@ -177,7 +249,7 @@ def test_alexnet_gradient_is_numerical(rng):
                 layer, "backward", lambda dy: -type(layer).backward(layer, dy)
             ),
             "conv_on_relu": lambda layer: setattr(layer, "below_relu", False),
-            "dropout": lambda layer: layer.at(1, 6, 0),
+            "dropout": lambda layer: layer.at(model.Pass(1, 6)),
         }.items()
     ),
 )
@@ -305,32 +377,38 @@ def test_results_do_not_depend_on_the_number_of_threads(rng):
             np.testing.assert_allclose(a, c, rtol=1e-4, atol=1e-4)  # sums may differ in last bits
 
 
-def test_networks_agree_with_pytorch(rng):
+@pytest.mark.parametrize("name", model.NETWORKS)
+def test_networks_agree_with_pytorch(name, rng):
     torch = pytest.importorskip("torch")
-    x = rng.standard_normal((2, 224, 224, 3)).astype(np.float32)
-    net = model.alexnet(50, 0.0).init(1)
-    scores = net.forward(x)
-    y = torch.tensor(x).permute(0, 3, 1, 2)
-    for name, layer in net.rows:
-        if isinstance(layer, model.Conv):
-            y = torch.relu(
-                torch.nn.functional.conv2d(
-                    y,
-                    torch.tensor(layer.w).permute(3, 2, 0, 1),
-                    torch.tensor(layer.b),
-                    layer.stride,
-                    layer.pad,
-                )
-            )
-        elif isinstance(layer, model.MaxPool):
-            y = torch.nn.functional.max_pool2d(y, layer.kernel, layer.stride)
-        elif isinstance(layer, model.Flatten):
-            y = y.permute(0, 2, 3, 1).reshape(2, -1)
-        elif isinstance(layer, model.Linear):
-            y = torch.relu(y @ torch.tensor(layer.w) + torch.tensor(layer.b))
-        elif isinstance(layer, model.Output):
-            y = y @ torch.tensor(layer.w).T + torch.tensor(layer.b)
-    np.testing.assert_allclose(scores, y.numpy(), rtol=1e-3, atol=1e-4)
+    recipe = model.NETWORKS[name]
+    net = recipe.build(50, 0.0).init(1)
+    for path, layer, attribute in net.parameters():
+        if attribute == "b":                    # so that they matter
+            layer.b += rng.standard_normal(layer.b.shape).astype(np.float32) / 10
+    x = rng.standard_normal((2, recipe.crop, recipe.crop, 3)).astype(np.float32)
+    theirs = bench.torch_network(torch, net.rows)
+    for part in theirs.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0                        # masks are our own affair
+    for head in net.heads():
+        dict(head.branch.rows)["drop"].rate = 0
+    y = theirs(torch.tensor(x).permute(0, 3, 1, 2))
+    scores = net.forward(x, step=1)
+    np.testing.assert_allclose(scores, y.detach().numpy(), rtol=1e-3, atol=1e-4)
+    sides = [part for part in theirs if hasattr(part, "s")]
+    assert len(sides) == len(net.heads())
+    for head, side in zip(net.heads(), sides):
+        np.testing.assert_allclose(head.s, side.s.detach().numpy(), rtol=1e-3, atol=1e-4)
+    targets, weights = np.array([[3], [7]], np.int32), np.full(2, 0.5)
+    _, ds = model.training_loss(net, scores, weights,
+                                lambda s, w: kernels.softmax_loss(s, targets, w))
+    net.backward(ds)
+    loss_of = torch.nn.functional.cross_entropy
+    (loss_of(y, torch.tensor([3, 7])) + sum(
+        0.3 * loss_of(side.s, torch.tensor([3, 7])) for side in sides)).backward()
+    first = next(part for part in theirs if hasattr(part, "weight"))
+    dw = first.weight.grad.permute(2, 3, 1, 0).numpy()
+    np.testing.assert_allclose(net.rows[0][1].dw, dw, rtol=1e-2, atol=1e-3 * abs(dw).max())
 
 
 def philox_by_hand(key, counter):
@@ -406,6 +484,52 @@ def test_softmax_loss_survives_large_scores():
     assert loss == 2e4 and ds.tolist() == [[1, -1, 0]]
 
 
+def test_one_vs_all_loss_is_equation_1(rng):
+    n, k, total = 4, 5, 40                      # N = 40 photos, of which a batch of 4
+    counts, s = rng.integers(1, 30, k), 3 * rng.standard_normal((n, k))
+    targets = np.array([[0, 2], [2, -1], [1, 3], [-1, -1]], np.int32)
+    expected = 0
+    for i, j in np.ndindex(n, k):
+        term = (log_expit(s[i, j]) / counts[j] if j in targets[i] else
+                log_expit(-s[i, j]) / (total - counts[j]))
+        expected -= total / (n * k) * term
+    loss, _ = model.OneVersusAll(counts / total)(s.copy(), targets, np.full(n, 1 / n))
+    assert math.isclose(loss, expected, rel_tol=1e-12)
+
+
+def test_one_vs_all_loss_gradient_is_numerical(rng):
+    targets = np.array([[0, 2], [2, -1], [-1, -1]], np.int32)
+    loss_of = model.OneVersusAll(rng.uniform(0.1, 0.9, 6))
+    loss = lambda s: loss_of(s, targets, np.array([0.5, 0.25, 0.25]))
+    s = 2 * rng.standard_normal((3, 6))
+    gradient = loss(s.copy())[1]
+    for index in np.ndindex(s.shape):
+        step = np.zeros(s.shape)
+        step[index] = 1e-6
+        numeric = (loss(s + step)[0] - loss(s - step)[0]) / 2e-6
+        assert abs(numeric - gradient[index]) < 1e-8, index
+
+
+def test_one_vs_all_loss_survives_large_scores_and_words_of_every_photo():
+    s = np.array([[1e4, -1e4, 0, -3e38, 7]], np.float32)
+    share = np.array([0.5, 0.5, 0.5, 0.5, 1.0])
+    loss, ds = model.OneVersusAll(share)(s, np.array([[1, 4]], np.int32), np.ones(1))
+    assert loss == pytest.approx(0.4 * (2e4 + math.log(2)) + 0.2 * math.log1p(math.exp(-7)))
+    np.testing.assert_allclose(ds, [[0.4, -0.4, 0.2, 0, -0.2 / (1 + math.exp(7))]], rtol=1e-6)
+
+
+def test_softmax_with_shifts_is_a_sum_over_what_classes_stand_for(rng):
+    s, shift = rng.standard_normal((2, 4)), rng.uniform(0, 3, 4)
+    targets, weights = np.array([[0, 2], [3, -1]], np.int32), np.array([0.5, 0.25])
+    loss, ds = kernels.softmax_loss(s.copy(), targets, weights, shift)
+    for i, mine in enumerate(([0, 2], [3])):
+        z = s[i] + np.where(np.isin(range(4), mine), 0, shift)
+        expected = weights[i] * (len(mine) * scipy_softmax(z) - np.isin(range(4), mine))
+        np.testing.assert_allclose(ds[i], expected)
+        loss += weights[i] * sum(z[t] - logsumexp(z) for t in mine)
+    assert abs(loss) < 1e-12
+
+
 def test_sgd_follows_its_formula(rng):
     w, v, dw = (rng.standard_normal(300_000) for _ in range(3))
     new_v = 0.9 * v + dw + 0.01 * w
@@ -425,14 +549,17 @@ def test_learning_rate_is_halved_when_the_error_rose():
 
 
 def test_networks_have_their_parameter_counts():
-    for k in (10, 1000):
-        net = model.alexnet(k, 0.5)
-        count = sum(
-            np.prod(layer.shape) + layer.shape[-1 if not isinstance(layer, model.Output) else 0]
-            for _, layer in net.rows
-            if layer.names
+    def count(net, heads=True):
+        return sum(
+            np.prod(layer.shape if name == "w" else layer.bias)
+            for path, layer, name in net.parameters()
+            if heads or not path.startswith("head")
         )
-        assert count == 57_003_840 + 4097 * k
+
+    for k in (10, 1000):
+        assert count(model.alexnet(k, 0.5)) == 57_003_840 + 4097 * k
+        assert count(model.googlenet(k, 0.4), heads=False) == 6_998_552 + 1025 * (k - 1000)
+        assert count(model.googlenet(k, 0.4)) == 13_378_280 + 3 * 1025 * (k - 1000)
 
 
 def test_network_overfits_one_batch(rng):
@@ -598,8 +725,86 @@ def test_yfcc_table_is_read_with_and_without_line_numbers(columns, tmp_path):
     assert data.recognise(path) == "yfcc"
     ((block, _),) = data.blocks(path, "yfcc")
     names, captions, bad = data.parse(block, "yfcc")
-    assert names == ["6185218911.jpg"] and bad == 1
+    code = "0f" * 16 + "/" if columns == 25 else ""
+    assert names == [f"{code}6185218911.jpg"] and bad == 1
     assert data.words_of(captions[0]) == "my cafe at the sea red car sun".split()
+
+
+def test_yfcc_names_hold_the_hash_where_the_table_has_one(tmp_path):
+    for columns, name in ((23, "6000000000.jpg"), (25, f"{6_000_000_000:032x}/6000000000.jpg")):
+        bench.write_yfcc(tmp_path / "y", 300, columns)
+        ((block, _),) = data.blocks(tmp_path / "y", data.recognise(tmp_path / "y"))
+        names, captions, bad = data.parse(block, "yfcc")
+        assert names[0] == name and len(names) == 298 and not bad           # two are videos
+        assert data.words_of(captions[0])[-3:-1] != data.words_of(captions[0])[:2]
+        assert "the end" in data.normalise(captions[7]) and "\n" not in captions[7]
+
+
+LAYOUTS = {
+    "as named": lambda code, photo: f"{code}/{photo}.jpg",
+    "by id": lambda code, photo: f"{photo}.jpg",
+    "by hash": lambda code, photo: f"{code[:3]}/{code[3:6]}/{code}.jpg",
+    "first letters of the id": lambda code, photo: f"{photo[:3]}/{photo[3:6]}/{photo}.jpg",
+    "last letters of the id": lambda code, photo: f"{photo[-2:]}/{photo}.jpg",
+    "folders of any name": lambda code, photo: f"part {int(photo) % 3}/{photo}.jpg",
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_photos_are_found_in_sub_folders(layout, tmp_path):
+    rng = np.random.default_rng(1)
+    photos = [(f"{code:032x}", str(photo)) for code, photo in zip(
+        rng.integers(1 << 60, 1 << 62, 30), rng.integers(1_000_000, 9_999_999, 30))]
+    for pair in photos:
+        path = tmp_path / LAYOUTS[layout](*pair)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+    folder = data.Folder(str(tmp_path))
+    for pair in photos:
+        found = folder.find("/".join(pair) + ".jpg")
+        assert found == str(tmp_path / LAYOUTS[layout](*pair))
+    assert folder.find("0" * 32 + "/5.jpg") == str(tmp_path / ("0" * 32) / "5.jpg")     # missing
+
+
+def test_index_goes_on_after_a_kill(tmp_path, monkeypatch):
+    write_captions(tmp_path / "c")
+    text = data.Text(30, 5, 0.2)
+    arguments = str(tmp_path / "c"), str(tmp_path / "i"), text
+    whole = columns_of(data.build_index(str(tmp_path / "c"), str(tmp_path / "whole"), text))
+    honest = {name: getattr(data, name) for name in ("_count", "_record", "group_records")}
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    calls = []
+    for name in ("_record", "group_records"):
+        monkeypatch.setattr(data, name, killed)
+        with pytest.raises(KeyboardInterrupt):
+            data.build_index(*arguments)
+        assert not (tmp_path / "i").exists()
+        monkeypatch.setattr(data, name, honest[name])
+        monkeypatch.setattr(data, "_count", lambda *_: calls.append("counted again"))
+    monkeypatch.setattr(data, "_record", lambda *_: calls.append("recorded again"))
+    assert columns_of(data.build_index(*arguments)) == whole and not calls
+    assert sorted(os.listdir(tmp_path / "i")) == sorted(os.listdir(tmp_path / "whole"))
+    monkeypatch.undo()
+    monkeypatch.setattr(data, "_record", killed)
+    with pytest.raises(KeyboardInterrupt):
+        data.build_index(*arguments[:2], data.Text(20, 5, 0.2))
+    monkeypatch.undo()                          # other options: what was left is of no use
+    assert len(data.build_index(*arguments[:2], data.Text(10, 5, 0.2)).dictionary) == 10
+
+
+def test_failed_index_leaves_nothing_behind(tmp_path, monkeypatch):
+    write_captions(tmp_path / "c")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(data, "group_records", full)
+    with pytest.raises(OSError):
+        data.build_index(str(tmp_path / "c"), str(tmp_path / "i"), data.Text(30, 5, 0.2))
+    assert os.listdir(tmp_path) == ["c"]
 
 
 def test_captions_in_odd_encodings_are_read(tmp_path):
@@ -767,6 +972,103 @@ def test_draws_are_a_function_of_seed_step_row_and_attempt(index):
     assert tried == [two.retry(5) for _ in range(7)] and len(set(tried)) > 1
     assert all(word in index.words(photo) for photo in tried)
     assert one.retry(5) is None and one.weights[5] == 0
+
+
+def test_rows_of_a_part_are_those_of_the_whole_batch(index):
+    for sampling in ("class", "image"):
+        whole = data.Draws(index, 3, 9, 10, sampling)
+        share = index.share(sampling)
+        parts = [data.Draws(index, 3, 9, 10, sampling, slice(*ends)) for ends in ((0, 3), (3, 10))]
+        assert parts[0].photos + parts[1].photos == whole.photos
+        assert parts[0].words == parts[1].words == whole.words
+        assert np.array_equal(parts[1].weights, whole.weights[3:])
+        assert parts[1].retry(2) == whole.retry(5)
+        rows = parts[1].targets()
+        assert np.array_equal(rows, whole.targets()[3:, :rows.shape[1]])
+        for a, b in zip(parts[1].crops(8, True), whole.crops(8, True)):
+            assert np.array_equal(a, b[3:])
+        for a, b in zip(parts[1].classes(share, 7), whole.classes(share, 7)):
+            assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("sampling", ["class", "image"])
+@pytest.mark.parametrize("negatives", [0, 7, 99])
+def test_chance_of_a_class_is_how_often_it_is_there(index, sampling, negatives):
+    share, steps, n = index.share(sampling), 1500, 6
+    there, left_out = np.zeros(30), np.zeros(30)
+    for step in range(steps):
+        draw = data.Draws(index, 3, step, n, sampling)
+        classes, chance = draw.classes(share, negatives)
+        mine = draw.targets()[0]
+        assert set(classes) >= {w for row in draw.targets() for w in row if w >= 0}
+        free = np.setdiff1d(np.arange(30), mine)                    # row 0 does not carry them
+        left_out[free] += 1
+        free = np.isin(classes, free)
+        there[classes[free]] += 1 / chance[free]
+    np.testing.assert_allclose(there / left_out, 1, atol=0.35 if not negatives else 0.2)
+    assert abs(np.mean(there / left_out) - 1) < 0.02
+    if negatives == 99:
+        assert len(classes) == 30 and np.array_equal(chance, np.ones(30))
+
+
+def losses_over_all_draws(k, n, loss_of, corrected):
+    """Mean gradient of the scores of row 0 over all draws of n words; and that over all words."""
+    s = np.random.default_rng(0).standard_normal((n, k))
+    mean, whole, share = np.zeros(k), np.zeros(k), np.full(k, 1 / k)
+    for words in np.ndindex(*[k] * n):
+        targets, weights = np.array(words, np.int32)[:, None], np.full(n, 1 / n)
+        classes = np.unique(targets)
+        chance = 1 - (1 - share[classes]) ** (n - 1) if corrected else None
+        ds = loss_of(s[:, classes].copy(), data.columns(targets, classes), weights, classes, chance)
+        mean[classes] += ds[1][0] / k**n
+        whole += loss_of(s.copy(), targets, weights)[1][0] / k**n
+    return mean, whole
+
+
+def test_one_vs_all_over_the_batchs_words_is_unbiased():
+    loss_of = model.OneVersusAll(np.full(4, 0.25))
+    mean, whole = losses_over_all_draws(4, 3, loss_of, corrected=True)
+    np.testing.assert_allclose(mean, whole)
+    mean, _ = losses_over_all_draws(4, 3, loss_of, corrected=False)
+    assert abs(mean - whole).max() > 0.01
+
+
+def test_sampled_softmax_approaches_the_full_one(rng):
+    k, n = 1000, 16
+    s, share = rng.standard_normal((n, k)), np.full(k, 1 / k)
+    off = []
+    for negatives in (0, 10, 100, 1000):
+        losses = []
+        for step in range(200):
+            words = np.random.default_rng(step).integers(0, k, n)
+            draw = data.Draws.__new__(data.Draws)
+            vars(draw).update(sampling="class", words=words, count=n, seed=5, step=step)
+            classes, chance = draw.classes(share, negatives)
+            some, whole = (
+                model.Softmax(share)(s[:, c].copy(), data.columns(words[:, None], c),
+                                     np.full(n, 1 / n), c, p)[0]
+                for c, p in ((classes, chance), (np.arange(k), None)))
+            losses.append(some - whole)
+        off.append(abs(np.mean(losses)))
+    assert off[0] > off[1] > off[2] > off[3] and off[2] < 0.02 and off[3] < 1e-12
+
+
+def test_normaliser_is_bracketed_by_equations_3_and_4(rng):
+    k = 1000
+    scores = rng.standard_normal(k) * 2
+    s = np.exp(scores - scores.min())           # all at least 1
+    whole = np.log(s.sum())
+    for size in (10, 128, 500, k):
+        sums = np.array([s[rng.choice(k, size, replace=False)].sum() for _ in range(500)])
+        expected, scale = np.log(sums).mean(), np.log(size / k)
+        likely = (sums / size >= s.mean() * (1 - 1e-12)).mean()
+        assert likely * (whole + scale) <= expected + 1e-12 and expected <= whole + 1e-12
+        assert expected <= whole + scale + 3 * np.log(sums).std() / np.sqrt(500)    # Jensen
+    for size in (10, 128):                      # a batch's C holds the target, here the best word
+        rest = np.delete(s, s.argmax())
+        sums = np.array([s.max() + rng.choice(rest, size - 1, replace=False).sum()
+                         for _ in range(500)])
+        assert np.log(size / k) + whole < np.log(sums).mean() <= whole
 
 
 # ---------------------------------------------------------------------------------- photos
@@ -1095,6 +1397,142 @@ def test_interrupted_run_saves_and_resumes_to_the_bit(mine, tmp_path):
     assert same_models(tmp_path / "whole" / "model.npz", tmp_path / "parts" / "model.npz")
 
 
+@pytest.mark.parametrize("options", [
+    ["--loss", "one-vs-all"],
+    ["--targets", "batch"],
+    ["--targets", "batch", "--loss", "one-vs-all", "--sampling", "image"],
+    ["--targets", "sampled", "--negatives", 9],
+    ["--targets", "sampled", "--loss", "one-vs-all"],
+])
+def test_losses_and_targets_train_resume_and_are_evaluated(options, mine, tmp_path):
+    mine += ["--min-lr", 1e-9, *options]
+    run(*mine, "--epochs", 2, "--out", "whole", folder=tmp_path)
+    run(*mine, "--epochs", 1, "--out", "parts", folder=tmp_path)
+    run("--resume", "--out", "parts", "--epochs", 2, folder=tmp_path)
+    assert same_models(tmp_path / "whole" / "model.npz", tmp_path / "parts" / "model.npz")
+    run("tag", "--model", "whole", tmp_path / "photos" / "p1.jpg", folder=tmp_path,
+        script="eval.py")
+    done = run("--resume", "--out", "parts", "--targets", "all" if "--targets" in options else
+               "batch", folder=tmp_path, expect=2)
+    assert "--targets (" in done.stderr and "--negatives" not in done.stderr
+
+
+def test_run_on_the_yfcc_table_finds_its_photos(tmp_path):
+    bench.write_yfcc(tmp_path / "y.bz2", 400, 25, vocabulary=40, pack=bz2.open)
+    rng = np.random.default_rng(0)
+    for i in range(400):
+        code = f"{6_000_000_000 + i:032x}"
+        folder = tmp_path / "photos" / code[:3] / code[3:6]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (9, 9, 3)).astype(np.uint8)).save(
+            folder / f"{code}.jpg")
+    done = run("--images", "photos", "--captions", "y.bz2", *TINY, "--epochs", 1, "--out", "r",
+               folder=tmp_path)
+    assert "397 as yfcc" in done.stdout and "skipped" not in done.stdout    # three are videos
+    photo = done.stdout.rpartition("--model r ")[2].strip().strip("'")
+    run("tag", "--model", "r", photo, folder=tmp_path, script="eval.py")
+
+
+# ---------------------------------------------------------------------------- several ranks
+
+
+def ranks(count, *arguments, folder, code=None, expect=0):
+    """The training script, or code, under mpiexec; its output."""
+    pytest.importorskip("mpi4py")
+    mpiexec = os.path.join(os.path.dirname(sys.executable), "mpiexec")
+    mpiexec = mpiexec if os.path.exists(mpiexec) else shutil.which("mpiexec")
+    if not mpiexec:
+        pytest.skip("no mpiexec")
+    script = ["-c", code, HERE] if code else [os.path.join(HERE, "weak.py")]
+    done = subprocess.run(
+        [mpiexec, "-n", str(count), sys.executable, *script, *map(str, arguments)], cwd=folder,
+        capture_output=True, text=True, timeout=240)
+    assert done.returncode == expect, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+@pytest.mark.parametrize("options", [
+    ["--dropout", 0.3], ["--targets", "sampled", "--negatives", 5, "--sampling", "image",
+                         "--loss", "one-vs-all"], ["--targets", "batch"]])
+def test_two_ranks_are_one(options, mine, tmp_path):
+    mine += ["--batch", 9, "--epoch-size", 36, "--epochs", 2, "--threads", 1, *options]
+    run(*mine, "--out", "one", folder=tmp_path)
+    done = ranks(2, *mine, "--out", "two", folder=tmp_path)
+    assert "ranks: 2" in done.stdout and "for other ranks" in done.stdout
+    assert done.stdout.count("device:") == 1    # one of them speaks
+    one, two = arrays(tmp_path / "one" / "model.npz"), arrays(tmp_path / "two" / "model.npz")
+    for key, value in one.items():
+        np.testing.assert_allclose(two[key], value, rtol=1e-3, atol=2e-5 * abs(value).max())
+    logs = [[json.loads(line) for line in open(tmp_path / name / "log.jsonl")]
+            for name in ("one", "two")]
+    for a, b in zip(*logs):
+        for key in ("loss", "validation_loss"):
+            assert math.isclose(a[key], b[key], rel_tol=1e-5)
+        assert a["skipped"] == b["skipped"]
+    for name in ("words.txt", "skipped.txt"):
+        assert sorted(open(tmp_path / "one" / name)) == sorted(open(tmp_path / "two" / name))
+
+
+def test_run_of_two_ranks_goes_on_with_one(mine, tmp_path):
+    mine += ["--min-lr", 1e-9]
+    run(*mine, "--epochs", 2, "--out", "one", folder=tmp_path)
+    ranks(2, *mine, "--epochs", 1, "--out", "two", folder=tmp_path)
+    run("--resume", "--out", "two", "--epochs", 2, folder=tmp_path)
+    one, two = arrays(tmp_path / "one" / "model.npz"), arrays(tmp_path / "two" / "model.npz")
+    for key, value in one.items():
+        np.testing.assert_allclose(two[key], value, rtol=1e-3, atol=1e-4 * abs(value).max())
+
+
+FAILING = """
+import os, sys
+sys.path.insert(0, sys.argv.pop(1))
+import eval as evaluation, model, weak
+step = weak.Run.train_step
+def failing(self, draw, photos):
+    if self.ranks.rank == 1 and self.step == 8:
+        {what}
+    return step(self, draw, photos)
+weak.Run.train_step = failing
+if int(os.environ["PMI_RANK"]):
+    model.save = lambda *_: print("rank 1 writes")
+evaluation.guarded(weak.main)
+"""
+
+
+@pytest.mark.parametrize("what, status, line", [
+    ("raise RuntimeError('a planted fault')", 1, "rank 1 of 2: .*: a planted fault"),
+    ("1 / 0", 1, "ZeroDivisionError"), ("os.kill(os.getpid(), 9)", 9, "")])
+def test_rank_that_dies_ends_the_job_and_leaves_the_checkpoint_whole(
+        what, status, line, mine, tmp_path):
+    pytest.importorskip("mpi4py")
+    arguments = [*mine, "--epochs", 3, "--out", "r"]
+    code = FAILING.format(what=what).replace("Traceback", "")
+    try:
+        done = ranks(2, *arguments, folder=tmp_path, code=code, expect=status)
+        told = done.stderr
+    except AssertionError as error:             # a mistake of the program has a whole traceback
+        assert "ZeroDivisionError" in str(error) and "1 / 0" in what
+        told = str(error)
+    assert not line or len(re.findall(line, told)) >= 1
+    assert "rank 1 writes" not in told
+    assert model.load(str(tmp_path / "r" / "model.npz"))[2]["step"] == 6
+
+
+def test_more_ranks_than_photos_a_step_are_refused_by_one_line(mine, tmp_path):
+    done = ranks(2, *mine, "--batch", 1, folder=tmp_path, expect=2)
+    assert done.stderr.count("--batch 1 is less than the 2 ranks") == 1
+
+
+def test_missing_mpi4py_is_said_with_the_remedy(tmp_path, monkeypatch):
+    code = ("import sys; sys.modules['mpi4py'] = None; sys.path.insert(0, sys.argv.pop(1));"
+            "import eval, weak; eval.guarded(weak.main)")
+    done = subprocess.run([sys.executable, "-c", code, HERE], capture_output=True, text=True,
+                          env={**os.environ, "PMI_SIZE": "2"}, cwd=tmp_path)
+    assert done.returncode == 1 and "pip install mpi4py" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_infinite_loss_stops_the_run_in_one_line(mine, tmp_path):
     done = run(*mine, "--lr", 1e9, "--epochs", 3, "--out", "bad", folder=tmp_path, expect=1)
     assert "lower --lr" in done.stderr and "step" in done.stderr and done.stderr.count("\n") == 1
@@ -1107,8 +1545,8 @@ def test_infinite_loss_leaves_the_last_checkpoint_untouched(mine, tmp_path, monk
     lock = weak.lock_folder(out)
     training = weak.Run(options, weak.read_captions(options), None)
 
-    def spoilt(s, targets, weights):
-        loss, ds = honest(s, targets, weights)
+    def spoilt(s, targets, weights, shift):
+        loss, ds = honest(s, targets, weights, shift)
         return (float("inf") if training.step == 8 else loss), ds
 
     monkeypatch.setattr(kernels, "softmax_loss", spoilt)
@@ -1235,6 +1673,7 @@ BAD = {
     "out is somebody else's": (lambda d: ["--out", "other"], "holds other things"),
     "nothing to resume": (lambda d: ["--resume", "--out", "fresh"], "no run in"),
     "gpu": (lambda d: ["--device", "gpu"], "--device cpu"),
+    "negatives of nothing": (lambda d: ["--negatives", 5], "--targets sampled"),
 }
 
 
@@ -1562,6 +2001,27 @@ def test_loss_kernel_agrees_with_its_twin(device, n, k, rng):
     check_close(grad, ds, abs(ds) + 1e-3, k)
 
 
+@pytest.mark.parametrize("n, k", [(2, 31), (3, 300), (2, 5000)])
+def test_corrected_and_one_vs_all_loss_kernels_agree_with_their_twins(device, n, k, rng):
+    s = 5 * rng.standard_normal((n, k))
+    s[0, :3] = 1e4, -1e4, 3e4
+    targets = np.array([[0, -1, k - 1], [-1, 3, 1], [-1, -1, -1]], np.int32)[:n]
+    weights = np.array([0.5, 0.25, 0.0])[:n]
+    one, two = rng.uniform(0.01, 3, (2, k))
+    for name, vectors in (("softmax_loss", (one,)), ("one_vs_all_loss", (one, two))):
+        (sd,) = up(s)
+        expected, ds = getattr(cpu, name)(
+            kernels.to_host(sd).astype(np.float64), targets, weights, *vectors)
+        loss, grad = getattr(kernels, name)(sd, targets, weights, *vectors)
+        assert float(loss) == pytest.approx(expected, rel=1e-5)
+        check_close(grad, ds, abs(ds) + 1e-3, k)
+
+
+def test_sum_kernel_agrees_with_its_twin(device, rng):
+    x, y = (rng.standard_normal((7, 13)).astype(np.float32) for _ in range(2))
+    assert np.array_equal(kernels.to_host(kernels.add(*up(x, y))), x + y)
+
+
 def test_update_kernels_agree_with_their_twins(device, rng):
     constants = 0.1, 0.9, 5e-4                  # rate, momentum, decay
     w, v, dw = (rng.standard_normal((7, 13)) for _ in range(3))
@@ -1573,23 +2033,51 @@ def test_update_kernels_agree_with_their_twins(device, rng):
         (cpu.sgd_rows if mine else cpu.sgd)(w1, v1, arrays[2], *mine, *constants)
         check_close(wd, w1, 4, 4)
         check_close(vd, v1, 4, 4)
-    (wd,) = up(w)
-    assert np.array_equal(kernels.to_host(kernels.take_rows(wd, rows)), w[rows].astype(np.float32))
+    for x in (w, w[:, 0].copy()):               # a bias has one number a row
+        (xd,) = up(x)
+        taken = kernels.to_host(kernels.take_rows(xd, rows))
+        assert np.array_equal(taken, x[rows].astype(np.float32))
 
 
-def test_small_step_on_a_device_is_the_twins(device, rng):
+def tiny_googlenet(k, dropout):
+    """All kinds of layers of GoogLeNet on 64×64 pixels."""
+    return model.Network([
+        ("conv1", model.Conv(3, 8, 7, stride=4, pad=3)),                    # 16
+        ("norm1", model.LRN()),
+        ("pool1", model.MaxPool(3, 2, ceil=True)),                          # 8
+        ("3a", model.inception(8, 4, 4, 8, 4, 4, 8)),                       # 8, 24 channels
+        ("head", model.Head(("pool", model.AvgPool(5, 3)), ("conv", model.Conv(24, 8, 1)),
+                            ("flat", model.Flatten()), ("fc", model.Linear(32, 12)),
+                            ("drop", model.Dropout(0.7)), ("output", model.Output(12, k)))),
+        ("3b", model.inception(24, 8, 8, 8, 4, 8, 8)),                      # 8, 32 channels
+        ("pool5", model.AvgPool(8, 1)),
+        ("flat", model.Flatten()),
+        ("drop", model.Dropout(dropout)),
+        ("output", model.Output(32, k)),
+    ])
+
+
+@pytest.mark.parametrize("build", [model.small, tiny_googlenet])
+@pytest.mark.parametrize("classes", [None, np.array([0, 1, 4, 6, 7], np.int32)],
+                         ids=["all", "gathered"])
+def test_step_on_a_device_is_the_twins(device, build, classes, rng):
     photos = rng.integers(0, 256, (3, 72, 72, 3), np.uint8)
     where = np.array([0, 4, 8]), np.array([8, 2, 0]), np.array([1, 0, 1], bool)
     targets = np.array([[1, 4], [7, -1], [0, -1]], np.int32)
+    if classes is not None:
+        targets = data.columns(targets, classes)
 
     def step(on):
         kernels.use(on, "fp32")
-        net = model.small(9, dropout=0.5).init(0)
+        net = build(9, dropout=0.5).init(0)
         optimiser = model.SGD(net, 0.9, 5e-4)
         losses = []
         for number in (1, 2):
-            s = net.forward(kernels.prepare(photos, *where, 64), seed=3, step=number)
-            loss, ds = kernels.softmax_loss(s, targets, np.full(3, 1 / 3, np.float32))
+            s = net.forward(kernels.prepare(photos, *where, 64), seed=3, step=number,
+                            classes=classes)
+            loss, ds = model.training_loss(
+                net, s, np.full(3, 1 / 3, np.float32),
+                lambda s, weights: kernels.softmax_loss(s, targets, weights))
             net.backward(ds)
             optimiser.step(0.05)
             losses.append(float(loss))
@@ -1692,7 +2180,7 @@ def test_run_on_the_kernels_goes_on_on_the_cpu(mine, tmp_path, monkeypatch, caps
         pytest.skip("no C++ compiler to run the kernels with")
     fast = emulate.Emulator()
     fast.orders = [0]                           # one order: other tests look for races
-    monkeypatch.setattr(kernels, "_find", lambda device: None if device == "cpu" else fast)
+    monkeypatch.setattr(kernels, "_find", lambda device, number: None if device == "cpu" else fast)
     monkeypatch.setattr(weak, "VALIDATED", 4)
     monkeypatch.chdir(tmp_path)
     arguments = ["weak.py", *map(str, mine), "--epoch-size", "16", "--batch", "8", "--workers", "0",

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import warnings
+import zlib
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # while the rest is imported
@@ -31,6 +32,7 @@ import data
 import eval as evaluation
 import kernels
 import model
+from kernels import ranks as several
 from kernels.cpu import philox
 
 EPOCH = 1_000_000               # training images between two validations
@@ -41,27 +43,46 @@ MOMENTUM, DECAY = 0.9, 5e-4     # not stated in the paper; Krizhevsky's (2012, Â
 SAVE_SECONDS = 600
 LATE = 4                        # steps until the loss of a GPU is read
 EMPTY_STEPS = 100               # steps in a row without a photo that can be read: give up
+NEGATIVES = 1000                # of --targets sampled
 VALIDATED = 10_000              # held-out photos scored after an epoch, at most
 HARMLESS = {"resume", "out", "images", "epochs", "min_lr", "workers", "threads", "device",
             "precision"}
 
 
 def main():
+    ranks = several.join()
+    if ranks.rank:                              # the first rank speaks for all
+        sys.stdout = open(os.devnull, "w")
     options, checkpoint = parse()
     warnings.filterwarnings("ignore", "(overflow|invalid value)", RuntimeWarning)   # the loss says
-    if options.threads:
-        kernels.set_threads(options.threads)
-    print(kernels.use(options.device, options.precision), flush=True)
-    lock = lock_folder(options.out)
-    if options.drawn:
+    share_machine(options, ranks)
+    print(kernels.use(options.device, options.precision, ranks.local_rank), flush=True)
+    lock = None if ranks.rank else lock_folder(options.out)
+    if options.drawn and not ranks.rank:
         draw_set(os.path.dirname(options.captions), options.seed)
-    index = read_captions(options)
+    index = read_captions(options, ranks)
     with Interrupt() as interrupt:
-        run = Run(options, index, checkpoint)
+        run = Run(options, index, checkpoint, ranks)
         finished = run.train(interrupt)
         run.finish(finished)
-    lock.close()
+    if lock:
+        lock.close()
     return 0 if finished else 130
+
+
+def share_machine(options, ranks):
+    """Threads and workers for this rank: its share of what the machine's ranks have together."""
+    cores, count = kernels.threads(), ranks.local_size
+    if options.threads or count > 1:
+        kernels.set_threads(options.threads or max(1, cores // count))
+    if options.workers is None:
+        options.workers = min(8, max(1, (os.cpu_count() or 1) // count))
+    if ranks.size > 1:
+        print(f"ranks: {ranks.size}, {count} of them on this machine; each takes its share of "
+              f"--batch {options.batch}", flush=True)
+    if options.batch < ranks.size:
+        raise ValueError(f"--batch {options.batch} is less than the {ranks.size} ranks; each of "
+                         "them needs a photo a step")
 
 
 # ---------------------------------------------------------------------------------- options
@@ -85,7 +106,13 @@ def parser():
         help="draw a word, then its photo; or a photo with all its words")
     add = top.add_argument_group("model").add_argument
     add("--network", choices=tuple(model.NETWORKS), default="small",
-        help="small: 64x64 pixels, for CPUs; alexnet: 224x224")
+        help="small: 64x64 pixels, for CPUs; the others: 224x224")
+    add("--loss", choices=tuple(model.LOSSES), default="softmax",
+        help="multi-class logistic (eq. 2), or one-versus-all (eq. 1)")
+    add("--targets", choices=("all", "batch", "sampled"), default="all",
+        help="words that a step scores: all, those of its batch, or those and --negatives others")
+    add("--negatives", type=int, metavar="M", help="words that --targets sampled adds; if not "
+        f"given {NEGATIVES:,}")
     add("--dropout", type=float, help="rate" + _by_network("dropout"))
     add = top.add_argument_group("training").add_argument
     add("--batch", type=int, metavar="N", help="photos a step" + _by_network("batch"))
@@ -105,8 +132,8 @@ def parser():
     add("--device", choices=kernels.DEVICES, default="auto", help="where to compute")
     add("--precision", choices=kernels.PRECISIONS,
         help="of products on a GPU; if not given tf32 where it has tensor cores for that")
-    add("--workers", type=int, default=min(8, os.cpu_count() or 1), metavar="N",
-        help="processes that read captions and decode photos; 0: none, for whole tracebacks")
+    add("--workers", type=int, metavar="N", help="processes that read captions and decode photos; "
+        "if not given one a core, but at most 8; 0: none, for whole tracebacks")
     add("--threads", type=int, metavar="N", help="threads that compute; all cores if not given")
     return top
 
@@ -139,7 +166,7 @@ def parse(arguments=None):
             raise ValueError(f"{path} holds a trained model; go on with --resume, or choose "
                              "another --out")
         checkpoint = model.load(path)
-        stored = checkpoint[2]["options"]
+        stored = {**vars(top.parse_args([])), **checkpoint[2]["options"]}   # â€¦ of newer options
         top.set_defaults(**{key: value for key, value in stored.items() if key != "out"})
         given = top.parse_args(arguments)
         drawn = stored["drawn"]
@@ -182,11 +209,16 @@ def checked(options):
         if not os.path.isfile(options.captions) and not os.path.isdir(options.captions):
             raise ValueError(f"captions: {options.captions} is a pipe; save it to a file first")
     for name, least in (("words", 1), ("stop_words", 0), ("batch", 1), ("epochs", 1), ("seed", 0),
-                        ("epoch_size", 1), ("epochs_per_lr", 1), ("workers", 0), ("threads", 1)):
+                        ("epoch_size", 1), ("epochs_per_lr", 1), ("workers", 0), ("threads", 1),
+                        ("negatives", 1)):
         value = getattr(options, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} {value}: it must be at least {least}")
-    if options.workers > evaluation.MOST_WORKERS:
+    if options.negatives and options.targets != "sampled":
+        raise ValueError("--negatives goes with --targets sampled")
+    if options.targets == "sampled":
+        options.negatives = options.negatives or NEGATIVES
+    if options.workers and options.workers > evaluation.MOST_WORKERS:
         raise ValueError(f"--workers {options.workers}: at most {evaluation.MOST_WORKERS} here")
     if options.seed >= 2**63:
         raise ValueError(f"--seed {options.seed}: it must be below 2^63")
@@ -221,12 +253,23 @@ def lock_folder(out):
 
 # ------------------------------------------------------------------------------------- data
 
-def read_captions(options):
-    """The index of the captions, with a summary line; ValueError if no photo is there."""
-    options.format = options.format or data.recognise(options.captions)
+def read_captions(options, ranks=several.Alone()):
+    """The index of the captions, with a summary line; ValueError if no photo is there.
+
+    The first rank builds it, and the others open it.
+    """
     text = data.Text(options.words, options.stop_words, options.valid)
-    index = data.build_index(options.captions, os.path.join(options.out, "index"), text,
-                             options.format, processes=options.workers, say=print)
+    folder = os.path.join(options.out, "index")
+    if not ranks.rank:
+        options.format = options.format or data.recognise(options.captions)
+        index = data.build_index(options.captions, folder, text, options.format,
+                                 processes=options.workers, say=print)
+    options.format = ranks.share(options.format)                    # the others wait here
+    if ranks.rank:
+        index = data.cached_index(options.captions, folder, text, options.format)
+        if index is None:
+            raise RuntimeError(f"the first rank's {folder} is not to be seen here; put --out, the "
+                               "captions and the photos on a disk that all machines share")
     facts, found = index.facts, len(index.dictionary)
     print(f"captions: {facts['captions']:,} as {options.format}, {len(index):,} photos "
           f"({index.held_out:,} held out), {found:,} words, "
@@ -270,8 +313,13 @@ class Interrupt:
 class Run:
     """A training run: network, optimiser, rate, and where it is."""
 
-    def __init__(self, options, index, checkpoint):
-        self.options, self.index = options, index
+    def __init__(self, options, index, checkpoint, ranks=several.Alone()):
+        self.options, self.index, self.ranks = options, index, ranks
+        self.part = slice(*(options.batch * rank // ranks.size
+                            for rank in (ranks.rank, ranks.rank + 1)))      # of a batch's rows
+        self.share = index.share(options.sampling)
+        self.loss = model.LOSSES[options.loss](self.share)
+        self.held_out_loss = model.LOSSES[options.loss](index.share("image"))
         recipe = model.NETWORKS[options.network]
         self.size, self.crop = recipe.size, recipe.crop
         self.net = recipe.build(len(index.dictionary), options.dropout).init(options.seed)
@@ -280,7 +328,7 @@ class Run:
         self.step = self.epoch = 0
         self.log, self.losses, self.saved = [], [], None            # a loss a step of the epoch
         self.read = 0                                               # how many of them are read
-        self.batch = None                                           # the last one
+        self.again = None                                           # the last batch's loss, anew
         if checkpoint:
             self.restore(*checkpoint)
         self.epoch_size = options.epoch_size or min(EPOCH, max(LEAST_EPOCH, index.training))
@@ -290,7 +338,8 @@ class Run:
         self.check_room()
         self.check_memory()
         self.loader = data.Loader(options.images, index.name, len(index), self.size,
-                                  options.batch + evaluation.BATCH, options.workers, options.out)
+                                  self.part.stop - self.part.start + evaluation.BATCH,
+                                  options.workers, options.out, ranks.local_size)
         if checkpoint:
             self.recall_skipped()
         self.write_texts()
@@ -304,6 +353,8 @@ class Run:
         self.optimiser.load(velocities)
         self.step, self.epoch, self.log, self.losses = (
             facts[key] for key in ("step", "epoch", "log", "losses"))
+        if self.ranks.rank:                     # the first rank keeps what all have lost
+            self.losses = [loss and 0.0 for loss in self.losses]
         vars(self.plateau).update(facts["plateau"], least=self.options.min_lr)
         self.saved = self.step
         print(f"going on at step {self.step:,}, epoch {self.epoch + 1}", flush=True)
@@ -325,9 +376,13 @@ class Run:
         if free is None:
             return
         each = self.net.bytes_per_image(self.size, self.crop)
-        more = sum(array.nbytes for array in self.optimiser.v.values())     # the gradients
-        need, batch = more + each * self.options.batch, self.options.batch
-        print(f"GPU memory: {3 * more / 1e9:,.2f} GB for weights, velocities and gradients, "
+        some = self.options.targets != "all"    # then the output layer's are a few rows
+        more = sum(self.optimiser.v[path].nbytes for path, layer, _ in self.net.parameters()
+                   if not (some and isinstance(layer, model.Output)))       # the gradients
+        batch = self.part.stop - self.part.start
+        need = more + each * batch
+        kept = 2 * sum(array.nbytes for array in self.optimiser.v.values())
+        print(f"GPU memory: {(kept + more) / 1e9:,.2f} GB for weights, velocities and gradients, "
               f"{each / 1e6:,.1f} MB an image, {need / 1e9:,.2f} GB more at --batch {batch}; "
               f"{free / 1e9:,.1f} GB are free", flush=True)
         if need > free:
@@ -343,8 +398,8 @@ class Run:
     def train(self, interrupt):
         """Train until the rate is below --min-lr or --epochs are over; False if interrupted."""
         options = self.options
-        draws = (data.Draws(self.index, options.seed, step, options.batch, options.sampling)
-                 for step in iter(range(self.step, sys.maxsize)))
+        draws = (data.Draws(self.index, options.seed, step, options.batch, options.sampling,
+                            self.part) for step in iter(range(self.step, sys.maxsize)))
         batches = self.loader.batches(draws)
         saved = time.monotonic()
         while not self.done():
@@ -352,12 +407,14 @@ class Run:
             while len(self.losses) < self.steps:
                 with clock.waiting:
                     draw, photos = next(batches)
-                self.losses.append(self.train_step(draw, photos))
+                good, stop, due = self.ranks.total(     # what all ranks must do alike
+                    [draw.weights.any(), interrupt.asked, time.monotonic() - saved > SAVE_SECONDS])
+                self.losses.append(self.train_step(draw, photos) if good else self.skip_step())
                 self.read_losses()
                 clock.tick()
-                if interrupt.asked:
+                if stop:
                     return False
-                if time.monotonic() - saved > SAVE_SECONDS:
+                if due:
                     self.save()
                     saved = time.monotonic()
             self.end_epoch(clock)
@@ -365,22 +422,46 @@ class Run:
         return True
 
     def train_step(self, draw, photos):
-        """Forward, loss, backward, update: one step of SGD on one batch; returns the loss."""
+        """Forward, loss, backward, update: one step of SGD on one batch; returns the loss.
+
+        With several ranks: of this rank's rows, and the update is by the sum of all gradients.
+        """
         self.step += 1
-        if not draw.weights.any():
-            if self.losses[-EMPTY_STEPS:] == [None] * EMPTY_STEPS:
-                name, why = next(iter(self.loader.skipped.items()))
-                raise RuntimeError(f"no photo of the last {EMPTY_STEPS} steps could be read, "
-                                   f"e.g. {name}: {why}")
-            return None
+        classes, loss = self.loss_on(draw)
         where = draw.crops(self.size - self.crop, self.options.crop == "random")
         x = kernels.prepare(photos, *where, self.crop)              # (N, H, W, 3)
-        s = self.net.forward(x, seed=self.options.seed, step=self.step)     # (N, K)
-        loss, ds = kernels.softmax_loss(s, draw.targets(), draw.weights)
-        self.net.backward(ds)
+        s = self.net.forward(x, seed=self.options.seed, step=self.step, row=self.part.start,
+                             classes=classes)                       # (N, K), or (N, C)
+        value, ds = model.training_loss(self.net, s, draw.weights, loss)
+        self.net.backward(ds, done=self.add_up)
+        self.ranks.wait()
         self.optimiser.step(self.plateau.rate)
-        self.batch = x, draw.targets(), draw.weights
-        return loss
+        self.again = lambda: loss(self.net.forward(x, classes=classes), draw.weights)[0]
+        return value
+
+    def loss_on(self, draw):
+        """The classes that the step scores, None for all, and its loss of (s, weights)."""
+        options, targets = self.options, draw.targets()
+        if options.targets == "all":
+            return None, lambda s, weights: self.loss(s, targets, weights)
+        classes, chance = draw.classes(self.share, options.negatives or 0)
+        if options.targets == "batch" and options.loss == "softmax":
+            chance = None                       # as in the paper, whose estimate is biased
+        targets = data.columns(targets, classes)
+        return classes, lambda s, weights: self.loss(s, targets, weights, classes, chance)
+
+    def add_up(self, layer):
+        """Begin to sum the layer's gradients over the ranks."""
+        for _, owner, attribute in layer.parameters():
+            self.ranks.add_up(getattr(owner, "d" + attribute))
+
+    def skip_step(self):
+        """A step of which no photo can be read changes nothing; RuntimeError after many."""
+        self.step += 1
+        if self.losses[-EMPTY_STEPS:] == [None] * EMPTY_STEPS:
+            name, why = next(iter(self.loader.skipped.items()), ("none here", ""))
+            raise RuntimeError(f"no photo of the last {EMPTY_STEPS} steps could be read, "
+                               f"e.g. {name}: {why}")
 
     def read_losses(self, late=LATE):
         """Read and check the losses that are due: on a GPU the last ones are still on their way."""
@@ -403,19 +484,27 @@ class Run:
             raise RuntimeError(f"the loss is {loss} at step {step or self.step:,}: {kept}; "
                                f"lower --lr ({self.plateau.rate:g})")
 
-    def mean_loss(self, last=None):
-        """The mean training loss of the epoch so far, or of its last steps; NaN without one."""
-        losses = [loss for loss in self.losses[:self.read][-(last or 0):] if loss is not None]
-        return float(np.mean(losses)) if losses else math.nan
+    def mean_loss(self, last):
+        """The mean training loss of the last steps, of this rank's rows; NaN without one."""
+        losses = [loss for loss in self.losses[:self.read][-last:] if loss is not None]
+        rows = (self.part.stop - self.part.start) / self.options.batch
+        return float(np.mean(losses)) / rows if losses else math.nan
+
+    def all_losses(self):
+        """The losses of the epoch's steps so far, summed over the ranks; None without photos."""
+        sums = self.ranks.total([loss or 0 for loss in self.losses])
+        return [None if loss is None else float(sum_) for loss, sum_ in zip(self.losses, sums)]
 
     def end_epoch(self, clock):
         """Validate, apply the learning-rate rule, save, and log the epoch."""
         self.epoch += 1
         self.read_losses(late=0)
-        row = {"epoch": self.epoch, "step": self.step, "loss": self.mean_loss(),
+        losses = [loss for loss in self.all_losses() if loss is not None]
+        row = {"epoch": self.epoch, "step": self.step,
+               "loss": float(np.mean(losses)) if losses else math.nan,
                "learning_rate": self.plateau.rate, "images_per_second": clock.rate(),
                "loader_wait": clock.wait_share(), "precision@10": None, "auc": None,
-               "validation_loss": None, "skipped": len(self.loader.skipped)}
+               "validation_loss": None, "skipped": len(self.all_skipped())}
         result = self.validate()
         error = row["loss"]                     # where nothing is held out
         if result:
@@ -426,22 +515,40 @@ class Run:
         self.plateau.update(error)
         self.log.append(row)
         self.losses, self.read = [], 0
+        self.check_ranks()
         self.save()
         self.write_texts()
         print(f"epoch {self.epoch}: loss {row['loss']:.4f}, " + (
             f"held-out loss {error:.4f}, precision@10 {result['precision@10']:.4f}, "
             f"AUC {result['auc']:.4f}, " if result else "")
             + f"rate {row['learning_rate']:g}, {row['images_per_second']:.0f} images/s, "
-            f"waited for photos {row['loader_wait']:.0%}", flush=True)
+            f"waited for photos {row['loader_wait']:.0%}{clock.ranks()}", flush=True)
 
     def validate(self):
-        """Metrics on the fixed held-out photos, or None where there are none."""
-        features, found = evaluation.features_of(self.net, self.loader, self.held_out, self.crop)
-        if not found:
-            return None
-        return evaluation.word_metrics(features, self.net.rows[-1][1],
-                                       evaluation.target_rows(self.index, found),
-                                       self.index.photo_counts())
+        """Metrics on the fixed held-out photos, or None where there are none.
+
+        Each rank computes the features of its share, and the first one what follows from them.
+        """
+        share = np.array_split(self.held_out, self.ranks.size)[self.ranks.rank]
+        features, found = evaluation.features_of(self.net, self.loader, share.tolist(), self.crop)
+        parts = [(x, photos) for x, photos in self.ranks.gather((kernels.to_host(features), found))
+                 if photos]
+        result = None
+        if parts:
+            features = kernels.to_device(np.concatenate([x for x, _ in parts]))
+            found = [photo for _, photos in parts for photo in photos]
+            result = evaluation.word_metrics(
+                features, self.net.rows[-1][1], evaluation.target_rows(self.index, found),
+                self.index.photo_counts(), self.held_out_loss)
+        return self.ranks.share(result)
+
+    def check_ranks(self):
+        """RuntimeError unless all ranks have the same weights to the bit, as they must."""
+        if self.ranks.size > 1:
+            sums = [zlib.crc32(np.ascontiguousarray(w)) for w in self.net.state().values()]
+            if any(other != sums for other in self.ranks.gather(sums)):
+                raise RuntimeError(f"the ranks' weights differ after step {self.step:,}: are their "
+                                   "machines and libraries alike?")
 
     # ------------------------------------------------------------------------ what is written
 
@@ -449,8 +556,8 @@ class Run:
         """What a checkpoint holds besides weights and velocities."""
         options = {key: value for key, value in vars(self.options).items() if key != "resume"}
         return {"options": options, "step": self.step, "epoch": self.epoch, "log": self.log,
-                "losses": self.losses, "plateau": vars(self.plateau),
-                "counts": self.index.photo_counts().tolist()}
+                "losses": self.all_losses(), "plateau": vars(self.plateau),
+                "counts": self.index.photo_counts().tolist(), "training": self.index.training}
 
     def save(self, last=False):
         """Write the checkpoint; a full disk is said, and costs the run nothing but this one.
@@ -458,16 +565,18 @@ class Run:
         The last update may have diverged: one more forward pass keeps the checkpoint good.
         """
         self.read_losses(late=0)
-        if self.batch:
-            x, targets, weights = self.batch
-            self.check_loss(float(kernels.softmax_loss(self.net.forward(x), targets, weights)[0]))
+        if self.again:
+            self.check_loss(float(self.again()))
+        facts = self.facts()                    # here all ranks have found their losses finite
+        if self.ranks.rank:
+            self.saved = self.step
+            return True
         places = [self.options.out] + [tempfile.gettempdir()] * last
         for place in places:
             path = os.path.join(place, "model.npz" if place == self.options.out else
                                 f"weak-{os.path.basename(self.options.out)}-{os.getpid()}.npz")
             try:
-                model.save(path, self.net, self.optimiser, self.facts(),
-                           self.index.dictionary.words)
+                model.save(path, self.net, self.optimiser, facts, self.index.dictionary.words)
             except OSError as error:
                 full = error.errno in (errno.ENOSPC, errno.EDQUOT)
                 print(f"not saved to {path}: {error.strerror or error}; "
@@ -494,10 +603,17 @@ class Run:
         self.loader.skipped.update({name: why for name, _, why in rows
                                     if name not in self.index.facts["refused_names"]})
 
+    def all_skipped(self):
+        """{name: what is wrong} of the photos that any rank skipped; complete on the first rank."""
+        return {name: why for skipped in self.ranks.gather(self.loader.skipped)
+                for name, why in skipped.items()}
+
     def write_texts(self):
         """words.txt, log.jsonl and skipped.txt; losing one of them never ends a run."""
-        counts = self.index.photo_counts()
-        skipped = [*self.loader.skipped.items(),
+        counts, skipped = self.index.photo_counts(), self.all_skipped()
+        if self.ranks.rank:
+            return
+        skipped = [*skipped.items(),
                    *((name, "refused: outside --images")
                      for name in self.index.facts["refused_names"])]
         texts = {
@@ -516,6 +632,8 @@ class Run:
 
     def draw_pictures(self):
         """curves.png and filters.png; losing one of them never ends a run."""
+        if self.ranks.rank:
+            return
         try:
             if self.log:
                 evaluation.curves_picture(self.log, os.path.join(self.options.out, "curves.png"))
@@ -526,31 +644,33 @@ class Run:
 
     def finish(self, finished):
         """Save, draw the pictures, and say what was learned and what to try next."""
-        if self.saved != self.step or not os.path.exists(
-                os.path.join(self.options.out, "model.npz")):
+        if self.ranks.share(self.saved != self.step or not os.path.exists(
+                os.path.join(self.options.out, "model.npz"))):
             self.save(last=True)
         self.write_texts()
         self.draw_pictures()
         if finished and (result := self.validate()):
             evaluation.print_words(result)
         self.say_doubles()
-        if self.loader.skipped:
-            name, why = next(iter(self.loader.skipped.items()))
-            print(f"skipped {len(self.loader.skipped):,} photos, e.g. {name}: {why}; all are in "
+        if skipped := self.all_skipped():
+            name, why = next(iter(skipped.items()))
+            print(f"skipped {len(skipped):,} photos, e.g. {name}: {why}; all are in "
                   f"{os.path.join(self.options.out, 'skipped.txt')}")
         self.loader.close()
         out = self.options.out
         print(f"{out}: model.npz at step {self.step:,}, words.txt, log.jsonl, curves.png, "
               "filters.png")
-        photo = os.path.join(self.options.images, self.index.name(0))
+        photo = self.loader.folder.find(self.index.name(0))
         print(f"next: python eval.py tag --model {out} {photo!r}" if self.done() else
               f"next: python weak.py --resume --out {out}")
 
     def say_doubles(self):
         """Held-out photos whose very bytes were trained on make a score too good: name them."""
-        trained = {digest: photo for photo, digest in self.loader.digests.items()
+        digests = {photo: digest for part in self.ranks.gather(self.loader.digests)
+                   for photo, digest in part.items()}
+        trained = {digest: photo for photo, digest in digests.items()
                    if photo >= self.index.held_out}
-        doubles = [(photo, trained[digest]) for photo, digest in self.loader.digests.items()
+        doubles = [(photo, trained[digest]) for photo, digest in digests.items()
                    if photo < self.index.held_out and digest in trained]
         if doubles:
             names = ", ".join(" = ".join(map(self.index.name, pair)) for pair in doubles[:3])
@@ -571,7 +691,7 @@ class Clock:
             self.total += time.monotonic() - self.since
 
     def __init__(self, run):
-        self.run, self.waiting = run, self.Waiting()
+        self.run, self.waiting, self.ranks_waited = run, self.Waiting(), run.ranks.waited
         self.started, self.shown, self.steps = time.monotonic(), time.monotonic(), 0
         self.terminal = sys.stdout.isatty()
 
@@ -582,6 +702,12 @@ class Clock:
     def wait_share(self):
         """Share of the time that was spent waiting for photos."""
         return self.waiting.total / max(1e-9, time.monotonic() - self.started)
+
+    def ranks(self):
+        """With several ranks: the share of the time spent waiting for the others' gradients."""
+        share = (self.run.ranks.waited - self.ranks_waited) / max(
+            1e-9, time.monotonic() - self.started)
+        return f", for other ranks {share:.0%}" if self.run.ranks.size > 1 else ""
 
     def tick(self):
         """After each step: now and then, a line."""
@@ -598,7 +724,7 @@ class Clock:
         if run.options.epochs:
             whole = (run.options.epochs - run.epoch - 1) * run.steps * run.options.batch
             text += f", {duration(left + whole / self.rate())} in all"
-        text += f", waiting for photos {self.wait_share():.0%}"
+        text += f", waiting for photos {self.wait_share():.0%}{self.ranks()}"
         print(f"\r{text} \033[K" if self.terminal else text, end="\r" if self.terminal else "\n",
               flush=True)
 

@@ -15,15 +15,16 @@ DEVICES = ("auto", "cpu", "gpu")
 PRECISIONS = ("fp32", "tf32", "3xtf32")
 
 
-def use(device, precision=None):
+def use(device, precision=None, number=0):
     """Choose where everything computes from now on; returns one line that says what was chosen.
 
     device: one of DEVICES, or what runs the CUDA kernels in the place of gpu.Cuda. precision: one
-    of PRECISIONS, for a GPU; if None, tf32 where it has tensor cores for that. RuntimeError if the
-    device or the precision cannot be had.
+    of PRECISIONS, for a GPU; if None, tf32 where it has tensor cores for that. number: which of
+    the GPUs, counted round where there are fewer. RuntimeError if the device or the precision
+    cannot be had.
     """
     global _device
-    chosen = _find(device) if device in DEVICES else device
+    chosen = _find(device, number) if device in DEVICES else device
     if chosen is None:
         _device = cpu
         count = cpu.threads()
@@ -36,16 +37,17 @@ def use(device, precision=None):
     return f"device: {chosen.name}, {precision}"
 
 
-def _find(device):
+def _find(device, number):
     """The GPU, or None for the CPU: CuPy is optional at run time."""
     if device == "cpu":
         return None
     try:
         import cupy
-        found = cupy.cuda.runtime.getDeviceCount() > 0
+        found = cupy.cuda.runtime.getDeviceCount()
     except Exception:                   # not installed, no driver, no device: many kinds
-        found = False
+        found = 0
     if found:
+        cupy.cuda.Device(number % found).use()
         return _cuda()
     if device == "gpu":
         raise RuntimeError("--device gpu: no GPU that CuPy can use was found; use --device cpu")
@@ -121,6 +123,11 @@ def lrn_backward(dy, x, size=5, k=2.0, alpha=1e-4, beta=0.75, relu=False):
     return _device.lrn_backward(dy, x, size, k, alpha, beta, relu)
 
 
+def add(y, x):
+    """y += x, in place; returns y."""
+    return _device.add(y, x)
+
+
 def add_bias(y, b, relu=False):
     """y (M, E) += b (E,), in place, then with `relu` max(·, 0); returns y."""
     return _device.add_bias(y, b, relu)
@@ -154,12 +161,17 @@ def matmul(a, b, out=None):
     return _device.matmul(a, b, out)
 
 
-def softmax_loss(s, targets, weights):
+def softmax_loss(s, targets, weights, shift=None):
     """The loss (eq. 2) and its gradient, which takes the memory of s (N, K).
 
     float() of the loss is its value; on a GPU that may have to wait for it.
     """
-    return _device.softmax_loss(s, targets, weights)
+    return _device.softmax_loss(s, targets, weights, shift)
+
+
+def one_vs_all_loss(s, targets, weights, positive, negative):
+    """The loss (eq. 1) and its gradient, which takes the memory of s (N, K)."""
+    return _device.one_vs_all_loss(s, targets, weights, positive, negative)
 
 
 def sgd(w, v, dw, rate, momentum, decay):
@@ -168,12 +180,12 @@ def sgd(w, v, dw, rate, momentum, decay):
 
 
 def sgd_rows(w, v, dw, rows, rate, momentum, decay):
-    """sgd on the rows w[rows] and v[rows] alone; dw (R, E), no row twice."""
+    """sgd on the rows w[rows] and v[rows] alone; dw (R, …), no row twice."""
     _device.sgd_rows(w, v, dw, rows, rate, momentum, decay)
 
 
 def take_rows(w, rows):
-    """w[rows]: the rows of a batch's words, (R, E)."""
+    """w[rows]: the rows of a batch's words, (R, …)."""
     return _device.take_rows(w, rows)
 
 

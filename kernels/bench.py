@@ -3,13 +3,17 @@
     python kernels/bench.py layers          each convolution: GFLOP/s, share of a plain product's
     python kernels/bench.py step            whole training steps against PyTorch, where installed
     python kernels/bench.py loader --images DIR          photos/s against PyTorch's DataLoader
-    python kernels/bench.py index           captions/s and memory for 10^5 to 10^7 captions
+    python kernels/bench.py targets         steps with K = 1,000 and 100,000, of a batch's words
+    python kernels/bench.py bounds          the loss over some words against that over all
+    python kernels/bench.py ranks           sums over ranks, under mpiexec
+    python kernels/bench.py index           captions/s and memory for 10^4 to 10^7 lines of YFCC
     python kernels/bench.py gpu             each CUDA kernel and whole steps, in each precision
     python kernels/bench.py resources       registers and spills of each kernel; needs no GPU
 
 Machines are noisy: things that are compared take turns in one run, and medians are printed.
 """
 import argparse
+import bz2
 import os
 import re
 import statistics
@@ -19,6 +23,7 @@ import tempfile
 import threading
 import time
 from functools import partial
+from urllib.parse import quote_plus
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -28,6 +33,7 @@ import data
 import kernels
 import model
 from kernels import gpu as launches
+from kernels import ranks as several
 
 ALEXNET = [                     # input pixels, C, F, kernel, stride, pad of its convolutions
     ("conv1", 224, 3, 64, 11, 4, 2), ("conv2", 27, 64, 192, 5, 1, 2),
@@ -80,52 +86,108 @@ def layers(options):
                                     for direction, rate in enumerate(rates)))
 
 
-def our_step(name, n, k):
-    """A function that makes one training step of ours."""
+def our_step(name, n, k, some=False):
+    """A function that makes one training step of ours, with `some` on the words of a batch alone."""
     recipe, rng = model.NETWORKS[name], np.random.default_rng(0)
     net = recipe.build(k, recipe.dropout).init(0)
     optimiser = model.SGD(net, 0.9, 5e-4)
     photos = rng.integers(0, 256, (n, recipe.size, recipe.size, 3), np.uint8)
     x = kernels.prepare(photos, *data.centre(n, recipe.size - recipe.crop), recipe.crop)
-    targets, weights = rng.integers(0, k, (n, 1)).astype(np.int32), np.full(n, 1 / n, np.float32)
-    state = {"step": 0}
+    weights, state = np.full(n, 1 / n, np.float32), {"step": 0}
 
     def step():
         state["step"] += 1
-        _, ds = kernels.softmax_loss(net.forward(x, step=state["step"]), targets, weights)
+        targets, classes = rng.integers(0, k, (n, 1)).astype(np.int32), None
+        if some:                                # other rows of the output layer in every step
+            classes = np.unique(targets)
+            targets = data.columns(targets, classes)
+        s = net.forward(x, step=state["step"], classes=classes)
+        _, ds = model.training_loss(net, s, weights, lambda s, weights: kernels.softmax_loss(
+            s, targets, weights))
         net.backward(ds)
         optimiser.step(1e-4)
     return step
 
 
-def torch_step(torch, name, n, k, channels_last, device="cpu"):
-    """The same step of the same network in PyTorch, eager."""
-    nn, recipe = torch.nn, model.NETWORKS[name]
-    parts = []
-    for _, layer in recipe.build(k, recipe.dropout).rows:
+def torch_network(torch, rows):
+    """Our layers as PyTorch's, with our weights, to compare with; auxiliary heads keep `s`."""
+    nn, parts = torch.nn, []
+
+    class Concat(nn.Module):
+        def __init__(self, branches):
+            super().__init__()
+            self.branches = nn.ModuleList(torch_network(torch, one.rows) for one in branches)
+
+        def forward(self, x):
+            return torch.cat([branch(x) for branch in self.branches], 1)
+
+    class Head(nn.Module):
+        def __init__(self, branch):
+            super().__init__()
+            self.branch = torch_network(torch, branch.rows)
+
+        def forward(self, x):
+            self.s = self.branch(x) if self.training else None
+            return x
+
+    def loaded(module, w, b):
+        with torch.no_grad():
+            module.weight.copy_(torch.from_numpy(np.ascontiguousarray(w)))
+            module.bias.copy_(torch.from_numpy(b))
+        return module
+
+    flat = None                                 # the pixels that were flattened: ours are NHWC
+    for _, layer in rows:
         if isinstance(layer, model.Conv):
             kh, _, c, f = layer.shape
-            parts += [nn.Conv2d(c, f, kh, layer.stride, layer.pad), nn.ReLU(True)]
+            conv = nn.Conv2d(c, f, kh, layer.stride, layer.pad)
+            parts += [loaded(conv, layer.w.transpose(3, 2, 0, 1), layer.b), nn.ReLU(True)]
+            flat = f
         elif isinstance(layer, model.MaxPool):
-            parts.append(nn.MaxPool2d(layer.kernel, layer.stride, layer.pad))
+            parts.append(nn.MaxPool2d(layer.kernel, layer.stride, layer.pad, ceil_mode=layer.ceil))
+        elif isinstance(layer, model.AvgPool):
+            parts.append(nn.AvgPool2d(layer.kernel, layer.stride, layer.pad, layer.ceil, False))
+        elif isinstance(layer, model.LRN):
+            size, k, alpha, beta = layer.constants
+            parts.append(nn.LocalResponseNorm(size, alpha * size, beta, k))
+        elif isinstance(layer, model.Concat):
+            parts.append(Concat(layer.branches))
+            flat = layer.slices[-1].stop
+        elif isinstance(layer, model.Head):
+            parts.append(Head(layer.branch))
         elif isinstance(layer, model.Flatten):
             parts.append(nn.Flatten())
         elif isinstance(layer, model.Dropout) and layer.rate:
             parts.append(nn.Dropout(layer.rate))
         elif isinstance(layer, model.Linear):
-            parts += [nn.Linear(*layer.shape), nn.ReLU(True)]
+            w = layer.w.reshape(-1, flat, layer.shape[1]).swapaxes(0, 1).reshape(layer.shape)
+            parts += [loaded(nn.Linear(*layer.shape), w.T, layer.b), nn.ReLU(True)]
+            flat = layer.shape[1]
         elif isinstance(layer, model.Output):
-            parts.append(nn.Linear(*layer.shape[::-1]))
-    net = nn.Sequential(*parts).to(device)
+            parts.append(loaded(nn.Linear(*layer.shape[::-1]), layer.w, layer.b))
+    return nn.Sequential(*parts)
+
+
+def torch_step(torch, name, n, k, channels_last, device="cpu"):
+    """The same step of the same network in PyTorch, eager."""
+    recipe = model.NETWORKS[name]
+    ours = recipe.build(k, recipe.dropout).init(0)
+    for _, layer, attribute in ours.parameters():
+        setattr(layer, attribute, kernels.to_host(getattr(layer, attribute)))
+    net = torch_network(torch, ours.rows).to(device)
     x = torch.randn(n, 3, recipe.crop, recipe.crop, device=device)
     if channels_last:
         net, x = (thing.to(memory_format=torch.channels_last) for thing in (net, x))
     optimiser = torch.optim.SGD(net.parameters(), 1e-4, 0.9, weight_decay=5e-4)
-    targets, loss_of = torch.randint(0, k, (n,), device=device), nn.CrossEntropyLoss()
+    targets, loss_of = torch.randint(0, k, (n,), device=device), torch.nn.CrossEntropyLoss()
 
     def step():
         optimiser.zero_grad()
-        loss_of(net(x), targets).backward()
+        loss = loss_of(net(x), targets)
+        for part in net:
+            if hasattr(part, "s"):
+                loss = loss + model.HEAD_WEIGHT * loss_of(part.s, targets)
+        loss.backward()
         optimiser.step()
     return step
 
@@ -148,6 +210,57 @@ def step(options):
         print(f"{name:34}{options.batch / seconds:8.1f} images/s")
     if len(times) > 1:
         print(f"ratio to PyTorch's better format: {min(times[1:]) / times[0]:.2f}")
+
+
+def targets(options):
+    """Whole steps on the words of a batch alone, K = 1,000 and K = 100,000 in turns."""
+    kernels.use("auto")
+    sizes, n = (1000, 100_000), options.batch
+    for name in ("small", "alexnet"):
+        times = timed(*(our_step(name, n, k, some=True) for k in sizes), rounds=options.rounds)
+        print(f"{name}, batch {n}, --targets batch: " + ", ".join(
+            f"K = {k:,} {seconds * 1e3:.0f} ms" for k, seconds in zip(sizes, times))
+            + f", ratio {times[1] / times[0]:.3f}", flush=True)
+
+
+def bounds(options):
+    """log Σ s over some classes C: the paper's bounds (eq. 3 and 4), and the corrected estimate.
+
+    Scores of K words, drawn from a Gaussian of deviation 2; C uniform, 2,000 draws of each size.
+    """
+    k, rng = options.words, np.random.default_rng(0)
+    scores = rng.standard_normal(k) * 2
+    scores -= scores.min()                      # so that all s_k = exp(score) are at least 1
+    s = np.exp(scores)
+    whole = np.log(s.sum())
+    print(f"K = {k:,}, log Σ s over all words {whole:.3f}")
+    print(f"{'|C|':>8}{'eq. 4':>9}{'E log Σ_C s':>13}{'Jensen':>9}{'eq. 3':>9}{'corrected':>11}")
+    for size in [2**i for i in range(7, 30) if 2**i < k] + [k]:
+        sums = np.array([s[rng.choice(k, size, replace=False)].sum() for _ in range(2000)])
+        scale = np.log(size / k)
+        likely = (sums / size >= s.mean() * (1 - 1e-12)).mean()     # for C = all, but for rounding
+        print(f"{size:8,}{likely * (whole + scale):9.3f}{np.log(sums).mean():13.3f}"
+              f"{whole + scale:9.3f}{whole:9.3f}{(np.log(sums) - scale).mean():11.3f}", flush=True)
+
+
+def ranks(options):
+    """The sum over ranks of the gradients of each network, and its rate; under mpiexec."""
+    joined = several.join()
+    kernels.use("auto", number=joined.local_rank)
+    for name, recipe in model.NETWORKS.items():
+        net = recipe.build(1000, 0).init(0)
+        arrays = [getattr(layer, attribute) for _, layer, attribute in net.parameters()]
+
+        def add_up():
+            for x in arrays:
+                joined.add_up(x)
+            joined.wait()
+
+        (seconds,) = timed(add_up, rounds=options.rounds, each=1)
+        size = sum(x.nbytes for x in arrays)
+        if not joined.rank:
+            print(f"{name}: {size / 1e6:.0f} MB over {joined.size} ranks in {seconds * 1e3:.0f} ms,"
+                  f" {size / seconds / 1e9:.2f} GB/s", flush=True)
 
 
 def gpu_cases(n):
@@ -328,18 +441,30 @@ def loader(options):
         print(f"{label:34}{len(names) / seconds:8.0f} photos/s")
 
 
-def write_captions(path, count, words=50_000):
-    """`count` captions of eight words of a Zipf vocabulary, five a photo and far apart."""
+def write_yfcc(path, count, columns=25, vocabulary=200_000, pack=open):
+    """`count` lines in the format of the YFCC100M table, words of several languages by Zipf's law.
+
+    One line in 125 is a video, as in the real one; columns: 23, or 25 with line number and hash.
+    """
     rng = np.random.default_rng(0)
-    names = np.array([f"word{i:x}" for i in range(words)])
-    chance = 1 / np.arange(1, words + 1)
-    photos, part = max(1, count // 5), 100_000
-    with open(path, "w") as file:
+    ends = np.cumsum(1 / np.arange(1, vocabulary + 1))
+    url, part = "http://www.flickr.com/photos/39019111@N00", 50_000
+    stems = ["word"] * 6 + [quote_plus(stem) for stem in ("été", "straße", "собака", "犬")]
+    with pack(path, "wt") as file:
         for start in range(0, count, part):
-            size = min(part, count - start), 8
-            chosen = names[rng.choice(words, size, p=chance / chance.sum())]
-            file.writelines(f"{(start + i) % photos:09}.jpg\tA {' '.join(row)}.\n"
-                            for i, row in enumerate(chosen.tolist()))
+            size = min(part, count - start)
+            ranks = np.searchsorted(ends, rng.random((size, 10)) * ends[-1]).tolist()
+            drawn = [[f"{stems[row[0] % 10]}{rank:x}" for rank in row] for row in ranks]
+            for i, w in enumerate(drawn, start):
+                photo = 6_000_000_000 + i
+                head = (f"{i}\t{photo}\t{photo:032x}" if columns == 25 else str(photo))
+                file.write(
+                    f"{head}\t39019111@N00\tnick\t2012-02-16 09:56:37.0\t1331840483\tCanon+Ixus\t"
+                    f"{'+'.join(w[:3])}\tA+%3Ci%3E{'+'.join(w[3:7])}%3C%2Fi%3E%0AThe+end.\t"
+                    f"{','.join(w[7:])}\t\t-81.8\t24.5\t12\t{url}/{photo}/\thttp://farm8.static"
+                    f"flickr.com/7205/{photo}_df7747990d.jpg\tAttribution License\thttp://creative"
+                    f"commons.org/licenses/by/2.0/\t7205\t8\tdf7747990d\t692d7e0a7f\tjpg\t"
+                    f"{int(i % 125 == 60)}\n")
 
 
 class Memory(threading.Thread):
@@ -358,15 +483,15 @@ class Memory(threading.Thread):
 
 
 def index(options):
-    """Captions/s of the index in one process, and its memory: each size in a process of its own."""
+    """Lines/s of the index in one process, and its memory: each size in a process of its own."""
     if options.captions:
         with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
-            path = os.path.join(folder, "captions.tsv")
-            write_captions(path, options.captions)
+            path = os.path.join(folder, "captions" + ".bz2" * options.bz2)
+            write_yfcc(path, options.captions, pack=bz2.open if options.bz2 else open)
             memory = Memory()
             memory.start()
             started = time.perf_counter()
-            built = data.build_index(path, os.path.join(folder, "index"), data.Text(10_000, 500),
+            built = data.build_index(path, os.path.join(folder, "index"), data.Text(100_000, 500),
                                      processes=0, say=lambda text: None)
             seconds = time.perf_counter() - started
             memory.over = True
@@ -376,19 +501,21 @@ def index(options):
             for number in range(50):
                 data.Draws(built, 0, number, 128)
             draw = (time.perf_counter() - started) / 50
-            print(f"{options.captions:>12,}{len(built):>12,}{seconds:9.1f}"
+            print(f"{options.captions:>12,}{len(built):>12,}{os.path.getsize(path) / 1e6:9.0f}"
+                  f"{seconds:9.1f}"
                   f"{options.captions / seconds:14,.0f}{memory.most:11.0f}{size / 1e6:10.1f}"
                   f"{draw * 1000:11.2f}", flush=True)
         return
-    print(f"{'captions':>12}{'photos':>12}{'seconds':>9}{'captions/s':>14}{'memory MB':>11}"
+    print(f"{'lines':>12}{'photos':>12}{'MB':>9}{'seconds':>9}{'lines/s':>14}{'memory MB':>11}"
           f"{'index MB':>10}{'batch ms':>11}", flush=True)
-    for count in (10**5, 10**6, 10**7):
+    for count in (10**4, 10**5, 10**6, 10**7):
         subprocess.run([sys.executable, __file__, "index", "--captions", str(count),
+                        *["--bz2"] * options.bz2,
                         *(["--scratch", options.scratch] if options.scratch else [])], check=True)
 
 
-COMMANDS = {"layers": layers, "step": step, "loader": loader, "index": index, "gpu": gpu,
-            "resources": resources}
+COMMANDS = {"layers": layers, "step": step, "targets": targets, "bounds": bounds, "ranks": ranks,
+            "loader": loader, "index": index, "gpu": gpu, "resources": resources}
 
 
 def main():
@@ -397,17 +524,20 @@ def main():
     top.add_argument("what", choices=tuple(COMMANDS), help="what to measure")
     top.add_argument("--network", choices=tuple(model.NETWORKS), default="alexnet", help="of steps")
     top.add_argument("--batch", type=int, help="images a step; if not given 32, on a GPU 128")
-    top.add_argument("--words", type=int, default=1000, help="K")
+    top.add_argument("--words", type=int, help="K; if not given 1000, for bounds 100000")
     top.add_argument("--rounds", type=int, default=5, help="turns of each")
     top.add_argument("--images", default=".", help="photos for the loader")
     top.add_argument("--photos", type=int, default=1000, help="how many of them")
     top.add_argument("--workers", type=int, default=2, help="processes that decode")
     top.add_argument("--captions", type=int, help="one size only for the index")
+    top.add_argument("--bz2", action="store_true", help="captions packed by bzip2")
     top.add_argument("--architecture", default="90", help="of resources, e.g. 75, 80, 90, 120")
     top.add_argument("--scratch", help="folder for generated captions")
     options = top.parse_args()
     if options.batch is None:
         options.batch = 128 if options.what == "gpu" else 32
+    if options.words is None:
+        options.words = 100_000 if options.what == "bounds" else 1000
     try:
         COMMANDS[options.what](options)
     except (ImportError, RuntimeError) as error:

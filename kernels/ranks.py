@@ -1,0 +1,120 @@
+"""Several processes that train as one, on one machine or on many: `mpiexec -n R python weak.py …`
+
+Data parallelism: each rank takes its share of a batch, and the gradients are summed over the ranks
+before each of them makes the same update. The sums go over MPI between CPUs, and over NCCL between
+GPUs; a layer's sum is on its way while the layers below it are still being computed. mpi4py is
+only needed where there is more than one rank.
+"""
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+LAUNCHED = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_RANK")        # what launchers leave behind
+GRACE = 2                               # seconds in which the first rank may tell what went wrong
+
+
+class Alone:
+    """The one rank where there are no others: every sum is there already."""
+
+    rank, size, local_rank, local_size, waited = 0, 1, 0, 1, 0.0
+
+    def total(self, numbers):
+        """Σ over the ranks of a few numbers, float64."""
+        return np.array(numbers, np.float64)
+
+    def gather(self, thing):
+        """Every rank's thing in the order of ranks, on the first rank; on the others nothing."""
+        return [thing]
+
+    def share(self, thing):
+        """The first rank's thing, on all ranks."""
+        return thing
+
+    def add_up(self, x):
+        """Begin to replace the array x by its sum over the ranks."""
+
+    def wait(self):
+        """Until all sums that were begun are there; `waited` counts the seconds."""
+
+    def fail(self, status, line):
+        """End the job with this exit status and one line that says why."""
+        print(line, file=sys.stderr, flush=True)
+        sys.exit(status)
+
+
+class Ranks(Alone):
+    """This process among those that mpiexec started."""
+
+    def __init__(self):
+        from mpi4py import MPI
+        self.mpi, self.world = MPI, MPI.COMM_WORLD
+        self.rank, self.size = self.world.Get_rank(), self.world.Get_size()
+        local = self.world.Split_type(MPI.COMM_TYPE_SHARED)
+        self.local_rank, self.local_size = local.Get_rank(), local.Get_size()
+        self.sums, self.thread = self.world.Dup(), ThreadPoolExecutor(1)
+        self.running, self.nccl = [], None
+
+    def total(self, numbers):
+        return self.world.allreduce(np.array(numbers, np.float64))
+
+    def gather(self, thing):
+        return self.world.gather(thing) or []
+
+    def share(self, thing):
+        return self.world.bcast(thing)
+
+    def add_up(self, x):
+        if isinstance(x, np.ndarray):
+            self.running.append(self.thread.submit(self.sums.Allreduce, self.mpi.IN_PLACE, x))
+        else:
+            self._add_up_on_gpu(x)
+
+    def _add_up_on_gpu(self, x):
+        """The same by NCCL, on a stream of its own beside the computation."""
+        import cupy
+        if self.nccl is None:
+            from cupyx.distributed import NCCLBackend
+            self.nccl = NCCLBackend(self.size, self.rank, use_mpi=True)
+            self.stream = cupy.cuda.Stream(non_blocking=True)
+        self.stream.wait_event(cupy.cuda.get_current_stream().record())     # x is computed
+        self.nccl.all_reduce(x, x, "sum", self.stream)
+        self.running.append(self.stream.record())
+
+    def wait(self):
+        started = time.monotonic()
+        for sum_ in self.running:
+            if self.nccl is None:
+                sum_.result()
+            else:
+                import cupy
+                cupy.cuda.get_current_stream().wait_event(sum_)
+        self.running.clear()
+        self.waited += time.monotonic() - started
+
+    def fail(self, status, line):
+        if self.rank:                           # what fails everywhere is told once, by the first
+            time.sleep(GRACE)
+            line = f"rank {self.rank} of {self.size}: {line}"
+        print(line, file=sys.stderr, flush=True)
+        self.world.Abort(status)
+
+
+joined = Alone()                        # what this process is part of
+
+
+def join():
+    """Join the other ranks of an mpiexec; returns an Alone where there are none.
+
+    RuntimeError where there are others and mpi4py is missing.
+    """
+    global joined
+    if any(int(os.environ.get(name, 0)) > 1 for name in LAUNCHED[:2]) or LAUNCHED[2] in os.environ:
+        try:
+            joined = Ranks()
+        except ImportError:
+            raise RuntimeError("mpiexec started several ranks, and mpi4py is not installed: "
+                               "pip install mpi4py") from None
+    return joined
