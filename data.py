@@ -1067,7 +1067,8 @@ class Folder:
             yield name
             yield f"{code[:3]}/{code[3:6]}/{code}{os.path.splitext(name)[1]}"
         for way in self.ways:
-            yield "/".join([part if isinstance(part, str) else os.path.splitext(name)[0][slice(*part)]
+            stem = os.path.splitext(name)[0]
+            yield "/".join([part if isinstance(part, str) else stem[slice(*part)]
                             for part in way] + [name])
 
     def find(self, name):

@@ -92,6 +92,13 @@ def parser():
     top = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Without --images "
                                   "and --captions, a picture set is drawn and trained on.",
                                   formatter_class=evaluation.HelpFormatter)
+    _add_what(top)
+    _add_how(top)
+    return top
+
+
+def _add_what(top):
+    """Options of the data and the model."""
     add = top.add_argument_group("data").add_argument
     add("--images", metavar="DIR", help="folder of the photos that the captions name")
     add("--captions", metavar="FILE", help="captions: one of the formats, also .gz and .bz2")
@@ -114,6 +121,10 @@ def parser():
     add("--negatives", type=int, metavar="M", help="words that --targets sampled adds; if not "
         f"given {NEGATIVES:,}")
     add("--dropout", type=float, help="rate" + _by_network("dropout"))
+
+
+def _add_how(top):
+    """Options of training and running."""
     add = top.add_argument_group("training").add_argument
     add("--batch", type=int, metavar="N", help="photos a step" + _by_network("batch"))
     add("--lr", type=float, help="first learning rate" + _by_network("lr"))
@@ -135,7 +146,6 @@ def parser():
     add("--workers", type=int, metavar="N", help="processes that read captions and decode photos; "
         "if not given one a core, but at most 8; 0: none, for whole tracebacks")
     add("--threads", type=int, metavar="N", help="threads that compute; all cores if not given")
-    return top
 
 
 def _by_network(name):
@@ -518,7 +528,8 @@ class Run:
         self.check_ranks()
         self.save()
         self.write_texts()
-        print(f"epoch {self.epoch}: loss {row['loss']:.4f}, " + (
+        among = "" if self.options.targets == "all" else f" ({self.options.targets} words)"
+        print(f"epoch {self.epoch}: loss{among} {row['loss']:.4f}, " + (
             f"held-out loss {error:.4f}, precision@10 {result['precision@10']:.4f}, "
             f"AUC {result['auc']:.4f}, " if result else "")
             + f"rate {row['learning_rate']:g}, {row['images_per_second']:.0f} images/s, "

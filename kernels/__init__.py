@@ -190,7 +190,7 @@ def take_rows(w, rows):
 
 
 def to_device(x):
-    """A copy of x (a NumPy array) where this device computes."""
+    """x (a NumPy array) where this device computes: a copy, or x itself on the CPU."""
     return _device.to_device(x)
 
 

@@ -109,19 +109,18 @@ def our_step(name, n, k, some=False):
     return step
 
 
-def torch_network(torch, rows):
-    """Our layers as PyTorch's, with our weights, to compare with; auxiliary heads keep `s`."""
-    nn, parts = torch.nn, []
+def torch_joints(torch):
+    """PyTorch modules for our Concat and Head; a Head's scores stay in `s`."""
 
-    class Concat(nn.Module):
+    class Concat(torch.nn.Module):
         def __init__(self, branches):
             super().__init__()
-            self.branches = nn.ModuleList(torch_network(torch, one.rows) for one in branches)
+            self.branches = torch.nn.ModuleList(torch_network(torch, one.rows) for one in branches)
 
         def forward(self, x):
             return torch.cat([branch(x) for branch in self.branches], 1)
 
-    class Head(nn.Module):
+    class Head(torch.nn.Module):
         def __init__(self, branch):
             super().__init__()
             self.branch = torch_network(torch, branch.rows)
@@ -129,20 +128,25 @@ def torch_network(torch, rows):
         def forward(self, x):
             self.s = self.branch(x) if self.training else None
             return x
+    return Concat, Head
 
-    def loaded(module, w, b):
+
+def torch_network(torch, rows):
+    """Our layers as PyTorch's, with our weights, to compare with."""
+    nn, parts, channels = torch.nn, [], 3
+    concat, head = torch_joints(torch)
+
+    def add(module, w, b):
         with torch.no_grad():
             module.weight.copy_(torch.from_numpy(np.ascontiguousarray(w)))
             module.bias.copy_(torch.from_numpy(b))
-        return module
+        parts.append(module)
 
-    flat = None                                 # the pixels that were flattened: ours are NHWC
     for _, layer in rows:
         if isinstance(layer, model.Conv):
-            kh, _, c, f = layer.shape
-            conv = nn.Conv2d(c, f, kh, layer.stride, layer.pad)
-            parts += [loaded(conv, layer.w.transpose(3, 2, 0, 1), layer.b), nn.ReLU(True)]
-            flat = f
+            size, _, c, channels = layer.shape
+            add(nn.Conv2d(c, channels, size, layer.stride, layer.pad),
+                layer.w.transpose(3, 2, 0, 1), layer.b)
         elif isinstance(layer, model.MaxPool):
             parts.append(nn.MaxPool2d(layer.kernel, layer.stride, layer.pad, ceil_mode=layer.ceil))
         elif isinstance(layer, model.AvgPool):
@@ -151,20 +155,22 @@ def torch_network(torch, rows):
             size, k, alpha, beta = layer.constants
             parts.append(nn.LocalResponseNorm(size, alpha * size, beta, k))
         elif isinstance(layer, model.Concat):
-            parts.append(Concat(layer.branches))
-            flat = layer.slices[-1].stop
+            parts.append(concat(layer.branches))
+            channels = layer.slices[-1].stop
         elif isinstance(layer, model.Head):
-            parts.append(Head(layer.branch))
+            parts.append(head(layer.branch))
         elif isinstance(layer, model.Flatten):
             parts.append(nn.Flatten())
         elif isinstance(layer, model.Dropout) and layer.rate:
             parts.append(nn.Dropout(layer.rate))
-        elif isinstance(layer, model.Linear):
-            w = layer.w.reshape(-1, flat, layer.shape[1]).swapaxes(0, 1).reshape(layer.shape)
-            parts += [loaded(nn.Linear(*layer.shape), w.T, layer.b), nn.ReLU(True)]
-            flat = layer.shape[1]
+        elif isinstance(layer, model.Linear):   # ours come from NHWC, theirs from NCHW
+            w = layer.w.reshape(-1, channels, layer.shape[1]).swapaxes(0, 1).reshape(layer.shape)
+            channels = layer.shape[1]
+            add(nn.Linear(*layer.shape), w.T, layer.b)
         elif isinstance(layer, model.Output):
-            parts.append(loaded(nn.Linear(*layer.shape[::-1]), layer.w, layer.b))
+            add(nn.Linear(*layer.shape[::-1]), layer.w, layer.b)
+        if isinstance(layer, (model.Conv, model.Linear)) and layer.relu:
+            parts.append(nn.ReLU(True))
     return nn.Sequential(*parts)
 
 
@@ -457,9 +463,9 @@ def write_yfcc(path, count, columns=25, vocabulary=200_000, pack=open):
             drawn = [[f"{stems[row[0] % 10]}{rank:x}" for rank in row] for row in ranks]
             for i, w in enumerate(drawn, start):
                 photo = 6_000_000_000 + i
-                head = (f"{i}\t{photo}\t{photo:032x}" if columns == 25 else str(photo))
+                head = f"{i}\t{photo}\t{photo:032x}" if columns == 25 else str(photo)
                 file.write(
-                    f"{head}\t39019111@N00\tnick\t2012-02-16 09:56:37.0\t1331840483\tCanon+Ixus\t"
+                    f"{head}\t39019111@N00\tnick\t2012-02-16 09:56:37.0\t1331840483\tCanon\t"
                     f"{'+'.join(w[:3])}\tA+%3Ci%3E{'+'.join(w[3:7])}%3C%2Fi%3E%0AThe+end.\t"
                     f"{','.join(w[7:])}\t\t-81.8\t24.5\t12\t{url}/{photo}/\thttp://farm8.static"
                     f"flickr.com/7205/{photo}_df7747990d.jpg\tAttribution License\thttp://creative"
