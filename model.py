@@ -391,11 +391,16 @@ class Network:
             x = layer.forward(x, *into)
         return x
 
-    def features(self, x):
-        """The last hidden layer e = f(x; θ), (N, E), without dropout (paper, §3)."""
+    def features(self, x, last=None):
+        """The last hidden layer e = f(x; θ), (N, E), without dropout (paper, §3).
+
+        With the name of a row, `last`, what that one gives.
+        """
         self.at(Pass())
-        for _, layer in self.rows[:-1]:
+        for name, layer in self.rows[:-1] if last is None else self.rows:
             x = layer.forward(x)
+            if name == last:
+                break
         return x
 
     def inputs(self):
