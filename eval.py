@@ -631,7 +631,8 @@ class Trained:
 
 def ticker(total, what, unit="photos"):
     """A function that counts and shows how far it is, with a rate and the time left."""
-    started, state = time.monotonic(), {"done": 0, "last": 0.0}
+    started = time.monotonic()
+    state = {"done": 0, "last": started}
 
     def tick(count):
         state["done"] += count
@@ -785,6 +786,9 @@ def score(trained, index, images, options, count, names=None):
     """What word_metrics says of the first `count` photos of the index, over the words `names`."""
     if not os.path.isdir(images):
         raise ValueError(f"images: there is no folder {images}; name it with --images")
+    if not len(index):
+        raise ValueError("no photo of the captions carries a word of the model's dictionary; are "
+                         "they captions of another kind?")
     if not count:
         raise ValueError("no photo is held out; use --all to score every photo of the captions")
     photos = range(count)
@@ -1122,8 +1126,8 @@ def transfer_table(result):
             for view, row in result["accuracy"].items()] + [
                 ["chance", f"{result['chance']:.3f}", ""]]
     rows = {**result["classes"], "mean": result["mean"]}
-    return [["average precision", *(f"{view}, {rule}" for view in VIEWS
-                                    for rule in ("11 points", "area")), "chance"]] + [
+    return [["AP by 11 points, by area", *(cell for view in VIEWS for cell in (view, "area")),
+             "chance"]] + [
         [name, *(f"{row[view][rule]:.3f}" for view in VIEWS for rule in ("points", "area")),
          f"{row['chance']:.3f}"] for name, row in rows.items()]
 

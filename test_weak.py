@@ -2193,3 +2193,363 @@ def test_run_on_the_kernels_goes_on_on_the_cpu(mine, tmp_path, monkeypatch, caps
                 weak.main()
     finally:
         kernels.use("cpu")
+
+
+# --------------------------------------------------------------------------- the experiments
+
+def check_numerically(loss, x, gradient, samples=20, eps=1e-5, tolerance=1e-6):
+    """A gradient against central differences of loss(x) on random coordinates."""
+    for flat in np.random.default_rng(5).choice(x.size, min(samples, x.size), replace=False):
+        index = np.unravel_index(flat, x.shape)
+        step = np.zeros_like(x)
+        step[index] = eps
+        numeric = (loss(x + step) - loss(x - step)) / (2 * eps)
+        assert abs(numeric - gradient[index]) <= tolerance * max(1, abs(numeric)), (
+            index, gradient[index], numeric)
+
+
+def test_regression_gradient_is_numerical(rng):
+    x, y = rng.standard_normal((13, 4)), rng.integers(0, 3, 13)
+    flat = rng.standard_normal(5 * 3)
+    _, gradient = evaluation.logistic(flat, x, y, 0.3)
+    check_numerically(lambda w: evaluation.logistic(w, x, y, 0.3)[0], flat, gradient)
+
+
+def test_regression_loss_is_worked_out_by_hand():
+    x, y = np.array([[1.0], [0.0]]), np.array([0, 1])
+    flat = np.array([[2.0, 0.0], [0.0, 0.0]]).ravel()               # w, then b
+    loss, gradient = evaluation.logistic(flat, x, y, 0.5)
+    p = 1 / (1 + math.exp(-2))
+    assert loss == pytest.approx((-math.log(p) + math.log(2)) / 2 + 0.25 * 4)
+    assert gradient == pytest.approx([(p - 1) / 2 + 1, (1 - p) / 2, (p - 0.5) / 2, (0.5 - p) / 2])
+
+
+def test_regression_agrees_with_scikit_learn(rng, monkeypatch):
+    linear = pytest.importorskip("sklearn.linear_model")
+    monkeypatch.setattr(evaluation, "FIT", {"maxiter": 5000, "gtol": 1e-9, "ftol": 1e-15})
+    x, y = rng.standard_normal((90, 6)), rng.integers(0, 4, 90)
+    table = evaluation.fitted(x, y, 4, 0.01)
+    other = linear.LogisticRegression(C=1 / (0.01 * 90), tol=1e-10, max_iter=5000).fit(x, y)
+    assert np.abs(table[:-1] - other.coef_.T).max() < 1e-4
+    assert evaluation.accuracy(evaluation.scores_of(table, x), y) == other.score(x, y)
+
+
+def test_regression_strength_is_chosen_on_held_out_rows(rng):
+    x, y = rng.standard_normal((60, 40)), rng.integers(0, 2, 60)    # noise: the strongest is best
+    held = evaluation.drawn(y, evaluation.held_share, 0, 1)
+    seen = []
+
+    def goodness(scores, given):
+        seen.append(len(given))
+        return -float(np.abs(scores).sum())
+    _, strength = evaluation.chosen(x, y, 2, held, goodness)
+    assert strength == evaluation.STRENGTHS[0] and set(seen) == {int(held.sum())}
+
+
+def test_splits_are_a_function_of_seed_and_number():
+    y = np.repeat([0, 1, 2], (10, 4, 30))
+    one = evaluation.drawn(y, lambda n: n // 2, 0, 5)
+    assert np.bincount(y[one]).tolist() == [5, 2, 15]
+    assert np.array_equal(one, evaluation.drawn(y, lambda n: n // 2, 0, 5))
+    assert not np.array_equal(one, evaluation.drawn(y, lambda n: n // 2, 0, 6))
+    assert all(0 < evaluation.held_share(n) < n for n in (2, 3, 10))
+
+
+def test_voc_average_precision_is_worked_out_by_hand(rng):
+    scores, positive = np.array([0.9, 0.8, 0.7, 0.6, 0.5]), np.array([1, 0, 1, 0, 0])
+    # recalls up to 0.5 have precision 1, the others 2/3: points 0 to 0.5 are six, five follow
+    eleven, area = evaluation.voc_ap(scores, positive)
+    assert eleven == pytest.approx((6 + 5 * 2 / 3) / 11)
+    assert area == pytest.approx(0.5 + 0.5 * 2 / 3)
+    assert evaluation.voc_ap(-scores, np.array([0, 0, 0, 1, 1])) == (1, 1)
+    metrics = pytest.importorskip("sklearn.metrics")
+    scores, positive = rng.standard_normal(50), rng.random(50) < 0.3
+    precision, recall, _ = metrics.precision_recall_curve(positive, scores)
+    points = [precision[:-1][recall[:-1] >= t - 1e-12].max() for t in np.arange(11) / 10]
+    assert evaluation.voc_ap(scores, positive)[0] == pytest.approx(np.mean(points))
+
+
+def test_voc_labels_leave_difficult_objects_out(tmp_path):
+    (tmp_path / "a.xml").write_text(
+        "<annotation>" + "".join(
+            f"<object><name>{name}</name><difficult>{hard}</difficult><part><name>head</name>"
+            "</part></object>" for name, hard in (("cat", 1), ("dog", 1), ("dog", 0), ("ufo", 0))
+        ) + "</annotation>")
+    unknown = evaluation.Counter()
+    labels = evaluation.voc_labels(tmp_path / "a.xml", ["cat", "cow", "dog"], unknown)
+    assert labels.tolist() == [0, -1, 1] and unknown == {"ufo": 1}
+    (tmp_path / "b.xml").write_text("<annotation><object>")
+    with pytest.raises(ValueError, match="b.xml"):
+        evaluation.voc_labels(tmp_path / "b.xml", ["cat"], unknown)
+
+
+def test_rank_correlation_is_scipys_and_worked_out_by_hand():
+    vectors = evaluation.units(np.array([[1.0, 0], [1, 1], [0, 1], [1, 3]]))
+    pairs = [(0, 1, 9.0), (0, 2, 1.0), (0, 3, 5.0), (1, 3, 4.0)]
+    # cosines .71 0 .32 .89 have ranks 3 1 2 4, the scores 4 1 3 2: ρ = 1 - 6·6 / (4·15)
+    rho, p = evaluation.correlation(vectors, pairs)
+    assert rho == pytest.approx(1 - 6 * (1 + 0 + 1 + 4) / 60) and 0 < p < 1
+
+
+def test_csls_is_worked_out_by_hand():
+    cosines = np.array([[0.9, 0.8, 0.1], [0.7, 0.2, 0.3]])
+    # with k = 2: rows have means .85 and .5; columns .8, .5 and .2
+    expected = 2 * cosines - np.array([[0.85], [0.5]]) - np.array([0.8, 0.5, 0.2])
+    np.testing.assert_allclose(evaluation.csls(cosines, 2), expected)
+    assert expected[0].argmax() == 1 and cosines[0].argmax() == 0   # the hub lost a row
+
+
+def test_retrieval_and_its_chance_are_worked_out_by_hand(rng):
+    scores = np.array([[3.0, 2, 1, 0], [0, 1, 2, 3]])
+    right = np.array([[0, 1, 0, 0], [1, 0, 0, 1]], bool)
+    precision, chance = evaluation.retrieval(scores, right, (1, 2))
+    assert precision == {"precision@1": 0.5, "precision@2": 1}
+    # two of four columns drawn: one right is missed with 3/4·2/3, two with 2/4·1/3
+    assert chance["precision@1"] == pytest.approx((1 / 4 + 2 / 4) / 2)
+    assert chance["precision@2"] == pytest.approx((1 - 1 / 2 + 1 - 1 / 6) / 2)
+
+
+def test_map_gradient_is_numerical(rng, monkeypatch):
+    monkeypatch.setattr(evaluation, "row_blocks", lambda n: [slice(0, 5), slice(5, n)])
+    p = evaluation.affinities(rng.standard_normal((12, 4)), 4)
+    y = rng.standard_normal((12, 2))
+    gradient, _ = evaluation.tsne_gradient(p, y)
+    check_numerically(lambda y: evaluation.tsne_gradient(p, y, divergence=True)[1], y, gradient)
+
+
+def test_map_affinities_have_the_perplexity_and_the_divergence_its_formula(rng):
+    x = rng.standard_normal((40, 3))
+    d = ((x[:, None] - x) ** 2).sum(axis=2)
+    np.fill_diagonal(d, evaluation.FAR)
+    rows = evaluation.conditional(d, 7)
+    entropy = -(rows * np.log(np.maximum(rows, 1e-300))).sum(axis=1)
+    np.testing.assert_allclose(np.exp(entropy), 7, rtol=1e-6)
+    p = evaluation.affinities(x, 7)
+    assert np.array_equal(p, p.T) and p.sum() == pytest.approx(1) and not p.diagonal().any()
+    y = rng.standard_normal((40, 2))
+    near = 1 / (1 + ((y[:, None] - y) ** 2).sum(axis=2))
+    np.fill_diagonal(near, 0)
+    q, off = near / near.sum(), ~np.eye(40, dtype=bool)
+    kl = evaluation.tsne_gradient(p, y, 1, True)[1] + evaluation.negative_entropy(p)
+    assert kl == pytest.approx((p[off] * np.log(p[off] / q[off])).sum())
+
+
+def test_map_does_not_depend_on_blocks_and_takes_twin_points(rng, monkeypatch):
+    x = np.repeat(rng.standard_normal((20, 5)), 2, axis=0).astype(np.float32)
+    whole = evaluation.affinities(x, 5)
+    monkeypatch.setattr(evaluation, "row_blocks",
+                        lambda n: [slice(i, min(n, i + 7)) for i in range(0, n, 7)])
+    np.testing.assert_allclose(evaluation.affinities(x, 5), whole, rtol=1e-4, atol=1e-9)
+    y, kl = evaluation.tsne(x, 5, 60, lambda line: None)
+    assert np.isfinite(y).all() and np.isfinite(kl)
+
+
+def test_map_parts_clusters_and_agrees_with_scikit_learn(rng):
+    centres = 3 * rng.standard_normal((6, 20))
+    x = (np.repeat(centres, 25, axis=0) + rng.standard_normal((150, 20))).astype(np.float32)
+    y, kl = evaluation.tsne(x, 15, 750, lambda line: None)
+    nearest = ((y[:, None] - y) ** 2).sum(axis=2).argsort(axis=1)[:, 1]
+    assert (nearest // 25 == np.arange(150) // 25).mean() > 0.95
+    manifold = pytest.importorskip("sklearn.manifold")
+    other = manifold.TSNE(perplexity=15, method="exact", init="pca", random_state=0).fit(x)
+    assert kl == pytest.approx(other.kl_divergence_, rel=0.05)
+
+
+def test_mosaic_and_words_do_not_overlap(rng):
+    cells = evaluation.free_cells(rng.standard_normal((60, 2)), 10)
+    assert len({tuple(cell) for cell in cells}) == 60 and cells.min() >= 0 and cells.max() < 10
+    drawn, boxes = evaluation.words_picture(["dog"] * 400, rng.standard_normal((400, 2)),
+                                            np.arange(400), 200)
+    assert drawn.size == (200, 200) and 5 < boxes < 400
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder with a tiny run `r` of made-up words, its photos, and pairs of its words."""
+    folder = tmp_path_factory.mktemp("tiny")
+    photos.__wrapped__(folder)
+    write_captions(folder / "captions.tsv")
+    run("--images", "photos", "--captions", "captions.tsv", *TINY, "--epochs", 1, "--out", "r",
+        folder=folder)
+    known = [line.split("\t")[0] for line in open(folder / "r" / "words.txt")]
+    (folder / "similar.txt").write_text("one\ttwo\tscore\n" + "".join(
+        f"{a}\t{b}\t{i}.5\n" for i, (a, b) in enumerate(zip(known, known[1:]))) + "no\tsuch\t1\n")
+    (folder / "pairs.txt").write_text("".join(
+        f"{a.upper()} {b}\n" for a, b in zip(known[::2], known[1::2])) + f"{known[0]} {known[0]}\n")
+    for i in range(24):
+        place = folder / "classes" / f"class{i % 2}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (250 * (i % 2), 90, 10 * i)).save(place / f"{i}.png")
+    (folder / "classes" / "class0" / "broken.jpg").write_text("broken")
+    (folder / "classes" / "class0" / "notes.txt").write_text("no picture")
+    return folder, known
+
+
+@pytest.fixture
+def ask(tiny, monkeypatch, capsys):
+    """ask(command, …): what an eval command writes as JSON, and what it says, in this process."""
+    monkeypatch.chdir(tiny[0])
+    evaluation.opened.cache_clear()
+
+    def ask(command, *arguments, expect=0):
+        monkeypatch.setattr(sys, "argv", ["eval.py", command, "--model", "r", *map(str, arguments),
+                                          "--json", "o.json"])
+        assert evaluation.main() == expect
+        return json.load(open("o.json")), capsys.readouterr()
+    return ask
+
+
+def test_features_are_the_networks_and_named(tiny, ask):
+    folder, _ = tiny
+    result, done = ask("features", "--images", "classes", "--out", "f.npz")
+    assert result["photos"] == 24 and "broken.jpg: not a picture" in done.err
+    with np.load(folder / "f.npz") as file:
+        names, one = file["names"], file["features"]
+    assert len(names) == 24 and one.shape == (24, 512) and one.dtype == np.float32
+    trained = evaluation.Trained(str(folder / "r"))
+    pixels = data.decode(str(folder / "classes" / names[3]), 72)[0][None]
+    np.testing.assert_allclose(one[3], evaluation.central(trained.net, pixels, 64)[0], atol=1e-5)
+    ask("features", "--images", "classes", "--out", "g.npz", "--crops", 10)
+    with np.load(folder / "g.npz") as file:                         # the pictures are of one colour
+        np.testing.assert_allclose(file["features"], one, atol=1e-4)
+    result, _ = ask("features", "--images", "classes", "--out", "c.npz", "--layer",
+                          "pool4")
+    assert result["numbers"] == 4 * 4 * 128
+
+
+def test_ten_crops_are_corners_centre_and_mirror_images():
+    crops = [(int(t[0]), int(l[0]), bool(f[0])) for t, l, f in evaluation.ten_crops(1, 8)]
+    assert set(crops) == {(t, l, f) for t, l in ((0, 0), (0, 8), (8, 0), (8, 8), (4, 4))
+                          for f in (False, True)}
+
+
+def test_transfer_tells_colours_apart(tiny, ask):
+    folder, _ = tiny
+    result, done = ask("transfer", "--images", "classes", "--splits", 3)
+    assert result["chance"] == 0.5 and result["photos"] == 24 and len(result["skipped"]) == 1
+    assert result["accuracy"]["raw pixels, 16 × 16"]["accuracy"] == 1
+    assert len(result["accuracy"]["this model"]["runs"]) == 3 and "± " in done.out
+
+
+def test_transfer_reads_a_voc_folder(tmp_path, ask):
+    for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (tmp_path / name).mkdir(parents=True)
+    for i in range(40):
+        kind = ("cat", "dog")[i % 2]
+        Image.new("RGB", (20, 20), (250 * (i % 2), 90, 5 * i)).save(
+            tmp_path / "JPEGImages" / f"{i:06}.jpg")
+        (tmp_path / "Annotations" / f"{i:06}.xml").write_text(
+            "<annotation" if i == 7 else f"<annotation><object><name>{kind}</name></object>"
+            "<object><name>ufo</name></object></annotation>")
+    for part, some in (("trainval", range(20)), ("test", range(20, 40))):
+        for kind in ("cat", "dog"):
+            (tmp_path / "ImageSets" / "Main" / f"{kind}_{part}.txt").write_text(
+                "".join(f"{i:06}  1\n" for i in some))
+    result, done = ask("transfer", "--images", tmp_path)
+    assert set(result["classes"]) == {"cat", "dog"} and result["train"] == 19
+    assert result["mean"]["raw pixels, 16 × 16"] == {"points": 1, "area": 1}
+    assert "000007.xml" in done.err and "ufo" in done.err
+
+
+def test_words_of_several_runs_make_a_curve(tiny, ask):
+    folder, _ = tiny
+    lines = open(folder / "captions.tsv").read().splitlines()
+    (folder / "half.tsv").write_text("\n".join(lines[:len(lines) // 2]) + "\n")
+    run("--images", "photos", "--captions", "half.tsv", *TINY, "--epochs", 1, "--out", "h",
+        folder=folder)
+    result, done = ask("words", "h", "--out", "w.png")
+    assert 10 < result["words"] <= 30 and len(result["runs"]) == 2
+    sizes = [row["training_photos"] for row in result["runs"].values()]
+    assert sizes[0] < sizes[1] and {row["photos"] for row in result["runs"].values()} != {0}
+    assert len({row["photos"] for row in result["runs"].values()}) == 1
+    assert Image.open(folder / "w.png").size[0] > 300
+
+
+def test_search_neighbors_similar_translate_and_map_answer(tiny, ask):
+    folder, known = tiny
+    result, _ = ask("search", known[0], known[1], "--out", "s.png", "--top", 3)
+    assert [len(row) for row in result["words"].values()] == [3, 3]
+    assert Image.open(folder / "s.png").size[0] > 300
+    result, _ = ask("neighbors", known[2].upper(), "--top", 4)
+    near = list(result["neighbors"][known[2]].values())
+    assert len(near) == 4 and near == sorted(near, reverse=True) and near[0] < 1
+    result, _ = ask("similar", "--pairs", "similar.txt")
+    assert result["similar.txt"]["covered"] == 29 and result["similar.txt"]["pairs"] == 30
+    for csls in ((), ("--csls",)):
+        result, _ = ask("translate", "--pairs", "pairs.txt", *csls)
+        assert result["pairs"] == 15 and result["alike"] == 1 and len(result["best"]) == 12
+        assert result["forth"]["chance"]["precision@1"] == pytest.approx(1 / 15)
+    for kind in (("--words",), ("--images", "classes")):
+        result, done = ask("map", *kind, "--out", "m.png", "--steps", 50, "--size",
+                                 400)
+        assert Image.open(folder / "m.png").size == (400, 400) and result["kl"] > 0
+        assert "about" in done.err and "KL divergence" in done.err
+
+
+def test_report_is_one_file_with_its_pictures(tiny, ask):
+    folder, known = tiny
+    result, _ = ask(
+        "report", known[0], "--transfer", "classes", "--splits", 2, "--pairs-similar",
+        "similar.txt", "--translate", "pairs.txt", "--steps", 40, "--size", 300, "--out", "r.html")
+    page = (folder / "r.html").read_text()
+    assert not result["failed"] and len(result["parts"]) == 9
+    assert page.count("data:image/") == 4 and "<script" not in page and "@media print" in page
+    assert "src=\"http" not in page and "href=" not in page
+    _, done = ask("report", "nosuchword", "--steps", 40, "--out", "r.html", expect=1)
+    assert "nosuchword" in (folder / "r.html").read_text() and "nosuchword" in done.err
+
+
+WRONG = {
+    "layer": (["features", "--images", "classes", "--out", "x.npz", "--layer", "fc9"], "conv1"),
+    "ending": (["features", "--images", "classes", "--out", "x.zip"], "must end in .npz"),
+    "place": (["search", "dog", "--out", "nope/x.png"], "choose another place"),
+    "no folder": (["transfer", "--images", "nope"], "no folder"),
+    "empty folder": (["features", "--images", "empty", "--out", "x.npz"], "no picture"),
+    "one photo": (["transfer", "--images", "lone"], "too few photos in b"),
+    "one class": (["transfer", "--images", "single"], "two classes"),
+    "no classes": (["transfer", "--images", "photos"], "no sub-folder"),
+    "not so many": (["transfer", "--images", "classes", "--train-per-class", "50"], "too few"),
+    "voc without lists": (["transfer", "--images", "voc"], "lists no photo"),
+    "unknown word": (["neighbors", "wrod1"], "not among the model's 30 words"),
+    "pairs of two": (["similar", "--pairs", "pairs.txt"], "line 2 is not word<TAB>word<TAB>score"),
+    "pairs missing": (["translate", "--pairs", "nope"], "cannot read"),
+    "pairs binary": (["translate", "--pairs", "r/model.npz"], "UTF-8"),
+    "pairs unknown": (["translate", "--pairs", "foreign.txt"], "knows both words of 0"),
+    "scores unknown": (["similar", "--pairs", "foreign.txt"], "of no file"),
+    "captions foreign": (["words", "--captions", "foreign.tsv"], "word"),
+    "curve of one": (["words", "--out", "x.png"], "several runs"),
+    "another dictionary": (["words", "other"], "share 0 words"),
+    "tiny map": (["map", "--images", "single", "--out", "x.png"], "takes 10"),
+    "splits": (["transfer", "--images", "classes", "--splits", "0"], "--splits"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_experiment_with_bad_input_says_so_in_one_line(name, tiny, ask, capsys):
+    folder, _ = tiny
+    (folder / "empty").mkdir(exist_ok=True)
+    for place, photo in (("lone/a", 0), ("lone/a", 2), ("lone/a", 4), ("lone/b", 0),
+                         ("single/a", 0), ("single/a", 2), ("single/a", 4)):
+        (folder / place).mkdir(parents=True, exist_ok=True)
+        Image.open(folder / "classes" / "class0" / f"{photo}.png").save(
+            folder / place / f"{photo}.png")
+    (folder / "voc" / "JPEGImages").mkdir(parents=True, exist_ok=True)
+    (folder / "foreign.txt").write_text("zyx\txyz\t1\nyxz\txzy\t2\n")
+    (folder / "foreign.tsv").write_text("p1.jpg\tzyx yzx\n")
+    if name == "another dictionary" and not (folder / "other").exists():
+        with np.load(folder / "r" / "model.npz") as file:
+            arrays = dict(file)
+        arrays["words"] = np.frombuffer("\n".join(f"z{i}" for i in range(30)).encode(), np.uint8)
+        (folder / "other").mkdir()
+        np.savez(folder / "other" / "model.npz", **arrays)
+    (command, *arguments), remedy = WRONG[name]
+    with pytest.raises(ValueError) as error:
+        ask(command, *arguments)
+    assert remedy in str(error.value) and "\n" not in str(error.value)
+    said = capsys.readouterr()
+    assert not said.out and said.err.count("\n") <= 1               # the device
+
+
+def test_experiments_end_in_one_line_and_status_2(tiny):
+    done = run("neighbors", "--model", "r", "zebra", folder=tiny[0], script="eval.py", expect=2)
+    assert "not among the model's 30 words" in done.stderr.splitlines()[1]
