@@ -1032,7 +1032,7 @@ def translate(options):
 
 def translate_table(result):
     """The table of `translate` (Tables 6 and 7): one column a direction, and chance."""
-    return [["", "there", "chance", "back", "chance"]] + [
+    return [["", "forth", "chance", "back", "chance"]] + [
         [key] + [f"{value:.3f}" for way in ("forth", "back")
                  for value in (result[way][key], result[way]["chance"][key])]
         for key in (f"precision@{k}" for k in KS)]
@@ -1295,7 +1295,8 @@ th:first-child, td:first-child { text-align: left; padding-left: 0 }
 td { white-space: nowrap; font-variant-numeric: tabular-nums }
 img { display: block; max-width: 100%; height: auto; margin: .7rem auto }
 @media print { @page { margin: 16mm } body { font-size: 10.5pt; max-width: none; padding: 0 }
-  h2 { break-after: avoid } img { max-height: 20cm } img, table { break-inside: avoid }
+  h2, .note { break-after: avoid } img { width: auto; max-height: 17cm }
+  img, table { break-inside: avoid }
   .wide { overflow: visible } table { font-size: 8.5pt } td { white-space: normal } }
 """
 
