@@ -1443,6 +1443,12 @@ def parser():
     one.add_argument("photos", nargs="+", metavar="PHOTO", help="picture files")
     one.add_argument("--top", type=int, default=10, help="how many words a photo")
     one.add_argument("--threshold", type=float, help="instead: all words at least as probable")
+    _photo_commands(command)
+    _word_commands(command)
+    return top
+
+
+def _photo_commands(command):
     one = command(search, ".png")
     one.add_argument("words", nargs="+", metavar="WORD", help="words of the dictionary")
     one.add_argument("--top", type=int, default=6, help="how many photos a word")
@@ -1458,6 +1464,13 @@ def parser():
                      help="a sub-folder of photos for each class, or a Pascal VOC folder")
     _transfer(one)
     _workers(one)
+    one = command(map_, ".png")
+    one.add_argument("--words", action="store_true", help="a map of words, not of photos")
+    _images(one)
+    _map(one)
+
+
+def _word_commands(command):
     one = command(similar)
     one.add_argument("--pairs", nargs="+", required=True, metavar="FILE",
                      help="word<TAB>word<TAB>human score")
@@ -1467,10 +1480,6 @@ def parser():
     one = command(neighbors)
     one.add_argument("words", nargs="+", metavar="WORD", help="words of the dictionary")
     one.add_argument("--top", type=int, default=10, help="how many words")
-    one = command(map_, ".png")
-    one.add_argument("--words", action="store_true", help="a map of words, not of photos")
-    _images(one)
-    _map(one)
     one = command(report, ".html")
     one.add_argument("words", nargs="*", metavar="WORD", help="words to search photos for")
     one.add_argument("--captions", metavar="FILE", help="captions; those of the run if not given")
@@ -1481,7 +1490,6 @@ def parser():
     _images(one)
     _transfer(one)
     _map(one)
-    return top
 
 
 def _workers(one):
