@@ -848,6 +848,11 @@ class Index:
         return len(self._word_ends)
 
     @property
+    def labels(self):
+        """The number of words of all photos together."""
+        return len(self._words)
+
+    @property
     def training(self):
         """The number of training photos; they follow the held-out ones."""
         return len(self) - self.held_out

@@ -826,7 +826,7 @@ def series(options):
     if len(shared) <= max(KS):
         raise ValueError(f"the runs' dictionaries share {len(shared)} words; compare runs on "
                          "captions of one kind")
-    sizes = [len(data.Index(os.path.join(run.run, "index"))._word_ends) for run in runs]
+    sizes = [len(data.Index(os.path.join(run.run, "index"))) for run in runs]
     largest = runs[int(np.argmax(sizes))]
     text = data.Text(len(shared), 0, min(run.options["valid"] for run in runs))
     captions = options.captions or largest.options["captions"]
@@ -941,7 +941,8 @@ def search(options):
               for row, place in enumerate(places)}
     for word, row in result.items():
         print(f"{word}: " + ", ".join(f"{name} {value:.2f}" for name, value in row.items()))
-    grid_picture([(word, [(data.decode(os.path.join(folder, name), 150)[0], f"{value:.2f}")
+    place_of = data.Folder(folder).find
+    grid_picture([(word, [(data.decode(place_of(name), 150)[0], f"{value:.2f}")
                           for name, value in row.items()])
                   for word, row in result.items()]).save(options.out)
     return {"words": result, "photos": len(found), "skipped": skipped}

@@ -283,7 +283,7 @@ def read_captions(options, ranks=several.Alone()):
     facts, found = index.facts, len(index.dictionary)
     print(f"captions: {facts['captions']:,} as {options.format}, {len(index):,} photos "
           f"({index.held_out:,} held out), {found:,} words, "
-          f"{len(index._words) / max(1, len(index)):.2f} a photo", flush=True)
+          f"{index.labels / max(1, len(index)):.2f} a photo", flush=True)
     for count, what in ((facts["bad_lines"], "lines are no captions"),
                         (facts["refused"], "names are absolute or leave --images: refused"),
                         (facts["without_words"], "photos have no word of the dictionary")):
