@@ -56,7 +56,8 @@ LONGEST_LINE = 64 << 20
 SWALLOWED = 20                  # line ends in one CSV field that mean an unclosed quote
 MOST_COUNTED = 2_000_000        # distinct words counted at a time: rare ones are dropped beyond
 SMALL_FILE = 8 << 20            # captions files below this are indexed without other processes
-INDEX_VERSION = 2
+INDEX_VERSION = 3
+PASSES = "passes"               # folder of an unfinished index: what its passes have written
 HASH = 32                       # letters of a photo's hash in the YFCC100M table
 
 FORMATS = ("tsv", "csv", "jsonl", "coco", "yfcc")
@@ -651,13 +652,13 @@ def build_index(path, folder, text, kind=None, dictionary=None, processes=0, say
         gc.enable()
     facts["seconds"] = round(time.monotonic() - started, 2)
     for name, thing in ("words.json", facts.pop("words")), ("index.json", facts):
-        with open(os.path.join(work, name), "w") as file:
-            json.dump(thing, file)
-    shutil.rmtree(folder, ignore_errors=True)
+        _write(os.path.join(work, name), thing)
+    shutil.rmtree(folder + ".old", ignore_errors=True)
+    if os.path.isdir(folder):
+        os.rename(folder, folder + ".old")      # never half of an index, whenever this is killed
     os.rename(work, folder)
-    for i in range(BUCKETS):
-        os.remove(os.path.join(folder, f"{i:03}.records"))
-    os.remove(os.path.join(folder, "state.json"))
+    for rest in folder + ".old", os.path.join(folder, PASSES):
+        shutil.rmtree(rest, ignore_errors=True)
     return Index(folder)
 
 
@@ -666,35 +667,47 @@ def _passes(path, work, text, kind, dictionary, origin, processes, say):
 
     After a kill, the passes that were finished before it are not made again.
     """
-    state = os.path.join(work, "state.json")
-    try:
-        with open(state) as file:
-            facts = json.load(file)
-        assert facts["fingerprint"] == origin
+    passes = os.path.join(work, PASSES)
+    state = os.path.join(passes, "state.json")
+    facts = _left(state, origin)
+    if facts:
         say(f"going on with the index that was left in {work}")
-    except (OSError, ValueError, KeyError, AssertionError):         # there is none, or another one
+    else:
         shutil.rmtree(work, ignore_errors=True)
-        os.makedirs(work)
+        os.makedirs(passes)
         facts = {"fingerprint": origin, "captions": 0, "bad_lines": 0, "refused": 0,
-                 "refused_names": [], "recorded": False}
+                 "refused_names": []}
         if dictionary is None:
             counts = _count(path, kind, text, processes, facts, say)
             if not facts["captions"]:
                 raise ValueError(f"captions: {path} has no captions as {kind}; "
-                                 f"--format may be one of {', '.join(FORMATS)}") from None
+                                 f"--format may be one of {', '.join(FORMATS)}")
             dictionary = choose_words(counts, text)
         facts["words"] = dictionary.words
-        _write_state(state, facts)
+        _write(state, facts)
     dictionary = Dictionary(facts["words"])
-    if not facts["recorded"]:
-        _record(path, kind, dictionary, processes, work, say)
-        _write_state(state, facts | {"recorded": True})
-    return facts | _group(work, dictionary, text, processes)
+    if not facts.pop("recorded", False):
+        _record(path, kind, dictionary, processes, passes, say)
+        _write(state, facts | {"recorded": True})
+    return facts | _group(work, dictionary, text, processes, say)
 
 
-def _write_state(path, facts):
+def _left(state, origin):
+    """The facts of an index of the same origin that was left unfinished, or None."""
+    try:
+        with open(state) as file:
+            facts = json.load(file)
+        return facts if facts["fingerprint"] == origin and facts["words"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write(path, thing):
+    """JSON that is whole or not there."""
     with open(path + ".part", "w") as file:
-        json.dump(facts, file)
+        json.dump(thing, file)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(path + ".part", path)
 
 
@@ -702,8 +715,10 @@ def cached_index(path, folder, text, kind, dictionary=None):
     """The index in `folder` if it was built from this captions file with these options, or None."""
     try:
         index = Index(folder)
-        same = index.facts["fingerprint"] == fingerprint(path, kind, text, dictionary)
-        return index if same else None
+        if index.facts["fingerprint"] != fingerprint(path, kind, text, dictionary):
+            return None
+        shutil.rmtree(os.path.join(folder, PASSES), ignore_errors=True)    # left by a kill
+        return index
     except (OSError, ValueError, KeyError, TypeError):              # none, or a damaged one
         return None
 
@@ -762,16 +777,19 @@ def _count(path, kind, text, processes, facts, say):
     return counts
 
 
-def _record(path, kind, dictionary, processes, work, say):
+def _record(path, kind, dictionary, processes, passes, say):
     size = os.path.getsize(path)
     executor = _executor(processes, dictionary.ids)
     arguments = (kind,) if executor else (kind, dictionary.ids)
-    files = [open(os.path.join(work, f"{i:03}.records"), "wb") for i in range(BUCKETS)]
+    files = [open(os.path.join(passes, f"{i:03}.records"), "wb") for i in range(BUCKETS)]
     try:
         items = _told(blocks(path, kind), size, "writing the index", say)
         for frames in _in_order(executor, record_block, items, *arguments):
             for file, frame in zip(files, frames):
                 file.write(frame)
+        for file in files:
+            file.flush()
+            os.fsync(file.fileno())
     finally:
         for file in files:
             file.close()
@@ -779,16 +797,17 @@ def _record(path, kind, dictionary, processes, work, say):
             executor.shutdown(cancel_futures=True)
 
 
-def _group(work, dictionary, text, processes):
+def _group(work, dictionary, text, processes, say):
     """Group every file of records and write the index's columns; returns facts."""
     columns = {name: _Column(os.path.join(work, name + ".npy"), dtype) for name, dtype in
                (("names", np.uint8), ("name_ends", np.int64), ("words", np.int32),
                 ("word_ends", np.int64))}
-    paths = [os.path.join(work, f"{i:03}.records") for i in range(BUCKETS)]
+    paths = [os.path.join(work, PASSES, f"{i:03}.records") for i in range(BUCKETS)]
     executor = _executor(processes)
     held = left_out = names = words = 0
-    for path, (blob, lengths, per_photo, word, some_held, some_left) in zip(
-            paths, _in_order(executor, group_records, paths, len(dictionary), text.valid)):
+    items = _told(zip(paths, count(1)), BUCKETS, "grouping the index", say)
+    for blob, lengths, per_photo, word, some_held, some_left in _in_order(
+            executor, group_records, items, len(dictionary), text.valid):
         columns["names"].append(np.frombuffer(blob, np.uint8))
         columns["name_ends"].append(names + np.cumsum(lengths))
         columns["words"].append(word)
@@ -952,8 +971,7 @@ class Draws:
         runs = np.diff(ends)
         raw = philox(self.seed, (0, self.step, 0, 3), len(runs)) >> 32
         found = np.union1d(words, ends[:-1] + (raw * runs.astype(np.uint64) >> 32).astype(int))
-        with np.errstate(divide="ignore"):      # a word of every photo
-            absent = np.exp((self.count - 1) * np.log1p(-share[found]))     # from the other rows
+        absent = (1 - share[found]) ** (self.count - 1)             # from the other rows
         if len(runs):
             absent *= 1 - 1 / runs[np.searchsorted(ends, found, side="right") - 1]
         return found.astype(np.int32), 1 - absent
@@ -1043,9 +1061,10 @@ class Folder:
     A name of the YFCC100M table, hash/id.jpg, is also looked for as id.jpg and, as that set's
     photos are stored, as abc/def/abcdef….jpg by its hash. Sub-folders may be named by letters of
     the photos in them (123/1234567.jpg, 67/45/1234567.jpg): a look at some of them tells which.
+    Of those with other names, MOST are remembered and tried one after the other.
     """
 
-    LOOK, MOST = 10_000, 256            # entries looked at in a folder; ways of naming remembered
+    LOOK, MOST, DEEP = 10_000, 1000, 3          # entries looked at in a folder; ways; levels
 
     def __init__(self, folder):
         self.folder = folder
@@ -1058,10 +1077,11 @@ class Folder:
                 entries = sorted(islice(entries, self.LOOK), key=lambda entry: entry.name)
         except OSError:
             return
-        photo = next((entry.name for entry in entries if entry.is_file()), None)
+        photo = next((entry.name for entry in entries
+                      if entry.name[0] != "." and entry.is_file()), None)
         if photo and parts:
             yield _way(parts, os.path.splitext(photo)[0])
-        for entry in entries if len(parts) < 3 else ():
+        for entry in entries if len(parts) < self.DEEP else ():
             if entry.is_dir():
                 yield from self._ways(entry.path, (*parts, entry.name))
 
@@ -1071,10 +1091,11 @@ class Folder:
             code, name = name[:HASH], name[HASH + 1:]
             yield name
             yield f"{code[:3]}/{code[3:6]}/{code}{os.path.splitext(name)[1]}"
+        stem = os.path.splitext(name)[0]
         for way in self.ways:
-            stem = os.path.splitext(name)[0]
-            yield "/".join([part if isinstance(part, str) else stem[slice(*part)]
-                            for part in way] + [name])
+            parts = [part if isinstance(part, str) else stem[slice(*part)] for part in way]
+            if "/" not in "".join(parts) and not {"", ".", ".."} & set(parts):
+                yield "/".join([*parts, name])          # and never outside the folder
 
     def find(self, name):
         """The path of the photo's file; where there is none, of the file it should be."""
@@ -1094,11 +1115,11 @@ def _way(parts, stem):
 
 
 def any_photo(folder, index):
-    """True if any photo of the index is on the disk: a sample first, then all."""
-    sample = np.linspace(0, len(index) - 1, min(len(index), 1000)).astype(int)
+    """True if any photo of the index is on the disk: a sample in sub-folders, too, then all."""
+    sample = np.linspace(0, len(index) - 1, min(len(index), 200)).astype(int)
     found = Folder(folder)
-    return any(os.path.exists(found.find(index.name(int(i))))
-               for i in chain(sample, range(len(index))))
+    return any(os.path.exists(found.find(index.name(int(i)))) for i in sample) or any(
+        find(os.path.join(folder, index.name(i))) for i in range(len(index)))
 
 
 def _read(path):

@@ -150,6 +150,7 @@ def _mean(values):
 
 def features_of(net, loader, photos, crop, tick=None):
     """Features (N, E) of the photos that can be read, central crop, and which photos those are."""
+    net.at(model.Pass())                        # scores of all words again, after training on some
     plans = (data.Listed(photos[i:i + BATCH]) for i in range(0, len(photos), BATCH))
     found, parts = [], []
     for plan, pixels in loader.batches(plans):
@@ -1529,7 +1530,7 @@ def guarded(work):
         fail(130, "interrupted")
     except BrokenPipeError:                     # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        sys.exit(1) if ranks.joined.size == 1 else fail(1, "nobody reads the output any more")
     except ValueError as error:
         fail(2, error)
     except RuntimeError as error:

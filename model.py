@@ -549,8 +549,8 @@ class Softmax:
     1/chance classes: the sum over some is an unbiased estimate of that over all (sampled softmax).
     """
 
-    def __init__(self, share):
-        self.share = share
+    def __init__(self, share):                  # it does not depend on it: OneVersusAll does
+        pass
 
     def __call__(self, s, targets, weights, classes=None, chance=None):
         """ℓ and ∂ℓ/∂s in the memory of s (N, C); targets (N, T) are columns of s."""

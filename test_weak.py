@@ -766,6 +766,32 @@ def test_photos_are_found_in_sub_folders(layout, tmp_path):
     assert folder.find("0" * 32 + "/5.jpg") == str(tmp_path / ("0" * 32) / "5.jpg")     # missing
 
 
+def test_photos_are_never_sought_outside_the_folder(tmp_path):
+    for path in ("in/ab/abc.jpg", "in/cde/x/de.jpg", "ab/x/ab.jpg", "x.jpg", "in/ef/.DS_Store",
+                 "in/ef/efg.jpg"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("x")
+    folder = data.Folder(str(tmp_path / "in"))
+    assert ((0, 2),) in folder.ways and ("ef",) not in folder.ways
+    for name in ("..x.jpg", "./x.jpg", "x/ab.jpg", "/ab.jpg", "a.jpg"):
+        for candidate in list(folder._candidates(name))[1:]:
+            path = os.path.normpath(os.path.join(str(tmp_path / "in"), candidate))
+            assert path.startswith(str(tmp_path / "in")), (name, candidate)
+
+
+def test_what_a_kill_left_beside_an_index_is_taken_away(tmp_path):
+    write_captions(tmp_path / "c")
+    arguments = str(tmp_path / "c"), str(tmp_path / "i"), data.Text(30, 5, 0.2)
+    whole = columns_of(data.build_index(*arguments))
+    (tmp_path / "i" / data.PASSES).mkdir()
+    (tmp_path / "i" / data.PASSES / "000.records").write_text("much")
+    assert columns_of(data.build_index(*arguments)) == whole
+    assert not (tmp_path / "i" / data.PASSES).exists()
+    os.rename(tmp_path / "i", tmp_path / "i.old")                   # killed between two renames
+    assert columns_of(data.build_index(*arguments)) == whole
+    assert sorted(os.listdir(tmp_path)) == ["c", "i"]
+
+
 def test_index_goes_on_after_a_kill(tmp_path, monkeypatch):
     write_captions(tmp_path / "c")
     text = data.Text(30, 5, 0.2)
@@ -1194,6 +1220,15 @@ def test_batches_survive_a_worker_that_dies(index, photos):
     )
 
 
+def test_features_are_followed_by_scores_of_all_words(index, photos):
+    net = model.small(len(index.dictionary), 0).init(0)
+    net.forward(np.zeros((1, 64, 64, 3), np.float32), classes=np.array([3], np.int32))
+    loader = data.Loader(str(photos), index.name, len(index), 72, 8)
+    x, found = evaluation.features_of(net, loader, [], 64)          # this rank has no photo
+    loader.close()
+    assert not found and net.rows[-1][1].forward(np.zeros((2, 512), np.float32)).shape == (2, 30)
+
+
 def test_listed_photos_keep_their_order_and_lose_what_is_broken(index, photos):
     loader = data.Loader(str(photos), index.name, len(index), 24, 64)
     ((plan, pixels),) = loader.batches([data.Listed(range(50))])
@@ -1517,6 +1552,19 @@ def test_more_ranks_than_photos_a_step_are_refused_by_one_line(mine, tmp_path):
     assert done.stderr.count("--batch 1 is less than the 2 ranks") == 1
 
 
+def test_bad_options_are_told_once_whatever_the_ranks(mine, tmp_path):
+    for options in (["--batch", "many"], ["--lr", -1]):
+        done = ranks(3, *mine, *options, folder=tmp_path, expect=2)
+        assert done.stderr.count("weak.py: ") == 1
+
+
+def test_mpiexec_of_another_mpi_is_said_with_the_remedy(tmp_path):
+    pytest.importorskip("mpi4py")
+    done = subprocess.run([sys.executable, os.path.join(HERE, "weak.py")], capture_output=True,
+                          text=True, env={**os.environ, "OMPI_COMM_WORLD_SIZE": "2"}, cwd=tmp_path)
+    assert done.returncode == 1 and "not of the MPI that mpi4py uses" in done.stderr
+
+
 def test_missing_mpi4py_is_said_with_the_remedy(tmp_path, monkeypatch):
     code = ("import sys; sys.modules['mpi4py'] = None; sys.path.insert(0, sys.argv.pop(1));"
             "import eval, weak; eval.guarded(weak.main)")
@@ -1666,6 +1714,7 @@ BAD = {
     "out is somebody else's": (lambda d: ["--out", "other"], "holds other things"),
     "nothing to resume": (lambda d: ["--resume", "--out", "fresh"], "no run in"),
     "gpu": (lambda d: ["--device", "gpu"], "--device cpu"),
+    "a batch of one word": (lambda d: ["--targets", "batch", "--batch", 1], "--batch 2"),
     "negatives of nothing": (lambda d: ["--negatives", 5], "--targets sampled"),
 }
 

@@ -21,6 +21,7 @@ import tempfile
 import time
 import warnings
 import zlib
+from contextlib import redirect_stderr
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # while the rest is imported
@@ -51,9 +52,10 @@ HARMLESS = {"resume", "out", "images", "epochs", "min_lr", "workers", "threads",
 
 def main():
     ranks = several.join()
-    if ranks.rank:                              # the first rank speaks for all
-        sys.stdout = open(os.devnull, "w")
-    options, checkpoint = parse()
+    silence = open(os.devnull, "w") if ranks.rank else None         # the first rank speaks for all
+    with redirect_stderr(silence or sys.stderr):
+        options, checkpoint = parse()
+    sys.stdout = silence or sys.stdout
     warnings.filterwarnings("ignore", "(overflow|invalid value)", RuntimeWarning)   # the loss says
     share_machine(options, ranks)
     print(kernels.use(options.device, options.precision, ranks.local_rank), flush=True)
@@ -228,6 +230,9 @@ def checked(options):
         raise ValueError("--negatives goes with --targets sampled")
     if options.targets == "sampled":
         options.negatives = options.negatives or NEGATIVES
+    if options.targets == "batch" and options.batch == 1:
+        raise ValueError("--targets batch compares a photo's words with those of the batch's other "
+                         "photos; use --batch 2 or more")
     if options.workers and options.workers > evaluation.MOST_WORKERS:
         raise ValueError(f"--workers {options.workers}: at most {evaluation.MOST_WORKERS} here")
     if options.seed >= 2**63:
@@ -272,8 +277,8 @@ def read_captions(options, ranks=several.Alone()):
     folder = os.path.join(options.out, "index")
     if not ranks.rank:
         options.format = options.format or data.recognise(options.captions)
-        index = data.build_index(options.captions, folder, text, options.format,
-                                 processes=options.workers, say=print)
+        index = data.build_index(options.captions, folder, text, options.format, say=print,
+                                 processes=options.workers * ranks.local_size)
     options.format = ranks.share(options.format)                    # the others wait here
     if ranks.rank:
         index = data.cached_index(options.captions, folder, text, options.format)
@@ -292,7 +297,7 @@ def read_captions(options, ranks=several.Alone()):
     if found < options.words:
         print(f"captions: only {found:,} words are there after the {options.stop_words} most "
               f"frequent ones, not {options.words:,}; going on with them")
-    if not data.any_photo(options.images, index):
+    if not ranks.rank and not data.any_photo(options.images, index):
         raise ValueError(f"none of the photos that the captions name is in {options.images}, "
                          f"e.g. {index.name(0)!r}; check --images and the names")
     return index
@@ -363,8 +368,8 @@ class Run:
         self.optimiser.load(velocities)
         self.step, self.epoch, self.log, self.losses = (
             facts[key] for key in ("step", "epoch", "log", "losses"))
-        if self.ranks.rank:                     # the first rank keeps what all have lost
-            self.losses = [loss and 0.0 for loss in self.losses]
+        rows = (self.part.stop - self.part.start) / self.options.batch
+        self.losses = [loss and loss * rows for loss in self.losses]    # this rank's share of them
         vars(self.plateau).update(facts["plateau"], least=self.options.min_lr)
         self.saved = self.step
         print(f"going on at step {self.step:,}, epoch {self.epoch + 1}", flush=True)
@@ -389,15 +394,17 @@ class Run:
         some = self.options.targets != "all"    # then the output layer's are a few rows
         more = sum(self.optimiser.v[path].nbytes for path, layer, _ in self.net.parameters()
                    if not (some and isinstance(layer, model.Output)))       # the gradients
-        batch = self.part.stop - self.part.start
-        need = more + each * batch
+        need = more + each * (self.part.stop - self.part.start)
         kept = 2 * sum(array.nbytes for array in self.optimiser.v.values())
+        if max(array.size for array in self.optimiser.v.values()) >= 1 << 31:
+            raise ValueError(f"--words {self.options.words}: the GPU's kernels count to 2^31 numbers "
+                             "a layer; use fewer, or --device cpu")
         print(f"GPU memory: {(kept + more) / 1e9:,.2f} GB for weights, velocities and gradients, "
-              f"{each / 1e6:,.1f} MB an image, {need / 1e9:,.2f} GB more at --batch {batch}; "
-              f"{free / 1e9:,.1f} GB are free", flush=True)
+              f"{each / 1e6:,.1f} MB an image, {need / 1e9:,.2f} GB more at --batch "
+              f"{self.options.batch}; {free / 1e9:,.1f} GB are free", flush=True)
         if need > free:
-            most = int((free - more) / each)
-            raise ValueError(f"--batch {batch} does not fit into the GPU's memory; use "
+            most = int((free - more) / each) * self.ranks.size
+            raise ValueError(f"--batch {self.options.batch} does not fit into the GPU's memory; use "
                              + (f"--batch {most} or less" if most > 0 else "--device cpu"))
 
     def done(self):
@@ -669,8 +676,10 @@ class Run:
                   f"{os.path.join(self.options.out, 'skipped.txt')}")
         self.loader.close()
         out = self.options.out
-        print(f"{out}: model.npz at step {self.step:,}, words.txt, log.jsonl, curves.png, "
-              "filters.png")
+        pictures = [name for name in ("curves.png", "filters.png")
+                    if os.path.exists(os.path.join(out, name))]
+        print(", ".join([f"{out}: model.npz at step {self.step:,}, words.txt, log.jsonl",
+                         *pictures]))
         photo = self.loader.folder.find(self.index.name(0))
         print(f"next: python eval.py tag --model {out} {photo!r}" if self.done() else
               f"next: python weak.py --resume --out {out}")
@@ -718,7 +727,8 @@ class Clock:
         """With several ranks: the share of the time spent waiting for the others' gradients."""
         share = (self.run.ranks.waited - self.ranks_waited) / max(
             1e-9, time.monotonic() - self.started)
-        return f", for other ranks {share:.0%}" if self.run.ranks.size > 1 else ""
+        told = self.run.ranks.size > 1 and kernels.memory() is None         # a GPU's queue waits
+        return f", for other ranks {share:.0%}" if told else ""
 
     def tick(self):
         """After each step: now and then, a line."""

@@ -7,7 +7,7 @@ launches the CUDA kernels of the .cu files.
 import functools
 import os
 
-from . import cpu
+from . import cpu, ranks
 
 _device = cpu                           # the module whose functions run
 
@@ -20,8 +20,7 @@ def use(device, precision=None, number=0):
 
     device: one of DEVICES, or what runs the CUDA kernels in the place of gpu.Cuda. precision: one
     of PRECISIONS, for a GPU; if None, tf32 where it has tensor cores for that. number: which of
-    the GPUs, counted round where there are fewer. RuntimeError if the device or the precision
-    cannot be had.
+    the GPUs. RuntimeError if the device or the precision cannot be had.
     """
     global _device
     chosen = _find(device, number) if device in DEVICES else device
@@ -47,7 +46,8 @@ def _find(device, number):
     except Exception:                   # not installed, no driver, no device: many kinds
         found = 0
     if found:
-        cupy.cuda.Device(number % found).use()
+        ranks.joined.check_gpus()
+        cupy.cuda.Device(number).use()
         return _cuda()
     if device == "gpu":
         raise RuntimeError("--device gpu: no GPU that CuPy can use was found; use --device cpu")

@@ -62,6 +62,13 @@ def timed(*functions, rounds=5, each=3, burst=1, sync=lambda: None):
     return [statistics.median(mine) for mine in times]
 
 
+def synchronise():
+    """Wait for the GPU, if that is what computes."""
+    if kernels.memory() is not None:
+        import cupy
+        cupy.cuda.Device().synchronize()
+
+
 def layers(options):
     """Each convolution of AlexNet in three directions, beside a plain matrix product."""
     kernels.use("cpu")
@@ -223,7 +230,8 @@ def targets(options):
     kernels.use("auto")
     sizes, n = (1000, 100_000), options.batch
     for name in ("small", "alexnet"):
-        times = timed(*(our_step(name, n, k, some=True) for k in sizes), rounds=options.rounds)
+        times = timed(*(our_step(name, n, k, some=True) for k in sizes), rounds=options.rounds,
+                      sync=synchronise)
         print(f"{name}, batch {n}, --targets batch: " + ", ".join(
             f"K = {k:,} {seconds * 1e3:.0f} ms" for k, seconds in zip(sizes, times))
             + f", ratio {times[1] / times[0]:.3f}", flush=True)
@@ -252,6 +260,8 @@ def bounds(options):
 def ranks(options):
     """The sum over ranks of the gradients of each network, and its rate; under mpiexec."""
     joined = several.join()
+    if joined.size == 1:
+        raise RuntimeError("start it with mpiexec -n 2 or more")
     kernels.use("auto", number=joined.local_rank)
     for name, recipe in model.NETWORKS.items():
         net = recipe.build(1000, 0).init(0)
@@ -262,7 +272,7 @@ def ranks(options):
                 joined.add_up(x)
             joined.wait()
 
-        (seconds,) = timed(add_up, rounds=options.rounds, each=1)
+        (seconds,) = timed(add_up, rounds=options.rounds, each=1, sync=synchronise)
         size = sum(x.nbytes for x in arrays)
         if not joined.rank:
             print(f"{name}: {size / 1e6:.0f} MB over {joined.size} ranks in {seconds * 1e3:.0f} ms,"
@@ -547,7 +557,7 @@ def main():
     try:
         COMMANDS[options.what](options)
     except (ImportError, RuntimeError) as error:
-        sys.exit(f"bench.py {options.what}: {error}")
+        several.joined.fail(1, f"bench.py {options.what}: {error}")
 
 
 if __name__ == "__main__":

@@ -55,8 +55,8 @@ class Cuda:
     def upload(self, x):
         """x on the GPU, without waiting for it: the next batch travels while this one computes.
 
-        What is large goes through page-locked memory on a stream of its own. Two slots take turns;
-        the array that this returns is good until the next but one call.
+        What is large goes through page-locked memory on a stream of its own. Two slots take turns:
+        a launch may read one large array that came this way, and no more (photos are it).
         """
         if x.nbytes < 1 << 20:
             return self.xp.asarray(x)
@@ -483,11 +483,11 @@ def _loss(kernel, s, targets, weights, *vectors):
     """A block for each row; the loss is on its way when this returns."""
     _dense(s)
     losses = _empty(len(s))
-    vectors = (None if x is None else _device.upload(np.asarray(x, np.float32)) for x in vectors)
+    targets, weights, *vectors = (
+        None if x is None else _device.xp.asarray(np.ascontiguousarray(x, dtype))
+        for x, dtype in zip((targets, weights, *vectors), (np.int32, *[np.float32] * 3)))
     _launch("loss.cu", kernel, (len(s),), (1024 if s.shape[1] > 4096 else BLOCK,),
-            (s, _device.upload(np.ascontiguousarray(targets, np.int32)),
-             _device.upload(np.asarray(weights, np.float32)), *vectors, losses, s.shape[1],
-             targets.shape[1]), shared=4 * 64)
+            (s, targets, weights, *vectors, losses, s.shape[1], targets.shape[1]), shared=4 * 64)
     return _device.later(losses.sum(dtype=np.float64)), s
 
 

@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-LAUNCHED = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "PMIX_RANK")        # what launchers leave behind
+LAUNCHED = "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"       # where launchers say how many ranks there are
+MAYBE = "PMIX_RANK"                     # … or only that there are some
 GRACE = 2                               # seconds in which the first rank may tell what went wrong
 
 
@@ -32,6 +33,9 @@ class Alone:
     def share(self, thing):
         """The first rank's thing, on all ranks."""
         return thing
+
+    def check_gpus(self):
+        """RuntimeError, with the remedy, unless every rank has a GPU and a way to the others."""
 
     def add_up(self, x):
         """Begin to replace the array x by its sum over the ranks."""
@@ -64,7 +68,20 @@ class Ranks(Alone):
         return self.world.gather(thing) or []
 
     def share(self, thing):
+        here = self.world.Ibarrier()
+        while not here.Test():                  # a wait of MPI's own would take a whole core
+            time.sleep(0.005)
         return self.world.bcast(thing)
+
+    def check_gpus(self):
+        import cupy
+        count = cupy.cuda.runtime.getDeviceCount()
+        if self.local_size > count:
+            raise RuntimeError(f"{self.local_size} ranks on a machine with {count} GPUs: start a "
+                               "rank for each GPU, or use --device cpu")
+        if not cupy.cuda.nccl.available:
+            raise RuntimeError("several ranks on GPUs need NCCL: pip install nvidia-nccl-cu12, or "
+                               "use --device cpu")
 
     def add_up(self, x):
         if isinstance(x, np.ndarray):
@@ -108,13 +125,18 @@ joined = Alone()                        # what this process is part of
 def join():
     """Join the other ranks of an mpiexec; returns an Alone where there are none.
 
-    RuntimeError where there are others and mpi4py is missing.
+    RuntimeError where there are others and mpi4py is missing, or is of another MPI.
     """
     global joined
-    if any(int(os.environ.get(name, 0)) > 1 for name in LAUNCHED[:2]) or LAUNCHED[2] in os.environ:
+    several = any(int(os.environ.get(name, 0)) > 1 for name in LAUNCHED)
+    if several or MAYBE in os.environ:
         try:
-            joined = Ranks()
+            found = Ranks()
         except ImportError:
             raise RuntimeError("mpiexec started several ranks, and mpi4py is not installed: "
                                "pip install mpi4py") from None
+        if several and found.size == 1:
+            raise RuntimeError("this mpiexec is not of the MPI that mpi4py uses; call that one's, "
+                               "such as the one of `pip install mpich`")
+        joined = found
     return joined
