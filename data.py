@@ -1177,9 +1177,9 @@ class Loader:
     """Decoded photos in a shared buffer, least recently used ones making way; batches in order.
 
     The buffer holds every photo where memory allows, since no number of cores decodes fast enough
-    for a big GPU; `loaders` share this machine's memory. workers = 0 decodes here. `skipped` maps a photo's name to what was wrong;
-    `digests` its number to the hash of its content. A worker that dies is replaced; a photo
-    that kills two is skipped.
+    for a big GPU; `loaders` share this machine's memory. workers = 0 decodes here. `skipped` maps a
+    photo's name to what was wrong; `digests` its number to the hash of its content. A worker that
+    dies is replaced; a photo that kills two is skipped.
     """
 
     QUEUE = 64                                  # tasks sent ahead to a worker: results fit a pipe

@@ -468,14 +468,18 @@ def test_softmax_loss_is_worked_out_by_hand():
     assert not ds[2].any()  # a row that does not count
 
 
-def test_softmax_loss_gradient_is_numerical(rng):
-    s, (_, loss) = rng.standard_normal((3, 9)), batch_of(rng, 3, 2, 9)
+def check_loss_gradient(loss, s):
+    """The gradient of loss(s) -> (ℓ, ∂ℓ/∂s) at every score against central differences."""
     gradient = loss(s.copy())[1]
     for index in np.ndindex(s.shape):
         step = np.zeros(s.shape)
         step[index] = 1e-6
         numeric = (loss(s + step)[0] - loss(s - step)[0]) / 2e-6
         assert abs(numeric - gradient[index]) < 1e-8, index
+
+
+def test_softmax_loss_gradient_is_numerical(rng):
+    check_loss_gradient(batch_of(rng, 3, 2, 9)[1], rng.standard_normal((3, 9)))
 
 
 def test_softmax_loss_survives_large_scores():
@@ -501,13 +505,7 @@ def test_one_vs_all_loss_gradient_is_numerical(rng):
     targets = np.array([[0, 2], [2, -1], [-1, -1]], np.int32)
     loss_of = model.OneVersusAll(rng.uniform(0.1, 0.9, 6))
     loss = lambda s: loss_of(s, targets, np.array([0.5, 0.25, 0.25]))
-    s = 2 * rng.standard_normal((3, 6))
-    gradient = loss(s.copy())[1]
-    for index in np.ndindex(s.shape):
-        step = np.zeros(s.shape)
-        step[index] = 1e-6
-        numeric = (loss(s + step)[0] - loss(s - step)[0]) / 2e-6
-        assert abs(numeric - gradient[index]) < 1e-8, index
+    check_loss_gradient(loss, 2 * rng.standard_normal((3, 6)))
 
 
 def test_one_vs_all_loss_survives_large_scores_and_words_of_every_photo():

@@ -397,15 +397,15 @@ class Run:
         need = more + each * (self.part.stop - self.part.start)
         kept = 2 * sum(array.nbytes for array in self.optimiser.v.values())
         if max(array.size for array in self.optimiser.v.values()) >= 1 << 31:
-            raise ValueError(f"--words {self.options.words}: the GPU's kernels count to 2^31 numbers "
-                             "a layer; use fewer, or --device cpu")
+            raise ValueError(f"--words {self.options.words}: the GPU's kernels count to 2^31 "
+                             "numbers a layer; use fewer, or --device cpu")
         print(f"GPU memory: {(kept + more) / 1e9:,.2f} GB for weights, velocities and gradients, "
               f"{each / 1e6:,.1f} MB an image, {need / 1e9:,.2f} GB more at --batch "
               f"{self.options.batch}; {free / 1e9:,.1f} GB are free", flush=True)
         if need > free:
             most = int((free - more) / each) * self.ranks.size
-            raise ValueError(f"--batch {self.options.batch} does not fit into the GPU's memory; use "
-                             + (f"--batch {most} or less" if most > 0 else "--device cpu"))
+            raise ValueError(f"--batch {self.options.batch} does not fit into the GPU's memory; "
+                             "use " + (f"--batch {most} or less" if most > 0 else "--device cpu"))
 
     def done(self):
         """True when the options say that training is over."""

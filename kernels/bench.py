@@ -94,7 +94,7 @@ def layers(options):
 
 
 def our_step(name, n, k, some=False):
-    """A function that makes one training step of ours, with `some` on the words of a batch alone."""
+    """A function that makes one training step of ours, with `some` on a batch's words alone."""
     recipe, rng = model.NETWORKS[name], np.random.default_rng(0)
     net = recipe.build(k, recipe.dropout).init(0)
     optimiser = model.SGD(net, 0.9, 5e-4)
