@@ -853,17 +853,22 @@ def series_table(runs):
          f"{row['auc']:.4f}", run] for run, row in runs.items()]
 
 
+def words_table(result):
+    """The numbers of `words` (Table 1)."""
+    rows = [[key, f"{result[key]:.4f}", f"{result['baseline'][key]:.4f}",
+             f"{result['chance'][key]:.4f}", f"{result['ceiling'][key]:.4f}"]
+            for key in (f"precision@{k}" for k in KS)]
+    return [["", "model", "frequent words", "chance", "ceiling"], *rows,
+            ["AUC, mean of words", f"{result['auc']:.4f}", "0.5", "0.5", "1"],
+            ["AP, mean of words", f"{result['map']:.4f}", f"{result['chance']['map']:.4f}",
+             f"{result['chance']['map']:.4f}", "1"]]
+
+
 def print_words(result):
-    """The table of `eval.py words`."""
+    """What `eval.py words` prints, and the end of a run."""
     print(f"{result['photos']:,} photos, {result['words']:,} of {result['dictionary']:,} "
           "words occur in them")
-    print(f"{'':20}{'model':>9}{'frequent words':>16}{'chance':>9}{'ceiling':>9}")
-    for key in [f"precision@{k}" for k in KS]:
-        print(f"{key:20}{result[key]:9.4f}{result['baseline'][key]:16.4f}"
-              f"{result['chance'][key]:9.4f}{result['ceiling'][key]:9.4f}")
-    print(f"{'AUC, mean of words':20}{result['auc']:9.4f}{0.5:16.4f}{0.5:9.4f}{1:9.4f}")
-    print(f"{'AP, mean of words':20}{result['map']:9.4f}{result['chance']['map']:16.4f}"
-          f"{result['chance']['map']:9.4f}{1:9.4f}")
+    show(words_table(result))
     print(f"AUC of the most frequent third of the words {result['auc_frequent']:.4f}, "
           f"of the rarest third {result['auc_rare']:.4f}")
     if result.get("skipped"):
@@ -1324,17 +1329,6 @@ def html_picture(path, what, photos=False):
     text = base64.b64encode(packed.getvalue()).decode()
     return (f'<img alt="{html.escape(what)}" width="{image.width}" height="{image.height}" '
             f'src="data:image/{"jpeg" if photos else "png"};base64,{text}">')
-
-
-def words_table(result):
-    """The numbers of `words` (Table 1)."""
-    rows = [[key, f"{result[key]:.4f}", f"{result['baseline'][key]:.4f}",
-             f"{result['chance'][key]:.4f}", f"{result['ceiling'][key]:.4f}"]
-            for key in (f"precision@{k}" for k in KS)]
-    return [["", "model", "frequent words", "chance", "ceiling"], *rows,
-            ["AUC, mean of words", f"{result['auc']:.4f}", "0.5", "0.5", "1"],
-            ["AP, mean of words", f"{result['map']:.4f}", f"{result['chance']['map']:.4f}",
-             f"{result['chance']['map']:.4f}", "1"]]
 
 
 def report_parts(options, folder):

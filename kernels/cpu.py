@@ -320,15 +320,6 @@ def _window_sum(x, size):
     return total
 
 
-def _inverse_power(scale, beta):
-    """scale^-β; the β of every published network, 3/4, by roots, at a tenth of pow's time."""
-    if beta != 0.75:
-        return scale ** -beta
-    root = np.sqrt(scale)
-    root *= np.sqrt(root)
-    return np.divide(1, root, out=root)
-
-
 def lrn_forward(x, size=5, k=2.0, alpha=1e-4, beta=0.75):
     """y = x / (k + α Σ x²)^β, the sum over `size` neighbouring channels (size is odd)."""
     y = np.empty_like(x)
@@ -336,7 +327,7 @@ def lrn_forward(x, size=5, k=2.0, alpha=1e-4, beta=0.75):
     def work(start, stop):
         part = x[start:stop]
         scale = k + alpha * _window_sum(part * part, size)
-        np.multiply(part, _inverse_power(scale, beta), out=y[start:stop])
+        np.multiply(part, scale ** -beta, out=y[start:stop])
 
     _pool.chunks(len(x), 1, work)
     return y
@@ -349,7 +340,7 @@ def lrn_backward(dy, x, size=5, k=2.0, alpha=1e-4, beta=0.75, relu=False):
     def work(start, stop):
         part, d = x[start:stop], dy[start:stop]
         scale = k + alpha * _window_sum(part * part, size)
-        power = _inverse_power(scale, beta)
+        power = scale ** -beta
         near = _window_sum(d * part * power / scale, size)
         dx[start:stop] = d * power - 2 * alpha * beta * part * near
         if relu:
