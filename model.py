@@ -1,12 +1,9 @@
-"""Layers with forward and backward, the networks, SGD, and checkpoints (paper, §3).
+"""Layers with forward and backward, the networks, losses, SGD, and checkpoints (paper, §3).
 
 Axis letters, everywhere: N images, H×W pixels, C channels in, F filters out, KH×KW filter, OH×OW
 output pixels, D features in, E embedding (the last hidden layer), K words. Tensors x w b y and
-their gradients dx dw db dy; s are scores. Arrays are float32 (float64 in gradient checks), NHWC.
-
-One convention saves a pass over memory: a ReLU's derivative is taken by the layer *above* it.
-Whoever computes a dx whose x came out of a ReLU multiplies it by (x > 0) on the way, so Conv and
-Linear receive a dy that is already the gradient of x w + b. `Network` tells each layer which.
+their gradients dx dw db dy; s are scores, ds their gradient. Arrays are float32 (float64 in
+gradient checks), NHWC.
 """
 import json
 import os
@@ -16,6 +13,7 @@ from typing import Callable, NamedTuple
 import numpy as np
 
 import kernels
+from kernels.console import whole_file
 
 OUTPUT_STD = 0.001                      # first scores near 0: the loss starts at ln K
 HEAD_WEIGHT = 0.3                       # of an auxiliary classifier's loss (Szegedy 2014, §5)
@@ -34,123 +32,108 @@ class Pass(NamedTuple):
 
 
 class Layer:
-    """What all layers share: `below_relu` says that x came out of a ReLU; `relu`, that y does."""
+    """What all layers share."""
 
-    below_relu = False
-    relu = False
     needs_dx = True                     # the first layer's dx is nobody's input
     names = ()                          # names of the parameters; gradients are d + name
-
-    def link(self, below_relu, needs_dx):
-        """Tell the layer what it stands on; `Network` calls this once."""
-        self.below_relu, self.needs_dx = below_relu, needs_dx
+    parts = ()                          # the networks that the layer is made of, if it is
+    x = None                            # what is kept for the backward pass
 
     def init(self, rng):
         """Draw the first weights."""
-
-    def at(self, now):
-        """Get ready for a forward pass (and the backward pass after it): now is a Pass."""
-
-    def inputs(self):
-        """The arrays that the layer keeps for its backward pass."""
-        return [self.x]
-
-    def parameters(self):
-        """(path, layer, attribute) of each array learned; its gradient is the attribute d…"""
-        return [(name, self, name) for name in self.names]
 
 
 class Conv(Layer):
     """y = relu(x * w + b), a convolution with stride and zero padding."""
 
-    names = ("w", "b")
+    names = "w", "b"
 
     def __init__(self, c, f, kernel, stride=1, pad=0, relu=True):
-        self.shape, self.bias = (kernel, kernel, c, f), (f,)
+        self.shapes = {"w": (kernel, kernel, c, f), "b": (f,)}
         self.stride, self.pad, self.relu = stride, pad, relu
-        self.x = None
+        self.y = None
 
     def init(self, rng):
-        fan_in = np.prod(self.shape[:3])
-        self.w = he_normal(rng, self.shape, fan_in)
-        self.b = np.zeros(self.bias, np.float32)
+        shape = self.shapes["w"]
+        self.w = he_normal(rng, shape, fan_in=np.prod(shape[:3]))
+        self.b = np.zeros(shape[3], np.float32)
 
-    def forward(self, x, out=None):
+    def forward(self, x, now, out=None):
         self.x = x                                                  # (N, H, W, C)
-        return kernels.conv_forward(x, self.w, self.b, self.stride, self.pad, self.relu, out)
+        self.y = kernels.conv_forward(x, self.w, self.b, self.stride, self.pad, self.relu, out)
+        return self.y                                               # (N, OH, OW, F)
 
     def backward(self, dy):
-        # y = x * w + b is linear in x, w and b: see the two kernels
+        # y = max(x * w + b, 0), so dy counts where y > 0; x * w + b is linear in x, w and b
+        if self.relu:
+            dy = kernels.relu_backward(dy, self.y)
         self.dw, self.db = kernels.conv_backward_filter(self.x, dy, self.w.shape,
                                                         self.stride, self.pad)
         if not self.needs_dx:
             return None
-        return kernels.conv_backward_input(dy, self.w, self.x, self.stride, self.pad,
-                                           self.below_relu)         # (N, H, W, C)
+        return kernels.conv_backward_input(dy, self.w, self.x.shape,
+                                           self.stride, self.pad)   # (N, H, W, C)
 
 
 class Linear(Layer):
-    """y = x w + b, with a ReLU unless it is asked not to."""
+    """y = relu(x w + b), or without the ReLU."""
 
-    names = ("w", "b")
+    names = "w", "b"
 
     def __init__(self, d, e, relu=True):
-        self.shape, self.bias, self.relu = (d, e), (e,), relu
-        self.x = self.dw = None             # dw is kept: new memory would cost page faults
+        self.shapes, self.relu = {"w": (d, e), "b": (e,)}, relu
+        self.y = self.dw = None         # dw is kept: new memory would cost page faults
 
     def init(self, rng):
-        self.w = he_normal(rng, self.shape, fan_in=self.shape[0])
-        self.b = np.zeros(self.bias, np.float32)
+        d, e = self.shapes["w"]
+        self.w, self.b = he_normal(rng, (d, e), fan_in=d), np.zeros(e, np.float32)
 
-    def forward(self, x):
+    def forward(self, x, now):
         self.x = x                                                  # (N, D)
-        return kernels.add_bias(kernels.matmul(x, self.w), self.b, self.relu)   # (N, E)
+        self.y = kernels.matmul(x, self.w, bias=self.b, relu=self.relu)
+        return self.y                                               # (N, E)
 
     def backward(self, dy):
-        # y = x w + b, so dw = xᵀ dy and dx = dy wᵀ
+        # y = max(x w + b, 0), so where y > 0: dw = xᵀ dy and dx = dy wᵀ
+        if self.relu:
+            dy = kernels.relu_backward(dy, self.y)
         self.dw = kernels.matmul(self.x.T, dy, out=self.dw)         # (D, E)
         self.db = kernels.column_sums(dy)                           # (E,)
-        if not self.needs_dx:
-            return None
-        dx = kernels.matmul(dy, self.w.T)                           # (N, D)
-        return kernels.relu_backward(dx, self.x, out=dx) if self.below_relu else dx
+        return kernels.matmul(dy, self.w.T) if self.needs_dx else None          # (N, D)
 
 
 class Output(Layer):
     """s = e wᵀ + b: a row of w for each word, which is also the word's embedding (paper, §5.3).
 
     With the classes of a batch in the pass, only their rows are gathered and get a gradient, so
-    that a step's time does not depend on K (paper, §3: SGD over targets); `rows` says which.
+    that a step's time does not depend on K (paper, §3: SGD over targets).
     """
 
-    names = ("w", "b")
+    names = "w", "b"
 
     def __init__(self, e, k):
-        self.shape, self.bias = (k, e), (k,)
-        self.x = self.dw = self.rows = None
+        self.shapes = {"w": (k, e), "b": (k,)}
+        self.dw = self.classes = None
 
     def init(self, rng):
-        self.w, self.b = np.empty(self.shape, np.float32), np.zeros(self.bias, np.float32)
+        k, e = self.shapes["w"]
+        self.w, self.b = np.empty((k, e), np.float32), np.zeros(k, np.float32)
         for part in np.array_split(self.w, 1 + self.w.size // (1 << 24)):       # bounded memory
             part[...] = rng.standard_normal(part.shape) * OUTPUT_STD
 
-    def at(self, now):
-        self.rows = now.classes
-
-    def forward(self, x):
-        self.x, w, b = x, self.w, self.b                            # (N, E)
-        if self.rows is not None:
-            w, b = kernels.take_rows(w, self.rows), kernels.take_rows(b, self.rows)
-        self.used = w                                               # (K, E), or (C, E)
-        return kernels.add_bias(kernels.matmul(x, w.T), b)          # (N, K), or (N, C)
+    def forward(self, x, now):
+        self.x, self.classes = x, now.classes                       # (N, E)
+        self.used, b = self.w, self.b
+        if now.classes is not None:
+            self.used, b = self.w[now.classes], self.b[now.classes]
+        return kernels.matmul(x, self.used.T, bias=b)               # (N, K), or (N, C)
 
     def backward(self, ds):
         # s = e wᵀ + b, so dw = dsᵀ e and de = ds w
         same = self.dw is not None and len(self.dw) == ds.shape[1]
         self.dw = kernels.matmul(ds.T, self.x, out=self.dw if same else None)   # (K, E)
         self.db = kernels.column_sums(ds)                           # (K,)
-        dx = kernels.matmul(ds, self.used)                          # (N, E)
-        return kernels.relu_backward(dx, self.x, out=dx) if self.below_relu else dx
+        return kernels.matmul(ds, self.used)                        # (N, E)
 
 
 class MaxPool(Layer):
@@ -158,32 +141,29 @@ class MaxPool(Layer):
 
     def __init__(self, kernel, stride, pad=0, ceil=False):
         self.kernel, self.stride, self.pad, self.ceil = kernel, stride, pad, ceil
-        self.x = self.y = None
+        self.y = None
 
-    def forward(self, x, out=None):
+    def forward(self, x, now):
         self.x = x                                                  # (N, H, W, C)
-        self.y = kernels.max_pool_forward(x, self.kernel, self.stride, self.pad, self.ceil, out)
+        self.y = kernels.max_pool_forward(x, self.kernel, self.stride, self.pad, self.ceil)
         return self.y                                               # (N, OH, OW, C)
 
     def backward(self, dy):
-        return kernels.max_pool_backward(dy, self.x, self.y, self.kernel, self.stride, self.pad,
-                                         self.below_relu)           # (N, H, W, C)
+        return kernels.max_pool_backward(dy, self.x, self.y, self.kernel, self.stride, self.pad)
 
 
 class AvgPool(Layer):
     """y = the mean of each window."""
 
-    def __init__(self, kernel, stride, pad=0, ceil=False):
-        self.kernel, self.stride, self.pad, self.ceil = kernel, stride, pad, ceil
-        self.x = None
+    def __init__(self, kernel, stride):
+        self.kernel, self.stride = kernel, stride
 
-    def forward(self, x, out=None):
+    def forward(self, x, now):
         self.x = x                                                  # (N, H, W, C)
-        return kernels.avg_pool_forward(x, self.kernel, self.stride, self.pad, self.ceil, out)
+        return kernels.avg_pool_forward(x, self.kernel, self.stride)            # (N, OH, OW, C)
 
     def backward(self, dy):
-        return kernels.avg_pool_backward(dy, self.x, self.kernel, self.stride, self.pad,
-                                         self.below_relu)           # (N, H, W, C)
+        return kernels.avg_pool_backward(dy, self.x.shape, self.kernel, self.stride)
 
 
 class LRN(Layer):
@@ -191,14 +171,13 @@ class LRN(Layer):
 
     def __init__(self, size=5, k=2.0, alpha=1e-4, beta=0.75):
         self.constants = size, k, alpha, beta
-        self.x = None
 
-    def forward(self, x):
+    def forward(self, x, now):
         self.x = x                                                  # (N, H, W, C)
         return kernels.lrn_forward(x, *self.constants)
 
     def backward(self, dy):
-        return kernels.lrn_backward(dy, self.x, *self.constants, relu=self.below_relu)
+        return kernels.lrn_backward(dy, self.x, *self.constants)
 
 
 class Dropout(Layer):
@@ -206,37 +185,30 @@ class Dropout(Layer):
 
     def __init__(self, rate):
         self.rate = rate
-        self.x = self.counter = None
+        self.counter = None
 
     def init(self, rng):
         self.stream = int(rng.integers(1 << 32))                    # its own stream of masks
 
-    def at(self, now):
-        self.counter = None if now.step is None else (now.seed, now.step, self.stream, now.row)
-
-    def forward(self, x):
-        self.x = x                                                  # (N, E)
-        return x if not self.counter or not self.rate else kernels.dropout(
-            x, self.rate, *self.counter)
+    def forward(self, x, now):
+        drops = self.rate and now.step is not None
+        self.counter = (now.seed, now.step, self.stream, now.row) if drops else None
+        return kernels.dropout(x, self.rate, *self.counter) if drops else x     # (N, E)
 
     def backward(self, dy):
         # y = x · mask, so dx = dy · mask: the counter draws the same mask again
-        relu = self.x if self.below_relu else None
-        if not self.counter or not self.rate:
-            return dy if relu is None else kernels.relu_backward(dy, relu)
-        return kernels.dropout(dy, self.rate, *self.counter, relu=relu)
+        return kernels.dropout(dy, self.rate, *self.counter) if self.counter else dy
 
 
 class Flatten(Layer):
     """(N, H, W, C) -> (N, H*W*C)."""
 
-    def forward(self, x):
+    def forward(self, x, now):
         self.x = x
         return x.reshape(len(x), -1)                                # (N, H*W*C)
 
     def backward(self, dy):
-        dx = dy.reshape(self.x.shape)                               # (N, H, W, C)
-        return kernels.relu_backward(dx, self.x) if self.below_relu else dx
+        return dy.reshape(self.x.shape)                             # (N, H, W, C)
 
 
 class Concat(Layer):
@@ -246,43 +218,23 @@ class Concat(Layer):
     """
 
     def __init__(self, *branches):
-        self.branches = [Network([(f"{i}.{j}", layer) for j, layer in enumerate(branch)])
-                         for i, branch in enumerate(branches)]          # their paths: 0.0, 1.0, …
-        ends = [branch[-1] for branch in branches]
-        self.relu = all(end.relu for end in ends)
-        stops = np.cumsum([0] + [end.shape[3] for end in ends])
+        self.parts = [Network([(f"{i}.{j}", layer) for j, layer in enumerate(branch)], True)
+                      for i, branch in enumerate(branches)]         # their paths: 0.0, 1.0, …
+        stops = np.cumsum([0] + [branch.output.shapes["b"][0] for branch in self.parts])
         self.slices = [slice(a, b) for a, b in zip(stops, stops[1:])]
 
-    def link(self, below_relu, needs_dx):
-        for branch in self.branches:
-            branch.link(below_relu, needs_dx)
-
-    def init(self, rng):
-        for branch in self.branches:
-            branch.init_from(rng)
-
-    def at(self, now):
-        for branch in self.branches:
-            branch.at(now)
-
-    def inputs(self):
-        return [x for branch in self.branches for x in branch.inputs()]
-
-    def parameters(self):
-        return [row for branch in self.branches for row in branch.parameters()]
-
-    def forward(self, x):
+    def forward(self, x, now):
         y = np.empty_like(x, shape=(*x.shape[:3], self.slices[-1].stop))    # (N, H, W, ΣF)
-        for branch, part in zip(self.branches, self.slices):
-            branch.run(x, out=y[..., part])
+        for branch, mine in zip(self.parts, self.slices):
+            branch.forward(x, now, out=y[..., mine])
         return y
 
     def backward(self, dy):
         # every branch saw the same x, so its gradients add up
-        dx, *others = [branch.backward(dy[..., part])
-                       for branch, part in zip(self.branches, self.slices)]
-        for other in others if dx is not None else ():
-            kernels.add(dx, other)
+        dx, *others = [branch.backward(dy[..., mine])
+                       for branch, mine in zip(self.parts, self.slices)]
+        for other in others:
+            dx += other
         return dx                                                   # (N, H, W, C)
 
 
@@ -293,67 +245,56 @@ class Head(Layer):
     """
 
     def __init__(self, *rows):
-        self.branch = Network(rows)
+        self.branch = Network(rows, True)
+        self.parts = [self.branch]
         self.s = self.ds = None
 
-    def link(self, below_relu, needs_dx):
-        self.relu = below_relu
-        self.branch.link(below_relu, needs_dx=True)
-
-    def init(self, rng):
-        self.branch.init_from(rng)
-
-    def at(self, now):
-        self.training = now.step is not None
-        self.branch.at(now)
-
-    def inputs(self):
-        return self.branch.inputs() if self.training else []
-
-    def parameters(self):
-        return self.branch.parameters()
-
-    def forward(self, x):
-        if self.training:
-            self.s = self.branch.run(x)                             # (N, K), or (N, C)
+    def forward(self, x, now):
+        self.s = None if now.step is None else self.branch.forward(x, now)      # (N, K), or (N, C)
         return x
 
     def backward(self, dy):
         # x goes on and into the branch, so the two gradients add up
-        return kernels.add(self.branch.backward(self.ds), dy)
+        dx = self.branch.backward(self.ds)
+        dx += dy
+        return dx
 
 
 # --------------------------------------------------------------------------------- networks
 
+def walk(name, layer):
+    """(path, layer) of a layer that has no parts, or else of all those within it, in order."""
+    if not layer.parts:
+        yield name, layer
+    for part in layer.parts:
+        for inner, one in part.layers.items():
+            yield from walk(f"{name}.{inner}", one)
+
+
 class Network:
-    """Layers one after the other: rows of (name, layer)."""
+    """Layers one after the other, by name: rows of (name, layer)."""
 
-    def __init__(self, rows):
-        self.rows = rows
-        self.link(below_relu=False, needs_dx=False)
+    def __init__(self, rows, needs_dx=False):
+        self.layers = dict(rows)
+        self.first, self.output = rows[0][1], rows[-1][1]
+        self.first.needs_dx = needs_dx
 
-    def link(self, below_relu, needs_dx):
-        for _, layer in self.rows:
-            layer.link(below_relu, needs_dx)
-            below_relu, needs_dx = layer.relu, True
+    def walk(self):
+        """(path, layer) of all layers that have no parts, first to last."""
+        return [row for name, layer in self.layers.items() for row in walk(name, layer)]
 
     def init(self, seed):
         """First weights, each layer's from a counter of its own: a larger K changes no other."""
-        for name, layer in self.rows:
-            layer.init(np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(name.encode())])))
-        for _, layer, attribute in self.parameters():
-            setattr(layer, attribute, kernels.to_device(getattr(layer, attribute)))
-        return self
-
-    def init_from(self, rng):
-        """First weights of a part of a network, one layer after the other."""
-        for _, layer in self.rows:
-            layer.init(rng)
+        for name, layer in self.layers.items():
+            rng = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(name.encode())]))
+            for _, one in walk(name, layer):
+                one.init(rng)
+        return self.load(self.state())
 
     def parameters(self):
         """(path, layer, attribute) of everything learned, e.g. ("conv1.w", conv1, "w")."""
-        return [(f"{name}.{path}", owner, attribute) for name, layer in self.rows
-                for path, owner, attribute in layer.parameters()]
+        return [(f"{path}.{name}", layer, name) for path, layer in self.walk()
+                for name in layer.names]
 
     def state(self):
         """{path: array} of everything learned, as NumPy arrays."""
@@ -363,71 +304,58 @@ class Network:
     def load(self, state):
         """Take the weights of `state`, {path: array}; ValueError if they are of another network."""
         for path, layer, attribute in self.parameters():
-            wanted = layer.shape if attribute == "w" else layer.bias
-            if path not in state or state[path].shape != tuple(wanted):
-                raise ValueError(f"the model is not one of this network: {path} should be "
-                                 f"{tuple(wanted)}")
+            shape = layer.shapes[attribute]
+            if path not in state or state[path].shape != shape:
+                raise ValueError(f"the model is not one of this network: {path} should be {shape}")
             setattr(layer, attribute, kernels.to_device(state[path]))
         return self
 
     def heads(self):
         """The auxiliary classifiers."""
-        return [layer for _, layer in self.rows if isinstance(layer, Head)]
+        return [layer for layer in self.layers.values() if isinstance(layer, Head)]
 
-    def at(self, now):
-        """Get every layer ready for a forward pass."""
-        for _, layer in self.rows:
-            layer.at(now)
-
-    def forward(self, x, **now):
-        """The last layer's y; `now` are fields of Pass. With a step number this is training."""
-        self.at(Pass(**now))
-        return self.run(x)
-
-    def run(self, x, out=None):
-        """The last layer's y, into `out` if given; `at` has been called."""
-        for _, layer in self.rows:
-            into = [out] if layer is self.rows[-1][1] and out is not None else []
-            x = layer.forward(x, *into)
+    def forward(self, x, now=Pass(), out=None):
+        """The last layer's y, into `out` if given; with a step number in `now` this is training."""
+        for layer in self.layers.values():
+            into = {"out": out} if out is not None and layer is self.output else {}
+            x = layer.forward(x, now, **into)
         return x
 
     def features(self, x, last=None):
         """The last hidden layer e = f(x; θ), (N, E), without dropout (paper, §3).
 
-        With the name of a row, `last`, what that one gives.
+        With the name of a layer, `last`, what that one gives.
         """
-        self.at(Pass())
-        for name, layer in self.rows[:-1] if last is None else self.rows:
-            x = layer.forward(x)
+        for name, layer in self.layers.items():
+            if last is None and layer is self.output:
+                break
+            x = layer.forward(x, Pass())
             if name == last:
                 break
         return x
-
-    def inputs(self):
-        """The arrays that the layers keep for the backward pass."""
-        return [x for _, layer in self.rows for x in layer.inputs()]
-
-    def bytes_per_image(self, size, crop):
-        """GPU memory that one image of a batch takes in a training step.
-
-        Every layer's input stays for the backward pass, which holds up to three gradients as large
-        as the largest; the photo is there twice, on its way and in use. Parts of split sums are
-        not counted.
-        """
-        x = kernels.prepare(np.zeros((1, size, size, 3), np.uint8), [0], [0], [False], crop)
-        self.forward(x, step=0, classes=np.zeros(1, np.int32))
-        kept = {id(x if x.base is None else x.base): x.nbytes for x in self.inputs()}
-        return sum(kept.values()) + 3 * max(kept.values()) + 2 * 3 * size ** 2
 
     def backward(self, dy, done=lambda layer: None):
         """Every layer's gradients, last to first; returns the first layer's dx if it is needed.
 
         done(layer) is called as soon as a layer's gradients are there.
         """
-        for _, layer in reversed(self.rows):
+        for layer in reversed(self.layers.values()):
             dy = layer.backward(dy)
             done(layer)
         return dy
+
+    def bytes_per_image(self, size, crop):
+        """Device memory that one image of a batch takes in a training step.
+
+        Every layer's input stays for the backward pass, which holds up to three gradients as large
+        as the largest; the photo is there twice, on its way and in use.
+        """
+        x = kernels.prepare(np.zeros((1, size, size, 3), np.uint8), [0], [0], [False], crop)
+        self.forward(x, Pass(step=0, classes=np.zeros(1, np.int32)))
+        kept = [layer.x for _, layer in self.walk() if layer.x is not None]
+        wholes = [x if x.base is None else x.base for x in kept]
+        sizes = {id(whole): whole.nbytes for whole in wholes}.values()
+        return sum(sizes) + 3 * max(sizes) + 2 * 3 * size ** 2
 
 
 def alexnet(k, dropout):
@@ -540,63 +468,54 @@ def he_normal(rng, shape, fan_in):
 
 
 # ---------------------------------------------------------------------------------- losses
+# loss(s, labels) -> each row's part of ℓ, (N,), and ∂ℓ/∂s in the memory of s, (N, C). The labels
+# (data.Labels) say which columns of s are targets, what each row weighs, and which words, if not
+# all K, the columns stand for.
 
-class Softmax:
+def softmax(s, labels):
     """The multi-class logistic loss (eq. 2), over all K words or over some classes.
 
-    share (K,): the share of the training rows that carry each word. With `chance`, the chance of
-    each class to be among the given ones where a row does not carry it, a class counts for
-    1/chance classes: the sum over some is an unbiased estimate of that over all (sampled softmax).
+    With labels.chance, each class counts for 1/chance classes where a row does not carry it, and
+    the sum over some is an unbiased estimate of that over all (sampled softmax).
     """
-
-    def __init__(self, share):                  # it does not depend on it: OneVersusAll does
-        pass
-
-    def __call__(self, s, targets, weights, classes=None, chance=None):
-        """ℓ and ∂ℓ/∂s in the memory of s (N, C); targets (N, T) are columns of s."""
-        return kernels.softmax_loss(s, targets, weights,
-                                    None if chance is None else -np.log(chance))
-
-    def photo_weights(self, rows):
-        """A photo's weight is shared by its words, as training with one word a row does."""
-        return np.array([1 / len(row) for row in rows])
+    shift = None if labels.chance is None else -np.log(labels.chance)
+    return kernels.softmax_loss(s, labels.targets, labels.weights, shift)
 
 
-class OneVersusAll:
+def one_vs_all(s, labels):
     """The one-versus-all logistic loss (eq. 1), its class weights scaled by N / K.
 
-    A class's positives weigh 1 / (K share) and its negatives 1 / (K (1 - share)), so each class
-    counts 1/K for either. With `chance` a negative counts for 1/chance of them, as in Softmax.
+    Of the training rows a share carries each word. A class's positives weigh 1 / (K share) and its
+    negatives 1 / (K (1 - share)), so each class counts 1/K for either. With labels.chance a
+    negative counts for 1/chance of them, as in `softmax`.
     """
-
-    def __init__(self, share):
-        with np.errstate(divide="ignore"):      # a word that every row carries has no negatives
-            self.positive = 1 / (len(share) * share)                # (K,)
-            self.negative = np.where(share < 1, 1 / (len(share) * (1 - share)), 0)
-
-    def __call__(self, s, targets, weights, classes=None, chance=None):
-        """ℓ and ∂ℓ/∂s in the memory of s (N, C); targets (N, T) are columns of s."""
-        chosen = slice(None) if classes is None else classes
-        negative = self.negative[chosen]
-        if chance is not None:                  # 0 where no other row can bring the class
-            negative = np.divide(negative, chance, out=np.zeros_like(negative), where=chance > 0)
-        return kernels.one_vs_all_loss(s, targets, weights, self.positive[chosen], negative)
-
-    def photo_weights(self, rows):
-        return np.ones(len(rows))
+    share, k = labels.share, len(labels.share)                      # (K,)
+    if labels.classes is not None:
+        share = share[labels.classes]                               # (C,)
+    with np.errstate(divide="ignore"):          # a word that every row carries has no negatives
+        negative = np.where(share < 1, 1 / (k * (1 - share)), 0)
+    if labels.chance is not None:               # 0 where no other row can bring the class
+        negative = np.divide(negative, labels.chance, out=np.zeros_like(negative),
+                             where=labels.chance > 0)
+    return kernels.one_vs_all_loss(s, labels.targets, labels.weights, 1 / (k * share), negative)
 
 
-LOSSES = {"softmax": Softmax, "one-vs-all": OneVersusAll}
+LOSSES = {"softmax": softmax, "one-vs-all": one_vs_all}
 
 
-def training_loss(net, s, weights, loss):
-    """ℓ and ∂ℓ/∂s of the scores s; those of auxiliary heads count HEAD_WEIGHT, and keep theirs.
-
-    loss(s, weights) -> (ℓ, ∂ℓ/∂s).
-    """
+def training_loss(net, s, labels, loss):
+    """The scores' losses, (N,), and ∂ℓ/∂s; auxiliary heads count HEAD_WEIGHT, and keep theirs."""
     for head in net.heads():
-        _, head.ds = loss(head.s, HEAD_WEIGHT * weights)
-    return loss(s, weights)
+        _, head.ds = loss(head.s, labels._replace(weights=HEAD_WEIGHT * labels.weights))
+    return loss(s, labels)
+
+
+def photo_weights(name, targets):
+    """What each held-out photo weighs in the loss called `name`, (N,), before the division by N.
+
+    Under eq. 2 a photo's words share its weight, as training with one word a row does.
+    """
+    return np.array([1 / len(words) if name == "softmax" else 1 for words in targets])
 
 
 # ------------------------------------------------------------------------------------- SGD
@@ -610,18 +529,14 @@ class SGD:
 
     def __init__(self, net, momentum, decay):
         self.net, self.momentum, self.decay = net, momentum, decay
-        self.v = {path: kernels.to_device(np.zeros(getattr(layer, name).shape,
-                                                   getattr(layer, name).dtype))
+        self.v = {path: kernels.to_device(np.zeros(layer.shapes[name], getattr(layer, name).dtype))
                   for path, layer, name in net.parameters()}
 
     def step(self, rate):
         for path, layer, name in self.net.parameters():
-            arrays = getattr(layer, name), self.v[path], getattr(layer, "d" + name)
-            constants = rate, self.momentum, self.decay if name == "w" else 0
-            if getattr(layer, "rows", None) is None:
-                kernels.sgd(*arrays, *constants)
-            else:
-                kernels.sgd_rows(*arrays, layer.rows, *constants)
+            kernels.sgd(getattr(layer, name), self.v[path], getattr(layer, "d" + name), rate,
+                        self.momentum, self.decay if name == "w" else 0,
+                        getattr(layer, "classes", None))
 
     def load(self, state):
         """Take the velocities of `state`, {path: array}."""
@@ -648,28 +563,13 @@ class Plateau:
 # ------------------------------------------------------------------------------ checkpoints
 
 def save(path, net, optimiser, facts, words):
-    """Write a checkpoint: weights `w/…`, velocities `v/…`, `facts` (JSON) and the dictionary.
-
-    It is written beside `path`, flushed and renamed: whatever happens, `path` is whole.
-    """
+    """Write a checkpoint: weights `w/…`, velocities `v/…`, `facts` (JSON) and the dictionary."""
     arrays = {"w/" + key: value for key, value in net.state().items()}
     arrays |= {"v/" + key: kernels.to_host(value) for key, value in optimiser.v.items()}
     for key, text in (("facts", json.dumps(facts)), ("words", "\n".join(words))):
         arrays[key] = np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8)
-    beside = path + ".part"
-    try:
-        with open(beside, "wb") as file:
-            np.savez(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        if os.path.exists(beside):
-            os.remove(beside)
-        raise
-    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-    os.fsync(folder)                            # the new name itself reaches the disk
-    os.close(folder)
+    with whole_file(path) as file:
+        np.savez(file, **arrays)
 
 
 def load(path):

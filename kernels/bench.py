@@ -5,15 +5,17 @@
     python kernels/bench.py loader --images DIR          photos/s against PyTorch's DataLoader
     python kernels/bench.py targets         steps with K = 1,000 and 100,000, of a batch's words
     python kernels/bench.py bounds          the loss over some words against that over all
-    python kernels/bench.py ranks           sums over ranks, under mpiexec
+    python kernels/bench.py ranks           the allreduce of gradients, under mpiexec
     python kernels/bench.py index           captions/s and memory for 10^4 to 10^7 lines of YFCC
     python kernels/bench.py gpu             each CUDA kernel and whole steps, in each precision
     python kernels/bench.py resources       registers and spills of each kernel; needs no GPU
 
 Machines are noisy: things that are compared take turns in one run, and medians are printed.
 """
-import argparse
 import bz2
+import ctypes
+import glob
+import itertools
 import os
 import re
 import statistics
@@ -32,8 +34,9 @@ import numpy as np
 import data
 import kernels
 import model
-from kernels import gpu as launches
+from kernels import gpu as launches         # `gpu` is a command here
 from kernels import ranks as several
+from kernels.console import Parser, guarded
 
 ALEXNET = [                     # input pixels, C, F, kernel, stride, pad of its convolutions
     ("conv1", 224, 3, 64, 11, 4, 2), ("conv2", 27, 64, 192, 5, 1, 2),
@@ -69,6 +72,20 @@ def synchronise():
         cupy.cuda.Device().synchronize()
 
 
+def blas():
+    """What NumPy's own OpenBLAS calls the kernels it chose for this processor."""
+    folder = os.path.join(os.path.dirname(os.path.dirname(np.__file__)), "numpy.libs")
+    for path in glob.glob(os.path.join(folder, "*openblas*")):
+        library = ctypes.CDLL(path)
+        for name in ("scipy_openblas_get_corename64_", "scipy_openblas_get_corename",
+                     "openblas_get_corename64_", "openblas_get_corename"):
+            if hasattr(library, name):
+                function = getattr(library, name)
+                function.restype = ctypes.c_char_p
+                return f"OpenBLAS {function().decode()}"
+    return "a BLAS of unknown kernels"
+
+
 def layers(options):
     """Each convolution of AlexNet in three directions, beside a plain matrix product."""
     kernels.use("cpu")
@@ -78,14 +95,14 @@ def layers(options):
     (seconds,) = timed(lambda: kernels.cpu._pool.run(lambda t: a @ b))
     limit = 2 * 1536 ** 3 * kernels.threads() / seconds / 1e9
     print(f"the limit: {limit:.0f} GFLOP/s, a matrix product in each of "
-          f"{kernels.threads()} threads")
+          f"{kernels.threads()} threads, {blas()}")
     print(f"{'':8}{'forward':>10}{'dx':>10}{'dw':>10}   GFLOP/s and share of the limit, batch {n}")
     for name, size, c, f, k, stride, pad in ALEXNET:
         x = rng.standard_normal((n, size, size, c)).astype(np.float32)
         w = rng.standard_normal((k, k, c, f)).astype(np.float32)
         y = kernels.conv_forward(x, w, np.zeros(f, np.float32), stride, pad)
         times = timed(lambda: kernels.conv_forward(x, w, w[0, 0, 0], stride, pad, relu=True),
-                      lambda: stride > 1 or kernels.conv_backward_input(y, w, x, 1, pad, True),
+                      lambda: stride > 1 or kernels.conv_backward_input(y, w, x.shape, 1, pad),
                       lambda: kernels.conv_backward_filter(x, y, w.shape, stride, pad))
         rates = [2 * y.size * k * k * c / seconds / 1e9 for seconds in times]
         print(f"{name:8}" + "".join("         -" if direction == 1 and stride > 1 else
@@ -102,18 +119,16 @@ def our_step(name, n, k, some=False):
         v.fill(0)                               # memory that was never written comes at a price
     photos = rng.integers(0, 256, (n, recipe.size, recipe.size, 3), np.uint8)
     x = kernels.prepare(photos, *data.centre(n, recipe.size - recipe.crop), recipe.crop)
-    weights, state = np.full(n, 1 / n, np.float32), {"step": 0}
+    weights, numbers = np.full(n, 1 / n, np.float32), itertools.count(1)
 
     def step():
-        state["step"] += 1
         targets, classes = rng.integers(0, k, (n, 1)).astype(np.int32), None
         if some:                                # other rows of the output layer in every step
             classes = np.unique(targets)
             targets = data.columns(targets, classes)
-        s = net.forward(x, step=state["step"], classes=classes)
-        _, ds = model.training_loss(net, s, weights, lambda s, weights: kernels.softmax_loss(
-            s, targets, weights))
-        net.backward(ds)
+        s = net.forward(x, model.Pass(step=next(numbers), classes=classes))
+        labels = data.Labels(targets, weights, None, classes)
+        net.backward(model.training_loss(net, s, labels, model.softmax)[1])
         optimiser.step(1e-4)
     return step
 
@@ -124,7 +139,7 @@ def torch_joints(torch):
     class Concat(torch.nn.Module):
         def __init__(self, branches):
             super().__init__()
-            self.branches = torch.nn.ModuleList(torch_network(torch, one.rows) for one in branches)
+            self.branches = torch.nn.ModuleList(torch_network(torch, one.layers) for one in branches)
 
         def forward(self, x):
             return torch.cat([branch(x) for branch in self.branches], 1)
@@ -132,7 +147,7 @@ def torch_joints(torch):
     class Head(torch.nn.Module):
         def __init__(self, branch):
             super().__init__()
-            self.branch = torch_network(torch, branch.rows)
+            self.branch = torch_network(torch, branch.layers)
 
         def forward(self, x):
             self.s = self.branch(x) if self.training else None
@@ -140,8 +155,8 @@ def torch_joints(torch):
     return Concat, Head
 
 
-def torch_network(torch, rows):
-    """Our layers as PyTorch's, with our weights, to compare with."""
+def torch_network(torch, layers):
+    """Our layers, by name, as PyTorch's, with our weights, to compare with."""
     nn, parts, channels = torch.nn, [], 3
     concat, head = torch_joints(torch)
 
@@ -151,20 +166,20 @@ def torch_network(torch, rows):
             module.bias.copy_(torch.from_numpy(b))
         parts.append(module)
 
-    for _, layer in rows:
+    for layer in layers.values():
         if isinstance(layer, model.Conv):
-            size, _, c, channels = layer.shape
+            size, _, c, channels = layer.shapes["w"]
             add(nn.Conv2d(c, channels, size, layer.stride, layer.pad),
                 layer.w.transpose(3, 2, 0, 1), layer.b)
         elif isinstance(layer, model.MaxPool):
             parts.append(nn.MaxPool2d(layer.kernel, layer.stride, layer.pad, ceil_mode=layer.ceil))
         elif isinstance(layer, model.AvgPool):
-            parts.append(nn.AvgPool2d(layer.kernel, layer.stride, layer.pad, layer.ceil, False))
+            parts.append(nn.AvgPool2d(layer.kernel, layer.stride))
         elif isinstance(layer, model.LRN):
             size, k, alpha, beta = layer.constants
             parts.append(nn.LocalResponseNorm(size, alpha * size, beta, k))
         elif isinstance(layer, model.Concat):
-            parts.append(concat(layer.branches))
+            parts.append(concat(layer.parts))
             channels = layer.slices[-1].stop
         elif isinstance(layer, model.Head):
             parts.append(head(layer.branch))
@@ -173,11 +188,12 @@ def torch_network(torch, rows):
         elif isinstance(layer, model.Dropout) and layer.rate:
             parts.append(nn.Dropout(layer.rate))
         elif isinstance(layer, model.Linear):   # ours come from NHWC, theirs from NCHW
-            w = layer.w.reshape(-1, channels, layer.shape[1]).swapaxes(0, 1).reshape(layer.shape)
-            channels = layer.shape[1]
-            add(nn.Linear(*layer.shape), w.T, layer.b)
+            d, e = layer.shapes["w"]
+            w = layer.w.reshape(-1, channels, e).swapaxes(0, 1).reshape(d, e)
+            channels = e
+            add(nn.Linear(d, e), w.T, layer.b)
         elif isinstance(layer, model.Output):
-            add(nn.Linear(*layer.shape[::-1]), layer.w, layer.b)
+            add(nn.Linear(*layer.w.shape[::-1]), layer.w, layer.b)
         if isinstance(layer, (model.Conv, model.Linear)) and layer.relu:
             parts.append(nn.ReLU(True))
     return nn.Sequential(*parts)
@@ -189,7 +205,7 @@ def torch_step(torch, name, n, k, channels_last, device="cpu"):
     ours = recipe.build(k, recipe.dropout).init(0)
     for _, layer, attribute in ours.parameters():
         setattr(layer, attribute, kernels.to_host(getattr(layer, attribute)))
-    net = torch_network(torch, ours.rows).to(device)
+    net = torch_network(torch, ours.layers).to(device)
     x = torch.randn(n, 3, recipe.crop, recipe.crop, device=device)
     if channels_last:
         net, x = (thing.to(memory_format=torch.channels_last) for thing in (net, x))
@@ -220,7 +236,7 @@ def step(options):
         print("PyTorch is not installed: no comparison")
     times = timed(*steps, rounds=options.rounds)
     print(f"{options.network}, batch {options.batch}, K = {options.words}, "
-          f"{kernels.threads()} threads, median of {3 * options.rounds}")
+          f"{kernels.threads()} threads, {blas()}, median of {3 * options.rounds}")
     for name, seconds in zip(names, times):
         print(f"{name:34}{options.batch / seconds:8.1f} images/s")
     if len(times) > 1:
@@ -260,7 +276,7 @@ def bounds(options):
 
 
 def ranks(options):
-    """The sum over ranks of the gradients of each network, and its rate; under mpiexec."""
+    """The allreduce of the gradients of each network, and its rate; under mpiexec."""
     joined = several.join()
     if joined.size == 1:
         raise RuntimeError("start it with mpiexec -n 2 or more")
@@ -269,16 +285,15 @@ def ranks(options):
         net = recipe.build(1000, 0).init(0)
         arrays = [getattr(layer, attribute) for _, layer, attribute in net.parameters()]
 
-        def add_up():
+        def allreduce():
             for x in arrays:
-                joined.add_up(x)
+                joined.begin_allreduce(x)
             joined.wait()
 
-        (seconds,) = timed(add_up, rounds=options.rounds, each=1, sync=synchronise)
+        (seconds,) = timed(allreduce, rounds=options.rounds, each=1, sync=synchronise)
         size = sum(x.nbytes for x in arrays)
-        if not joined.rank:
-            print(f"{name}: {size / 1e6:.0f} MB over {joined.size} ranks in {seconds * 1e3:.0f} ms,"
-                  f" {size / seconds / 1e9:.2f} GB/s", flush=True)
+        print(f"{name}: {size / 1e6:.0f} MB over {joined.size} ranks in {seconds * 1e3:.0f} ms, "
+              f"{size / seconds / 1e9:.2f} GB/s", flush=True)
 
 
 def gpu_cases(n):
@@ -300,7 +315,7 @@ def gpu_cases(n):
                partial(kernels.conv_forward, x, w, b, stride, pad, True), partial(rival, "forward"))
         if stride == 1:
             yield (name + " dx", "TFLOP/s", work,
-                   partial(kernels.conv_backward_input, y, w, x, stride, pad, True),
+                   partial(kernels.conv_backward_input, y, w, x.shape, stride, pad),
                    partial(rival, "dx"))
         yield (name + " dw, db", "TFLOP/s", work,
                partial(kernels.conv_backward_filter, x, y, w.shape, stride, pad),
@@ -313,15 +328,16 @@ def gpu_cases(n):
         yield (name + " forward", "GB/s", bytes_each, partial(kernels.max_pool_forward, x, 3, 2),
                partial(rival, False))
         yield (name + " dx", "GB/s", 2 * bytes_each,
-               partial(kernels.max_pool_backward, y, x, y, 3, 2, 0, True), partial(rival, True))
+               partial(kernels.max_pool_backward, y, x, y, 3, 2), partial(rival, True))
     x, e, s = some(n, 56, 56, 64), some(n, 4096), some(n, 100_000)
     yield "LRN forward", "GB/s", 8 * x.size, partial(kernels.lrn_forward, x), None
     yield "LRN dx", "GB/s", 12 * x.size, partial(kernels.lrn_backward, x, x), None
+    yield "ReLU dx", "GB/s", 12 * x.size, partial(kernels.relu_backward, x, x), None
     yield "dropout", "GB/s", 8 * e.size, partial(kernels.dropout, e, 0.5, 0, 1, 2), None
     targets, weights = np.zeros((n, 1), np.int32), np.full(n, 1 / n, np.float32)
     yield ("loss, K = 100,000", "GB/s", 12 * s.size,
            partial(kernels.softmax_loss, s, targets, weights), None)
-    w, v, dw = some(9216, 4096), some(9216, 4096), some(9216, 4096)
+    w, v, dw = (some(9216, 4096) for _ in range(3))
     yield "update of fc6", "GB/s", 20 * w.size, partial(kernels.sgd, w, v, dw, .1, .9, 5e-4), None
     photos = rng.integers(0, 256, (n, 256, 256, 3), np.uint8)
     yield ("photos, copied and prepared", "GB/s", photos.size + 16 * n * 224 * 224,
@@ -393,12 +409,41 @@ def gpu(options):
             for seconds in times[1:]), flush=True)
 
 
+def variants(tf32):
+    """(file, defines) of every kernel variant that is launched on a GPU with TF32, or without."""
+    yield "pool.cu", (launches.POOL_DEFINE,)
+    yield from ((file, ()) for file in ("lrn.cu", "pointwise.cu", "loss.cu", "sgd.cu"))
+    for inner, filter_gradient, vec, bn in itertools.product(
+            (0, 1, 3) if tf32 else (0,), (0, 1), (4, 1), (128, 64)):
+        yield "conv.cu", launches.conv_defines(bn, launches.STAGES, vec, filter_gradient, inner)
+
+
+def compile_for(architecture, file, defines):
+    """Compile a variant as CuPy would, for "90" say, without a GPU; (cubin, the compiler's notes).
+
+    RuntimeError with the compiler's message where that fails.
+    """
+    from cupy.cuda import nvrtc
+    program = nvrtc.createProgram(launches.source(file), file, (), ())
+    try:
+        nvrtc.compileProgram(program, (
+            *launches.options(defines), f"-arch=sm_{architecture}", "-ftz=true",
+            "--device-as-default-execution-space", "--ptxas-options=-v"))
+        return nvrtc.getCUBIN(program), nvrtc.getProgramLog(program)
+    except nvrtc.NVRTCError:
+        raise RuntimeError(f"{file} {defines} for sm_{architecture}: "
+                           f"{nvrtc.getProgramLog(program)}") from None
+    finally:
+        nvrtc.destroyProgram(program)
+
+
 def resources(options):
     """Registers a thread, and bytes spilled, of each kernel variant, as NVRTC's ptxas reports."""
     print(f"{'sm_' + options.architecture:56}{'registers':>10}{'spilled':>9}")
-    for file, defines in launches.variants(int(options.architecture) >= 80):
-        notes = launches.compile_for(options.architecture, file, defines)[1]
-        label = " ".join(f"{name}={value}" for name, value in defines)
+    for file, defines in variants(int(options.architecture) >= 80):
+        notes = compile_for(options.architecture, file, defines)[1]
+        label = " ".join(f"{name}={value}" for name, value in defines
+                         if not name.endswith("_BYTES"))
         for kernel, note in re.findall(r"Compiling entry function '(\w+)'(.*?Used \d+ registers)",
                                        notes, re.DOTALL):
             spilled = sum(map(int, re.findall(r"(\d+) bytes spill", note)))
@@ -434,13 +479,12 @@ def loader(options):
     n = options.batch
 
     def ours():
-        mine = data.Loader(options.images, names.__getitem__, len(names), recipe.size, n,
-                           options.workers)
         plans = (data.Listed(range(i, min(i + n, len(names)))) for i in range(0, len(names), n))
-        for plan, photos in mine.batches(plans):
-            where = data.centre(len(photos), recipe.size - recipe.crop)
-            kernels.prepare(photos, *where, recipe.crop)
-        mine.close()
+        with data.Loader(options.images, names.__getitem__, len(names), recipe.size,
+                         options.workers) as mine:
+            for _, photos in mine.batches(plans):
+                where = data.centre(len(photos), recipe.size - recipe.crop)
+                kernels.prepare(photos, *where, recipe.crop)
 
     rivals, labels = [ours], ["weak.py"]
     try:
@@ -504,25 +548,7 @@ def index(options):
     """Lines/s of the index in one process, and its memory: each size in a process of its own."""
     if options.captions:
         with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
-            path = os.path.join(folder, "captions" + ".bz2" * options.bz2)
-            write_yfcc(path, options.captions, pack=bz2.open if options.bz2 else open)
-            memory = Memory()
-            memory.start()
-            started = time.perf_counter()
-            built = data.build_index(path, os.path.join(folder, "index"), data.Text(100_000, 500),
-                                     processes=0, say=lambda text: None)
-            seconds = time.perf_counter() - started
-            memory.over = True
-            size = sum(os.path.getsize(os.path.join(built.folder, name))
-                       for name in os.listdir(built.folder))
-            started = time.perf_counter()
-            for number in range(50):
-                data.Draws(built, 0, number, 128)
-            draw = (time.perf_counter() - started) / 50
-            print(f"{options.captions:>12,}{len(built):>12,}{os.path.getsize(path) / 1e6:9.0f}"
-                  f"{seconds:9.1f}"
-                  f"{options.captions / seconds:14,.0f}{memory.most:11.0f}{size / 1e6:10.1f}"
-                  f"{draw * 1000:11.2f}", flush=True)
+            index_of(options.captions, options.bz2, folder)
         return
     print(f"{'lines':>12}{'photos':>12}{'MB':>9}{'seconds':>9}{'lines/s':>14}{'memory MB':>11}"
           f"{'index MB':>10}{'batch ms':>11}", flush=True)
@@ -532,13 +558,33 @@ def index(options):
                         *(["--scratch", options.scratch] if options.scratch else [])], check=True)
 
 
+def index_of(count, bz2_packed, folder):
+    """Generate so many captions in a folder, and print what their index takes."""
+    path = os.path.join(folder, "captions" + ".bz2" * bz2_packed)
+    write_yfcc(path, count, pack=bz2.open if bz2_packed else open)
+    memory = Memory()
+    memory.start()
+    started = time.perf_counter()
+    built = data.build_index(path, os.path.join(folder, "index"), data.Text(100_000, 500))
+    seconds = time.perf_counter() - started
+    memory.over = True
+    size = sum(os.path.getsize(os.path.join(built.folder, name))
+               for name in os.listdir(built.folder))
+    started = time.perf_counter()
+    for number in range(50):
+        data.Draws(built, 0, number, 128)
+    draw = (time.perf_counter() - started) / 50
+    print(f"{count:>12,}{len(built):>12,}{os.path.getsize(path) / 1e6:9.0f}{seconds:9.1f}"
+          f"{count / seconds:14,.0f}{memory.most:11.0f}{size / 1e6:10.1f}{draw * 1000:11.2f}",
+          flush=True)
+
+
 COMMANDS = {"layers": layers, "step": step, "targets": targets, "bounds": bounds, "ranks": ranks,
             "loader": loader, "index": index, "gpu": gpu, "resources": resources}
 
 
 def main():
-    top = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    top = Parser(description=__doc__.splitlines()[0])
     top.add_argument("what", choices=tuple(COMMANDS), help="what to measure")
     top.add_argument("--network", choices=tuple(model.NETWORKS), default="alexnet", help="of steps")
     top.add_argument("--batch", type=int, help="images a step; if not given 32, on a GPU 128")
@@ -546,7 +592,8 @@ def main():
     top.add_argument("--rounds", type=int, default=5, help="turns of each")
     top.add_argument("--images", default=".", help="photos for the loader")
     top.add_argument("--photos", type=int, default=1000, help="how many of them")
-    top.add_argument("--workers", type=int, default=2, help="processes that decode")
+    top.add_argument("--workers", type=int, default=2,
+                     help="our threads, and PyTorch's processes, that decode")
     top.add_argument("--captions", type=int, help="one size only for the index")
     top.add_argument("--bz2", action="store_true", help="captions packed by bzip2")
     top.add_argument("--architecture", default="90", help="of resources, e.g. 75, 80, 90, 120")
@@ -558,9 +605,9 @@ def main():
         options.words = 100_000 if options.what == "bounds" else 1000
     try:
         COMMANDS[options.what](options)
-    except (ImportError, RuntimeError) as error:
-        several.joined.fail(1, f"bench.py {options.what}: {error}")
+    except ImportError as error:
+        raise RuntimeError(f"{options.what}: {error}") from None
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

@@ -7,7 +7,7 @@
 //   filter gradient  m = (p, q, c)      k = output pixel             n = filter f
 //
 // The input gradient is the forward product with other arguments: the image is dy, its pixels
-// `dilate` = stride apart, and the filters are turned round (kernel `turn`). The filter gradient
+// `dilate` = stride apart, and the filters are turned round. The filter gradient
 // (FILTER = 1) transposes the left operand. The left operand is gathered from an NHWC image on the
 // way to shared memory, `right` is a plain matrix with k as its row: w (KH*KW*C, F), or dy.
 //
@@ -45,6 +45,7 @@
 // n / d for 0 <= n < 2^31 as a product: gpu.py works out mul and shift for each d.
 struct Divisor {
     unsigned d, mul, shift;
+
     __device__ int divide(int n) const { return (__umulhi(n, mul) + n) >> shift; }
     __device__ int divide(int n, int& rest) const
     {
@@ -54,12 +55,14 @@ struct Divisor {
     }
 };
 
-// The image that the left operand is gathered from, and the grid of pixels that gather from it.
-struct Image {
-    const float* x;
-    int h, w, pitch;                        // pitch: numbers from a pixel to the next
-    int stride, pad, dilate, pixels;
+// The shapes of a product, packed by gpu.py field by field: the image x (pixels, C) that the left
+// operand is gathered from, the grid of its patches, and the matrix y (rows, cols).
+struct Geometry {
+    int h, w;                               // of the image
+    int stride, pad, dilate, pixels;        // pixels: of the grid, of all images
     Divisor c, kw, oh, ow;
+    int rows, cols, depth, part;            // part: numbers of k that a block adds
+    int pitch, relu;                        // pitch: numbers from a row of y to the next
 
     // pixel m of the grid -> image n (as its first pixel) and the corner of its patch
     __device__ void pixel(int m, int& first, int& i, int& j) const
@@ -77,8 +80,8 @@ struct Image {
         p = kw.divide(c.divide(k, channel), q);
     }
 
-    // the number at pixel (i, j), a channel; false where it is zero
-    __device__ bool find(int first, int i, int j, int channel, const float*& at) const
+    // where in x pixel (i, j) and a channel are; false where there is a zero instead
+    __device__ bool find(int first, int i, int j, int channel, int& at) const
     {
         bool inside = true;
         if (dilate > 1) {
@@ -87,38 +90,36 @@ struct Image {
             j = j < 0 ? j : j / dilate;
         }
         inside = inside && unsigned(i) < unsigned(h) && unsigned(j) < unsigned(w);
-        at = x + (inside ? static_cast<long long>(first + i * w + j) * pitch + channel : 0);
+        at = inside ? (first + i * w + j) * c.d + channel : 0;
         return inside;
     }
 };
+static_assert(sizeof(Geometry) == GEOMETRY_BYTES, "gpu.GEOMETRY has the same fields");
 
 // Where a result goes, and what is done to it on the way.
 struct Result {
     float* y;
     const float* bias;                      // (cols,) or null
-    const float* mask;                      // the x that came out of a ReLU, or null
-    int rows, cols, pitch, mask_pitch, relu;
+    const Geometry& shape;
 
-    __device__ float finish(int row, int col, float v) const
+    __device__ float finish(int col, float v) const
     {
         if (bias) v += bias[col];
-        if (relu && v < 0) v = 0;                       // a NaN stays
-        if (mask && !(mask[static_cast<long long>(row) * mask_pitch + col] > 0)) v = 0;
-        return v;
+        return shape.relu && v < 0 ? 0 : v;                 // a NaN stays
     }
 
     // two neighbours in a row
     __device__ void store(int row, int col, float v0, float v1) const
     {
-        if (row >= rows || col >= cols) return;
-        float* at = y + static_cast<long long>(row) * pitch + col;
-        v0 = finish(row, col, v0);
-        if (col + 1 < cols) v1 = finish(row, col + 1, v1);
+        if (row >= shape.rows || col >= shape.cols) return;
+        float* at = y + static_cast<long long>(row) * shape.pitch + col;
+        v0 = finish(col, v0);
+        if (col + 1 < shape.cols) v1 = finish(col + 1, v1);
 #if VEC == 4
         *reinterpret_cast<float2*>(at) = make_float2(v0, v1);
 #else
         at[0] = v0;
-        if (col + 1 < cols) at[1] = v1;
+        if (col + 1 < shape.cols) at[1] = v1;
 #endif
     }
 };
@@ -130,28 +131,28 @@ struct Left {
     int p, q, channel;
     bool there;
 
-    __device__ Left(const Image& image, int row0, int rows)
+    __device__ Left(const Geometry& shape, int row0)
     {
         const int row = row0 + threadIdx.x % GROUPS * VEC;
-        there = row < rows;
-        image.tap(row, p, q, channel);
+        there = row < shape.rows;
+        shape.tap(row, p, q, channel);
     }
 
     // All lanes of a warp copy from the same pixel at a time. Each lane finds out where one of the
     // tile's pixels is (BK = 32), and the others ask it: the divisions would cost more.
-    __device__ void load(float* a, const Image& image, int k0, int depth) const
+    __device__ void load(float* a, const float* x, const Geometry& shape, int k0, int end) const
     {
         const int m = threadIdx.x % GROUPS * VEC;
         int my_first, my_i, my_j;
-        image.pixel(k0 + threadIdx.x % 32, my_first, my_i, my_j);
-#pragma unroll
+        shape.pixel(k0 + threadIdx.x % 32, my_first, my_i, my_j);
+#pragma unroll (VEC == 4 ? BK : 4)
         for (int k = threadIdx.x / GROUPS; k < BK; k += STEP) {
             const int first = __shfl_sync(0xffffffffu, my_first, k);
             const int i = __shfl_sync(0xffffffffu, my_i, k);
             const int j = __shfl_sync(0xffffffffu, my_j, k);
-            const float* at;
-            const bool valid = image.find(first, i + p, j + q, channel, at);
-            copy_async<4 * VEC>(&A_AT(m, k), at, valid && there && k0 + k < depth);
+            int at;
+            const bool valid = shape.find(first, i + p, j + q, channel, at);
+            copy_async<4 * VEC>(&A_AT(m, k), x + at, valid && there && k0 + k < end);
         }
     }
 };
@@ -161,38 +162,37 @@ struct Left {
     static const int GROUPS = BK / VEC, STEP = THREADS / GROUPS, COUNT = BM / STEP;
     int first[COUNT], i[COUNT], j[COUNT];
 
-    __device__ Left(const Image& image, int row0, int rows)
+    __device__ Left(const Geometry& shape, int row0)
     {
 #pragma unroll
         for (int r = 0; r < COUNT; r++)
-            image.pixel(row0 + threadIdx.x / GROUPS + r * STEP, first[r], i[r], j[r]);
+            shape.pixel(row0 + threadIdx.x / GROUPS + r * STEP, first[r], i[r], j[r]);
     }
 
-    __device__ void load(float* a, const Image& image, int k0, int depth) const
+    __device__ void load(float* a, const float* x, const Geometry& shape, int k0, int end) const
     {
         const int k = threadIdx.x % GROUPS * VEC;
         int p, q, channel;
-        image.tap(k0 + k, p, q, channel);
+        shape.tap(k0 + k, p, q, channel);
 #pragma unroll
         for (int r = 0; r < COUNT; r++) {
-            const float* at;
-            const bool valid = image.find(first[r], i[r] + p, j[r] + q, channel, at);
-            copy_async<4 * VEC>(&A_AT(threadIdx.x / GROUPS + r * STEP, k), at,
-                                valid && k0 + k < depth);
+            int at;
+            const bool valid = shape.find(first[r], i[r] + p, j[r] + q, channel, at);
+            copy_async<4 * VEC>(&A_AT(threadIdx.x / GROUPS + r * STEP, k), x + at,
+                                valid && k0 + k < end);
         }
     }
 };
 #endif
 
 // Tile of the right operand: rows k0 … k0+BK, columns col0 … col0+BN.
-__device__ void load_right(float* b, const float* right, int pitch, int k0, int depth,
-                           int col0, int cols)
+__device__ void load_right(float* b, const float* right, int k0, int end, int col0, int cols)
 {
     const int groups = BN / VEC, n = threadIdx.x % groups * VEC;
 #pragma unroll
     for (int k = threadIdx.x / groups; k < BK; k += THREADS / groups) {
-        const bool valid = k0 + k < depth && col0 + n < cols;
-        const long long at = static_cast<long long>(k0 + k) * pitch + col0 + n;
+        const bool valid = k0 + k < end && col0 + n < cols;
+        const long long at = static_cast<long long>(k0 + k) * cols + col0 + n;
         copy_async<4 * VEC>(&B_AT(k, n), right + (valid ? at : 0), valid);
     }
 }
@@ -200,17 +200,7 @@ __device__ void load_right(float* b, const float* right, int pitch, int k0, int 
 #if INNER == 0
 // Plain multiply-adds: thread (ty, tx) makes rows ty + 16 i and columns 4 tx + 64 j … + 3.
 struct Product {
-    float y[ROWS_EACH][QUADS_EACH][4];
-
-    __device__ Product()
-    {
-#pragma unroll
-        for (int i = 0; i < ROWS_EACH; i++)
-#pragma unroll
-            for (int j = 0; j < QUADS_EACH; j++)
-#pragma unroll
-                for (int n = 0; n < 4; n++) y[i][j][n] = 0;
-    }
+    float y[ROWS_EACH][QUADS_EACH][4] = {};
 
     static __device__ int ty() { return threadIdx.x / 64 * 4 + threadIdx.x % 32 / 8; }
     static __device__ int tx() { return threadIdx.x % 8 + threadIdx.x / 32 % 2 * 8; }
@@ -252,17 +242,7 @@ struct Product {
 #else
 // Tensor cores: each warp makes ROW_TILES × COL_TILES products of 16×8, eight k at a time.
 struct Product {
-    float y[ROW_TILES][COL_TILES][4];
-
-    __device__ Product()
-    {
-#pragma unroll
-        for (int i = 0; i < ROW_TILES; i++)
-#pragma unroll
-            for (int j = 0; j < COL_TILES; j++)
-#pragma unroll
-                for (int n = 0; n < 4; n++) y[i][j][n] = 0;
-    }
+    float y[ROW_TILES][COL_TILES][4] = {};
 
     static __device__ int row() { return threadIdx.x / 64 * (BM / 2) + threadIdx.x % 32 / 4; }
     static __device__ int col() { return threadIdx.x / 32 % 2 * (BN / 2); }
@@ -322,47 +302,32 @@ struct Product {
 
 // Called by gpu.conv_forward, conv_backward_input and conv_backward_filter.
 extern "C" __global__ void __launch_bounds__(THREADS, VEC == 4 ? 2 : 1)
-conv(const float* x, const float* right, float* y, const float* bias, const float* mask,
-     int h, int w, int x_pitch, int stride, int pad, int dilate, int pixels,
-     int c, int c_mul, int c_shift, int kw, int kw_mul, int kw_shift,
-     int oh, int oh_mul, int oh_shift, int ow, int ow_mul, int ow_shift,
-     int rows, int cols, int depth, int part,               // part: numbers of k for each block
-     int right_pitch, int y_pitch, int mask_pitch, int relu)
+conv(const float* x, const float* right, float* y, const float* bias, const Geometry shape)
 {
-    const Image image = {x, h, w, x_pitch, stride, pad, dilate, pixels,
-                         {unsigned(c), unsigned(c_mul), unsigned(c_shift)},
-                         {unsigned(kw), unsigned(kw_mul), unsigned(kw_shift)},
-                         {unsigned(oh), unsigned(oh_mul), unsigned(oh_shift)},
-                         {unsigned(ow), unsigned(ow_mul), unsigned(ow_shift)}};
-    const long long own = static_cast<long long>(blockIdx.z) * rows * y_pitch;
-    const Result result = {y + own, bias, mask, rows, cols, y_pitch, mask_pitch, relu};
+    const long long own = static_cast<long long>(blockIdx.z) * shape.rows * shape.pitch;
+    const Result result = {y + own, bias, shape};
     const int row0 = blockIdx.x * BM, col0 = blockIdx.y * BN;
-    const int begin = blockIdx.z * part, end = min(depth, begin + part);
+    const int begin = blockIdx.z * shape.part, end = min(shape.depth, begin + shape.part);
     const int tiles = (end - begin + BK - 1) / BK;
 
     float* shared = shared_memory();                        // STAGES × (A_SIZE + B_SIZE)
-    const Left left(image, row0, rows);
+    const Left left(shape, row0);
     Product product;
 
-#pragma unroll
-    for (int tile = 0; tile < STAGES - 1; tile++) {
-        float* a = shared + tile * (A_SIZE + B_SIZE);
+    const auto load = [&](int tile) {
         if (tile < tiles) {
-            left.load(a, image, begin + tile * BK, end);
-            load_right(a + A_SIZE, right, right_pitch, begin + tile * BK, end, col0, cols);
+            float* a = shared + tile % STAGES * (A_SIZE + B_SIZE);
+            left.load(a, x, shape, begin + tile * BK, end);
+            load_right(a + A_SIZE, right, begin + tile * BK, end, col0, shape.cols);
         }
-        copy_commit();
-    }
+        copy_commit();                                      // a group each, for copy_wait counts
+    };
+#pragma unroll
+    for (int tile = 0; tile < STAGES - 1; tile++) load(tile);
     for (int tile = 0; tile < tiles; tile++) {
         copy_wait<STAGES - 2>();                            // this tile has landed, for me
         __syncthreads();                                    // … for all; and all left the last one
-        const int next = tile + STAGES - 1;
-        if (next < tiles) {                                 // into the memory of the last one
-            float* a = shared + next % STAGES * (A_SIZE + B_SIZE);
-            left.load(a, image, begin + next * BK, end);
-            load_right(a + A_SIZE, right, right_pitch, begin + next * BK, end, col0, cols);
-        }
-        copy_commit();
+        load(tile + STAGES - 1);                            // into the memory of the last one
         const float* a = shared + tile % STAGES * (A_SIZE + B_SIZE);
         product.add(a, a + A_SIZE);
     }

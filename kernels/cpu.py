@@ -16,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
+from .philox import DROPOUT, philox
+
 PATCH_BYTES = 9 << 20       # patches one thread multiplies at a time: they stay in a 32 MB L3 cache
 POOL_BYTES = 4 << 20        # images one thread pools at a time: fewer would leave Python the limit
 FLAT_CHUNK = 1 << 17        # numbers per chunk of an elementwise pass: the arrays stay in cache
@@ -24,7 +26,7 @@ LANES = 16                  # dropout lanes of 16 bits in one Philox block of fo
 
 # ---------------------------------------------------------------------------------- threads
 
-def _blas_threads(count):
+def _set_blas_threads(count):
     """Set the number of threads of NumPy's own OpenBLAS; False if this NumPy carries another."""
     folder = os.path.join(os.path.dirname(os.path.dirname(np.__file__)), "numpy.libs")
     names = ["scipy_openblas_set_num_threads64_", "scipy_openblas_set_num_threads",
@@ -39,26 +41,28 @@ def _blas_threads(count):
 
 
 class _Pool:
-    """The worker threads; `count` of them, each with single-threaded BLAS."""
+    """The worker threads, each with single-threaded BLAS; they start when first needed."""
 
     def __init__(self):
-        self.count, self.executor = 1, None
-        self.start(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
-                   else os.cpu_count())
+        self._count, self._executor = None, None
 
     def start(self, count):
-        if not _blas_threads(1):
-            count = 1                           # BLAS threads by itself; do not fight with it
-        if self.executor:
-            self.executor.shutdown()
-        self.count = count
-        self.executor = ThreadPoolExecutor(count) if count > 1 else None
+        if not _set_blas_threads(1):
+            count = 1                           # BLAS has threads of its own: do not fight them
+        self._count = count
+        self._executor = ThreadPoolExecutor(count) if count > 1 else None
+
+    @property
+    def count(self):
+        if self._count is None:
+            self.start(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
+                       else os.cpu_count())
+        return self._count
 
     def run(self, work):
         """work(t) on every thread t, results in the order of t."""
-        if self.executor is None:
-            return [work(t) for t in range(self.count)]
-        return list(self.executor.map(work, range(self.count)))
+        numbers = range(self.count)
+        return list((self._executor.map if self._executor else map)(work, numbers))
 
     def chunks(self, n, size, work):
         """work(start, stop) on chunks of range(n); chunk i belongs to thread i modulo count."""
@@ -95,7 +99,7 @@ def conv_size(size, kernel, stride, pad):
     return (size + 2 * pad - kernel) // stride + 1
 
 
-def _padded(x, top, left, shape, dilate=1):
+def _embed(x, top, left, shape, dilate=1):
     """x (n, H, W, C) on a zero canvas (n, *shape, C): x[:, i, j] at (top + i·dilate, left + …).
 
     What would lie outside the canvas is left out; top and left may be negative.
@@ -116,8 +120,8 @@ def _padded(x, top, left, shape, dilate=1):
 def _patches(x, kh, kw, stride, oh, ow):
     """All patches of a padded x, one a row: (n*OH*OW, KH*KW*C)."""
     n, _, _, c = x.shape
-    sn, sh, sw, sc = x.strides
-    view = as_strided(x, (n, oh, ow, kh, kw * c), (sn, sh * stride, sw * stride, sh, sc))
+    sn, sh, sw, _ = x.strides                   # NumPy does not care for the stride of one channel
+    view = as_strided(x, (n, oh, ow, kh, kw * c), (sn, sh * stride, sw * stride, sh, x.itemsize))
     return view.reshape(n * oh * ow, kh * kw * c)                   # a copy: KH runs of KW*C
 
 
@@ -128,7 +132,7 @@ def _input_patches(x, w_shape, stride, pad, oh, ow):
         return x.reshape(-1, x.shape[3])                            # (n*H*W, C), no copy
     need = (oh - 1) * stride + kh, (ow - 1) * stride + kw
     if pad or not x.flags.c_contiguous:
-        x = _padded(x, pad, pad, need)
+        x = _embed(x, pad, pad, need)
     return _patches(x, kh, kw, stride, oh, ow)
 
 
@@ -154,26 +158,24 @@ def conv_forward(x, w, b, stride=1, pad=0, relu=False, out=None):
     return y
 
 
-def conv_backward_input(dy, w, x, stride=1, pad=0, relu=False):
+def conv_backward_input(dy, w, x_shape, stride=1, pad=0):
     """dx[n,i,j,c] = Σ dy[n,i',j',f] · w[p,q,c,f] over i'·stride+p-pad = i, j'·stride+q-pad = j.
 
-    A convolution again: dy, its pixels `stride` apart, with the filters turned round. With
-    `relu`, x came out of a ReLU and dx is multiplied by its derivative (x > 0).
+    A convolution again: dy, its pixels `stride` apart, with the filters turned round.
+    dy (N, OH, OW, F), w (KH, KW, C, F) -> (N, H, W, C), which is x_shape.
     """
     kh, kw, c, f = w.shape
-    n, h, width, _ = x.shape
+    n, h, width, _ = x_shape
     turned = np.ascontiguousarray(w[::-1, ::-1].swapaxes(2, 3)).reshape(-1, c)  # (KH*KW*F, C)
-    dx = np.empty(x.shape, dy.dtype)
+    dx = np.empty(x_shape, dy.dtype)
 
     def work(start, stop):
         canvas = dy[start:stop]
         if (kh, kw, stride, pad) != (1, 1, 1, 0):
-            canvas = _padded(canvas, kh - 1 - pad, kw - 1 - pad, (h + kh - 1, width + kw - 1),
-                             dilate=stride)
+            canvas = _embed(canvas, kh - 1 - pad, kw - 1 - pad, (h + kh - 1, width + kw - 1),
+                            dilate=stride)
         rows = dx[start:stop].reshape(-1, c)                        # (n*H*W, C)
         np.matmul(_patches(canvas, kh, kw, 1, h, width), turned, out=rows)
-        if relu:
-            rows *= x[start:stop].reshape(-1, c) > 0
 
     _pool.chunks(n, _chunk_size(n, h * width * len(turned) * dy.itemsize), work)
     return dx
@@ -182,7 +184,7 @@ def conv_backward_input(dy, w, x, stride=1, pad=0, relu=False):
 def conv_backward_filter(x, dy, w_shape, stride=1, pad=0):
     """dw[p,q,c,f] = Σ_{n,i,j} x[n, i·stride+p-pad, j·stride+q-pad, c] · dy[n,i,j,f]; db = Σ dy.
 
-    Returns dw (KH, KW, C, F) and db (F,).
+    x (N, H, W, C), dy (N, OH, OW, F) -> dw (KH, KW, C, F), which is w_shape, and db (F,).
     """
     oh, ow, f = dy.shape[1:]
     rows = int(np.prod(w_shape[:3]))
@@ -212,14 +214,14 @@ def conv_backward_filter(x, dy, w_shape, stride=1, pad=0):
 
 # ---------------------------------------------------------------------------------- pooling
 
-def pool_size(size, kernel, stride, pad, ceil):
+def pool_size(size, kernel, stride, pad=0, ceil=False):
     """Output pixels along one axis of a pooling; with `ceil` a last window may hang over."""
     spare = size + 2 * pad - kernel
     out = (-(-spare // stride) if ceil else spare // stride) + 1
     return out - 1 if ceil and (out - 1) * stride >= size + pad else out
 
 
-def _taps(shape, out_shape, kernel, stride, pad):
+def _taps(shape, out_shape, kernel, stride, pad=0):
     """For each of the window's pixels, in scan order: which outputs have it, and where it is."""
     def along(size, out, k):
         first = max(0, -(-(pad - k) // stride))                     # first window that has pixel k
@@ -236,16 +238,15 @@ def _taps(shape, out_shape, kernel, stride, pad):
     return found
 
 
-def _pool_shape(x, kernel, stride, pad, ceil):
+def max_pool_forward(x, kernel, stride, pad=0, ceil=False):
+    """y = maximum over each kernel×kernel window, pixels outside the image left out.
+
+    x (N, H, W, C) -> (N, OH, OW, C). With `ceil` the last window may hang over the edge.
+    """
     n, h, w, c = x.shape
-    return n, pool_size(h, kernel, stride, pad, ceil), pool_size(w, kernel, stride, pad, ceil), c
-
-
-def max_pool_forward(x, kernel, stride, pad=0, ceil=False, out=None):
-    """y = maximum over each kernel×kernel window, pixels outside the image left out."""
-    shape = _pool_shape(x, kernel, stride, pad, ceil)
-    y = np.empty(shape, x.dtype) if out is None else out
-    taps = _taps(x.shape[1:3], shape[1:3], kernel, stride, pad)
+    y = np.empty((n, pool_size(h, kernel, stride, pad, ceil),
+                  pool_size(w, kernel, stride, pad, ceil), c), x.dtype)
+    taps = _taps(x.shape[1:3], y.shape[1:3], kernel, stride, pad)
 
     def work(start, stop):
         part = y[start:stop]
@@ -253,15 +254,14 @@ def max_pool_forward(x, kernel, stride, pad=0, ceil=False, out=None):
         for outs, ins in taps:
             np.maximum(part[outs], x[start:stop][ins], out=part[outs])
 
-    _pool.chunks(len(x), _chunk_size(len(x), x[0].nbytes, POOL_BYTES), work)
+    _pool.chunks(n, _chunk_size(n, x[0].nbytes, POOL_BYTES), work)
     return y
 
 
-def max_pool_backward(dy, x, y, kernel, stride, pad=0, relu=False):
+def max_pool_backward(dy, x, y, kernel, stride, pad=0):
     """dx: each dy goes to its window's maximum, to the first in scan order where several tie.
 
-    No mask was kept: the maximum is found again by comparing x with y. With `relu`, dx is
-    multiplied by (x > 0).
+    No mask was kept: the maximum is found again by comparing x with y.
     """
     dx = np.empty(x.shape, dy.dtype)
     taps = _taps(x.shape[1:3], y.shape[1:3], kernel, stride, pad)
@@ -273,38 +273,27 @@ def max_pool_backward(dy, x, y, kernel, stride, pad=0, relu=False):
             given = left[outs] * (xs[ins] == ys[outs])
             part[ins] += given
             left[outs] -= given                 # exactly zero once it is given away
-        if relu:
-            part *= xs > 0
 
     _pool.chunks(len(x), _chunk_size(len(x), x[0].nbytes, POOL_BYTES), work)
     return dx
 
 
-def avg_pool_forward(x, kernel, stride, pad=0, ceil=False, out=None):
-    """y = mean over each kernel×kernel window, pixels outside the image left out."""
-    shape = _pool_shape(x, kernel, stride, pad, ceil)
-    y = np.empty(shape, x.dtype) if out is None else out
-    y[:] = 0
-    count = np.zeros((1, *shape[1:3], 1), x.dtype)
-    for outs, ins in _taps(x.shape[1:3], shape[1:3], kernel, stride, pad):
+def avg_pool_forward(x, kernel, stride):
+    """y = mean over each kernel×kernel window, all of which lie inside the image."""
+    n, h, w, c = x.shape
+    y = np.zeros((n, pool_size(h, kernel, stride), pool_size(w, kernel, stride), c), x.dtype)
+    for outs, ins in _taps((h, w), y.shape[1:3], kernel, stride):
         y[outs] += x[ins]
-        count[outs] += 1
-    y /= count
+    y /= kernel * kernel
     return y
 
 
-def avg_pool_backward(dy, x, kernel, stride, pad=0, relu=False):
-    """dx: each dy is shared equally among its window's pixels."""
-    dx = np.zeros(x.shape, dy.dtype)
-    count = np.zeros((1, *dy.shape[1:3], 1), dy.dtype)
-    taps = list(_taps(x.shape[1:3], dy.shape[1:3], kernel, stride, pad))
-    for outs, _ in taps:
-        count[outs] += 1
-    share = dy / count
-    for outs, ins in taps:
-        dx[ins] += share[outs]
-    if relu:
-        dx *= x > 0
+def avg_pool_backward(dy, x_shape, kernel, stride):
+    """dx (N, H, W, C), which is x_shape: each dy is shared equally among its window's pixels."""
+    dx = np.zeros(x_shape, dy.dtype)
+    each = dy / (kernel * kernel)
+    for outs, ins in _taps(x_shape[1:3], dy.shape[1:3], kernel, stride):
+        dx[ins] += each[outs]
     return dx
 
 
@@ -333,7 +322,7 @@ def lrn_forward(x, size=5, k=2.0, alpha=1e-4, beta=0.75):
     return y
 
 
-def lrn_backward(dy, x, size=5, k=2.0, alpha=1e-4, beta=0.75, relu=False):
+def lrn_backward(dy, x, size=5, k=2.0, alpha=1e-4, beta=0.75):
     """dx_c = dy_c s_c^-β - 2αβ x_c Σ_{c' near c} dy_c' x_c' s_c'^(-β-1), with s = k + α Σ x²."""
     dx = np.empty_like(x)
 
@@ -343,68 +332,40 @@ def lrn_backward(dy, x, size=5, k=2.0, alpha=1e-4, beta=0.75, relu=False):
         power = scale ** -beta
         near = _window_sum(d * part * power / scale, size)
         dx[start:stop] = d * power - 2 * alpha * beta * part * near
-        if relu:
-            dx[start:stop] *= part > 0
 
     _pool.chunks(len(x), 1, work)
     return dx
 
 
-# ---------------------------------------------------------------------- dropout and photos
+# --------------------------------------------------------- ReLU, sums, dropout and photos
 
-def philox(seed, counter, words):
-    """`words` raw 64-bit numbers of Philox4x64-10: a pure function of the seed and the counter.
-
-    counter: (block, step, layer or attempt, stream); the numbers of block c are the first four.
-    """
-    block, step, layer, stream = counter
-    number = block | step << 64 | layer << 128 | stream << 192
-    before = (number - 1) % 2**256                                  # NumPy counts before it draws
-    return np.random.Philox(counter=before, key=seed).random_raw(words)
-
-
-def add(y, x):
-    """y += x, in place and in chunks; returns y."""
-    flat_y, flat_x = y.reshape(-1), x.reshape(-1)
+def relu_backward(dy, y):
+    """dx = dy · (y > 0) of y = max(x, 0), all (N, …); dy and y may be slices of wider arrays."""
+    dx = np.empty(dy.shape, dy.dtype)
 
     def work(start, stop):
-        flat_y[start:stop] += flat_x[start:stop]
+        np.multiply(dy[start:stop], y[start:stop] > 0, out=dx[start:stop])
 
-    _pool.chunks(y.size, FLAT_CHUNK, work)
-    return y
-
-
-def add_bias(y, b, relu=False):
-    """y[m, e] += b[e], in place, then with `relu` max(y, 0)."""
-    y += b
-    return np.maximum(y, 0, out=y) if relu else y
-
-
-def relu_backward(dy, x, out=None):
-    """dx = dy · (x > 0), into `out` (which may be dy) if given."""
-    return np.multiply(dy, x > 0, out=out)
+    _pool.chunks(len(dy), max(1, FLAT_CHUNK * len(dy) // max(1, dy.size)), work)
+    return dx
 
 
 def column_sums(x):
-    """y[e] = Σ x[…, e], over all axes but the last."""
-    return x.reshape(-1, x.shape[-1]).sum(axis=0)
+    """y[e] = Σ_m x[m, e]: (M, E) -> (E,)."""
+    return x.sum(axis=0)
 
 
-def dropout(x, rate, seed, step, layer, row=0, relu=None):
+def dropout(x, rate, seed, step, layer, row=0):
     """y = x · mask / (1 - rate); the same call on dy gives dx, for the mask is drawn again.
 
     x (N, E). Element (n, e) of global row `row`+n takes 16 bits, lane e of Philox counters
-    ((row+n)·⌈E/16⌉ + ⌊e/16⌋, step, layer, stream 1) and is kept if they are at least rate·2^16.
-    relu: the array whose ReLU gave the layer's input, to multiply dx by (relu > 0).
+    ((row+n)·⌈E/16⌉ + ⌊e/16⌋, step, layer, DROPOUT) and is kept if they are at least rate·2^16.
     """
     n, e = x.shape
     blocks = -(-e // LANES)
-    raw = philox(seed, (row * blocks, step, layer, 1), n * blocks * 4)
+    raw = philox(seed, (row * blocks, step, layer, DROPOUT), n * blocks * 4)
     lanes = raw.view(np.uint16).reshape(n, blocks * LANES)[:, :e]   # little-endian lanes
-    keep = lanes >= round(rate * 65536)
-    if relu is not None:
-        keep &= relu > 0
-    return x * (keep * x.dtype.type(1 / (1 - rate)))
+    return x * ((lanes >= round(rate * 65536)) * x.dtype.type(1 / (1 - rate)))
 
 
 def prepare(photos, top, left, flip, crop):
@@ -430,19 +391,23 @@ def prepare(photos, top, left, flip, crop):
 
 # --------------------------------------------------------------------- products and losses
 
-def matmul(a, b, out=None):
-    """a b, (M, D) times (D, E); the longer side of the result is shared among the threads."""
+def matmul(a, b, out=None, bias=None, relu=False):
+    """y = a b + bias, with `relu` max(y, 0), into `out` if given.
+
+    (M, D) times (D, E) -> (M, E); bias (E,). The longer side is shared among the threads.
+    """
     m, e = a.shape[0], b.shape[1]
     y = np.empty((m, e), np.result_type(a, b)) if out is None else out
-    size = -(-max(m, e) // _pool.count)
 
     def work(start, stop):
-        if m >= e:
-            np.matmul(a[start:stop], b, out=y[start:stop])
-        else:
-            np.matmul(a, b[:, start:stop], out=y[:, start:stop])
+        mine = (slice(start, stop), slice(None)) if m >= e else (slice(None), slice(start, stop))
+        np.matmul(a[mine[0]], b[:, mine[1]], out=y[mine])
+        if bias is not None:
+            y[mine] += bias[mine[1]]
+        if relu:
+            np.maximum(y[mine], 0, out=y[mine])
 
-    _pool.chunks(max(m, e), size, work)
+    _pool.chunks(max(m, e), -(-max(m, e) // _pool.count), work)
     return y
 
 
@@ -459,7 +424,8 @@ def softmax_loss(s, targets, weights, shift=None):
     ∂ℓ/∂s_nk = weights[n] (|targets[n]| p_nk - [k in targets[n]]), since ∂ log Σ exp s / ∂s_k = p_k.
     targets int32 (N, T), padded with -1; weights (N,), zero for a row that does not count.
     shift (K,), if given, is added to the scores of all but a row's targets: the logarithm of how
-    many classes each of them stands for. Returns ℓ as a float and the gradient, in s's memory.
+    many classes each of them stands for. Returns each row's part of ℓ, (N,) float64, and the
+    gradient, in the memory of s.
     """
     rows, words = _positives(targets)
     count = np.bincount(rows, minlength=len(s)).astype(s.dtype)     # |targets[n]|
@@ -473,7 +439,7 @@ def softmax_loss(s, targets, weights, shift=None):
     log_p = picked - np.log(total[rows, 0])
     s *= (weights * count)[:, None].astype(s.dtype) / total
     s[rows, words] -= weights[rows].astype(s.dtype)
-    return float((weights[rows] * log_p).sum() * -1), s
+    return np.bincount(rows, -weights[rows] * log_p, len(s)), s
 
 
 def one_vs_all_loss(s, targets, weights, positive, negative):
@@ -482,22 +448,30 @@ def one_vs_all_loss(s, targets, weights, positive, negative):
     The one-versus-all logistic loss (eq. 1 with positive 1/N_k and negative 1/(N - N_k)); y_nk
     says whether k is in targets[n]. s (N, K) becomes the gradient, weights[n] times
     negative[k] σ(s) for y = 0 and -positive[k] σ(-s) for y = 1, since ∂ log(1 + exp s) / ∂s = σ(s).
-    Arguments as in softmax_loss; positive, negative (K,). Returns ℓ and the gradient.
+    positive, negative (K,); the other arguments and what is returned as in softmax_loss.
     """
     rows, words = _positives(targets)
     s[rows, words] *= -1                        # both terms are now log(1 + exp s)
     scale = weights[:, None].astype(s.dtype) * negative.astype(s.dtype)             # (N, K)
     scale[rows, words] = weights[rows] * positive[words]
     small = np.exp(-np.abs(s))                                      # in (0, 1]: no overflow
-    loss = (scale * (np.maximum(s, 0) + np.log1p(small))).sum(dtype=np.float64)
+    losses = (scale * (np.maximum(s, 0) + np.log1p(small))).sum(axis=1, dtype=np.float64)
     np.divide(np.where(s > 0, 1, small), 1 + small, out=s)          # σ(s)
     s *= scale
     s[rows, words] *= -1
-    return float(loss), s
+    return losses, s
 
 
-def sgd(w, v, dw, rate, momentum, decay):
-    """v ← momentum·v + dw + decay·w, then w ← w - rate·v, in place and in one pass."""
+def sgd(w, v, dw, rate, momentum, decay, rows=None):
+    """v ← momentum·v + dw + decay·w, then w ← w - rate·v, in place and in one pass.
+
+    With rows (R,), none twice, only w[rows] and v[rows] move, by dw (R, …); all others stay.
+    """
+    if rows is not None:
+        part_w, part_v = w[rows], v[rows]                           # copies, (R, …)
+        sgd(part_w, part_v, dw, rate, momentum, decay)
+        w[rows], v[rows] = part_w, part_v
+        return
     flat_w, flat_v, flat_dw = w.reshape(-1), v.reshape(-1), dw.reshape(-1)
     rate, momentum, decay = (w.dtype.type(number) for number in (rate, momentum, decay))
 
@@ -512,23 +486,18 @@ def sgd(w, v, dw, rate, momentum, decay):
     _pool.chunks(w.size, FLAT_CHUNK, work)
 
 
-def sgd_rows(w, v, dw, rows, rate, momentum, decay):
-    """The same on w[rows] and v[rows], with dw (R, …); no row twice. All other rows stay."""
-    part_w, part_v = w[rows], v[rows]                               # copies, (R, E)
-    sgd(part_w, part_v, dw, rate, momentum, decay)
-    w[rows], v[rows] = part_w, part_v
-
-
-def take_rows(w, rows):
-    """w[rows], (R, …)."""
-    return w[rows]
-
+# ---------------------------------------------------------------------------------- arrays
 
 def to_device(x):
-    """x itself: it is where this device computes."""
+    """x, a NumPy array, where this device computes: x itself on the CPU, a copy on a GPU."""
     return np.asarray(x)
 
 
 def to_host(x):
-    """x as a NumPy array."""
+    """x, an array of this device, as a NumPy array."""
     return np.asarray(x)
+
+
+def memory():
+    """Free bytes of the device's own memory; None on the CPU."""
+    return None

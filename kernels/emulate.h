@@ -57,7 +57,7 @@ struct Fiber {
     ucontext_t first;
     bool begun = false;
     State state = READY;
-    int line = 0;
+    int line = 0, turn = 0;                                 // turn: of warp operations, 0 or 1
     std::vector<std::vector<Copy>> copies;                  // groups, the last one still open
 };
 
@@ -70,7 +70,7 @@ static void* fault_address;
 static std::function<void()> body;                          // the kernel with its arguments
 static char* shared;
 static size_t shared_size;
-static unsigned exchange[32][32][6];                        // for each warp and lane
+static unsigned exchange[32][2][32][6];                     // for each warp, turn and lane
 static char message[400];
 
 // A thread stops here until the scheduler lets it go on.
@@ -136,6 +136,7 @@ inline bool run_block(const std::vector<int>& turns)
     memset(shared, 0xff, shared_size);                      // NaN
     for (Fiber& fiber : fibers) {
         fiber.state = READY;
+        fiber.turn = 0;
         fiber.copies.assign(1, {});
     }
     for (bool moved = true; moved;) {
@@ -206,17 +207,24 @@ inline void copies_land(size_t groups_left)
 
 #define __syncthreads() emulated::stop(emulated::AT_BARRIER, __LINE__)
 
+// All lanes of a warp write a row of the board that this returns, and then wait at warp_barrier. The
+// next operation takes the other board: some lanes may still be reading this one.
+inline auto& exchange_board()
+{
+    int& turn = emulated::fibers[emulated::current].turn;
+    turn = 1 - turn;
+    return emulated::exchange[emulated::current / 32][turn];
+}
 inline void warp_barrier(int line) { emulated::stop(emulated::AT_WARP, line); }
 
 template <class T>
 inline T __shfl_sync(unsigned, T x, int from, int line = __builtin_LINE())
 {
     static_assert(sizeof x == 4, "shuffles move four bytes");
-    auto& lanes = emulated::exchange[emulated::current / 32];
+    auto& lanes = exchange_board();
     memcpy(lanes[emulated::current % 32], &x, 4);
     warp_barrier(line);
     memcpy(&x, lanes[from], 4);
-    warp_barrier(line);
     return x;
 }
 
@@ -250,17 +258,16 @@ inline void mma_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[
                      int line = __builtin_LINE())
 {
     const int thread = emulated::current, g = thread % 32 / 4, t = thread % 4;
-    auto& lanes = emulated::exchange[thread / 32];
+    auto& lanes = exchange_board();
     for (int i = 0; i < 4; i++) lanes[thread % 32][i] = a[i] & 0xffffe000;
     for (int i = 0; i < 2; i++) lanes[thread % 32][4 + i] = b[i] & 0xffffe000;
     warp_barrier(line);
-    for (int i = 0; i < 4; i++) {
-        const int row = i / 2, col = 2 * t + i % 2;         // row: g or g + 8
-        for (int k = 0; k < 8; k++)
-            d[i] += __uint_as_float(lanes[g * 4 + k % 4][row + k / 4 * 2]) *
-                    __uint_as_float(lanes[col * 4 + k % 4][4 + k / 4]);
-    }
-    warp_barrier(line);
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; k++)
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++)                         // row g or g + 8, column 2t or 2t + 1
+            d[i] += __uint_as_float(lanes[g * 4 + k % 4][i / 2 + k / 4 * 2]) *
+                    __uint_as_float(lanes[(2 * t + i % 2) * 4 + k % 4][4 + k / 4]);
 }
 
 // -------------------------------------------------------------------------------- the launch
@@ -269,20 +276,14 @@ namespace emulated {
 
 struct Argument { void* at; size_t bytes; };                // bytes: of an array; 0 for a number
 
-template <class... A, size_t... I>
-void with_arguments(void (*kernel)(A...), void** values, std::index_sequence<I...>)
-{
-    body = [=] { kernel(*(std::remove_reference_t<A>*)values[I]...); };
-}
+static void* values[64];                                    // where each argument of the kernel is
 
-// Launches a kernel on copies of its arrays and leaves them in `results`, or says what is wrong.
-template <class... A>
-const char* launch(void (*kernel)(A...), const Argument* arguments, const unsigned* grid,
-                   const unsigned* block, size_t bytes, int order, void** results)
+// Runs `body` on copies of its arrays and leaves them in `results`, or says what is wrong.
+inline const char* run(int count, const Argument* arguments, const unsigned* grid,
+                       const unsigned* block, size_t bytes, int order, void** results)
 {
-    const int count = sizeof...(A);
     static std::vector<Guarded*> arrays;
-    static void *pointers[count], *values[count];
+    static void* pointers[64];
     arrays.assign(count, nullptr);
     for (int i = 0; i < count; i++) {
         values[i] = arguments[i].at;
@@ -295,25 +296,25 @@ const char* launch(void (*kernel)(A...), const Argument* arguments, const unsign
         pointers[i] = arrays[same]->data;
         values[i] = &pointers[i];
     }
-    with_arguments(kernel, values, std::index_sequence_for<A...>());
 
     gridDim = {grid[0], grid[1], grid[2]};
     blockDim = {block[0], block[1], block[2]};
     const int threads = block[0] * block[1] * block[2], blocks = grid[0] * grid[1] * grid[2];
-    static Guarded *memory, *stacks;
+    static char* const stacks = (char*)mmap(nullptr, STACK * 1025, PROT_READ | PROT_WRITE,
+                                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    static Guarded* memory;
     memory = new Guarded(nullptr, (bytes + 15) / 16 * 16, 0, true);
-    stacks = new Guarded(nullptr, STACK * (threads + 1), 0, true);
     shared = memory->data;
     shared_size = memory->size;
     fibers = std::vector<Fiber>(threads);
     for (int i = 0; i < threads; i++) {
         getcontext(&fibers[i].first);
-        fibers[i].first.uc_stack.ss_sp = stacks->data + STACK * i;
+        fibers[i].first.uc_stack.ss_sp = stacks + STACK * i;
         fibers[i].first.uc_stack.ss_size = STACK;
         makecontext(&fibers[i].first, live, 0);
     }
     stack_t alternate = {}, before = {};
-    alternate.ss_sp = stacks->data + STACK * threads;       // a fault on a fiber's stack, too
+    alternate.ss_sp = stacks + STACK * 1024;                 // a fault on a fiber's stack, too
     alternate.ss_size = STACK;
     sigaltstack(&alternate, &before);
     struct sigaction action = {}, saved[3];
@@ -359,9 +360,23 @@ const char* launch(void (*kernel)(A...), const Argument* arguments, const unsign
             delete arrays[i];
         }
     delete memory;
-    delete stacks;
     fibers.clear();
     return wrong;
+}
+
+template <class... A, size_t... I>
+void call(void (*kernel)(A...), std::index_sequence<I...>)
+{
+    kernel(*(std::remove_reference_t<A>*)values[I]...);
+}
+
+// Launches a kernel: see `run`.
+template <class... A>
+const char* launch(void (*kernel)(A...), const Argument* arguments, const unsigned* grid,
+                   const unsigned* block, size_t bytes, int order, void** results)
+{
+    body = [=] { call(kernel, std::index_sequence_for<A...>()); };
+    return run(sizeof...(A), arguments, grid, block, bytes, order, results);
 }
 
 }  // namespace emulated

@@ -6,6 +6,7 @@ a race; what else it finds, emulate.h says. Any finding is a RuntimeError that n
 """
 import atexit
 import ctypes
+import functools
 import os
 import re
 import shutil
@@ -30,6 +31,22 @@ def compiler():
                 None)
 
 
+def new_folder():
+    """A folder that goes when this process ends."""
+    folder = tempfile.mkdtemp(prefix="weak-emulated-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@functools.cache
+def compile_header():
+    """A folder with emulate.h in g++'s own format: reading the text takes half a second."""
+    folder = new_folder()
+    subprocess.run([compiler(), *FLAGS, "-x", "c++-header", os.path.join(FOLDER, "emulate.h"),
+                    "-o", os.path.join(folder, "emulate.h.gch")], capture_output=True)
+    return folder
+
+
 class Emulator:
     """A device of NumPy arrays that runs the .cu files: see gpu.Cuda for the same functions."""
 
@@ -44,8 +61,7 @@ class Emulator:
             raise RuntimeError("no C++ compiler: install g++ to run the kernels on the host")
         self.xp, self.change = np, change
         self.orders, self.libraries = range(len(ORDERS)), {}
-        self.folder = tempfile.mkdtemp(prefix="weak-emulated-")
-        atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
+        self.folder = new_folder()
 
     def library(self, file, defines):
         """The compiled .cu file as a library with one `run_NAME` for each kernel."""
@@ -56,7 +72,7 @@ class Emulator:
             text = self.change(opened.read())
         base = os.path.join(self.folder, str(len(self.libraries)))
         with open(base + ".cpp", "w", encoding="utf-8") as source:
-            source.write(f'#include "{os.path.join(FOLDER, "emulate.h")}"\n#line 1 "{file}"\n')
+            source.write(f'#include "emulate.h"\n#line 1 "{file}"\n')
             source.write(text)
             for name in re.findall(r"__global__ void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(",
                                    text):
@@ -66,7 +82,8 @@ class Emulator:
                     f"    return emulated::launch({name}, arguments, grid, block, bytes, order, "
                     "results);\n}\n")
         done = subprocess.run([compiler(), *FLAGS, *(f"-D{a}={b}" for a, b in defines),
-                               base + ".cpp", "-o", base + ".so"], capture_output=True, text=True)
+                               f"-I{compile_header()}", f"-I{FOLDER}", base + ".cpp",
+                               "-o", base + ".so"], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{file} does not compile for the host: {done.stderr[:2000]}")
         self.libraries[key] = ctypes.CDLL(base + ".so")
@@ -75,11 +92,13 @@ class Emulator:
     def launch(self, file, kernel, defines, grid, block, args, shared=0):
         """Run a kernel in every order; the arrays among `args` change as the kernel changes them.
 
-        RuntimeError with kernel, block and thread for whatever is wrong.
+        An array of one record is a struct, passed by value as CuPy does. RuntimeError with kernel,
+        block and thread for whatever is wrong.
         """
         run = getattr(self.library(file, defines), "run_" + kernel)
         run.restype = ctypes.c_char_p
-        spans = [_span(arg) if isinstance(arg, np.ndarray) else None for arg in args]
+        spans = [_span(arg) if isinstance(arg, np.ndarray) and not arg.dtype.names else None
+                 for arg in args]
         once = [spans.index(span) == i for i, span in enumerate(spans)]    # an array passed twice
         numbers = [None if span else np.array(arg) for arg, span in zip(args, spans)]
         arguments = (_Argument * len(args))(*(
@@ -105,18 +124,11 @@ class Emulator:
         """a b; the GPU's comes from cuBLAS, so there is nothing to emulate."""
         return np.matmul(a, b, out=out)
 
-    def upload(self, x):
-        return np.ascontiguousarray(x)
-
     def download(self, x):
         return np.asarray(x)
 
     def memory(self):
         return 8 << 30
-
-    def later(self, x):
-        """A number of the device that the caller will read: here it is known at once."""
-        return float(x)
 
 
 def _span(x):

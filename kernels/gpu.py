@@ -2,10 +2,9 @@
 
 Same names and arguments as the NumPy twins in cpu.py. The .cu files are compiled by NVRTC through
 CuPy when they are first needed. `Cuda` is the GPU; emulate.Emulator stands in its place in tests
-on machines without one, under the very same launch code. Arrays are float32 and NHWC; where a
-channel slice of a wider array will do, kernels take its pitch, the numbers from pixel to pixel.
+on machines without one, under the very same launch code. Arrays are float32 and NHWC. Where a
+channel slice of a wider array will do, a kernel takes its pitch: the numbers from row to row.
 """
-import itertools
 import os
 
 import numpy as np
@@ -20,23 +19,30 @@ BM, BK, STAGES = 128, 32, 3             # the tile of conv.cu, and how many are 
 LEAST_TILES = 8                         # tiles of BK along the reduction, that a split is worth
 LRN_BYTES = 12 << 10                    # shared memory of a block of lrn.cu, at least a pixel
 
+# The structs of conv.cu and pool.cu, field by field. An array of one record is passed by value. CuPy
+# cannot know what the kernel takes: a static_assert there compares the sizes.
+DIVISOR = np.dtype([(name, np.uint32) for name in ("d", "mul", "shift")])
+GEOMETRY = np.dtype([*((name, np.int32) for name in "h w stride pad dilate pixels".split()),
+                     *((name, DIVISOR) for name in "c kw oh ow".split()),
+                     *((name, np.int32) for name in "rows cols depth part pitch relu".split())])
+WINDOW = np.dtype([(name, np.int32) for name in "h w c oh ow kernel stride pad".split()])
+POOL_DEFINE = "WINDOW_BYTES", WINDOW.itemsize
+
 
 class Cuda:
     """The GPU: allocation, products and launches through CuPy."""
 
     def __init__(self):
         import cupy
-        self.xp, self.functions, self.slots = cupy, {}, []
+        self.xp, self.functions = cupy, {}
         facts = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
         self.name = facts["name"].decode()
         self.multiprocessors = facts["multiProcessorCount"]
         self.tf32 = facts["major"] >= 8
         self.shared_bytes = cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
         if self.shared_bytes < 64 << 10:
-            raise RuntimeError(f"{self.name} is too old for these kernels, which want 64 KB of "
-                               "shared memory for a block (compute capability 7.0); use "
-                               "--device cpu")
-        self.copies = cupy.cuda.Stream(non_blocking=True)
+            raise RuntimeError(f"{self.name} is too old: these kernels need 64 KB of shared memory "
+                               "for a block (compute capability 7.0); use --device cpu")
 
     def launch(self, file, kernel, defines, grid, block, args, shared=0):
         """Queue a kernel of a .cu file, compiled with `defines`."""
@@ -52,30 +58,6 @@ class Cuda:
         """a b by cuBLAS; `use` has set its compute type."""
         return self.xp.matmul(a, b, out=out)
 
-    def upload(self, x):
-        """x on the GPU, without waiting for it: the next batch travels while this one computes.
-
-        What is large goes through page-locked memory on a stream of its own. Two slots take turns:
-        a launch may read one large array that came this way, and no more (photos are it).
-        """
-        if x.nbytes < 1 << 20:
-            return self.xp.asarray(x)
-        main = self.xp.cuda.get_current_stream()
-        if self.slots:
-            self.slots[-1].read = main.record()         # after all that reads the last array
-        if len(self.slots) == 2 and self.slots[0].host.size >= x.nbytes:
-            slot = self.slots.pop(0)
-        else:
-            slot, self.slots = Slot(self.xp, x.nbytes), self.slots[-1:]
-        self.slots.append(slot)
-        slot.copied.synchronize()                       # the host's part is free again
-        slot.host[:x.nbytes] = x.reshape(-1).view(np.uint8)
-        self.copies.wait_event(slot.read)               # …, and so is the GPU's
-        slot.device.data.copy_from_host_async(slot.host.ctypes.data, x.nbytes, self.copies)
-        slot.copied.record(self.copies)
-        main.wait_event(slot.copied)
-        return slot.device[:x.nbytes].view(x.dtype).reshape(x.shape)
-
     def download(self, x):
         return self.xp.asnumpy(x)
 
@@ -83,33 +65,6 @@ class Cuda:
         """Free bytes: the driver's, and those that CuPy keeps for the next array."""
         pool = self.xp.get_default_memory_pool()
         return self.xp.cuda.runtime.memGetInfo()[0] + pool.free_bytes()
-
-    def later(self, x):
-        """The number x of the GPU, read without waiting: float() of it waits if it must."""
-        return Later(self.xp, x)
-
-
-class Slot:
-    """Room for an array on its way to the GPU, on both sides, and what is known of its use."""
-
-    def __init__(self, cupy, size):
-        self.host = np.frombuffer(cupy.cuda.alloc_pinned_memory(size), np.uint8, size)
-        self.device = cupy.empty(size, np.uint8)
-        self.copied = cupy.cuda.Event()
-        self.read = cupy.cuda.get_current_stream().record()
-
-
-class Later:
-    """A number on its way from the GPU."""
-
-    def __init__(self, cupy, x):
-        self.host = np.frombuffer(cupy.cuda.alloc_pinned_memory(8), x.dtype, 1)
-        x.data.copy_to_host_async(self.host.ctypes.data, x.nbytes)
-        self.kept, self.event = x, cupy.cuda.get_current_stream().record()
-
-    def __float__(self):
-        self.event.synchronize()
-        return float(self.host[0])
 
 
 def source(file):
@@ -127,33 +82,6 @@ def source(file):
 def options(defines):
     """Compiler options of a kernel variant."""
     return "-std=c++17", *(f"-D{name}={value}" for name, value in defines)
-
-
-def variants(tf32):
-    """(file, defines) of every kernel variant that is launched on a GPU with TF32, or without."""
-    yield from ((file, ()) for file in ("pool.cu", "lrn.cu", "pointwise.cu", "loss.cu", "sgd.cu"))
-    for inner, filter_gradient, vec, bn in itertools.product(
-            (0, 1, 3) if tf32 else (0,), (0, 1), (4, 1), (128, 64)):
-        yield "conv.cu", _conv_defines(bn, STAGES, vec, filter_gradient, inner)
-
-
-def compile_for(architecture, file, defines):
-    """Compile a variant as CuPy would, for "90" say, without a GPU; (cubin, the compiler's notes).
-
-    RuntimeError with the compiler's message where that fails.
-    """
-    from cupy.cuda import nvrtc
-    program = nvrtc.createProgram(source(file), file, (), ())
-    try:
-        nvrtc.compileProgram(program, (
-            *options(defines), f"-arch=sm_{architecture}", "-ftz=true",
-            "--device-as-default-execution-space", "--ptxas-options=-v"))
-        return nvrtc.getCUBIN(program), nvrtc.getProgramLog(program)
-    except nvrtc.NVRTCError:
-        raise RuntimeError(f"{file} {defines} for sm_{architecture}: "
-                           f"{nvrtc.getProgramLog(program)}") from None
-    finally:
-        nvrtc.destroyProgram(program)
 
 
 _device = None                          # a Cuda, or what stands in its place
@@ -182,10 +110,10 @@ def _launch(file, kernel, grid, block, args, shared=0, defines=()):
                    tuple(kinds.get(type(arg), lambda same: same)(arg) for arg in args), shared)
 
 
-def _each(file, kernel, total, args, block=BLOCK):
+def _each(file, kernel, total, args, defines=()):
     """Queue a kernel with a thread for each of `total` numbers."""
     if total:
-        _launch(file, kernel, (-(-total // block),), (block,), args)
+        _launch(file, kernel, (-(-total // BLOCK),), (BLOCK,), args, defines=defines)
 
 
 def _empty(shape):
@@ -198,32 +126,30 @@ def _dense(*arrays, dtype=np.float32):
         if x.dtype != dtype or not x.flags.c_contiguous or x.size >= 1 << 31:
             raise ValueError(f"a contiguous {np.dtype(dtype)} array of less than 2^31 numbers is "
                              f"needed, not {x.dtype} {x.shape} with strides {x.strides}")
-    return arrays
 
 
 def _pitch(x):
-    """Numbers from a pixel to the next of x (N, H, W, C), which may be a slice of channels."""
-    n, h, w, c = x.shape
-    pitch = next((stride // (count * x.itemsize) for size, stride, count in
-                  ((w, x.strides[2], 1), (h, x.strides[1], w), (n, x.strides[0], h * w))
-                  if size > 1), c)
-    strides = [pitch * count * x.itemsize for count in (h * w, w, 1)] + [x.itemsize]
-    if x.dtype != np.float32 or x.size >= 1 << 31 or any(
-            size > 1 and a != b for size, a, b in zip(x.shape, x.strides, strides)):
-        raise ValueError(f"a float32 NHWC array of less than 2^31 numbers or a slice of its "
-                         f"channels is needed, not {x.dtype} {x.shape} with strides {x.strides}")
-    return pitch
+    """Numbers from a row of x (…, C) to the next; x may be a slice of a wider array's channels."""
+    rows = x.reshape(-1, x.shape[-1])               # (rows, C); a copy unless they lie evenly
+    evenly = _address(rows) == _address(x) and (x.shape[-1] == 1 or rows.strides[1] == x.itemsize)
+    if x.dtype != np.float32 or x.size >= 1 << 31 or not evenly:
+        _dense(x)                                   # says what is wrong
+    return rows.strides[0] // x.itemsize
 
 
 def _address(x):
     return x.ctypes.data if isinstance(x, np.ndarray) else x.data.ptr
 
 
+def _fits(arrays, *numbers):
+    """Whether 16 bytes at a time can be read: counts are multiples of 4, addresses of 16."""
+    return all(n % 4 == 0 for n in numbers) and all(_address(x) % 16 == 0 for x in arrays)
+
+
 def divisor(d):
     """(d, mul, shift) with n // d = (n·mul / 2^32 + n) >> shift for 0 <= n < 2^31."""
     shift = (d - 1).bit_length()
-    mul = ((1 << 32) * ((1 << shift) - d)) // d + 1
-    return np.int32(d), np.uint32(mul).view(np.int32), np.int32(shift)
+    return d, ((1 << 32) * ((1 << shift) - d)) // d + 1, shift
 
 
 # ------------------------------------------------------------------------------ convolution
@@ -253,234 +179,194 @@ def tile(rows, cols, depth, filter_gradient, device):
     return bn, stages, min(range(1, max(1, min(steps // LEAST_TILES, 256)) + 1), key=cost)
 
 
-def _conv_defines(bn, stages, vec, filter_gradient, inner):
+def conv_defines(bn, stages, vec, filter_gradient, inner):
+    """The constants of a variant of conv.cu."""
     return (("BM", BM), ("BN", bn), ("STAGES", stages), ("VEC", vec),
-            ("FILTER", int(filter_gradient)), ("INNER", inner))
+            ("FILTER", int(filter_gradient)), ("INNER", inner),
+            ("GEOMETRY_BYTES", GEOMETRY.itemsize))
 
 
-def _convolve(x, right, y, bias, mask, relu, filter_gradient, grid, taps, window):
-    """y (rows, cols) = the left operand gathered from x, times right: conv.cu.
+def _convolve(x, right, y, window, taps, grid, bias=None, relu=False, filter_gradient=False):
+    """y (rows, cols) = the left operand gathered from x, times right (depth, cols): conv.cu.
 
-    x (N, H, W, C) and right are gathered from, grid (OH, OW) is the grid of patches, taps (KH, KW)
-    their shape, window (stride, pad, dilate) their place.
+    window (stride, pad, dilate) places the patches of x (N, H, W, C), taps (KH, KW) is their
+    shape, and grid (OH, OW) how many there are. y may be a channel slice.
     """
+    _dense(x, right)
     n, h, w, c = x.shape
     (oh, ow), (kh, kw) = grid, taps
-    pixels, patch, cols = n * oh * ow, kh * kw * c, y.shape[-1]
+    pixels, patch, cols, pitch = n * oh * ow, kh * kw * c, y.shape[-1], _pitch(y)
     rows, depth = (patch, pixels) if filter_gradient else (pixels, patch)
-    pitches = [_pitch(x), right.shape[-1] if right.ndim == 2 else _pitch(right),
-               _pitch(y) if y.ndim == 4 and not filter_gradient else cols]
-    fits = c % 4 == 0 and cols % 4 == 0 and all(
-        pitch % 4 == 0 for pitch in pitches) and all(
-        _address(array) % 16 == 0 for array in (x, right, y))
-    inner = INNER[_precision]
+    inner, vec = INNER[_precision], 4 if _fits((x, right, y), c, cols, pitch) else 1
     bn, stages, parts = tile(rows, cols, depth, filter_gradient, _device)
     part = -(-(-(-depth // parts)) // BK) * BK
     parts = -(-depth // part)
-    into = y if parts == 1 else _empty((parts, rows, cols))
-    mask_pitch = 0 if mask is None else _pitch(mask)
+    whole = parts == 1                                  # else bias and ReLU wait for the sum
+    into = y if whole else _empty((parts, rows, cols))
+    geometry = np.array((
+        h, w, *window, pixels, divisor(c), divisor(kw), divisor(oh), divisor(ow),
+        rows, cols, depth, part, pitch if whole else cols, relu and whole), GEOMETRY)
     _launch("conv.cu", "conv", (-(-rows // BM), -(-cols // bn), parts), (128 if inner else 256,),
-            (x, right, into, *((bias, mask) if parts == 1 else (None, None)),
-             h, w, pitches[0], *window, pixels, *divisor(c), *divisor(kw), *divisor(oh),
-             *divisor(ow), rows, cols, depth, part, pitches[1],
-             pitches[2] if parts == 1 else cols, mask_pitch, relu and parts == 1),
+            (x, right, into, bias if whole else None, geometry),
             shared=stages * stage_bytes(bn, filter_gradient),
-            defines=_conv_defines(bn, stages, 4 if fits else 1, filter_gradient, inner))
-    if parts > 1:
-        _each("pointwise.cu", "reduce", rows * cols, (into, y, bias, mask, parts, rows, cols,
-                                                      pitches[2], mask_pitch, relu))
-    return y
-
-
-def _as_wide(w, channels):
-    """Filters with as many channels as the image, which was padded with zeros: nothing there."""
-    if w.shape[2] == channels:
-        return w
-    wide = _device.xp.zeros((*w.shape[:2], channels, w.shape[3]), np.float32)
-    wide[:, :, :w.shape[2]] = w
-    return wide
+            defines=conv_defines(bn, stages, vec, filter_gradient, inner))
+    return y if whole else _reduce(into, y, bias, relu)
 
 
 def conv_forward(x, w, b, stride=1, pad=0, relu=False, out=None):
     """Rows are output pixels, and the reduction goes over the patch."""
     _dense(w, b)
-    kh, kw, _, f = w.shape
+    kh, kw, c, f = w.shape
     grid = conv_size(x.shape[1], kh, stride, pad), conv_size(x.shape[2], kw, stride, pad)
     y = _empty((len(x), *grid, f)) if out is None else out
-    right = _as_wide(w, x.shape[3]).reshape(-1, f)                  # (KH*KW*C, F)
-    return _convolve(x, right, y, b, None, relu, False, grid, (kh, kw), (stride, pad, 1))
+    if x.shape[3] > c:                                  # photos have a fourth channel, of zeros
+        w = _device.xp.pad(w, ((0, 0), (0, 0), (0, x.shape[3] - c), (0, 0)))
+    right = w.reshape(-1, f)                                        # (KH*KW*C, F)
+    return _convolve(x, right, y, (stride, pad, 1), (kh, kw), grid, b, relu)
 
 
-def conv_backward_input(dy, w, x, stride=1, pad=0, relu=False):
+def conv_backward_input(dy, w, x_shape, stride=1, pad=0):
     """The forward product on dy, its pixels `stride` apart, with turned filters."""
     _dense(w)
     kh, kw, c, f = w.shape
     if kh != kw:
         raise ValueError(f"filters must be square, not {kh}×{kw}")
-    turned = _empty((kh * kw * f, c))
-    _launch("pointwise.cu", "turn", (-(-f // 32), -(-c // 32), kh * kw), (32, 8),
-            (w, turned, kh * kw, c, f), shared=4 * 32 * 33)
-    return _convolve(dy, turned, _empty(x.shape), None, x if relu else None, False, False,
-                     x.shape[1:3], (kh, kw), (1, kh - 1 - pad, stride))
+    turned = _device.xp.ascontiguousarray(w[::-1, ::-1].swapaxes(2, 3)).reshape(-1, c)
+    return _convolve(dy, turned, _empty(x_shape), (1, kh - 1 - pad, stride), (kh, kw), x_shape[1:3])
 
 
 def conv_backward_filter(x, dy, w_shape, stride=1, pad=0):
     """Rows are the numbers of a patch, and the reduction goes over the pixels of dy."""
     kh, kw, c, f = w_shape
-    dw = _empty((kh, kw, x.shape[3], f))
-    _convolve(x, dy, dw, None, None, False, True, dy.shape[1:3], (kh, kw), (stride, pad, 1))
-    return _device.xp.ascontiguousarray(dw[:, :, :c]), column_sums(dy)
+    right = dy.reshape(-1, f)                                       # (N*OH*OW, F)
+    dw = _convolve(x, right, _empty((kh, kw, x.shape[3], f)), (stride, pad, 1), (kh, kw),
+                   dy.shape[1:3], filter_gradient=True)
+    return _device.xp.ascontiguousarray(dw[:, :, :c]), column_sums(right)
 
 
 def column_sums(x):
-    """Two passes: sums over shares of the rows, then their sum, always in the same order."""
-    e = x.shape[-1]
-    m = x.size // e
-    pitch = _pitch(x if x.ndim == 4 else x.reshape(1, 1, m, e))
-    share = max(64, -(-m // (8 * _device.multiprocessors)))
-    parts, y = -(-m // share), _empty(e)
-    sums = _empty((parts, e))
-    _launch("pointwise.cu", "column_sums", (-(-e // 32), parts), (32, 8),
-            (x, sums, m, e, pitch, share), shared=4 * 32 * 8)
-    _each("pointwise.cu", "reduce", e, (sums, y, None, None, parts, 1, e, e, 0, 0))
+    """Two passes: sums over parts of the rows, then their sum, always in the same order."""
+    _dense(x)
+    m, e = x.shape
+    part = max(64, -(-m // (8 * _device.multiprocessors)))
+    sums = _empty((-(-m // part), e))
+    _launch("pointwise.cu", "column_sums", (-(-e // 32), len(sums)), (32, 8),
+            (x, sums, m, e, part), shared=4 * 32 * 8)
+    return _reduce(sums, _empty(e))
+
+
+def _reduce(parts, y, bias=None, relu=False):
+    """y (…, E) = Σ of the parts (Z, …, E) + bias, then ReLU: a thread for each number of y."""
+    _each("pointwise.cu", "reduce", y.size, (parts, y, bias, y.size, parts.size // y.size,
+                                             y.shape[-1], _pitch(y), relu))
     return y
 
 
 # ---------------------------------------------------------------------------------- pooling
 
-def _pool_out(x, kernel, stride, pad, ceil, out):
+def _pool(kernel, arrays, x_shape, y_shape, size, stride, pad=0):
+    """A thread for each number of the last of `arrays`, which it returns."""
+    _dense(*arrays)
+    total, window = arrays[-1].size, (*x_shape[1:], *y_shape[1:3], size, stride, pad)
+    _each("pool.cu", kernel, total, (*arrays, total, np.array(window, WINDOW)), (POOL_DEFINE,))
+    return arrays[-1]
+
+
+def _pooled(x, kernel, stride, pad=0, ceil=False):
+    """Room for y."""
     n, h, w, c = x.shape
-    shape = n, pool_size(h, kernel, stride, pad, ceil), pool_size(w, kernel, stride, pad, ceil), c
-    return _empty(shape) if out is None else out
+    return _empty((n, *(pool_size(size, kernel, stride, pad, ceil) for size in (h, w)), c))
 
 
-def _window(x, y, kernel, stride, pad):
-    return *x.shape[1:], *y.shape[1:3], kernel, stride, pad
-
-
-def max_pool_forward(x, kernel, stride, pad=0, ceil=False, out=None):
+def max_pool_forward(x, kernel, stride, pad=0, ceil=False):
     """A thread for each number of y."""
-    _dense(x)
-    y = _pool_out(x, kernel, stride, pad, ceil, out)
-    _each("pool.cu", "max_pool_forward", y.size, (
-        x, y, y.size, *_window(x, y, kernel, stride, pad), _pitch(y)))
-    return y
+    y = _pooled(x, kernel, stride, pad, ceil)
+    return _pool("max_pool_forward", (x, y), x.shape, y.shape, kernel, stride, pad)
 
 
-def max_pool_backward(dy, x, y, kernel, stride, pad=0, relu=False):
+def max_pool_backward(dy, x, y, kernel, stride, pad=0):
     """A thread for each number of dx."""
-    _dense(x)
-    dx = _empty(x.shape)
-    _each("pool.cu", "max_pool_backward", x.size, (
-        dy, x, y, dx, x.size, *_window(x, y, kernel, stride, pad), _pitch(dy), _pitch(y),
-        relu))
-    return dx
+    arrays = dy, x, y, _empty(x.shape)
+    return _pool("max_pool_backward", arrays, x.shape, y.shape, kernel, stride, pad)
 
 
-def avg_pool_forward(x, kernel, stride, pad=0, ceil=False, out=None):
+def avg_pool_forward(x, kernel, stride):
     """A thread for each number of y."""
-    _dense(x)
-    y = _pool_out(x, kernel, stride, pad, ceil, out)
-    _each("pool.cu", "avg_pool_forward", y.size, (
-        x, y, y.size, *_window(x, y, kernel, stride, pad), _pitch(y)))
-    return y
+    y = _pooled(x, kernel, stride)
+    return _pool("avg_pool_forward", (x, y), x.shape, y.shape, kernel, stride)
 
 
-def avg_pool_backward(dy, x, kernel, stride, pad=0, relu=False):
+def avg_pool_backward(dy, x_shape, kernel, stride):
     """A thread for each number of dx."""
-    _dense(x)
-    dx = _empty(x.shape)
-    _each("pool.cu", "avg_pool_backward", x.size, (
-        dy, x, dx, x.size, *_window(x, dy, kernel, stride, pad), _pitch(dy), relu))
-    return dx
+    return _pool("avg_pool_backward", (dy, _empty(x_shape)), x_shape, dy.shape, kernel, stride)
 
 
 # ------------------------------------------------------------------------- normalisation
 
-def _lrn_rows(c, arrays):
-    """Pixels that a block takes at a time, and the bytes of shared memory they need."""
-    rows = max(1, LRN_BYTES // (4 * c * arrays))
-    return rows, 4 * c * rows * arrays
+def _lrn(kernel, arrays, kept, size, k, alpha, beta):
+    """A block for a few pixels, which keeps `kept` numbers a channel in shared memory."""
+    _dense(*arrays)
+    out, c = arrays[-1], arrays[-1].shape[-1]
+    pixels, rows = out.size // c, max(1, LRN_BYTES // (4 * c * kept))
+    _launch("lrn.cu", kernel, (-(-pixels // rows),), (BLOCK,), (
+        *arrays, pixels, c, rows, size // 2, float(k), float(alpha), float(beta)),
+            shared=4 * c * rows * kept)
+    return out
 
 
 def lrn_forward(x, size=5, k=2.0, alpha=1e-4, beta=0.75):
     """A block for a few pixels."""
-    _dense(x)
-    y, c = _empty(x.shape), x.shape[-1]
-    rows, shared = _lrn_rows(c, 1)
-    _launch("lrn.cu", "lrn_forward", (-(-x.size // (c * rows)),), (BLOCK,),
-            (x, y, x.size // c, c, rows, size // 2, float(k), float(alpha), float(beta)), shared)
-    return y
+    return _lrn("lrn_forward", (x, _empty(x.shape)), 1, size, k, alpha, beta)
 
 
-def lrn_backward(dy, x, size=5, k=2.0, alpha=1e-4, beta=0.75, relu=False):
+def lrn_backward(dy, x, size=5, k=2.0, alpha=1e-4, beta=0.75):
     """A block for a few pixels."""
-    _dense(dy, x)
-    dx, c = _empty(x.shape), x.shape[-1]
-    rows, shared = _lrn_rows(c, 3)
-    _launch("lrn.cu", "lrn_backward", (-(-x.size // (c * rows)),), (BLOCK,),
-            (dy, x, dx, x.size // c, c, rows, size // 2, float(k), float(alpha), float(beta),
-             relu), shared)
-    return dx
+    return _lrn("lrn_backward", (dy, x, _empty(x.shape)), 3, size, k, alpha, beta)
 
 
 # ------------------------------------------------------------------------- pointwise passes
 
 def prepare(photos, top, left, flip, crop):
     """A block for each photo; the result has a fourth channel of zeros."""
-    photos = _device.upload(photos)
+    photos, flip = (_device.xp.asarray(x, np.uint8) for x in (photos, flip))
+    top, left = (_device.xp.asarray(x, np.int32) for x in (top, left))
     _dense(photos, dtype=np.uint8)
-    y = _empty((len(photos), crop, crop, 4))
-    threads = 1024
+    y, threads = _empty((len(photos), crop, crop, 4)), 1024
     _launch("pointwise.cu", "prepare", (len(photos),), (threads,),
-            (photos, _device.upload(np.asarray(top, np.int32)),
-             _device.upload(np.asarray(left, np.int32)), _device.upload(np.asarray(flip, np.uint8)),
-             y, photos.shape[1], crop), shared=16 * threads)
+            (photos, top, left, flip, y, photos.shape[1], crop), shared=16 * threads)
     return y
 
 
-def dropout(x, rate, seed, step, layer, row=0, relu=None):
+def dropout(x, rate, seed, step, layer, row=0):
     """A thread for each Philox block, 16 numbers of a row."""
     _dense(x)
     y, e = _empty(x.shape), x.shape[1]
     blocks = -(-e // LANES)
     _each("pointwise.cu", "dropout", len(x) * blocks, (
-        x, relu, y, len(x) * blocks, e, blocks, np.uint32(round(rate * 65536)),
+        x, y, len(x) * blocks, e, blocks, np.uint32(round(rate * 65536)),
         float(1 / (1 - rate)), *map(np.uint64, (seed, step, layer, row))))
     return y
 
 
-def add(y, x):
-    """A thread for each four numbers, in place."""
-    _dense(y, x)
-    _each("pointwise.cu", "add", -(-y.size // 4), (y, x, y.size))
-    return y
-
-
-def add_bias(y, b, relu=False):
-    """A thread for each number, in place."""
-    _dense(y, b)
-    _each("pointwise.cu", "add_bias", y.size, (y, b, y.size, y.shape[-1], relu))
-    return y
-
-
-def relu_backward(dy, x, out=None):
-    """A thread for each number."""
-    dx = _empty(dy.shape) if out is None else out
-    _dense(dy, x, dx)
-    _each("pointwise.cu", "relu_backward", x.size, (dy, x, dx, x.size))
+def relu_backward(dy, y):
+    """A thread for each four numbers where 16 bytes at a time can be read, else for each one."""
+    dx, pitches = _empty(dy.shape), (_pitch(dy), _pitch(y))
+    each = 4 if _fits((dy, y), dx.shape[-1], *pitches) else 1
+    _each("pointwise.cu", "relu_backward", dx.size // each, (
+        dy, y, dx, dx.size, dx.shape[-1], *pitches, each))
     return dx
 
 
 # ------------------------------------------------------------------- products, loss, update
 
-def matmul(a, b, out=None):
-    """A product of matrices, by the library that the device has for it."""
-    return _device.matmul(a, b, out)
+def matmul(a, b, out=None, bias=None, relu=False):
+    """A product by the library that the device has for it; bias and ReLU in a pass after it."""
+    y = _device.matmul(a, b, out)
+    return _reduce(y, y, bias, relu) if relu or bias is not None else y
 
 
 def _loss(kernel, s, targets, weights, *vectors):
-    """A block for each row; the loss is on its way when this returns."""
+    """A block for each row."""
     _dense(s)
     losses = _empty(len(s))
     targets, weights, *vectors = (
@@ -488,7 +374,7 @@ def _loss(kernel, s, targets, weights, *vectors):
         for x, dtype in zip((targets, weights, *vectors), (np.int32, *[np.float32] * 3)))
     _launch("loss.cu", kernel, (len(s),), (1024 if s.shape[1] > 4096 else BLOCK,),
             (s, targets, weights, *vectors, losses, s.shape[1], targets.shape[1]), shared=4 * 64)
-    return _device.later(losses.sum(dtype=np.float64)), s
+    return losses, s
 
 
 def softmax_loss(s, targets, weights, shift=None):
@@ -501,34 +387,19 @@ def one_vs_all_loss(s, targets, weights, positive, negative):
     return _loss("one_vs_all_loss", s, targets, weights, positive, negative)
 
 
-def sgd(w, v, dw, rate, momentum, decay):
-    """A thread for each four numbers."""
+def sgd(w, v, dw, rate, momentum, decay, rows=None):
+    """A thread for each four numbers, or with rows for each number of dw."""
     _dense(w, v, dw)
-    _each("sgd.cu", "sgd", -(-w.size // 4), (w, v, dw, w.size, float(rate),
-                                             float(momentum), float(decay)))
+    constants = float(rate), float(momentum), float(decay)
+    if rows is None:
+        _each("sgd.cu", "sgd", -(-w.size // 4), (w, v, dw, w.size, *constants))
+    else:
+        rows = _device.xp.asarray(rows, np.int32)
+        _each("sgd.cu", "sgd_rows", dw.size, (
+            w, v, dw, rows, dw.size, w.size // len(w), *constants))
 
 
-def sgd_rows(w, v, dw, rows, rate, momentum, decay):
-    """A thread for each number of dw."""
-    _dense(w, v, dw)
-    _each("sgd.cu", "sgd_rows", dw.size, (
-        w, v, dw, _device.upload(np.asarray(rows, np.int32)), dw.size, w.size // len(w),
-        float(rate), float(momentum), float(decay)))
-
-
-def take_rows(w, rows):
-    """A thread for each number taken."""
-    _dense(w)
-    taken = _empty((len(rows), *w.shape[1:]))
-    _each("sgd.cu", "take_rows", taken.size, (
-        w, _device.upload(np.asarray(rows, np.int32)), taken, taken.size, w.size // len(w)))
-    return taken
-
-
-def memory():
-    """Free bytes of the device."""
-    return _device.memory()
-
+# ----------------------------------------------------------------------------------- arrays
 
 def to_device(x):
     """A copy of x where this device computes."""
@@ -538,3 +409,8 @@ def to_device(x):
 def to_host(x):
     """x as a NumPy array."""
     return _device.download(x)
+
+
+def memory():
+    """Free bytes of the device."""
+    return _device.memory()

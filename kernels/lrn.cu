@@ -32,7 +32,7 @@ lrn_forward(const float* x, float* y, int pixels, int c, int rows, int half, flo
 
 extern "C" __global__ void
 lrn_backward(const float* dy, const float* x, float* dx, int pixels, int c, int rows, int half,
-             float k, float alpha, float beta, int relu)
+             float k, float alpha, float beta)
 {
     float* xs = shared_memory();                            // rows × C
     float* near = xs + rows * c;                            // dy x s^(-β-1)
@@ -51,7 +51,6 @@ lrn_backward(const float* dy, const float* x, float* dx, int pixels, int c, int 
     for (int at = threadIdx.x; at < count; at += blockDim.x) {
         const int channel = at % c;
         const float sum = window_sum(near + at - channel, channel, c, half, false);
-        const float value = own[at] - 2 * alpha * beta * xs[at] * sum;
-        dx[start + at] = relu && !(xs[at] > 0) ? 0 : value;
+        dx[start + at] = own[at] - 2 * alpha * beta * xs[at] * sum;
     }
 }

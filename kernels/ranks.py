@@ -1,6 +1,6 @@
 """Several processes that train as one, on one machine or on many: `mpiexec -n R python weak.py …`
 
-Data parallelism: each rank takes its share of a batch, and the gradients are summed over the ranks
+Data parallelism: each rank takes its part of a batch, and the gradients are summed over the ranks
 before each of them makes the same update. The sums go over MPI between CPUs, and over NCCL between
 GPUs; a layer's sum is on its way while the layers below it are still being computed. mpi4py is
 only needed where there is more than one rank.
@@ -22,7 +22,11 @@ class Alone:
 
     rank, size, local_rank, local_size, waited = 0, 1, 0, 1, 0.0
 
-    def total(self, numbers):
+    def part(self, n):
+        """The slice of n rows that is this rank's."""
+        return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+
+    def allreduce(self, numbers):
         """Σ over the ranks of a few numbers, float64."""
         return np.array(numbers, np.float64)
 
@@ -30,27 +34,28 @@ class Alone:
         """Every rank's thing in the order of ranks, on the first rank; on the others nothing."""
         return [thing]
 
-    def share(self, thing):
+    def broadcast(self, thing):
         """The first rank's thing, on all ranks."""
         return thing
 
     def check_gpus(self):
         """RuntimeError, with the remedy, unless every rank has a GPU and a way to the others."""
 
-    def add_up(self, x):
+    def begin_allreduce(self, x):
         """Begin to replace the array x by its sum over the ranks."""
 
     def wait(self):
         """Until all sums that were begun are there; `waited` counts the seconds."""
 
-    def fail(self, status, line):
+    def fail(self, status, line=""):
         """End the job with this exit status and one line that says why."""
-        print(line, file=sys.stderr, flush=True)
+        if line:
+            print(line, file=sys.stderr, flush=True)
         sys.exit(status)
 
 
 class Ranks(Alone):
-    """This process among those that mpiexec started."""
+    """This process among those that mpiexec started; only the first one's output is shown."""
 
     def __init__(self):
         from mpi4py import MPI
@@ -60,14 +65,16 @@ class Ranks(Alone):
         self.local_rank, self.local_size = local.Get_rank(), local.Get_size()
         self.sums, self.thread = self.world.Dup(), ThreadPoolExecutor(1)
         self.running, self.nccl = [], None
+        if self.rank:
+            sys.stdout = open(os.devnull, "w")
 
-    def total(self, numbers):
+    def allreduce(self, numbers):
         return self.world.allreduce(np.array(numbers, np.float64))
 
     def gather(self, thing):
         return self.world.gather(thing) or []
 
-    def share(self, thing):
+    def broadcast(self, thing):
         here = self.world.Ibarrier()
         while not here.Test():                  # a wait of MPI's own would take a whole core
             time.sleep(0.005)
@@ -83,13 +90,13 @@ class Ranks(Alone):
             raise RuntimeError("several ranks on GPUs need NCCL: pip install nvidia-nccl-cu12, or "
                                "use --device cpu")
 
-    def add_up(self, x):
+    def begin_allreduce(self, x):
         if isinstance(x, np.ndarray):
             self.running.append(self.thread.submit(self.sums.Allreduce, self.mpi.IN_PLACE, x))
         else:
-            self._add_up_on_gpu(x)
+            self._begin_on_gpu(x)
 
-    def _add_up_on_gpu(self, x):
+    def _begin_on_gpu(self, x):
         """The same by NCCL, on a stream of its own beside the computation."""
         import cupy
         if self.nccl is None:
@@ -111,7 +118,7 @@ class Ranks(Alone):
         self.running.clear()
         self.waited += time.monotonic() - started
 
-    def fail(self, status, line):
+    def fail(self, status, line=""):
         if self.rank:                           # what fails everywhere is told once, by the first
             time.sleep(GRACE)
             line = f"rank {self.rank} of {self.size}: {line}"

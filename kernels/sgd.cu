@@ -2,7 +2,7 @@
 //
 //   v ← momentum·v + dw + decay·w;   w ← w - rate·v
 //
-// A thread updates four numbers. Called by gpu.sgd and gpu.sgd_rows.
+// A thread updates four numbers. Called by gpu.sgd.
 
 __device__ float update(float& v, float w, float dw, float rate, float momentum, float decay)
 {
@@ -30,7 +30,7 @@ sgd(float* w, float* v, const float* dw, unsigned total, float rate, float momen
     }
 }
 
-// The same on rows[r] of w and v (K, E), with dw (R, E); no row twice.
+// The same on rows[r] of w and v (K, E), with dw (R, E); no row twice. A thread updates a number.
 extern "C" __global__ void
 sgd_rows(float* w, float* v, const float* dw, const int* rows, unsigned total, int e, float rate,
          float momentum, float decay)
@@ -39,12 +39,4 @@ sgd_rows(float* w, float* v, const float* dw, const int* rows, unsigned total, i
     if (index >= total) return;
     const long long at = static_cast<long long>(rows[index / e]) * e + index % e;
     w[at] = update(v[at], w[at], dw[index], rate, momentum, decay);
-}
-
-// taken (R, E) = rows[r] of w (K, E). Called by gpu.take_rows.
-extern "C" __global__ void
-take_rows(const float* w, const int* rows, float* taken, unsigned total, int e)
-{
-    const unsigned index = blockIdx.x * blockDim.x + threadIdx.x;
-    if (index < total) taken[index] = w[static_cast<long long>(rows[index / e]) * e + index % e];
 }

@@ -1,0 +1,203 @@
+"""What all commands share: options, progress, files that are whole, and one line for each error.
+
+    with Progress("scoring", 500) as progress:
+        progress.tick(64)                       # scoring: 64 of 500 photos, 310/s, 1 s left
+    with whole_file("runs/x/log.jsonl", "w") as file:
+        file.write("…")                         # there at the end of the block, or not at all
+    guarded(main)                               # exit status 2 for what a user can mend
+"""
+import argparse
+import errno
+import json
+import math
+import os
+import signal
+import sys
+import time
+import traceback
+from contextlib import contextmanager, nullcontext, suppress
+
+from . import ranks
+
+MOST_THREADS = 4 * (os.cpu_count() or 1)
+
+
+# ---------------------------------------------------------------------------------- options
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Help with defaults, where there are any."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are ValueErrors, which `guarded` says in one line."""
+
+    def __init__(self, **settings):
+        super().__init__(formatter_class=Formatter, **settings)
+
+    def error(self, message):
+        raise ValueError(message)
+
+
+def number(kind, low=-math.inf, high=math.inf, above=-math.inf, below=math.inf):
+    """The argparse type of an int or float from low to high, and strictly between the others."""
+    limits = {"at least": low, "at most": high, "above": above, "below": below}
+
+    def read(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a {'whole ' * (kind is int)}number") from None
+        if not (low <= value <= high and above < value < below):
+            raise argparse.ArgumentTypeError(f"{text}: it must be " + " and ".join(
+                f"{word} {limit:,}" for word, limit in limits.items() if math.isfinite(limit)))
+        return value
+    return read
+
+
+# --------------------------------------------------------------------------------- progress
+
+def duration(seconds):
+    """Seconds as a person says them."""
+    seconds = int(seconds)
+    if seconds < 120:
+        return f"{seconds} s"
+    return f"{seconds // 60} min" if seconds < 7200 else f"{seconds // 3600} h"
+
+
+class Progress:
+    """Counts work, and now and then shows how far it is, with its rate and the time left.
+
+    On a terminal the line is written over itself twice a second; elsewhere a line comes every ten
+    seconds.
+    """
+
+    def __init__(self, what, total, unit="photos", stream=None, done=0):
+        self.what, self.total, self.unit = what, total, unit
+        self.stream = stream or sys.stderr
+        self.terminal = self.stream.isatty()
+        self.started = self.shown = time.monotonic()
+        self.done = self.before = done
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def seconds(self):
+        """Since the start."""
+        return max(1e-9, time.monotonic() - self.started)
+
+    def rate(self):
+        """Units of work a second."""
+        return max(1e-9, self.done - self.before) / self.seconds()
+
+    def left(self):
+        """Seconds that the rest will take at this rate."""
+        return max(0, self.total - self.done) / self.rate()
+
+    def tick(self, count=1, note=""):
+        """`count` units are done; `note` is a text to show, or a function that makes it."""
+        self.done += count
+        now = time.monotonic()
+        if now - self.shown < (0.5 if self.terminal else 10):
+            return
+        self.shown = now
+        parts = [f"{self.what}: {self.done:,} of {self.total:,} {self.unit}",
+                 f"{self.rate():.3g}/s", note() if callable(note) else note,
+                 f"{duration(self.left())} left"]
+        text = ", ".join(filter(None, parts))
+        print(f"\r{text}\033[K\r" if self.terminal else text + "\n", end="", file=self.stream,
+              flush=True)
+
+    def close(self):
+        """Clear the line on a terminal."""
+        if self.terminal:
+            print("\r\033[K", end="", file=self.stream, flush=True)
+
+
+def say_skipped(skipped, count, unit="photos"):
+    """One line that names ten of what could not be read of `count` photos; {name: why}."""
+    if skipped:
+        some = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:10])
+        print(f"{len(skipped):,} of {count:,} {unit} cannot be read: {some}"
+              + "; …" * (len(skipped) > 10), file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------------------------ files
+
+@contextmanager
+def whole_file(path, mode="wb", **how):
+    """A file to write that takes its name at the end of the block, or leaves nothing behind.
+
+    It is written beside `path`, flushed and renamed: whatever happens, `path` is whole.
+    """
+    beside = f"{path}.part"
+    try:
+        with open(beside, mode, **how) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.remove(beside)
+        raise
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    os.fsync(folder)                            # the new name itself reaches the disk
+    os.close(folder)
+
+
+def without_nan(value):
+    """The value for JSON, which lacks NaN and infinity: null instead."""
+    if isinstance(value, dict):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path, thing):
+    """A thing as a JSON file, or on standard output where path is "-"."""
+    text = json.dumps(without_nan(thing), indent=1) + "\n"
+    with nullcontext(sys.stdout) if path == "-" else whole_file(path, "w") as file:
+        file.write(text)
+
+
+# ------------------------------------------------------------------------------- the way out
+
+def guarded(work):
+    """Run work() and exit as a command should: one line for what a user can mend, never more."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.stdout.reconfigure(errors="backslashreplace")               # whatever a photo is called
+    try:
+        sys.exit(work())
+    except KeyboardInterrupt:
+        _fail(130, "interrupted")
+    except BrokenPipeError:                     # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        ranks.joined.fail(1)
+    except ValueError as error:
+        _fail(2, error)
+    except RuntimeError as error:
+        _fail(1, error)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        full = error.errno == errno.ENOSPC
+        _fail(1, f"{where}{error.strerror or error}"
+              + "; free some space, or choose another place" * full)
+    except Exception:                           # a mistake of this program
+        if ranks.joined.size == 1:
+            raise
+        _fail(1, traceback.format_exc())        # the other ranks must not wait for this one
+
+
+def _fail(status, error):
+    """End this process, and all ranks with it, with one line."""
+    name = "" if status == 130 else os.path.basename(sys.argv[0]) + ": "
+    ranks.joined.fail(status, f"{name}{error}")

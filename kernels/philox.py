@@ -1,0 +1,24 @@
+"""Random numbers from counters: each is a pure function of a seed and of what it is for.
+
+There is no hidden state, so that any step can be drawn again, on any number of machines. The
+fourth number of a counter says what the numbers are for:
+"""
+import numpy as np
+
+DRAWS = 0                       # words, photos and crops: (row, step, attempt, DRAWS)
+DROPOUT = 1                     # masks: (block of 16 numbers, step, layer, DROPOUT)
+SCENES = 2                      # the drawn set: (0, scene, 0, SCENES)
+NEGATIVES = 3                   # words that --targets sampled adds: (0, step, 0, NEGATIVES)
+SPLITS = 4                      # photos to train on and to test on: (0, split, 0, SPLITS)
+
+
+def philox(seed, counter, words):
+    """`words` raw 64-bit numbers of Philox4x64-10 (Salmon 2011), uint64 (words,).
+
+    counter: four numbers; the numbers of the counter's block are the first four, those of the
+    next block, (block + 1, …), the next four.
+    """
+    block, step, layer, stream = counter
+    number = block | step << 64 | layer << 128 | stream << 192
+    before = (number - 1) % 2**256                                  # NumPy counts before it draws
+    return np.random.Philox(counter=before, key=seed).random_raw(words)
