@@ -26,7 +26,7 @@ import time
 import unicodedata
 import warnings
 import zlib
-from collections import Counter, defaultdict, deque
+from collections import defaultdict, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import NamedTuple
@@ -108,14 +108,8 @@ class Text(NamedTuple):
     valid: float = 0.1              # fraction of the photos that is held out
 
 
-class Dictionary(list):
-    """The K words, most frequent first: a word's place is its class."""
-
-    words = property(list)
-
-
 def choose_words(counts, text):
-    """The dictionary of the counts: the K most frequent words after the stop words."""
+    """The K most frequent words after the stop words: a word's place in the list is its class."""
     ranked = sorted(sorted(counts), key=counts.get, reverse=True)
     if not ranked:
         raise ValueError("no training photo has a caption with words; lower --valid "
@@ -124,7 +118,7 @@ def choose_words(counts, text):
     if not words:
         raise ValueError(f"the training captions have {len(ranked)} different words and "
                          f"--stop-words {text.stop_words} leaves none; lower --stop-words")
-    return Dictionary(words)
+    return words
 
 
 # === reading core: the index and the draws ========================================================
@@ -136,7 +130,7 @@ class Index:
         with open(f"{folder}/index.json") as file:
             self.facts = json.load(file)
         with open(f"{folder}/words.json") as file:
-            self.dictionary = Dictionary(json.load(file))
+            self.dictionary = json.load(file)
         self.held_out = self.facts["held_out"]
         for name in ("names", "name_ends", "words", "word_ends", "photos", "photo_ends"):
             setattr(self, "_" + name, np.load(f"{folder}/{name}.npy", mmap_mode="r"))
@@ -210,8 +204,7 @@ class Draws:
     Sampling by class: a word uniformly, then one of its photos uniformly; that word is the row's
     only target (paper, §3: class balancing). By image: a photo uniformly, with all its words.
     Row i of attempt a takes the block of Philox counter (i, step, a, DRAWS): word, photo, crop
-    and flip. A photo that cannot be read is replaced by another of the same word. With `part`,
-    `photos` are those of some of the batch's rows, as one rank needs.
+    and flip. A photo that cannot be read is replaced by another of its word. part: a rank's rows.
     """
 
     def __init__(self, index, seed, step, count, sampling="class", part=slice(None)):
@@ -268,9 +261,8 @@ class Draws:
         """top, left (N,) and flip (N,): random ones, or the centre (paper, §3)."""
         if not random:
             return centre(len(self.photos), spare)
-        bits = self.pixels
-        top, left = (((bits >> shift) & 0xFFFF) * (spare + 1) >> 16 for shift in (0, 16))
-        return top.astype(np.int64), left.astype(np.int64), (bits >> 32 & 1).astype(bool)
+        top, left = (((self.pixels >> bit) & 0xFFFF) * (spare + 1) >> 16 for bit in (0, 16))
+        return top.astype(np.int64), left.astype(np.int64), (self.pixels >> 32 & 1).astype(bool)
 
 
 def _below(raw, n):
@@ -305,7 +297,6 @@ def decode(path, size):
     """
     warnings.filterwarnings("ignore", module="PIL", append=True)    # in all threads at once
     try:
-        path = locate(path) or path
         if os.path.exists(path) and not os.path.isfile(path):
             raise OSError("not a file")         # a pipe would keep us waiting
         with open(path, "rb") as file:
@@ -333,28 +324,20 @@ def _to_rgb(image):
         image = Image.fromarray((np.nan_to_num(pixels) / top * 255).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def locate(path):
-    """The path in the form of Unicode under which it is on the disk, or None."""
-    forms = path, unicodedata.normalize("NFC", path), unicodedata.normalize("NFD", path)
-    return next(filter(os.path.exists, dict.fromkeys(forms)), None)
 
 
 def refused(name):
     """True for a name that is absolute or leaves the images folder."""
-    return name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/")
+    return name[:1] in "/\\" or ".." in name and ".." in name.replace("\\", "/").split("/")
 
 
 class Folder:
     """Finds photos below a folder: under their names, or in sub-folders, however those are called.
 
     A name of the YFCC100M table, hash/id.jpg, is also looked for as id.jpg and, as that set is
-    stored, as abc/def/abcdef….jpg by its hash; all others in a map of the files in all sub-folders,
-    unless there are more than MOST.
+    stored, as abc/def/abcdef….jpg by its hash; all others in a map of all files, unless over MOST.
     """
 
     MOST = 2_000_000
@@ -364,15 +347,17 @@ class Folder:
 
     def find(self, name):
         """The path of the photo's file; where there is none, of the file it should be."""
-        if refused(name):
-            name = os.path.basename(name)       # never outside the folder
+        if self.folder and refused(name):       # without a folder, names are paths
+            name = os.path.basename(name)
         names = [name]
         if name[HASH:HASH + 1] == "/":
             code, ending = name[:HASH], os.path.splitext(name)[1]
             names += [name[HASH + 1:], f"{code[:3]}/{code[3:6]}/{code}{ending}"]
         paths = [os.path.join(self.folder, name) for name in names]
-        if found := next(filter(None, map(locate, paths)), None):
-            return found
+        forms = [unicodedata.normalize(form, path) for path in paths for form in ("NFC", "NFD")]
+        for path in dict.fromkeys([*paths, *forms]):
+            if os.path.exists(path):
+                return path
         with self.lock:                         # one thread makes it, the others wait
             if self.map is None:
                 self.map = self._make_map()
@@ -413,8 +398,7 @@ class Loader(AbstractContextManager):
 
     folder: where the photos are; name(i): the name of photo i; photos: how many there are; share:
     how many loaders this machine has. With 0 workers photos are decoded here, for whole tracebacks.
-    `skipped` maps a photo's name to what was wrong with it, `digests` its number to the hash of its
-    content; `waited`: seconds.
+    `skipped` maps a photo's name to what is wrong, `digests` its number to the hash of its content.
     """
 
     AHEAD = 2                                   # batches under way besides the one in use
@@ -476,8 +460,7 @@ class Loader(AbstractContextManager):
         photo, broken = plan.photos[row], {}
         while photo is not None:
             try:
-                found = self.kept.get(photo) or decode(
-                    self.folder.find(self.name(photo)), len(out))
+                found = self.kept.get(photo) or decode(self.folder.find(self.name(photo)), len(out))
                 if len(self.kept) < self.room:
                     self.kept[photo] = found
                 out[:], digest = found
@@ -493,8 +476,7 @@ class Loader(AbstractContextManager):
 def build_index(path, folder, text, kind=None, dictionary=None, processes=0):
     """The index of a captions file in `folder`, from its cache if nothing changed.
 
-    With a dictionary (of a trained model) none is chosen. Returns an Index; ValueError with the
-    remedy if the captions cannot be used.
+    dictionary: the words, of a trained model; if None, they are chosen. Returns an Index.
     """
     kind = kind or recognise(path)
     if (index := cached_index(path, folder, text, kind, dictionary)) is not None:
@@ -545,17 +527,18 @@ def fingerprint(path, kind, text, dictionary):
 
 def _write_index(work, path, text, kind, dictionary, processes):
     """Write records of all words, choose the dictionary, group the records; returns facts."""
-    counts, facts = Counter(), {"captions": 0, "bad_lines": 0, "refused": 0, "refused_names": []}
+    counts, facts = {}, {"captions": 0, "bad_lines": 0, "refused": 0, "refused_names": []}
     size, paths = os.path.getsize(path), [f"{work}/{i:03}.records" for i in range(BUCKETS)]
     processes = 0 if size < SMALL_FILE else processes
     function = functools.partial(record_block, kind=kind, text=text)
     with ExitStack() as stack, Progress("reading captions", size >> 20, "MB") as progress:
         files = [stack.enter_context(open(record, "wb")) for record in paths]
         for some, found, records in _map(function, blocks(path, kind, progress), processes):
-            counts.update(found)
+            for word, times in found.items():
+                counts[word] = counts.get(word, 0) + times
             if len(counts) > MOST_COUNTED:      # drop the rarest, so that memory is bounded
                 most = sorted(counts.values())[-MOST_COUNTED // 2 - 1]
-                counts = Counter({word: n for word, n in counts.items() if n > most})
+                counts = {word: times for word, times in counts.items() if times > most}
             facts = {key: value + some[key] for key, value in facts.items()}
             facts["refused_names"] = facts["refused_names"][:100]
             for file, record in zip(files, records):
@@ -564,7 +547,7 @@ def _write_index(work, path, text, kind, dictionary, processes):
         raise ValueError(f"captions: {path} has no captions as {kind}; "
                          f"--format may be one of {', '.join(FORMATS)}")
     dictionary = dictionary or choose_words(counts, text)
-    write_json(f"{work}/words.json", dictionary.words)
+    write_json(f"{work}/words.json", dictionary)
     facts |= _group(work, paths, dictionary, text, processes)
     _invert(work, len(dictionary), facts["held_out"])
     for record in paths:
@@ -577,7 +560,8 @@ def _map(function, items, processes):
     if not processes:
         yield from map(function, items)
         return
-    os.environ.setdefault("PYTHONSAFEPATH", "1")        # they import nothing of this folder
+    before = os.environ.get("PYTHONSAFEPATH", "")
+    os.environ["PYTHONSAFEPATH"] = "1"          # the processes import nothing of this folder
     context, running = multiprocessing.get_context("spawn"), deque()
     try:
         with ProcessPoolExecutor(processes, context, _begin_process) as pool:
@@ -589,6 +573,8 @@ def _map(function, items, processes):
     except BrokenExecutor:
         raise RuntimeError("an indexing process died, perhaps for lack of memory; "
                            "try --workers 0") from None
+    finally:
+        os.environ["PYTHONSAFEPATH"] = before
 
 
 def _begin_process():
@@ -626,7 +612,7 @@ def record_block(block, kind, text):
     counts = np.bincount(tokens[train], minlength=len(words)).tolist()
     order = np.argsort(hashes >> 24, kind="stable")                 # photos by file
     rank = np.argsort(order)                    # where each photo stands in that order
-    labels = np.sort(rank[owners] * len(words) + tokens)            # np.unique takes 30 times as long
+    labels = np.sort(rank[owners] * len(words) + tokens)            # np.unique is much slower
     photo, word = np.divmod(labels[np.diff(labels, prepend=-1) > 0], len(words))
     names, sizes = [names[i] for i in order], np.bincount(photo, minlength=len(names))
     ends = np.searchsorted(hashes[order] >> 24, np.arange(BUCKETS + 1))
@@ -645,14 +631,13 @@ def hash_all(texts, size):
 
 def _group(work, records, dictionary, text, processes):
     """Group every file of records and append it to the index's columns; returns facts."""
-    codes = hash_all(map(str.encode, dictionary.words), 8)
+    codes = hash_all(map(str.encode, dictionary), 8)
     classes = np.argsort(codes)
-    function = functools.partial(group_records, codes=codes[classes], classes=classes,
-                                 valid=text.valid)
+    call = functools.partial(group_records, codes=codes[classes], classes=classes, valid=text.valid)
     paths = [f"{work}/{name}.npy" for name in ("names", "words", "name_ends", "word_ends")]
     facts, lengths = {"held_out": 0, "without_words": 0}, [0, 0, 0, 0]
     with Progress("grouping captions", BUCKETS, "parts") as progress:
-        for some, names, words, name_ends, word_ends in _map(function, records, processes):
+        for some, names, words, name_ends, word_ends in _map(call, records, processes):
             columns = names, words, name_ends + lengths[0], word_ends + lengths[1]
             lengths = list(map(_append, paths, columns, lengths))
             facts = {key: value + some[key] for key, value in facts.items()}

@@ -15,13 +15,18 @@ RUN is a run's folder. Fractions, not percent. Here: metrics, regression, t-SNE,
 """
 import argparse
 import base64
+import difflib
 import functools
 import glob
 import io
 import os
+import signal
 import sys
 import tempfile
 from html import escape
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # while the rest is imported
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -111,7 +116,9 @@ def _score_photos(features, output, targets, share, loss_name):
         part = targets[start:start + size]
         scores = output.forward(features[start:start + size], model.Pass())     # (B, K)
         precision.append(precision_at(top_words(kernels.to_host(scores), max(KS)), part))
-        labels = data.Labels(data.pad_rows(part), model.photo_weights(loss_name, part) / n, share)
+        # under eq. 2 a photo's words share its weight, as training with one word a row does
+        weights = [1 / len(words) if loss_name == "softmax" else 1 for words in part]
+        labels = data.Labels(data.pad_rows(part), np.array(weights) / n, share)
         losses, _ = model.LOSSES[loss_name](scores, labels)
         loss += float(kernels.to_host(losses).sum())
     return np.concatenate(precision), loss
@@ -606,10 +613,10 @@ class Trained:
         given = options["format"] if captions == options["captions"] else None
         kind = given or data.recognise(captions)
         own = data.cached_index(captions, os.path.join(self.run, "index"), text, kind)
-        if own is not None and own.dictionary.words == words:
+        if own is not None and own.dictionary == words:
             return own
         return data.build_index(captions, os.path.join(self.run, "index-eval"), text, kind,
-                                data.Dictionary(words), processes)
+                                words, processes)
 
     def photos(self, options):
         """The folder and names of the photos: those of --images, or the held-out ones."""
@@ -624,8 +631,6 @@ class Trained:
             raise ValueError("there is no photo: none is held out, or none has words of the model")
         with (data.Loader(folder, names.__getitem__, 0, self.recipe.size, workers) as loader,
               console.Progress("photos", len(names)) as progress):
-            if not folder:
-                loader.folder.find = str        # names are paths as they are
             rows, found = compute_over(compute, loader, range(len(names)), self.recipe.crop,
                                        progress)
         console.say_skipped(loader.skipped, len(names))
@@ -636,9 +641,11 @@ class Trained:
     def find_words(self, words):
         """Classes of words as a person gives them."""
         names = [" ".join(data.words_of(word)) for word in words]
-        if unknown := [word for word, name in zip(words, names) if name not in self.classes]:
-            raise ValueError(f"not among the model's {len(self.words):,} words, which are in "
-                             f"{self.run}/words.txt: {', '.join(unknown)}")
+        for name in names:
+            if name not in self.classes:
+                near = ", ".join(difflib.get_close_matches(name, self.words)) or "none"
+                raise ValueError(f"{name!r} is not among the model's {len(self.words):,} words, "
+                                 f"which are in {self.run}/words.txt; near in spelling: {near}")
         return np.array([self.classes[name] for name in names], np.int32)
 
     def read_pairs(self, path, scored=False):
@@ -691,8 +698,7 @@ def predict_words(options, show):
         x, found, skipped = run.read(lambda x, _: run.net.features(x), images, list(numbers),
                                      options.workers)
         classes, output = run.find_words(words), model.Output(x.shape[1], len(words))
-        output.w = run.net.output.w[classes]
-        output.b = run.net.output.b[classes]
+        output.w, output.b = run.net.output.w[classes], run.net.output.b[classes]
         result[run.run] = {"training_photos": run.training, **word_metrics(
             x, output, [index.words(numbers[name]) for name in found], run.counts[classes],
             run.counts[classes] / run.training, run.options["loss"]), "skipped": len(skipped)}

@@ -322,16 +322,10 @@ class Network:
         return x
 
     def features(self, x, last=None):
-        """The last hidden layer e = f(x; θ), (N, E), without dropout (paper, §3).
-
-        With the name of a layer, `last`, what that one gives.
-        """
-        for name, layer in self.layers.items():
-            if last is None and layer is self.output:
-                break
+        """The last hidden layer e = f(x; θ), (N, E), or what the layer called `last` gives (§3)."""
+        stop = list(self.layers).index(last) + 1 if last else -1
+        for layer in list(self.layers.values())[:stop]:
             x = layer.forward(x, Pass())
-            if name == last:
-                break
         return x
 
     def backward(self, dy, done=lambda layer: None):
@@ -508,14 +502,6 @@ def training_loss(net, s, labels, loss):
     for head in net.heads():
         _, head.ds = loss(head.s, labels._replace(weights=HEAD_WEIGHT * labels.weights))
     return loss(s, labels)
-
-
-def photo_weights(name, targets):
-    """What each held-out photo weighs in the loss called `name`, (N,), before the division by N.
-
-    Under eq. 2 a photo's words share its weight, as training with one word a row does.
-    """
-    return np.array([1 / len(words) if name == "softmax" else 1 for words in targets])
 
 
 # ------------------------------------------------------------------------------------- SGD

@@ -749,7 +749,7 @@ def test_index_does_not_depend_on_blocks_or_processes(index, tmp_path, monkeypat
 
 
 def test_index_with_a_dictionary_has_its_words(index, tmp_path):
-    some = data.Dictionary(["wab", "nosuch", "waf"])
+    some = ["wab", "nosuch", "waf"]
     given = build(tmp_path, name="2", dictionary=some)
     assert list(given.dictionary) == list(some)
     counts = [sum("wab" in line for line in (tmp_path / "c").read_text().split("\n"))]
@@ -759,7 +759,7 @@ def test_index_with_a_dictionary_has_its_words(index, tmp_path):
 @pytest.mark.parametrize("captions, labels", [("a.jpg\tx\n", 0), ("a.jpg\tdog\nb.jpg\tcat\n", 1)])
 def test_index_may_have_no_label_or_one(captions, labels, tmp_path):
     (tmp_path / "c").write_text(captions)
-    index = build(tmp_path, data.Text(1, 0, 0), dictionary=data.Dictionary(["dog"]))
+    index = build(tmp_path, data.Text(1, 0, 0), dictionary=["dog"])
     assert index.labels == len(index) == labels and index.photo_counts().tolist() == [labels]
     assert words_by_photo(index) == {"a.jpg": ["dog"]} if labels else not words_by_photo(index)
 
@@ -777,8 +777,8 @@ def test_index_is_cached_until_something_changes(tmp_path):
 
 def test_index_that_was_not_finished_is_started_again(index, tmp_path, capsys):
     whole = words_by_photo(index)
-    os.rename(tmp_path / "i", tmp_path / "i.old")                   # killed between two renames
     (tmp_path / "i.part").mkdir()
+    os.rename(tmp_path / "i", tmp_path / "i.part" / "old")          # killed between two renames
     (tmp_path / "i.part" / "000").write_text("much")
     assert words_by_photo(build(tmp_path)) == whole and sorted(os.listdir(tmp_path)) == ["c", "i"]
     assert "not finished" in capsys.readouterr().err
@@ -1906,16 +1906,14 @@ def test_run_on_the_kernels_goes_on_on_the_cpu(mine, tmp_path, monkeypatch, caps
 
 def test_auc_and_average_precision_are_worked_out_by_hand(rng):
     scores = np.array([[0.9, 0.5], [0.8, 0.5], [0.7, 0.5], [0.1, 0.5]])
-    carried = np.array([[1, 1], [0, 0], [1, 0], [0, 1]], bool)
-    auc, ap = evaluation.auc_and_ap(scores, carried)
-    np.testing.assert_allclose(auc, [3 / 4, 1 / 2])
-    assert math.isclose(ap[0], (1 + 2 / 3) / 2)
+    auc, ap = evaluation.auc_and_ap(scores, np.array([[1, 1], [0, 0], [1, 0], [0, 1]], bool))
+    assert [*auc, ap[0]] == pytest.approx([3 / 4, 1 / 2, (1 + 2 / 3) / 2])
     scores, carried = rng.standard_normal((40, 6)), rng.random((40, 6)) < 0.3
     carried[:, 4], carried[:, 5] = False, True                      # no photo's word, every photo's
     auc, ap = evaluation.auc_and_ap(scores, carried)
     for k in range(4):
-        pairs = [a > b for a in scores[carried[:, k], k] for b in scores[~carried[:, k], k]]
-        assert math.isclose(auc[k], np.mean(pairs))
+        assert math.isclose(auc[k], np.mean([
+            a > b for a in scores[carried[:, k], k] for b in scores[~carried[:, k], k]]))
     assert np.isnan(auc[4:]).all() and np.isnan(ap[4:]).all() and np.isfinite(ap[:4]).all()
 
 
@@ -1955,7 +1953,6 @@ def test_csls_is_worked_out_by_hand():
     # with k = 2: rows have means .85 and .5; columns .8, .5 and .2
     expected = 2 * cosines - np.array([[0.85], [0.5]]) - np.array([0.8, 0.5, 0.2])
     np.testing.assert_allclose(evaluation.csls(cosines, 2), expected)
-    assert expected[0].argmax() == 1 and cosines[0].argmax() == 0   # the hub lost a row
 
 
 def test_retrieval_and_its_chance_are_worked_out_by_hand():
@@ -2089,7 +2086,6 @@ def tiny(tmp_path_factory):
         place.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (20, 20), (250 * (i % 2), 90, 10 * i)).save(place / f"{i}.png")
     (folder / "classes" / "class0" / "broken.jpg").write_text("broken")
-    (folder / "classes" / "class0" / "notes.txt").write_text("no picture")
     return folder, known
 
 
@@ -2212,7 +2208,6 @@ WRONG = {
     "no folder": (["transfer", "--images", "nope"], "no picture in nope"),
     "one photo": (["transfer", "--images", "lone"], "a 3, b 1"),
     "one class": (["transfer", "--images", "single"], "two or more sub-folders"),
-    "no classes": (["transfer", "--images", "photos"], "there are none"),
     "not so many": (["transfer", "--images", "classes", "--train-per-class", "50"], "of 51 or"),
     "unknown word": (["neighbors", "wrod1"], "not among the model's 30 words"),
     "pairs of two": (["similar", "--pairs", "pairs.txt"], "is not word<TAB>word<TAB>score"),

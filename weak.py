@@ -8,7 +8,6 @@ Joulin, van der Maaten, Jabri, Vasilache: Learning Visual Features from Large We
 Data (2016). `main` is the table of contents, `Run.train` the method. A run's folder holds
 model.npz (all of the run), words.txt, log.jsonl, skipped.txt, curves.png and filters.png.
 """
-import errno
 import fcntl
 import json
 import math
@@ -104,8 +103,7 @@ def _add_what(parser):
     add("--stop-words", type=number(int, 0), default=data.STOP_WORDS,
         help="the most frequent words, left out; for a few thousand captions use 30 to 100")
     add("--valid", type=number(float, 0, below=1), default=0.1, help="part of photos held out")
-    add("--crop", choices=("center", "random"), default="random",
-        help="training crops; random ones are also mirrored at random")
+    add("--crop", choices=("center", "random"), default="random", help="random: mirrored, too")
     add("--sampling", choices=("class", "image"), default="class",
         help="draw a word, then its photo; or a photo with all its words")
     add = parser.add_argument_group("model").add_argument
@@ -115,8 +113,7 @@ def _add_what(parser):
         help="multi-class logistic (eq. 2), or one-versus-all (eq. 1)")
     add("--targets", choices=("all", "batch", "sampled"), default="all",
         help="words that a step scores: all, those of its batch, or those and --negatives others")
-    add("--negatives", type=number(int, 1), help="words that --targets sampled adds; if not given "
-        f"{NEGATIVES:,}")
+    add("--negatives", type=number(int, 1), help=f"of --targets sampled; if not given {NEGATIVES}")
     add("--dropout", type=number(float, 0, below=1), help="rate; if not given the network's")
 
 
@@ -124,21 +121,16 @@ def _add_how(parser):
     """Options of training and of running."""
     add = parser.add_argument_group("training").add_argument
     add("--batch", type=number(int, 1), help="photos a step; if not given the network's")
-    add("--lr", type=number(float, above=0, below=math.inf),
-        help="first learning rate; if not given the network's: " + ", ".join(
-            f"{name} {recipe.lr:g}" for name, recipe in model.NETWORKS.items()))
+    add("--lr", type=number(float, above=0), help="first learning rate; if not given the network's")
     add("--momentum", type=number(float, 0, below=1), default=MOMENTUM, help="of SGD")
-    add("--weight-decay", type=number(float, 0, below=math.inf), default=DECAY,
-        help="of SGD, not for biases")
+    add("--weight-decay", type=number(float, 0), default=DECAY, help="of SGD, not for biases")
     add("--epoch-size", type=number(int, 1), help="photos an epoch; if not given as many as there "
         f"are, but {LEAST_EPOCH:,} to {EPOCH:,}")
     add("--epochs", type=number(int, 1), help="stop after so many, if not by --min-lr before")
     add("--epochs-per-lr", type=number(int, 1), default=EPOCHS_PER_RATE,
         help="epochs before the rate may be halved, which happens when the held-out loss rises")
-    add("--min-lr", type=number(float, above=0, below=math.inf), default=LEAST_RATE,
-        help="stop below this rate")
-    add("--seed", type=number(int, 0, below=2**63), default=0,
-        help="of weights, draws, crops and dropout")
+    add("--min-lr", type=number(float, above=0), default=LEAST_RATE, help="stop below this rate")
+    add("--seed", type=number(int, 0, below=2**63), default=0, help="of all random numbers")
     add = parser.add_argument_group("running").add_argument
     add("--out", metavar="DIR", help="folder of the run; if not given runs/ and the images' name")
     add("--resume", action="store_true", help="go on with the run in --out, with its options")
@@ -147,8 +139,7 @@ def _add_how(parser):
         help="of products on a GPU; if not given tf32 where it has tensor cores for that")
     add("--workers", type=number(int, 0, console.MOST_THREADS), help="threads that decode photos, "
         "and processes that read captions; if not given one a core; 0: none, for whole tracebacks")
-    add("--threads", type=number(int, 1, console.MOST_THREADS),
-        help="threads that compute; all cores if not given")
+    add("--threads", type=number(int, 1, console.MOST_THREADS), help="that compute, on the CPU")
 
 
 def parse(arguments=None):
@@ -196,8 +187,7 @@ def complete_options(options):
     if not options.drawn and not os.path.isdir(options.images):
         raise ValueError(f"images: there is no folder {options.images}")
     if not options.drawn and not os.path.isfile(options.captions):
-        raise ValueError(f"captions: {options.captions} is no file; name one (what comes from a "
-                         "pipe, save first)")
+        raise ValueError(f"captions: {options.captions} is no file; save a pipe to one first")
     for name in ("batch", "dropout", "lr"):
         if getattr(options, name) is None:
             setattr(options, name, getattr(model.NETWORKS[options.network], name))
@@ -231,10 +221,7 @@ def lock_folder(out):
 # ------------------------------------------------------------------------------------- data
 
 def read_captions(options, ranks=several.Alone()):
-    """The index of the captions, with a summary line; ValueError if no photo is there.
-
-    The first rank builds it, and the others open it.
-    """
+    """The index of the captions, which the first rank builds; ValueError if no photo is there."""
     text = data.Text(options.words, options.stop_words, options.valid)
     folder = os.path.join(options.out, "index")
     if not ranks.rank:
@@ -260,14 +247,13 @@ def describe_index(index, options):
     print(f"captions: {facts['captions']:,} as {options.format}, {len(index):,} photos "
           f"({index.held_out:,} held out), {found:,} words, "
           f"{index.labels / max(1, len(index)):.2f} a photo", flush=True)
-    for count, what in ((facts["bad_lines"], "lines are no captions"),
-                        (facts["refused"], "names are absolute or leave --images: refused"),
-                        (facts["without_words"], "photos have no word of the dictionary")):
-        if count:
-            print(f"captions: {count:,} {what}")
+    for fact, what in (("bad_lines", "lines are no captions"),
+                       ("refused", "names are absolute or leave --images: refused"),
+                       ("without_words", "photos have no word of the dictionary")):
+        if facts[fact]:
+            print(f"captions: {facts[fact]:,} {what}")
     if found < options.words:
-        print(f"captions: only {found:,} words are there after the {options.stop_words} most "
-              f"frequent ones, not {options.words:,}; going on with them")
+        print(f"captions: there are only {found:,} words after the {options.stop_words} stop words")
 
 
 # --------------------------------------------------------------------------------- training
@@ -278,18 +264,18 @@ class Interrupt:
     asked = False
 
     def __enter__(self):
-        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {one: signal.signal(one, self.ask) for one in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def ask(self, number, frame):
+    def ask(self, *_):
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
         print("\nstopping after this step, and saving; once more to stop at once", flush=True)
 
     def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        for one, handler in self.before.items():
+            signal.signal(one, handler)
 
 
 class Run:
@@ -320,7 +306,7 @@ class Run:
 
     def restore(self, weights, velocities, facts, words):
         """Go on exactly where the checkpoint was written."""
-        if words != self.index.dictionary.words:
+        if words != self.index.dictionary:
             raise ValueError("the captions have changed since this run began, and with them the "
                              "dictionary; choose another --out")
         self.net.load(weights)
@@ -491,9 +477,7 @@ class Run:
         print(line, flush=True)
 
     def validate(self):
-        """Metrics on the fixed held-out photos, or None where there are none.
-
-        Each rank computes the features of its part, and the first one what follows from them.
+        """Metrics on the fixed held-out photos, of which each rank takes a part; None without any.
         """
         mine = self.held_out[self.ranks.part(len(self.held_out))]
         features, found = evaluation.extract_features(self.net, self.loader, mine, self.crop)
@@ -515,12 +499,8 @@ class Run:
                 raise RuntimeError(f"the ranks' weights differ after step {self.step:,}: are their "
                                    "machines and libraries alike?")
 
-    # ------------------------------------------------------------------------ what is written
-
     def save(self, last=False):
-        """Write the checkpoint. A full disk is said, and costs the run nothing but this one.
-
-        The last checkpoint is tried again until there is room for it.
+        """Write the checkpoint; what fails is said, and the last one is tried again until it works.
         """
         options = {key: value for key, value in vars(self.options).items() if key != "resume"}
         facts = {"options": options, "step": self.step, "epoch": self.epoch, "log": self.log,
@@ -532,14 +512,12 @@ class Run:
         path = os.path.join(self.options.out, "model.npz")
         while not self.ranks.rank:
             try:
-                model.save(path, self.net, self.optimiser, facts, self.index.dictionary.words)
+                model.save(path, self.net, self.optimiser, facts, self.index.dictionary)
                 break
             except OSError as error:
-                full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-                print(f"not saved to {path}: {error.strerror or error}; "
-                      + ("free some space" if full else "the previous checkpoint is untouched")
-                      + f"; trying again every {RETRY_SECONDS} s" * last, file=sys.stderr,
-                      flush=True)
+                print(f"not saved to {path}, which is as it was: {error.strerror or error}; free "
+                      "some space" + f": trying again every {RETRY_SECONDS} s" * last,
+                      file=sys.stderr, flush=True)
             if not last:
                 return
             time.sleep(RETRY_SECONDS)
@@ -552,34 +530,29 @@ class Run:
 
     def write_texts(self):
         """words.txt, log.jsonl and skipped.txt; losing one of them never ends a run."""
-        skipped = self.gather_skipped()
-        if self.ranks.rank:
-            return
-        skipped |= {name: "refused: outside --images"
-                    for name in self.index.facts["refused_names"]}
-        words = zip(self.index.dictionary.words, self.index.photo_counts())
+        skipped, refused = self.gather_skipped(), self.index.facts["refused_names"]
+        skipped |= dict.fromkeys(refused, "refused: outside --images")
+        words = zip(self.index.dictionary, self.index.photo_counts())
         texts = {"words.txt": [f"{word}\t{count}" for word, count in words],
                  "log.jsonl": [json.dumps(console.without_nan(row)) for row in self.log],
                  "skipped.txt": [f"{name}\t{why}" for name, why in skipped.items()]}
         try:
-            for name, lines in texts.items():
-                with console.whole_file(os.path.join(self.options.out, name), "w",
-                                        encoding="utf-8", errors="surrogateescape") as file:
+            for name, lines in texts.items() if not self.ranks.rank else ():
+                with console.whole_file(f"{self.options.out}/{name}", "w", encoding="utf-8",
+                                        errors="surrogateescape") as file:
                     file.writelines(line + "\n" for line in lines)
         except OSError as error:
             print(f"{', '.join(texts)} not written: {error.strerror}", file=sys.stderr)
 
     def draw_pictures(self):
-        """The names of curves.png and filters.png; losing one of them never ends a run."""
-        curves, filters = (os.path.join(self.options.out, name)
-                           for name in ("curves.png", "filters.png"))
+        """curves.png and filters.png; losing one of them never ends a run."""
         try:
             if self.log:
-                evaluation.curves_picture(self.log, curves)
-            evaluation.filters_picture(kernels.to_host(self.net.first.w), filters)
+                evaluation.curves_picture(self.log, f"{self.options.out}/curves.png")
+            evaluation.filters_picture(kernels.to_host(self.net.first.w),
+                                       f"{self.options.out}/filters.png")
         except OSError as error:
             print(f"pictures not drawn: {error.strerror or error}", file=sys.stderr)
-        return [os.path.basename(path) for path in (curves, filters) if os.path.exists(path)]
 
     def finish(self, finished):
         """Save, draw the pictures, and say what was learned and what to try next."""
@@ -594,24 +567,24 @@ class Run:
         if skipped := self.gather_skipped():
             name, why = next(iter(skipped.items()))
             print(f"skipped {len(skipped):,} photos, e.g. {name}: {why}; all are in "
-                  f"{os.path.join(out, 'skipped.txt')}")
+                  f"{out}/skipped.txt")
         self.loader.close()
         if self.ranks.rank:
             return
-        print(", ".join([f"{out}: model.npz at step {self.step:,}, words.txt, log.jsonl",
-                         *self.draw_pictures()]))
+        self.draw_pictures()
+        files = [name for name in sorted(os.listdir(out)) if name.endswith((".png", ".txt"))]
+        print(", ".join([f"{out}: model.npz at step {self.saved:,}, log.jsonl", *files]))
         photo = self.loader.folder.find(self.index.name(0))
         print(f"next: python eval.py tag --model {out} {photo!r}" if self.is_over() else
               f"next: python weak.py --resume --out {out}")
 
     def say_doubles(self):
         """Held-out photos whose very bytes were trained on make a score too good: name them."""
-        digests = {photo: digest for part in self.ranks.gather(self.loader.digests)
-                   for photo, digest in part.items()}
-        trained = {digest: photo for photo, digest in digests.items()
-                   if photo >= self.index.held_out}
-        doubles = [(photo, trained[digest]) for photo, digest in digests.items()
-                   if photo < self.index.held_out and digest in trained]
+        digests = [row for part in self.ranks.gather(self.loader.digests) for row in part.items()]
+        first = self.index.held_out             # training photo
+        trained = {digest: photo for photo, digest in digests if photo >= first}
+        doubles = [(photo, trained[digest]) for photo, digest in digests
+                   if photo < first and digest in trained]
         if doubles:
             names = ", ".join(" = ".join(map(self.index.name, pair)) for pair in doubles[:3])
             print(f"{len(doubles):,} held-out photos are byte-identical to training photos: "

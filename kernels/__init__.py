@@ -5,8 +5,6 @@ model.py calls them here and never asks where it runs. cpu.py holds the NumPy tw
 specification, with the docstrings: gpu.py has functions of the same names and arguments that launch
 the CUDA kernels of the .cu files.
 """
-import functools
-
 from . import cpu, ranks
 from .cpu import set_threads, threads
 
@@ -58,16 +56,11 @@ def _find(device, number):
     except Exception:                   # not installed, no driver, no device: many kinds
         found = 0
     if found:
-        ranks.joined.check_gpus()
+        if ranks.joined.size > 1:
+            ranks.joined.check_gpus()
         cupy.cuda.Device(number).use()
-        return _open_gpu()
+        from . import gpu
+        return gpu.Cuda()
     if device == "gpu":
         raise RuntimeError("--device gpu: no GPU that CuPy can use was found; use --device cpu")
     return None
-
-
-@functools.cache
-def _open_gpu():
-    """The one gpu.Cuda of this process, which keeps the kernels that it compiled."""
-    from . import gpu
-    return gpu.Cuda()

@@ -139,7 +139,8 @@ def torch_joints(torch):
     class Concat(torch.nn.Module):
         def __init__(self, branches):
             super().__init__()
-            self.branches = torch.nn.ModuleList(torch_network(torch, one.layers) for one in branches)
+            self.branches = torch.nn.ModuleList(
+                torch_network(torch, one.layers) for one in branches)
 
         def forward(self, x):
             return torch.cat([branch(x) for branch in self.branches], 1)

@@ -46,10 +46,9 @@
 struct Divisor {
     unsigned d, mul, shift;
 
-    __device__ int divide(int n) const { return (__umulhi(n, mul) + n) >> shift; }
     __device__ int divide(int n, int& rest) const
     {
-        const int quotient = divide(n);
+        const int quotient = (__umulhi(n, mul) + n) >> shift;
         rest = n - quotient * d;
         return quotient;
     }
@@ -145,7 +144,7 @@ struct Left {
         const int m = threadIdx.x % GROUPS * VEC;
         int my_first, my_i, my_j;
         shape.pixel(k0 + threadIdx.x % 32, my_first, my_i, my_j);
-#pragma unroll (VEC == 4 ? BK : 4)
+#pragma unroll (BK / STEP < 16 ? BK / STEP : 4)               // 32 copies help nobody
         for (int k = threadIdx.x / GROUPS; k < BK; k += STEP) {
             const int first = __shfl_sync(0xffffffffu, my_first, k);
             const int i = __shfl_sync(0xffffffffu, my_i, k);

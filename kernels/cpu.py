@@ -31,13 +31,11 @@ def _set_blas_threads(count):
     folder = os.path.join(os.path.dirname(os.path.dirname(np.__file__)), "numpy.libs")
     names = ["scipy_openblas_set_num_threads64_", "scipy_openblas_set_num_threads",
              "openblas_set_num_threads64_", "openblas_set_num_threads"]
-    for path in glob.glob(os.path.join(folder, "*openblas*")):
-        library = ctypes.CDLL(path)
-        for name in names:
-            if hasattr(library, name):
-                getattr(library, name)(ctypes.c_int(count))
-                return True
-    return False
+    libraries = map(ctypes.CDLL, glob.glob(os.path.join(folder, "*openblas*")))
+    setters = [getattr(library, name, None) for library in libraries for name in names]
+    for setter in filter(None, setters):
+        setter(ctypes.c_int(count))
+    return any(setters)
 
 
 class _Pool:
@@ -94,9 +92,11 @@ def _chunk_size(n, bytes_each, limit=PATCH_BYTES):
 
 # ------------------------------------------------------------------------------ convolution
 
-def conv_size(size, kernel, stride, pad):
-    """Output pixels along one axis of a convolution."""
-    return (size + 2 * pad - kernel) // stride + 1
+def output_size(size, kernel, stride, pad=0, ceil=False):
+    """Output pixels along one axis; with `ceil` a last window may hang over the edge."""
+    spare = size + 2 * pad - kernel
+    out = (-(-spare // stride) if ceil else spare // stride) + 1
+    return out - 1 if ceil and (out - 1) * stride >= size + pad else out
 
 
 def _embed(x, top, left, shape, dilate=1):
@@ -143,7 +143,7 @@ def conv_forward(x, w, b, stride=1, pad=0, relu=False, out=None):
     be a channel slice of a wider array: an inception branch writes into its concatenation.
     """
     kh, kw, _, f = w.shape
-    oh, ow = conv_size(x.shape[1], kh, stride, pad), conv_size(x.shape[2], kw, stride, pad)
+    oh, ow = output_size(x.shape[1], kh, stride, pad), output_size(x.shape[2], kw, stride, pad)
     y = np.empty((len(x), oh, ow, f), x.dtype) if out is None else out
     flat = w.reshape(-1, f)                                         # (KH*KW*C, F)
 
@@ -214,13 +214,6 @@ def conv_backward_filter(x, dy, w_shape, stride=1, pad=0):
 
 # ---------------------------------------------------------------------------------- pooling
 
-def pool_size(size, kernel, stride, pad=0, ceil=False):
-    """Output pixels along one axis of a pooling; with `ceil` a last window may hang over."""
-    spare = size + 2 * pad - kernel
-    out = (-(-spare // stride) if ceil else spare // stride) + 1
-    return out - 1 if ceil and (out - 1) * stride >= size + pad else out
-
-
 def _taps(shape, out_shape, kernel, stride, pad=0):
     """For each of the window's pixels, in scan order: which outputs have it, and where it is."""
     def along(size, out, k):
@@ -244,8 +237,8 @@ def max_pool_forward(x, kernel, stride, pad=0, ceil=False):
     x (N, H, W, C) -> (N, OH, OW, C). With `ceil` the last window may hang over the edge.
     """
     n, h, w, c = x.shape
-    y = np.empty((n, pool_size(h, kernel, stride, pad, ceil),
-                  pool_size(w, kernel, stride, pad, ceil), c), x.dtype)
+    y = np.empty((n, output_size(h, kernel, stride, pad, ceil),
+                  output_size(w, kernel, stride, pad, ceil), c), x.dtype)
     taps = _taps(x.shape[1:3], y.shape[1:3], kernel, stride, pad)
 
     def work(start, stop):
@@ -281,7 +274,7 @@ def max_pool_backward(dy, x, y, kernel, stride, pad=0):
 def avg_pool_forward(x, kernel, stride):
     """y = mean over each kernel×kernel window, all of which lie inside the image."""
     n, h, w, c = x.shape
-    y = np.zeros((n, pool_size(h, kernel, stride), pool_size(w, kernel, stride), c), x.dtype)
+    y = np.zeros((n, output_size(h, kernel, stride), output_size(w, kernel, stride), c), x.dtype)
     for outs, ins in _taps((h, w), y.shape[1:3], kernel, stride):
         y[outs] += x[ins]
     y /= kernel * kernel

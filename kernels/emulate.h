@@ -207,7 +207,7 @@ inline void copies_land(size_t groups_left)
 
 #define __syncthreads() emulated::stop(emulated::AT_BARRIER, __LINE__)
 
-// All lanes of a warp write a row of the board that this returns, and then wait at warp_barrier. The
+// All lanes of a warp write a row of the board that this returns, then wait at warp_barrier. The
 // next operation takes the other board: some lanes may still be reading this one.
 inline auto& exchange_board()
 {

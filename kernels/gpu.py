@@ -9,7 +9,7 @@ import os
 
 import numpy as np
 
-from .cpu import LANES, conv_size, pool_size
+from .cpu import LANES, output_size
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 INNER = {"fp32": 0, "tf32": 1, "3xtf32": 3}        # the product of conv.cu, by precision
@@ -19,8 +19,8 @@ BM, BK, STAGES = 128, 32, 3             # the tile of conv.cu, and how many are 
 LEAST_TILES = 8                         # tiles of BK along the reduction, that a split is worth
 LRN_BYTES = 12 << 10                    # shared memory of a block of lrn.cu, at least a pixel
 
-# The structs of conv.cu and pool.cu, field by field. An array of one record is passed by value. CuPy
-# cannot know what the kernel takes: a static_assert there compares the sizes.
+# The structs of conv.cu and pool.cu, field by field. CuPy passes an array of one record by value,
+# and cannot know what the kernel takes: a static_assert there compares the sizes.
 DIVISOR = np.dtype([(name, np.uint32) for name in ("d", "mul", "shift")])
 GEOMETRY = np.dtype([*((name, np.int32) for name in "h w stride pad dilate pixels".split()),
                      *((name, DIVISOR) for name in "c kw oh ow".split()),
@@ -32,9 +32,11 @@ POOL_DEFINE = "WINDOW_BYTES", WINDOW.itemsize
 class Cuda:
     """The GPU: allocation, products and launches through CuPy."""
 
+    functions = {}                      # the kernels that were compiled
+
     def __init__(self):
         import cupy
-        self.xp, self.functions = cupy, {}
+        self.xp = cupy
         facts = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
         self.name = facts["name"].decode()
         self.multiprocessors = facts["multiProcessorCount"]
@@ -217,7 +219,7 @@ def conv_forward(x, w, b, stride=1, pad=0, relu=False, out=None):
     """Rows are output pixels, and the reduction goes over the patch."""
     _dense(w, b)
     kh, kw, c, f = w.shape
-    grid = conv_size(x.shape[1], kh, stride, pad), conv_size(x.shape[2], kw, stride, pad)
+    grid = output_size(x.shape[1], kh, stride, pad), output_size(x.shape[2], kw, stride, pad)
     y = _empty((len(x), *grid, f)) if out is None else out
     if x.shape[3] > c:                                  # photos have a fourth channel, of zeros
         w = _device.xp.pad(w, ((0, 0), (0, 0), (0, x.shape[3] - c), (0, 0)))
@@ -264,41 +266,40 @@ def _reduce(parts, y, bias=None, relu=False):
 
 # ---------------------------------------------------------------------------------- pooling
 
-def _pool(kernel, arrays, x_shape, y_shape, size, stride, pad=0):
+def _pool(kernel, arrays, x_shape, y_shape, window, *more):
     """A thread for each number of the last of `arrays`, which it returns."""
     _dense(*arrays)
-    total, window = arrays[-1].size, (*x_shape[1:], *y_shape[1:3], size, stride, pad)
-    _each("pool.cu", kernel, total, (*arrays, total, np.array(window, WINDOW)), (POOL_DEFINE,))
+    at = np.array((*x_shape[1:], *y_shape[1:3], *window), WINDOW)
+    _each("pool.cu", kernel, arrays[-1].size, (*arrays, arrays[-1].size, at, *more), (POOL_DEFINE,))
     return arrays[-1]
 
 
-def _pooled(x, kernel, stride, pad=0, ceil=False):
-    """Room for y."""
+def _pool_forward(x, window, ceil, average):
     n, h, w, c = x.shape
-    return _empty((n, *(pool_size(size, kernel, stride, pad, ceil) for size in (h, w)), c))
+    y = _empty((n, output_size(h, *window, ceil), output_size(w, *window, ceil), c))
+    return _pool("pool_forward", (x, y), x.shape, y.shape, window, average)
 
 
 def max_pool_forward(x, kernel, stride, pad=0, ceil=False):
     """A thread for each number of y."""
-    y = _pooled(x, kernel, stride, pad, ceil)
-    return _pool("max_pool_forward", (x, y), x.shape, y.shape, kernel, stride, pad)
+    return _pool_forward(x, (kernel, stride, pad), ceil, average=False)
 
 
 def max_pool_backward(dy, x, y, kernel, stride, pad=0):
     """A thread for each number of dx."""
     arrays = dy, x, y, _empty(x.shape)
-    return _pool("max_pool_backward", arrays, x.shape, y.shape, kernel, stride, pad)
+    return _pool("max_pool_backward", arrays, x.shape, y.shape, (kernel, stride, pad))
 
 
 def avg_pool_forward(x, kernel, stride):
     """A thread for each number of y."""
-    y = _pooled(x, kernel, stride)
-    return _pool("avg_pool_forward", (x, y), x.shape, y.shape, kernel, stride)
+    return _pool_forward(x, (kernel, stride, 0), ceil=False, average=True)
 
 
 def avg_pool_backward(dy, x_shape, kernel, stride):
     """A thread for each number of dx."""
-    return _pool("avg_pool_backward", (dy, _empty(x_shape)), x_shape, dy.shape, kernel, stride)
+    arrays = dy, _empty(x_shape)
+    return _pool("avg_pool_backward", arrays, x_shape, dy.shape, (kernel, stride, 0))
 
 
 # ------------------------------------------------------------------------- normalisation

@@ -107,9 +107,9 @@ relu_backward(const float* dy, const float* y, float* dx, unsigned total, int co
     }
 }
 
-// y = Σ_z parts[z] in the order of z, + bias, then with relu max(y, 0); parts (Z, rows, cols). The
-// end of a split convolution, of column sums, and of a product, which is one part and stays in
-// place. Called by gpu._reduce.
+// y = Σ_z parts[z] in the order of z, + bias, then with relu max(y, 0), where a NaN stays; parts
+// (Z, rows, cols). The end of a split convolution, of column sums, and of a product, which is one
+// part and stays in place. Called by gpu._reduce.
 extern "C" __global__ void
 reduce(const float* parts, float* y, const float* bias, unsigned total, int count, int cols,
        int pitch, int relu)
@@ -120,7 +120,7 @@ reduce(const float* parts, float* y, const float* bias, unsigned total, int coun
     float sum = 0;
     for (int z = 0; z < count; z++) sum += parts[static_cast<long long>(z) * total + index];
     if (bias) sum += bias[col];
-    y[static_cast<long long>(index / cols) * pitch + col] = relu && sum < 0 ? 0 : sum;  // a NaN stays
+    y[static_cast<long long>(index / cols) * pitch + col] = relu && sum < 0 ? 0 : sum;
 }
 
 // parts[z, e] = Σ of x[m, e] over the z-th part of the rows m; x (M, E). A block of 32×8 threads

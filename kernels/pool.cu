@@ -38,19 +38,20 @@ static_assert(sizeof(Window) == WINDOW_BYTES, "gpu.WINDOW has the same fields");
 __device__ unsigned index_of_thread() { return blockIdx.x * blockDim.x + threadIdx.x; }
 
 extern "C" __global__ void
-max_pool_forward(const float* x, float* y, unsigned total, const Window at)
+pool_forward(const float* x, float* y, unsigned total, const Window at, int average)
 {
     const unsigned index = index_of_thread();
     if (index >= total) return;
     int n, oi, oj, channel;
     at.decode(index, at.oh, at.ow, n, oi, oj, channel);
-    float most = -INFINITY;
+    float most = -INFINITY, sum = 0;
     for (int i = at.first(oi); i < at.last(oi, at.h); i++)
         for (int j = at.first(oj); j < at.last(oj, at.w); j++) {
             const float value = x[((n * at.h + i) * at.w + j) * at.c + channel];
             most = value > most || value != value ? value : most;   // a NaN stays
+            sum += value;
         }
-    y[index] = most;
+    y[index] = average ? sum / (at.kernel * at.kernel) : most;
 }
 
 extern "C" __global__ void
@@ -74,20 +75,6 @@ max_pool_backward(const float* dy, const float* x, const float* y, float* dx, un
             if (mine) sum += dy[pooled];
         }
     dx[index] = sum;
-}
-
-extern "C" __global__ void
-avg_pool_forward(const float* x, float* y, unsigned total, const Window at)
-{
-    const unsigned index = index_of_thread();
-    if (index >= total) return;
-    int n, oi, oj, channel;
-    at.decode(index, at.oh, at.ow, n, oi, oj, channel);
-    float sum = 0;
-    for (int i = at.first(oi); i < at.last(oi, at.h); i++)
-        for (int j = at.first(oj); j < at.last(oj, at.w); j++)
-            sum += x[((n * at.h + i) * at.w + j) * at.c + channel];
-    y[index] = sum / (at.kernel * at.kernel);
 }
 
 extern "C" __global__ void

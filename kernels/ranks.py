@@ -9,11 +9,10 @@ import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 
-LAUNCHED = "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"       # where launchers say how many ranks there are
-MAYBE = "PMIX_RANK"                     # … or only that there are some
 GRACE = 2                               # seconds in which the first rank may tell what went wrong
 
 
@@ -37,9 +36,6 @@ class Alone:
     def broadcast(self, thing):
         """The first rank's thing, on all ranks."""
         return thing
-
-    def check_gpus(self):
-        """RuntimeError, with the remedy, unless every rank has a GPU and a way to the others."""
 
     def begin_allreduce(self, x):
         """Begin to replace the array x by its sum over the ranks."""
@@ -81,6 +77,7 @@ class Ranks(Alone):
         return self.world.bcast(thing)
 
     def check_gpus(self):
+        """RuntimeError, with the remedy, unless every rank has a GPU and a way to the others."""
         import cupy
         count = cupy.cuda.runtime.getDeviceCount()
         if self.local_size > count:
@@ -92,29 +89,23 @@ class Ranks(Alone):
 
     def begin_allreduce(self, x):
         if isinstance(x, np.ndarray):
-            self.running.append(self.thread.submit(self.sums.Allreduce, self.mpi.IN_PLACE, x))
-        else:
-            self._begin_on_gpu(x)
-
-    def _begin_on_gpu(self, x):
-        """The same by NCCL, on a stream of its own beside the computation."""
-        import cupy
+            running = self.thread.submit(self.sums.Allreduce, self.mpi.IN_PLACE, x)
+            self.running.append(running.result)
+            return
+        import cupy                             # by NCCL, on a stream beside the computation
         if self.nccl is None:
             from cupyx.distributed import NCCLBackend
             self.nccl = NCCLBackend(self.size, self.rank, use_mpi=True)
             self.stream = cupy.cuda.Stream(non_blocking=True)
-        self.stream.wait_event(cupy.cuda.get_current_stream().record())     # x is computed
+        main = cupy.cuda.get_current_stream()
+        self.stream.wait_event(main.record())   # x is computed
         self.nccl.all_reduce(x, x, "sum", self.stream)
-        self.running.append(self.stream.record())
+        self.running.append(partial(main.wait_event, self.stream.record()))
 
     def wait(self):
         started = time.monotonic()
-        for sum_ in self.running:
-            if self.nccl is None:
-                sum_.result()
-            else:
-                import cupy
-                cupy.cuda.get_current_stream().wait_event(sum_)
+        for wait in self.running:
+            wait()
         self.running.clear()
         self.waited += time.monotonic() - started
 
@@ -135,8 +126,9 @@ def join():
     RuntimeError where there are others and mpi4py is missing, or is of another MPI.
     """
     global joined
-    several = any(int(os.environ.get(name, 0)) > 1 for name in LAUNCHED)
-    if several or MAYBE in os.environ:
+    launched = "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"                   # how many launchers started
+    several = any(int(os.environ.get(name, 0)) > 1 for name in launched)
+    if several or "PMIX_RANK" in os.environ:
         try:
             found = Ranks()
         except ImportError:
