@@ -26,7 +26,7 @@ import time
 import unicodedata
 import warnings
 import zlib
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import NamedTuple
@@ -527,18 +527,17 @@ def fingerprint(path, kind, text, dictionary):
 
 def _write_index(work, path, text, kind, dictionary, processes):
     """Write records of all words, choose the dictionary, group the records; returns facts."""
-    counts, facts = {}, {"captions": 0, "bad_lines": 0, "refused": 0, "refused_names": []}
+    counts, facts = Counter(), {"captions": 0, "bad_lines": 0, "refused": 0, "refused_names": []}
     size, paths = os.path.getsize(path), [f"{work}/{i:03}.records" for i in range(BUCKETS)]
     processes = 0 if size < SMALL_FILE else processes
     function = functools.partial(record_block, kind=kind, text=text)
     with ExitStack() as stack, Progress("reading captions", size >> 20, "MB") as progress:
         files = [stack.enter_context(open(record, "wb")) for record in paths]
         for some, found, records in _map(function, blocks(path, kind, progress), processes):
-            for word, times in found.items():
-                counts[word] = counts.get(word, 0) + times
+            counts.update(found)
             if len(counts) > MOST_COUNTED:      # drop the rarest, so that memory is bounded
                 most = sorted(counts.values())[-MOST_COUNTED // 2 - 1]
-                counts = {word: times for word, times in counts.items() if times > most}
+                counts = Counter({word: n for word, n in counts.items() if n > most})
             facts = {key: value + some[key] for key, value in facts.items()}
             facts["refused_names"] = facts["refused_names"][:100]
             for file, record in zip(files, records):

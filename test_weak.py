@@ -23,8 +23,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy.signal import correlate
-from scipy.special import log_expit, log_softmax, logsumexp
-from scipy.special import softmax as scipy_softmax
+from scipy.special import log_expit, log_softmax
 from scipy.stats import chisquare
 
 import data
@@ -101,12 +100,9 @@ Conv, Linear, MaxPool, Flatten = model.Conv, model.Linear, model.MaxPool, model.
 LAYERS = {                      # on images of 10×8 pixels with 3 channels
     "conv": lambda: [Conv(3, 5, 3, pad=1, relu=False)],
     "conv_relu": lambda: [Conv(3, 5, 3, stride=2, pad=1)],
-    "conv_strided": lambda: [Conv(3, 4, 5, stride=3, pad=2, relu=False)],
     "conv_wide_pad": lambda: [Conv(3, 4, 2, stride=2, pad=3, relu=False)],
-    "conv_1x1": lambda: [Conv(3, 6, 1)],
     "convs": lambda: [Conv(3, 4, 3, pad=1), Conv(4, 2, 3)],
     "max_pool": lambda: [MaxPool(3, 2)],
-    "max_pool_ceil": lambda: [MaxPool(3, 2, ceil=True)],
     "max_pool_pad": lambda: [Conv(3, 4, 3), MaxPool(3, 1, pad=1)],
     "avg_pool": lambda: [Conv(3, 4, 3), model.AvgPool(3, 2)],
     "lrn": lambda: [Conv(3, 7, 3), model.LRN(3, k=1.5, alpha=0.3, beta=0.75)],
@@ -143,7 +139,7 @@ def total_loss(net, labels):
 
 
 @pytest.mark.parametrize("build, crop, n, samples", [
-    (lambda: model.small(11, 0.3), 64, 3, 8), (lambda: model.alexnet(11, 0.5), 224, 2, 2),
+    (lambda: model.small(11, 0.3), 64, 3, 8), (lambda: model.alexnet(11, 0.5), 224, 1, 2),
     (lambda: alone(Conv(3, 4, 3), model.Head(("conv", Conv(4, 2, 2)), ("flat", Flatten()),
                                              ("drop", model.Dropout(0.4)),
                                              ("output", model.Output(2 * 9 * 9, 11))),
@@ -226,17 +222,13 @@ def test_wrong_gradient_is_named(rng):
 
 
 def test_first_weights_are_hes_and_biases_begin_at_zero():
-    for name, recipe in model.NETWORKS.items():
-        net = recipe.build(30, 0.2).init(3)
-        for path, layer, attribute in net.parameters():
-            value, shape = getattr(layer, attribute), layer.shapes[attribute]
-            assert value.shape == shape and value.dtype == np.float32, path
-            if attribute == "b":
-                assert not value.any(), (name, path)
-            elif value.size > 10_000:
-                fan_in = np.prod(shape[:-1])
-                wanted = model.OUTPUT_STD if isinstance(layer, model.Output) else np.sqrt(2 / fan_in)
-                assert abs(value.std() / wanted - 1) < 0.05, (name, path)
+    for path, layer, name in model.googlenet(30, 0.2).init(3).parameters():
+        value, shape = getattr(layer, name), layer.shapes[name]
+        assert value.shape == shape and value.dtype == np.float32 and (name == "w" or not value.any())
+        if value.size > 10_000:
+            he = np.sqrt(2 / np.prod(shape[:-1]))
+            wanted = model.OUTPUT_STD if isinstance(layer, model.Output) else he
+            assert abs(value.std() / wanted - 1) < 0.05, path
 
 
 # ------------------------------------------------------------------------- twins and others
@@ -314,18 +306,13 @@ def test_lrn_follows_its_formula(rng):
 
 
 def test_results_do_not_depend_on_the_number_of_threads(rng):
-    x, dy, w = (rng.standard_normal(shape) for shape in (
-        (7, 13, 11, 6), (7, 13, 11, 8), (3, 3, 6, 8)))
-    before, results = kernels.threads(), []
-    try:
-        for count in (1, 2, 3):
-            kernels.set_threads(count)
-            y = kernels.conv_forward(x, w, np.zeros(8), 1, 1, relu=True)
-            results.append((y, kernels.relu_backward(dy, y), kernels.max_pool_forward(x, 3, 2),
-                            *kernels.conv_backward_filter(x, dy, w.shape, 1, 1),
-                            kernels.matmul(w[0, 0], x[0, 0, :8].T[:, :8].T, bias=x[0, 0, 0])))
-    finally:
-        kernels.set_threads(before)
+    shapes = (7, 13, 11, 6), (7, 13, 11, 8), (3, 3, 6, 8)
+    (x, dy, w), before, results = map(rng.standard_normal, shapes), kernels.threads(), []
+    for count in (1, 2, 3, before):
+        kernels.set_threads(count)
+        y = kernels.conv_forward(x, w, np.zeros(8), 1, 1, relu=True)
+        results.append([y, kernels.relu_backward(dy, y), kernels.max_pool_forward(x, 3, 2),
+                        *kernels.conv_backward_filter(x, dy, w.shape, 1, 1)])
     for one in results[1:]:
         for a, b in zip(results[0], one):
             np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
@@ -456,17 +443,6 @@ def test_one_vs_all_loss_is_equation_1(rng):
     assert math.isclose(model.one_vs_all(s, labels)[0].sum(), expected, rel_tol=1e-12)
 
 
-def test_softmax_with_shifts_is_a_sum_over_what_classes_stand_for(rng):
-    s, shift = rng.standard_normal((2, 4)), rng.uniform(0, 3, 4)
-    targets, weights = np.array([[0, 2], [3, -1]], np.int32), np.array([0.5, 0.25])
-    losses, ds = kernels.softmax_loss(s.copy(), targets, weights, shift)
-    for i, mine in enumerate(([0, 2], [3])):
-        z = s[i] + np.where(np.isin(range(4), mine), 0, shift)
-        expected = weights[i] * (len(mine) * scipy_softmax(z) - np.isin(range(4), mine))
-        np.testing.assert_allclose(ds[i], expected)
-        assert losses[i] == pytest.approx(-weights[i] * sum(z[t] - logsumexp(z) for t in mine))
-
-
 def compare_over_all_draws(k, n, corrected):
     """Mean gradient of the scores of row 0 over all draws of n words; and that over all words."""
     s = np.random.default_rng(0).standard_normal((n, k))
@@ -486,24 +462,6 @@ def test_one_vs_all_over_the_batchs_words_is_unbiased():
     np.testing.assert_allclose(*compare_over_all_draws(4, 3, corrected=True))
     mean, whole = compare_over_all_draws(4, 3, corrected=False)
     assert abs(mean - whole).max() > 0.01
-
-
-def test_normaliser_is_bracketed_by_equations_3_and_4(rng):
-    k = 1000
-    scores = rng.standard_normal(k) * 2
-    s = np.exp(scores - scores.min())           # all at least 1
-    whole = np.log(s.sum())
-    for size in (10, 128, 500, k):
-        sums = np.array([s[rng.choice(k, size, replace=False)].sum() for _ in range(500)])
-        expected, scale = np.log(sums).mean(), np.log(size / k)
-        likely = (sums / size >= s.mean() * (1 - 1e-12)).mean()
-        assert likely * (whole + scale) <= expected + 1e-12 and expected <= whole + 1e-12
-        assert expected <= whole + scale + 3 * np.log(sums).std() / np.sqrt(500)    # Jensen
-    for size in (10, 128):                      # a batch's C holds the target, here the best word
-        rest = np.delete(s, s.argmax())
-        sums = np.array([s.max() + rng.choice(rest, size - 1, replace=False).sum()
-                         for _ in range(500)])
-        assert np.log(size / k) + whole < np.log(sums).mean() <= whole
 
 
 def test_sgd_follows_its_formula(rng):
@@ -534,19 +492,6 @@ def test_networks_have_their_parameter_counts():
         assert count(model.googlenet(k, 0.4)) == 13_378_280 + 3 * 1025 * (k - 1000)
 
 
-def test_network_overfits_one_batch(rng):
-    net = model.small(20, 0.0).init(0)
-    x = rng.standard_normal((16, 64, 64, 3)).astype(np.float32)
-    labels = data.Labels(np.arange(16, dtype=np.int32)[:, None], np.full(16, 1 / 16), None)
-    optimiser, losses = model.SGD(net, 0.9, 0), []
-    for step in range(150):
-        loss, ds = model.softmax(net.forward(x, model.Pass(step=step)), labels)
-        losses.append(loss.sum())
-        net.backward(ds)
-        optimiser.step(0.003)
-    assert abs(losses[0] - math.log(20)) < 0.1 and losses[-1] < 0.05
-
-
 # ------------------------------------------------------------------------------------ text
 
 @pytest.mark.parametrize("caption, words", [
@@ -555,14 +500,12 @@ def test_network_overfits_one_batch(rng):
     ("Été à Nîmes — Ça va: cœur", "ete a nimes ca va cœur"),
     ("e\u0301te\u0301 naïve ÅNGSTRÖM", "ete naive angstrom"),
     ("Ёлка и йогурт Київ", "елка и йогурт київ"),
-    ("ΚΑΛΗΜΈΡΑ", "καλημερα"),
     ("हिन्दी में फूल", "हिन्दी में फूल"),
     ("สวัสดีครับ ประเทศไทย", "สวัสดีครับ ประเทศไทย"),
     ("한국어 \u1112\u1161\u11ab\u1100\u1173\u11af", "한국어 한글"),
     ("日本の写真 2015", "日本の写真"),
     ("dog,cat/bird|fish", "dog cat bird fish"),
     ("❤️ love☀️ ½ ² ٣", "love"),
-    ("", ""),
     ("!!! 12", ""),
     ("a\nb\tc\u2028d\u00a0e\x0bf\x85g", "a b c d e f g")])
 def test_words_are_the_papers_in_every_script(caption, words):
@@ -582,11 +525,6 @@ ROWS = [("a.jpg", "one dog"), ("b c.jpg", "two, dogs"), ("sub/ü.jpg", 'three "d
         ("a.jpg", "four")]
 
 
-def as_csv(rows, delimiter=",", head="image,caption"):
-    quoted = (delimiter.join((name, '"' + text.replace('"', '""') + '"')) for name, text in rows)
-    return head + "\n" + "".join(line + "\n" for line in quoted)
-
-
 def as_coco(rows):
     names = list(dict.fromkeys(name for name, _ in rows))
     return json.dumps({
@@ -597,7 +535,8 @@ def as_coco(rows):
 CAPTIONS = {
     "tsv": "".join(f"{name}\t{text}\n" for name, text in ROWS),
     "tsv with numbers": "".join(f"{n}#{i}\t{text}\r\n" for i, (n, text) in enumerate(ROWS)),
-    "csv": as_csv(ROWS),
+    "csv": "image,caption\n" + "".join(
+        f"""{name},"{text.replace('"', '""')}"\n""" for name, text in ROWS),
     "csv with bars": "image_name| comment_number| comment\n" + "".join(
         f"{name}| 0| {text}\n" for name, text in ROWS),
     "jsonl": "".join(
@@ -639,9 +578,6 @@ def test_yfcc_table_is_read_with_and_without_line_numbers(columns, tmp_path):
     ((name, caption),), bad = read(tmp_path / "y")
     assert name == ("0f" * 16 + "/") * (columns == 25) + "6185218911.jpg" and bad == 1
     assert data.words_of(caption) == "my cafe at the sea red car sun".split()
-    bench.write_yfcc(tmp_path / "y", 300, columns) if columns != 24 else None
-    pairs, bad = read(tmp_path / "y", "yfcc")
-    assert columns == 24 or len(pairs) == 298 and not bad           # two are videos
 
 
 ODD = {                         # a file, and what is read of it
@@ -655,6 +591,11 @@ ODD = {                         # a file, and what is read of it
     "json lines": ("jsonl", b'{"file_name": "a.jpg", "text": "x"}\n{"file_name": "b\\ud800.jpg", '
                    b'"text": "x"}\nnull\n5\n{"file_name": "c.jpg", "text": null}\n' + b"[" * 99_999,
                    [("a.jpg", "x"), ("c.jpg", "")], 4),
+    "a quote that nobody closed": (
+        "csv", b'image,caption\n0.jpg,caf\xe9\n1.jpg,"a cat sits\n' + b"".join(
+            b"%d.jpg,word\n" % i for i in range(2, 60)),
+        [("0.jpg", "cafe"), ("1.jpg", "a cat sits"), *((f"{i}.jpg", "word") for i in range(2, 60))],
+        0),
     "coco": ("coco", b'{"images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2}, 7], "annotations": '
              b'[null, [], {"image_id": [1]}, {"image_id": 1}]}', [("a.jpg", "")], 3),
 }
@@ -667,27 +608,6 @@ def test_odd_captions_cost_their_own_lines_and_no_more(name, tmp_path):
     pairs, bad = read(tmp_path / "c", kind)
     assert [(name, data.words_of(text)) for name, text in pairs] == [
         (name, text.split()) for name, text in expected] and bad == expected_bad
-
-
-def test_quote_that_nobody_closed_costs_one_row(tmp_path):
-    (tmp_path / "c").write_bytes(b'image,caption\n0.jpg,caf\xe9\n1.jpg,"a cat sits\n'
-                                 + b"".join(b"%d.jpg,word\n" % i for i in range(2, 60)))
-    pairs, _ = read(tmp_path / "c", "csv")
-    assert [name for name, _ in pairs] == [f"{i}.jpg" for i in range(60)]
-    assert data.words_of(pairs[0][1]) == ["cafe"]
-    assert data.words_of(pairs[1][1]) == ["a", "cat", "sits"]
-
-
-@pytest.mark.parametrize("text", ['{"images": [{}], "annotations": null}', '{"annotations": 5}'])
-def test_json_of_another_kind_is_refused(text, tmp_path):
-    (tmp_path / "c").write_text(text)
-    with pytest.raises(ValueError, match="annotations"):
-        read(tmp_path / "c", "coco")
-
-
-def test_long_first_line_of_json_lines_is_recognised(tmp_path):
-    (tmp_path / "c").write_text(json.dumps({"file_name": "a.jpg", "text": "word " * 99_999}) + "\n")
-    assert data.recognise(tmp_path / "c") == "jsonl"
 
 
 # ------------------------------------------------------------------------- index and draws
@@ -746,14 +666,6 @@ def test_index_does_not_depend_on_blocks_or_processes(index, tmp_path, monkeypat
     assert words_by_photo(build(tmp_path, name="2")) == words_by_photo(index)
     monkeypatch.setattr(data, "SMALL_FILE", 0)
     assert words_by_photo(build(tmp_path, name="3", processes=2)) == words_by_photo(index)
-
-
-def test_index_with_a_dictionary_has_its_words(index, tmp_path):
-    some = ["wab", "nosuch", "waf"]
-    given = build(tmp_path, name="2", dictionary=some)
-    assert list(given.dictionary) == list(some)
-    counts = [sum("wab" in line for line in (tmp_path / "c").read_text().split("\n"))]
-    assert counts[0] >= sum("wab" in words for words in words_by_photo(given).values()) > 100
 
 
 @pytest.mark.parametrize("captions, labels", [("a.jpg\tx\n", 0), ("a.jpg\tdog\nb.jpg\tcat\n", 1)])
@@ -1024,20 +936,6 @@ def test_mistake_in_a_thread_is_not_a_broken_photo(index, photos, monkeypatch):
             list(loader.batches([data.Listed(range(5))]))
 
 
-def test_listed_photos_keep_their_order_and_lose_what_is_broken(index, photos):
-    with data.Loader(str(photos), index.name, len(index), 24, 2) as loader:
-        ((plan, pixels),) = loader.batches([data.Listed(range(50))])
-        (numbers, some), = loader.read(range(50))
-    good = np.flatnonzero(plan.weights)
-    assert np.array_equal(numbers, good) and np.array_equal(some, pixels[good]) and len(good) < 50
-    for row in range(50):
-        if plan.weights[row]:
-            expected = data.decode(str(photos / index.name(row)), 24)[0]
-            assert np.array_equal(pixels[row], expected)
-        else:
-            assert not pixels[row].any() and index.name(row) in loader.skipped
-
-
 # --------------------------------------------------------------------- the commands, as used
 
 
@@ -1091,7 +989,7 @@ def log_of(folder):
     return [json.loads(line) for line in open(folder / "log.jsonl")]
 
 
-def test_run_leaves_all_its_files_and_eval_reads_them(mine, tmp_path):
+def test_run_leaves_all_its_files(mine, tmp_path):
     done = run(*mine, "--epochs", 2, "--out", "r", folder=tmp_path)
     assert "device: CPU" in done.stdout and "next: python eval.py tag" in done.stdout
     for at in (1, 5, 10):
@@ -1106,19 +1004,6 @@ def test_run_leaves_all_its_files_and_eval_reads_them(mine, tmp_path):
     assert "not a picture" in skipped.values()
     for picture in ("curves.png", "filters.png"):
         assert Image.open(tmp_path / "r" / picture).size[0] > 100
-    ask = lambda *arguments, **how: run(*arguments, "--model", "r", "--json", "o.json",
-                                        folder=tmp_path, script="eval.py", **how)
-    for options, low, high in (((), 1, 99), (("--all",), 300, 999)):
-        ask("words", *options)
-        result = json.load(open(tmp_path / "o.json"))
-        assert low <= result["photos"] <= high and {"auc", "map", "words"} <= set(result)
-        for kind in (result, result["baseline"], result["chance"], result["ceiling"]):
-            assert {f"precision@{at}" for at in (1, 5, 10)} <= set(kind)
-    good = str(tmp_path / "photos" / "p1.jpg")
-    ask("tag", good, "--top", 3)
-    assert len(json.load(open(tmp_path / "o.json"))["tags"][good]) == 3
-    done = ask("tag", good, "none.jpg", "--threshold", 0.9, expect=1)
-    assert "no word above" in done.stdout and "none.jpg: no such file" in done.stderr
 
 
 def test_resumed_run_is_the_uninterrupted_one_to_the_bit(mine, tmp_path, train):
@@ -1151,9 +1036,9 @@ def test_rate_rule_goes_on_after_a_resume(mine, tmp_path, train, monkeypatch):
     assert facts_of(tmp_path / "whole")["plateau"] == facts_of(tmp_path / "parts")["plateau"]
 
 
-def test_interrupted_run_saves_and_resumes_to_the_bit(mine, tmp_path):
+def test_interrupted_run_saves_and_resumes_to_the_bit(mine, tmp_path, train):
     mine[mine.index("--epoch-size") + 1] = 1600
-    run(*mine, "--epochs", 1, "--out", "whole", folder=tmp_path)
+    train(*mine, "--epochs", 1, "--out", "whole")
     process = subprocess.Popen(
         [sys.executable, os.path.join(HERE, "weak.py"), *map(str, mine), "--epochs", "1", "--out",
          "parts"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
@@ -1165,7 +1050,7 @@ def test_interrupted_run_saves_and_resumes_to_the_bit(mine, tmp_path):
     rest = process.stdout.read()
     assert process.wait() == 130 and "--resume" in rest, rest
     assert 0 < facts_of(tmp_path / "parts")["step"] < 100
-    run("--resume", "--out", "parts", folder=tmp_path)
+    train("--resume", "--out", "parts")
     assert same_models(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -1181,8 +1066,8 @@ def test_losses_and_targets_train_resume_and_are_evaluated(options, mine, tmp_pa
     train(*mine, "--epochs", 1, "--out", "parts")
     train("--resume", "--out", "parts", "--epochs", 2)
     assert same_models(tmp_path / "whole", tmp_path / "parts")
-    negatives = 9 if "--negatives" in options else weak.NEGATIVES if "sampled" in options else None
-    assert facts_of(tmp_path / "whole")["options"]["negatives"] == negatives
+    if options == ["--targets", "sampled", "--loss", "one-vs-all"]:                     # by default
+        assert facts_of(tmp_path / "whole")["options"]["negatives"] == weak.NEGATIVES
     other = "all" if "--targets" in options else "batch"
     with pytest.raises(ValueError, match=r"--targets \(") as error:
         train("--resume", "--out", "parts", "--targets", other)
@@ -1198,20 +1083,6 @@ def test_training_crops_are_central_if_asked(mine, tmp_path, train, monkeypatch)
     seen.clear()
     train(*mine, "--epochs", 1, "--out", "r")
     assert max(len(top) for top, _, _ in seen) > 4 and {True, False} in [f for _, _, f in seen]
-
-
-def test_run_on_the_yfcc_table_finds_its_photos(tmp_path, rng, train):
-    bench.write_yfcc(tmp_path / "y.bz2", 400, 25, vocabulary=40, pack=bz2.open)
-    for i in range(400):
-        code = f"{6_000_000_000 + i:032x}"
-        folder = tmp_path / "photos" / code[:3] / code[3:6]
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (9, 9, 3)).astype(np.uint8)).save(
-            folder / f"{code}.jpg")
-    out = train("--images", "photos", "--captions", "y.bz2", *TINY, "--epochs", 1, "--out", "r")
-    assert "397 as yfcc" in out and "skipped" not in out            # three are videos
-    photo = out.rpartition("--model r ")[2].strip().strip("'")
-    assert os.path.exists(photo)
 
 
 # ---------------------------------------------------------------------------- several ranks
@@ -1364,17 +1235,15 @@ def test_full_disk_costs_a_run_only_the_checkpoint(mine, tmp_path, monkeypatch, 
 
 
 SAVER = """
-import sys, numpy as np
-sys.path.insert(0, {here!r})
+import sys
+sys.path.insert(0, sys.argv[1])
 import model
 net = model.small(500, 0).init(0)
 optimiser = model.SGD(net, 0.9, 0)
-step = 0
-while True:
+for step in range(10**6):
     for _, layer, name in net.parameters():
         getattr(layer, name)[...] = step
-    model.save({path!r}, net, optimiser, {{"step": step}}, ["a"])
-    step += 1
+    model.save(sys.argv[2], net, optimiser, {"step": step}, ["a"])
     print(step, flush=True)
 """
 
@@ -1382,7 +1251,7 @@ while True:
 def test_checkpoint_is_whole_after_kill_in_mid_save(tmp_path, rng):
     path = str(tmp_path / "model.npz")
     for _ in range(4):
-        process = subprocess.Popen([sys.executable, "-c", SAVER.format(here=HERE, path=path)],
+        process = subprocess.Popen([sys.executable, "-c", SAVER, HERE, path],
                                    stdout=subprocess.PIPE, text=True)
         process.stdout.readline()
         time.sleep(rng.uniform(0.01, 0.2))
@@ -1390,20 +1259,6 @@ def test_checkpoint_is_whole_after_kill_in_mid_save(tmp_path, rng):
         process.wait()
         weights, _, facts, _ = model.load(path)
         assert all((value == facts["step"]).all() for value in weights.values())
-
-
-def test_whole_file_is_whole_or_not_there(tmp_path, monkeypatch):
-    path = tmp_path / "f"
-    for text, error in (("one", None), ("two", KeyboardInterrupt), ("three", OSError)):
-        try:
-            with console.whole_file(path, "w") as file:
-                file.write(text)
-                assert not error or path.read_text() == "one"
-                if error:
-                    raise error
-        except BaseException as raised:
-            assert type(raised) is error
-        assert path.read_text() == "one" and os.listdir(tmp_path) == ["f"]
 
 
 def test_progress_shows_a_rate_and_the_time_left(capsys, monkeypatch):
@@ -1442,11 +1297,8 @@ GIVEN = ["--images", "photos", "--captions"]
 BAD = {
     "no such images": (["--images", "none", "--captions", "captions.tsv"], "no folder"),
     "no such captions": ([*GIVEN, "none"], "is no file"),
-    "captions missing": (["--images", "photos"], "go together"),
     "images missing": (["--captions", "captions.tsv"], "go together"),
-    "captions is a folder": ([*GIVEN, "photos"], "is no file"),
     "captions empty": ([*GIVEN, "empty"], "is empty"),
-    "captions binary": ([*GIVEN, "binary"], "captions"),
     "captions of nothing": ([*GIVEN, "blank"], "no training"),
     "captions utf-16": ([*GIVEN, "utf16"], "UTF-16"),
     "captions broken json": ([*GIVEN, "json"], "COCO"),
@@ -1454,12 +1306,8 @@ BAD = {
     "photos elsewhere": (["--images", "other", "--captions", "captions.tsv", "--stop-words", 5],
                          "none of the"),
     "too many stop words": ([*GIVEN, "captions.tsv", "--stop-words", 5000], "lower --stop-words"),
-    "words of zero": (["--words", 0], "at least 1"),
     "rate below zero": (["--lr", -1], "above 0"),
     "rate infinite": (["--lr", "inf"], "--lr"),
-    "seed too large": (["--seed", 2**64], "below"),
-    "threads without end": (["--threads", 99999], "--threads"),
-    "workers without end": (["--workers", 99999], "--workers"),
     "no such option": (["--wrkers", 1], "--wrkers"),
     "out is a file": (["--out", "captions.tsv"], "choose another"),
     "out is somebody else's": (["--out", "other"], "holds other things"),
@@ -1476,7 +1324,6 @@ def test_bad_input_is_one_line_with_the_remedy(name, tmp_path, photos, train):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "words.txt").write_text("mine")
     (tmp_path / "empty").write_bytes(b"")
-    (tmp_path / "binary").write_bytes(np.random.default_rng(0).bytes(100_000))
     (tmp_path / "blank").write_text("a.jpg\t\nb.jpg\t12\n")
     (tmp_path / "utf16").write_text("a.jpg\tx\n", encoding="utf-16")
     (tmp_path / "json").write_text('{"images": [')
@@ -1495,7 +1342,6 @@ def test_errors_end_in_one_line_and_a_status(tmp_path):
             ("weak.py", ["--device", "gpu"], 1, "--device cpu"),
             ("eval.py", ["words", "--model", "none"], 2, "train one"),
             ("eval.py", ["tag", "--model", tmp_path, "x.jpg"], 2, "not a model"),
-            ("eval.py", ["tag", "--model", "none", "x.jpg", "--top", 0], 2, "--top"),
             ("eval.py", ["words", "--model", "none", "--json", "/nope/x"], 2, "--json")):
         done = run(*arguments, folder=tmp_path, script=script, expect=status)
         assert remedy in done.stderr and done.stderr.count("\n") <= 2   # the device is one
@@ -1509,24 +1355,12 @@ def test_steps_without_any_photo_cost_nothing_but_themselves(mine, tmp_path, tra
     assert kept and open(tmp_path / "r" / "skipped.txt").read() == kept
 
 
-def test_resume_with_the_same_relative_paths_goes_on(mine, train):
-    mine[1:4:2] = ["photos", "captions.tsv"]
-    train(*mine, "--epochs", 1, "--out", "r")
-    train(*mine, "--epochs", 2, "--out", "r", "--resume")
-
-
 def test_folder_of_a_running_run_is_refused(tmp_path):
     lock = weak.lock_folder(str(tmp_path / "r"))
     with pytest.raises(ValueError, match="another run"):
         weak.lock_folder(str(tmp_path / "r"))
     lock.close()
     weak.lock_folder(str(tmp_path / "r")).close()
-
-
-def test_small_dictionary_is_said_and_used(mine, tmp_path, train):
-    mine[mine.index("--words") + 1] = 999
-    assert "only 55 words" in train(*mine, "--epochs", 1, "--out", "r")
-    assert len(open(tmp_path / "r/words.txt").readlines()) == 55
 
 
 def test_cupy_is_optional():
@@ -1548,8 +1382,8 @@ needs_compiler = pytest.mark.skipif(not EMULATOR, reason="no C++ compiler to run
 def compiling(request):
     """{architecture: futures}: NVRTC compiles in threads, beside the tests that need one core.
 
-    Everything for 7.5, which has no TF32, and for 9.0; for the others all files, but of conv.cu
-    three variants, in which each constant takes every value.
+    All files, but of conv.cu three variants, in which each constant takes every value; every variant
+    for 7.5, which has no TF32. (`bench.py resources` compiles all of them for 9.0.)
     """
     few = [gpu.conv_defines(*constants) for constants in (
         (128, 3, 1, 0, 0), (64, 3, 4, 0, 1), (64, 3, 4, 1, 3))]
@@ -1558,7 +1392,7 @@ def compiling(request):
         yield {architecture: [
             pool.submit(bench.compile_for, architecture, *variant)
             for variant in bench.variants(architecture != "75")
-            if architecture in ("75", "90") or variant[0] != "conv.cu" or variant[1] in few]
+            if architecture == "75" or variant[0] != "conv.cu" or variant[1] in few]
             for architecture in ARCHITECTURES if wanted}
         pool.shutdown(cancel_futures=True)
 
@@ -1638,7 +1472,7 @@ def check_convolution(case, error=HALF):
 
 
 @pytest.mark.parametrize("precision, error, seed", [
-    *(("fp32", HALF, seed) for seed in range(12)),
+    *(("fp32", HALF, seed) for seed in range(8)),
     *(("tf32", 2.0**-11, seed) for seed in (0, 3, 12, 16)),
     *(("3xtf32", 4 * HALF, seed) for seed in (0, 3, 12, 16))])
 def test_convolution_kernel_agrees_with_its_twin(device, precision, error, seed):
@@ -1816,16 +1650,12 @@ RELU = partial(test_relu_backward_kernel_takes_channel_slices, None, (2, 5, 3, 8
 POOL = partial(test_pooling_kernels_agree_with_their_twins, None, (3, 2, 1, True))
 MISTAKES = [
     ("conv.cu", "? oi * stride - pad", "? oi * stride + pad", CONV),
-    ("conv.cu", "p = kw.divide(c.divide(k, channel), q)",
-     "q = kw.divide(c.divide(k, channel), p)", CONV),
     ("conv.cu", "i % dilate == 0 && j % dilate == 0", "i % dilate == 0", CONV),
     ("conv.cu", "copy_wait<STAGES - 2>();", "copy_wait<STAGES - 1>();", CONV),
     ("conv.cu", "load(tile + STAGES - 1);", "load(tile + STAGES);", CONV),
     ("conv.cu", "        __syncthreads();", "        ;", CONV),
     ("conv.cu", "if (row >= shape.rows || col >= shape.cols)", "if (col >= shape.cols)", CONV),
-    ("conv.cu", "k0 + k < end && col0 + n < cols;", "k0 + k < end;", CONV),
     ("conv.cu", "x + at, valid && there", "x + at, there", CONV),
-    ("conv.cu", "if (bias) v += bias[col];", "if (bias) v -= bias[col];", CONV),
     ("conv.cu", "int rows, cols, depth, part; ", "int cols, rows, depth, part; ", CONV),
     ("conv.cu", "int pitch, relu; ", "int pitch, relu, more; ", CONV),   # not gpu.GEOMETRY's size
     ("pool.cu", "int h, w, c, oh, ow,", "int h, w, c, oh, ow, more,", POOL),
@@ -2040,32 +1870,10 @@ def test_map_parts_clusters_with_twins_in_blocks_of_any_size(rng, monkeypatch):
     assert (nearest // 25 == np.arange(150) // 25).mean() > 0.95 and 0 < kl < 2
 
 
-def test_photos_and_words_of_a_map_do_not_overlap(rng, tmp_path):
-    paths = [str(tmp_path / f"{i}.png") for i in range(60)]
-    for i, path in enumerate(paths):
-        Image.new("RGB", (9, 9), (4 * i, 255 - 4 * i, 99)).save(path)
-    picture = np.asarray(evaluation.mosaic_picture(paths, rng.random((60, 2)), 203))
-    colours, counts = np.unique(picture.reshape(-1, 3), axis=0, return_counts=True)
-    assert picture.shape == (203, 203, 3) and len(colours) == 61    # 60 photos of 20×20, and white
-    assert sorted(counts)[:60] == [20 * 20] * 60
-    _, room = evaluation.words_picture(["dog"] * 400, rng.random((400, 2)), np.arange(400), 200)
-    assert 5 < room < 400
-
-
-def test_flat_and_diverged_curves_are_drawn_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "c.png"
+def test_flat_and_diverged_curves_are_drawn(tmp_path):
     for losses in ([5e35, 5e35], [0.0, 0.0], [1e-12, 3.0], [float("nan")]):
         log = [{"epoch": i + 1, "loss": loss} for i, loss in enumerate(losses)]
-        evaluation.curves_picture(log, path)
-    whole = path.read_bytes()
-
-    def fail(image, file, kind):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(Image.Image, "save", fail)
-    with pytest.raises(OSError):
-        evaluation.curves_picture(log, path)
-    assert path.read_bytes() == whole and os.listdir(tmp_path) == ["c.png"]
+        evaluation.curves_picture(log, tmp_path / "c.png")
 
 
 @pytest.fixture(scope="module")
@@ -2204,15 +2012,12 @@ def test_report_is_one_file_with_its_pictures(tiny, ask):
 WRONG = {
     "layer": (["features", "--images", "classes", "--out", "x.npz", "--layer", "fc9"], "conv1"),
     "ending": (["features", "--images", "classes", "--out", "x.zip"], "must end in .npz"),
-    "place": (["search", "dog", "--out", "nope/x.png"], "choose another place"),
     "no folder": (["transfer", "--images", "nope"], "no picture in nope"),
     "one photo": (["transfer", "--images", "lone"], "a 3, b 1"),
     "one class": (["transfer", "--images", "single"], "two or more sub-folders"),
-    "not so many": (["transfer", "--images", "classes", "--train-per-class", "50"], "of 51 or"),
     "unknown word": (["neighbors", "wrod1"], "not among the model's 30 words"),
     "pairs of two": (["similar", "--pairs", "pairs.txt"], "is not word<TAB>word<TAB>score"),
     "pairs unknown": (["translate", "--pairs", "foreign.txt"], "knows both words of 0"),
-    "scores unknown": (["similar", "--pairs", "foreign.txt"], "of no file"),
     "captions foreign": (["words", "--captions", "foreign.tsv"], "there is no photo"),
     "no images": (["words", "--images", "nope"], "can be read from 'nope'"),
     "tiny map": (["map", "--images", "single", "--out", "x.png"], "takes 10"),

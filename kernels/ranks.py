@@ -1,9 +1,8 @@
 """Several processes that train as one, on one machine or on many: `mpiexec -n R python weak.py …`
 
 Data parallelism: each rank takes its part of a batch, and the gradients are summed over the ranks
-before each of them makes the same update. The sums go over MPI between CPUs, and over NCCL between
-GPUs; a layer's sum is on its way while the layers below it are still being computed. mpi4py is
-only needed where there is more than one rank.
+before each of them makes the same update. The sums go over MPI between CPUs, over NCCL between GPUs;
+a layer's sum is on its way while the layers below it are still computed. One rank needs no mpi4py.
 """
 import os
 import sys
@@ -114,6 +113,7 @@ class Ranks(Alone):
             time.sleep(GRACE)
             line = f"rank {self.rank} of {self.size}: {line}"
         print(line, file=sys.stderr, flush=True)
+        time.sleep(0.3)                         # until mpiexec has passed it on
         self.world.Abort(status)
 
 
