@@ -2,7 +2,7 @@
 
 Gradients in float64 against central differences, twins against SciPy, plain loops and (where it is
 installed) PyTorch, the text, the index, the draws, the loader, training, resuming, bad input, the
-CUDA kernels on the host's processor, and the experiments. No test asks for a processor's rounding.
+CUDA kernels on the host, and the experiments. No test depends on a processor's rounding.
 """
 import bz2
 import errno
@@ -31,7 +31,7 @@ import eval as evaluation
 import kernels
 import model
 import weak
-from kernels import bench, console, cpu, emulate, gpu, philox
+from kernels import bench, cpu, emulate, gpu, philox
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -243,7 +243,8 @@ def random_shapes(count):
         yield n, h, w, c, kh, kw, f, stride, pad
 
 
-@pytest.mark.parametrize("n, h, w, c, kh, kw, f, stride, pad", list(random_shapes(40)))
+@pytest.mark.parametrize("n, h, w, c, kh, kw, f, stride, pad", [
+    *random_shapes(39), (3, 9, 7, 1, 3, 3, 4, 1, 0)])   # of one channel: its stride may be any
 def test_convolution_agrees_with_scipy_and_its_adjoints(n, h, w, c, kh, kw, f, stride, pad, rng):
     x, filters = rng.standard_normal((n, c, h, w)), rng.standard_normal((kh, kw, c, f))
     x, b = x.transpose(0, 2, 3, 1), rng.standard_normal(f)          # as a user may have it
@@ -259,17 +260,6 @@ def test_convolution_agrees_with_scipy_and_its_adjoints(n, h, w, c, kh, kw, f, s
     np.testing.assert_allclose((dx * x).sum(), (dy * (y - b)).sum(), atol=1e-9)  # <Aᵀdy, x> =
     np.testing.assert_allclose((dw * filters).sum(), (dy * (y - b)).sum(), atol=1e-9)  # <dy, Ax>
     np.testing.assert_allclose(db, dy.sum(axis=(0, 1, 2)), atol=1e-11)
-
-
-@pytest.mark.parametrize("pad", [0, 1])
-def test_image_of_one_channel_may_be_transposed(pad, rng):
-    """NumPy calls such an array contiguous whatever the stride of its one channel is."""
-    x, w = rng.standard_normal((3, 1, 9, 7)), rng.standard_normal((3, 3, 1, 4))
-    turned, b = x.transpose(0, 2, 3, 1), np.zeros(4)
-    plain = np.array(turned, order="C").reshape(-1).reshape(turned.shape)
-    assert turned.strides[3] != 8 == plain.strides[3]
-    assert np.array_equal(kernels.conv_forward(turned, w, b, 1, pad),
-                          kernels.conv_forward(plain, w, b, 1, pad))
 
 
 @pytest.mark.parametrize("kernel, stride, pad, ceil", [
@@ -1037,7 +1027,7 @@ def test_rate_rule_goes_on_after_a_resume(mine, tmp_path, train, monkeypatch):
 
 
 def test_interrupted_run_saves_and_resumes_to_the_bit(mine, tmp_path, train):
-    mine[mine.index("--epoch-size") + 1] = 1600
+    mine[mine.index("--epoch-size") + 1] = 960
     train(*mine, "--epochs", 1, "--out", "whole")
     process = subprocess.Popen(
         [sys.executable, os.path.join(HERE, "weak.py"), *map(str, mine), "--epochs", "1", "--out",
@@ -1045,11 +1035,11 @@ def test_interrupted_run_saves_and_resumes_to_the_bit(mine, tmp_path, train):
     for line in process.stdout:
         if "parameters" in line:
             break
-    time.sleep(1.5)
+    time.sleep(0.8)
     process.send_signal(signal.SIGINT)
     rest = process.stdout.read()
     assert process.wait() == 130 and "--resume" in rest, rest
-    assert 0 < facts_of(tmp_path / "parts")["step"] < 100
+    assert 0 < facts_of(tmp_path / "parts")["step"] < 60
     train("--resume", "--out", "parts")
     assert same_models(tmp_path / "whole", tmp_path / "parts")
 
@@ -1103,7 +1093,6 @@ def run_ranks(count, *arguments, folder, code=None, expect=0, traceback=False):
     return done
 
 
-# one step of each loss: what several steps add up to depends on the processor's rounding
 @pytest.mark.parametrize("options", [
     ["--dropout", 0.3], ["--targets", "sampled", "--negatives", 5, "--sampling", "image",
                          "--loss", "one-vs-all"], ["--targets", "batch"]])
@@ -1120,8 +1109,6 @@ def test_two_ranks_are_one(options, mine, tmp_path, train):
     for key in ("loss", "validation_loss"):
         assert math.isclose(a[key], b[key], rel_tol=1e-4)
     assert a["skipped"] == b["skipped"]
-    for name in ("words.txt", "skipped.txt"):
-        assert sorted(open(tmp_path / "one" / name)) == sorted(open(tmp_path / "two" / name))
 
 
 def test_run_of_two_ranks_goes_on_with_one(mine, tmp_path, train):
@@ -1261,18 +1248,6 @@ def test_checkpoint_is_whole_after_kill_in_mid_save(tmp_path, rng):
         assert all((value == facts["step"]).all() for value in weights.values())
 
 
-def test_progress_shows_a_rate_and_the_time_left(capsys, monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    with console.Progress("scoring", 1000, "photos", done=200) as progress:
-        for count in (100, 100):
-            now[0] += 9
-            progress.tick(count, lambda: "loss 4")
-    assert capsys.readouterr().err == (
-        "scoring: 400 of 1,000 photos, 11.1/s, loss 4, 54 s left\n")
-    assert [console.duration(s) for s in (119, 125, 7300)] == ["119 s", "2 min", "2 h"]
-
-
 def test_checkpoint_before_any_step_is_resumed(mine, tmp_path, train):
     training, out, close = start_run([*mine, "--epochs", 1], tmp_path)
     training.save()
@@ -1300,13 +1275,11 @@ BAD = {
     "images missing": (["--captions", "captions.tsv"], "go together"),
     "captions empty": ([*GIVEN, "empty"], "is empty"),
     "captions of nothing": ([*GIVEN, "blank"], "no training"),
-    "captions utf-16": ([*GIVEN, "utf16"], "UTF-16"),
     "captions broken json": ([*GIVEN, "json"], "COCO"),
     "captions torn gzip": ([*GIVEN, "torn.gz"], "damaged"),
     "photos elsewhere": (["--images", "other", "--captions", "captions.tsv", "--stop-words", 5],
                          "none of the"),
     "too many stop words": ([*GIVEN, "captions.tsv", "--stop-words", 5000], "lower --stop-words"),
-    "rate below zero": (["--lr", -1], "above 0"),
     "rate infinite": (["--lr", "inf"], "--lr"),
     "no such option": (["--wrkers", 1], "--wrkers"),
     "out is a file": (["--out", "captions.tsv"], "choose another"),
@@ -1325,7 +1298,6 @@ def test_bad_input_is_one_line_with_the_remedy(name, tmp_path, photos, train):
     (tmp_path / "other" / "words.txt").write_text("mine")
     (tmp_path / "empty").write_bytes(b"")
     (tmp_path / "blank").write_text("a.jpg\t\nb.jpg\t12\n")
-    (tmp_path / "utf16").write_text("a.jpg\tx\n", encoding="utf-16")
     (tmp_path / "json").write_text('{"images": [')
     (tmp_path / "torn.gz").write_bytes(gzip.compress(b"a.jpg\tx y z\n" * 9999)[:-40])
     arguments, remedy = BAD[name]
@@ -1340,7 +1312,6 @@ def test_errors_end_in_one_line_and_a_status(tmp_path):
     for script, arguments, status, remedy in (
             ("weak.py", ["--words", 0], 2, "at least 1"),
             ("weak.py", ["--device", "gpu"], 1, "--device cpu"),
-            ("eval.py", ["words", "--model", "none"], 2, "train one"),
             ("eval.py", ["tag", "--model", tmp_path, "x.jpg"], 2, "not a model"),
             ("eval.py", ["words", "--model", "none", "--json", "/nope/x"], 2, "--json")):
         done = run(*arguments, folder=tmp_path, script=script, expect=status)
@@ -1438,10 +1409,7 @@ def check_close(y, expected, magnitude, terms, error=HALF):
 
 
 def conv_case(seed):
-    """A random convolution: x, w, b, stride, pad; sizes odd and even, images smaller than a tile.
-
-    Every fourth case has channels in multiples of four.
-    """
+    """x, w, b, stride, pad at random; every fourth case has channels in multiples of four."""
     rng = np.random.default_rng(seed)
     four = 4 if seed % 4 == 0 else 1
     k, stride, pad = rng.integers(1, 12), int(rng.integers(1, 5)), int(rng.integers(0, 6))
@@ -1825,13 +1793,6 @@ def test_penalty_is_chosen_on_held_out_photos(rng):
         return -float(np.abs(scores).sum())                         # the strongest has the least
     _, penalty = evaluation.choose_penalty(x, y, held, goodness)
     assert penalty == evaluation.PENALTIES[0] and seen == {int(held.sum())}
-
-
-def test_splits_are_a_function_of_seed_and_number():
-    y = np.repeat([0, 1, 2], (10, 4, 30))
-    one, again, other = (evaluation.split(y, lambda n: n // 2, 0, number) for number in (5, 5, 6))
-    assert np.bincount(y[one]).tolist() == [5, 2, 15]
-    assert np.array_equal(one, again) and not np.array_equal(one, other)
 
 
 def test_voc_average_precision_is_worked_out_by_hand():
