@@ -315,7 +315,8 @@ def test_networks_agree_with_pytorch(name, rng):
     net = as_float64(recipe.build(50, 0.0), 1)
     for head in net.heads():
         head.branch.layers["drop"].rate = 0     # masks are our own affair
-    theirs = bench.torch_network(torch, net.layers).double()
+    torch.set_default_dtype(torch.float64)
+    theirs = bench.torch_network(torch, net.layers)
     for part in theirs.modules():
         if isinstance(part, torch.nn.Dropout):
             part.p = 0.0
