@@ -106,7 +106,6 @@ LAYERS = {                      # on images of 10×8 pixels with 3 channels
     "max_pool_pad": lambda: [Conv(3, 4, 3), MaxPool(3, 1, pad=1)],
     "avg_pool": lambda: [Conv(3, 4, 3), model.AvgPool(3, 2)],
     "lrn": lambda: [Conv(3, 7, 3), model.LRN(3, k=1.5, alpha=0.3, beta=0.75)],
-    "linear": lambda: [Flatten(), Linear(240, 6, relu=False)],
     "linears": lambda: [Flatten(), Linear(240, 6), Linear(6, 4)],
     "dropout": lambda: [Flatten(), Linear(240, 40), model.Dropout(0.4)],
     "output": lambda: [Flatten(), Linear(240, 9), model.Output(9, 5)],
@@ -1282,7 +1281,6 @@ BAD = {
                          "none of the"),
     "too many stop words": ([*GIVEN, "captions.tsv", "--stop-words", 5000], "lower --stop-words"),
     "rate infinite": (["--lr", "inf"], "--lr"),
-    "no such option": (["--wrkers", 1], "--wrkers"),
     "out is a file": (["--out", "captions.tsv"], "choose another"),
     "out is somebody else's": (["--out", "other"], "holds other things"),
     "nothing to resume": (["--resume", "--out", "fresh"], "no model at"),
@@ -1983,7 +1981,6 @@ WRONG = {
     "captions foreign": (["words", "--captions", "foreign.tsv"], "there is no photo"),
     "no images": (["words", "--images", "nope"], "can be read from 'nope'"),
     "tiny map": (["map", "--images", "single", "--out", "x.png"], "takes 10"),
-    "splits": (["transfer", "--images", "classes", "--splits", "0"], "--splits"),
 }
 
 
