@@ -1,7 +1,7 @@
 """Several processes that train as one, on one machine or on many: `mpiexec -n R python weak.py …`
 
 Data parallelism: each rank takes its part of a batch, and the gradients are summed over the ranks
-before each of them makes the same update. The sums go over MPI between CPUs, over NCCL between GPUs;
+before each of them makes the same update. The sums go by MPI between CPUs, by NCCL between GPUs;
 a layer's sum is on its way while the layers below it are still computed. One rank needs no mpi4py.
 """
 import os
