@@ -496,14 +496,14 @@ def words_picture(names, y, weights, size):
 
 # ------------------------------------------------------------------ commands and their options
 
-PARSER = console.Parser(description=__doc__.splitlines()[0])
+PARSER = console.Parser(description=console.summary(__doc__))
 COMMANDS = PARSER.add_subparsers(required=True, metavar="COMMAND")
 
 
 def command(name, options):
     """Make the function under this line a command; it is given its options and an Output."""
     def register(function):
-        says = function.__doc__.splitlines()[0]
+        says = console.summary(function.__doc__)
         parser = COMMANDS.add_parser(name, help=says, description=says)
         parser.set_defaults(function=function, out=None)
         for option, settings in {**options, **COMMON}.items():
@@ -1017,7 +1017,7 @@ def write_report(options, show):
     trained, page, failed, result = Trained(options.model), Output(), {}, {}
     for title, function, changes in list_parts(options):
         print(f"\n{title}", flush=True)
-        note = function.__doc__.splitlines()[0]
+        note = console.summary(function.__doc__)
         page.html.append(f'<h2>{escape(title)}</h2><p class="note">{escape(note)}</p>')
         try:
             result[title] = function(argparse.Namespace(**{**vars(options), **changes}), page)

@@ -85,7 +85,7 @@ def share_machine(options, ranks):
 
 def make_parser():
     """All options; the defaults of --batch, --dropout and --lr depend on the network."""
-    parser = console.Parser(description=__doc__.splitlines()[0], epilog="Without --images and "
+    parser = console.Parser(description=console.summary(__doc__), epilog="Without --images and "
                             "--captions, a picture set is drawn and trained on.")
     _add_what(parser)
     _add_how(parser)

@@ -41,6 +41,11 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
+def summary(doc):
+    """The first line of a docstring, which `python -OO` leaves out."""
+    return (doc or "").partition("\n")[0]
+
+
 def number(kind, low=-math.inf, high=math.inf, above=-math.inf, below=math.inf):
     """The argparse type of an int or float from low to high, and strictly between the others."""
     limits = {"at least": low, "at most": high, "above": above, "below": below}
