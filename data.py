@@ -47,13 +47,24 @@ LONGEST_LINE = 64 << 20
 SWALLOWED = 20                  # lines without the other quote: nobody closed it
 MOST_COUNTED = 2_000_000        # distinct words counted at a time: rare ones are dropped beyond
 SMALL_FILE = 8 << 20            # captions files below this are indexed without other processes
-INDEX_VERSION = 3
+INDEX_VERSION = 4
+COLUMNS = "names", "name_ends", "words", "word_ends", "photos", "photo_ends"
+FILES = "words.json", *(f"{name}.npy" for name in COLUMNS)          # of an index, with index.json
 HASH = 32                       # letters of a photo's hash in the YFCC100M table
 
 FORMATS = ("tsv", "csv", "jsonl", "coco", "yfcc")
+NO_TEXT = {                     # how files begin that are no captions, and what to do
+    b"PK": "a zip archive or an Excel workbook; unpack it, or save the sheet as CSV",
+    b"PAR1": "a Parquet table; save it as CSV, e.g. by pandas' read_parquet and to_csv",
+    b"SQLite": "a database; save its table as CSV"}
+LARGEST = 256 << 20             # bytes of a plausible photo
+MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")   # of this machine, bytes
 PICTURES = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
-NAME_KEYS = ("file_name", "filename", "image", "image_name", "photo", "file", "path", "name")
-TEXT_KEYS = ("caption", "text", "comment", "captions", "sentence", "title", "description", "tags")
+NAME_KEYS = ("file_name", "filename", "image", "image_name", "photo", "file", "path", "name",
+             "image_path", "filepath", "image_id")
+TEXT_KEYS = ("caption", "text", "comment", "captions", "sentence", "title", "description", "tags",
+             "alt_text", "keywords")
+EMOJI = re.compile("[\u2600-\u27bf\U0001f000-\U0001faff]")
 NO_NAME = re.compile("[\0\n\ud800-\udc7f\udd00-\udfff]")           # no file is called so
 
 
@@ -112,8 +123,7 @@ def choose_words(counts, text):
     """The K most frequent words after the stop words: a word's place in the list is its class."""
     ranked = sorted(sorted(counts), key=counts.get, reverse=True)
     if not ranked:
-        raise ValueError("no training photo has a caption with words; lower --valid "
-                         f"({text.valid:g} of the photos are held out) or check --format")
+        raise ValueError(f"all photos are held out (--valid {text.valid:g}); lower --valid")
     words = ranked[text.stop_words:text.stop_words + text.words]
     if not words:
         raise ValueError(f"the training captions have {len(ranked)} different words and "
@@ -132,7 +142,7 @@ class Index:
         with open(f"{folder}/words.json") as file:
             self.dictionary = json.load(file)
         self.held_out = self.facts["held_out"]
-        for name in ("names", "name_ends", "words", "word_ends", "photos", "photo_ends"):
+        for name in COLUMNS:
             setattr(self, "_" + name, np.load(f"{folder}/{name}.npy", mmap_mode="r"))
         self.training = len(self) - self.held_out                   # they follow the others
         self.labels = len(self._words)          # words of all photos together
@@ -290,6 +300,10 @@ def pad_rows(rows):
 
 
 # === photos =======================================================================================
+class Gone(ValueError):
+    """A photo that is not to be had now: its disk may come back."""
+
+
 def decode(path, size):
     """A photo as uint8 (size, size, 3), rescaled to a square (paper, §3), and its content's hash.
 
@@ -300,6 +314,8 @@ def decode(path, size):
         if os.path.exists(path) and not os.path.isfile(path):
             raise OSError("not a file")         # a pipe would keep us waiting
         with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size > LARGEST:
+                raise OSError(f"over {LARGEST >> 20} MB, no plausible photo")
             content = file.read()
         if not content:
             raise OSError("zero bytes")
@@ -311,7 +327,8 @@ def decode(path, size):
     except UnidentifiedImageError:
         raise ValueError("not a picture") from None
     except OSError as error:
-        raise ValueError((error.strerror or str(error)).splitlines()[0].lower()) from None
+        kind = Gone if error.errno else ValueError
+        raise kind((error.strerror or str(error)).splitlines()[0].lower()) from None
     except Exception as error:                  # broken files raise anything from deep inside
         raise ValueError(f"cannot be decoded ({error!r:.150})") from None
 
@@ -333,17 +350,25 @@ def refused(name):
     return name[:1] in "/\\" or ".." in name and ".." in name.replace("\\", "/").split("/")
 
 
+def is_picture(path):
+    """True for the name of a picture file, by its ending."""
+    kinds = Image.registered_extensions()                           # {".jpg": "JPEG", …}
+    return kinds.get(os.path.splitext(path)[1].lower()) in PICTURES
+
+
 class Folder:
-    """Finds photos below a folder: under their names, or in sub-folders, however those are called.
+    """Finds photos below a folder: under their names, or nearly, in whatever sub-folder they are.
 
     A name of the YFCC100M table, hash/id.jpg, is also looked for as id.jpg and, as that set is
-    stored, as abc/def/abcdef….jpg by its hash; all others in a map of all files, unless over MOST.
+    stored, as abc/def/abcdef….jpg by its hash; all others in a map of all files, unless over MOST,
+    with letters of either case, and at last with another ending or none.
     """
 
     MOST = 2_000_000
 
     def __init__(self, folder):
         self.folder, self.lock, self.map = folder, threading.Lock(), None
+        self.real = os.path.realpath(folder)
 
     def find(self, name):
         """The path of the photo's file; where there is none, of the file it should be."""
@@ -361,25 +386,65 @@ class Folder:
         with self.lock:                         # one thread makes it, the others wait
             if self.map is None:
                 self.map = self._make_map()
-        keys = (unicodedata.normalize("NFC", os.path.basename(name)) for name in names)
-        return next(filter(None, map(self.map.get, keys)), paths[0])
+        return next(filter(None, map(self._find_near, names)), paths[0])
+
+    def check(self, path):
+        """The path; ValueError if links lead from it out of the folder."""
+        if self.folder and os.path.commonpath([self.real, os.path.realpath(path)]) != self.real:
+            raise ValueError("a link that leads out of the images folder")
+        return path
+
+    def _find_near(self, name):
+        """The path of a file with that name but for case and ending, or None."""
+        name = unicodedata.normalize("NFC", name.replace("\\", "/").rpartition("/")[2])
+        low = name.casefold()
+        found = {path: os.path.basename(path) for key in (low, os.path.splitext(low)[0])
+                 for path in self.map.get(key, ())}
+        near = [(base != name, base.casefold() != low, path) for path, base in found.items()
+                if base == name or is_picture(base)]
+        return min(near)[2] if near else None
 
     def _make_map(self):
-        """{name: path} of all files but hidden ones; of two with one name, the first path's."""
-        paths = {}
+        """{stem: [path]} of all files but hidden ones, the stems in lower case."""
+        paths, count = defaultdict(list), 0
         for place, folders, names in os.walk(self.folder):
-            folders[:] = sorted(name for name in folders if name[0] != ".")
-            for name in sorted(name for name in names if name[0] != "."):
-                paths.setdefault(unicodedata.normalize("NFC", name), os.path.join(place, name))
-            if len(paths) > self.MOST:
+            folders[:] = [name for name in folders if name[0] != "."]
+            for name in (name for name in names if name[0] != "."):
+                stem = os.path.splitext(unicodedata.normalize("NFC", name).casefold())[0]
+                paths[stem].append(os.path.join(place, name))
+            count += len(names)
+            if count > self.MOST:
                 return {}
         return paths
 
 
-def any_photo(folder, index):
-    """True if any photo of the index is on the disk; their order is a random one."""
+def made_sources(made, run):
+    """Where photos and captions lie that a run made itself: in its folder, wherever that is now."""
+    if made["drawn"]:
+        return {"images": f"{run}/drawn/photos", "captions": f"{run}/drawn/captions.tsv"}
+    return {"captions": f"{run}/captions.jsonl"} if made.get("gathered") else {}
+
+
+def check_photos(folder, index, most=2000):
+    """Say how many photos have other names or are not there; ValueError if none is.
+
+    Of many photos, the first are examined: their order is a random one.
+    """
     find = Folder(folder).find
-    return any(os.path.exists(find(index.name(i))) for i in range(len(index)))
+    names = [index.name(i) for i in range(min(len(index), most))]
+    there = {name: path for name in names if os.path.exists(path := find(name))}
+    other = [name for name, path in there.items() if os.path.join(folder, name) != path]
+    gone = [name for name in names if name not in there]
+    if other:
+        print(f"photos: {len(other):,} of {len(names):,} have another name or place, e.g. "
+              f"{other[0]} is {there[other[0]]}")
+    if there and gone:
+        print(f"photos: {len(gone):,} of {len(names):,} are not there, e.g. {gone[0]}")
+    if not there and not any(os.path.exists(find(index.name(i))) for i in range(len(index))):
+        first = next((os.path.relpath(os.path.join(place, name), folder)
+                      for place, _, some in os.walk(folder) for name in some), "empty")
+        raise ValueError(f"none of the photos that the captions name is in {folder}: they name "
+                         f"{names[0]!r}, and the folder has {first!r}; check --images")
 
 
 class Listed:
@@ -406,10 +471,10 @@ class Loader(AbstractContextManager):
 
     def __init__(self, folder, name, photos, size, workers=0, share=1):
         self.folder, self.name, self.shape = Folder(folder), name, (size, size, 3)
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        self.room = min(photos, memory // 4 // share // (3 * size * size))
+        self.room = min(photos, MEMORY // 4 // share // (3 * size * size))
         self.workers, self.pool = workers, ThreadPoolExecutor(workers or 1)
-        self.kept, self.skipped, self.digests, self.waited = {}, {}, {}, 0.0
+        self.kept, self.broken, self.skipped, self.digests = {}, {}, {}, {}
+        self.waited = 0.0
 
     def close(self, *_):
         """End the threads."""
@@ -437,6 +502,8 @@ class Loader(AbstractContextManager):
             started = time.monotonic()
             for photo, digest, broken in (fill() for fill in fills):
                 self.skipped.update(broken)
+                if photo is not None and self.skipped:              # it may have come back
+                    self.skipped.pop(self.name(photo), None)
                 if photo is not None and len(self.digests) < self.DIGESTS:
                     self.digests[photo] = digest
             self.waited += time.monotonic() - started
@@ -459,14 +526,20 @@ class Loader(AbstractContextManager):
         """
         photo, broken = plan.photos[row], {}
         while photo is not None:
+            name = self.name(photo)
             try:
-                found = self.kept.get(photo) or decode(self.folder.find(self.name(photo)), len(out))
+                if photo in self.broken:        # it is not read at every draw
+                    raise ValueError(self.broken[photo])
+                found = self.kept.get(photo) or decode(
+                    self.folder.check(self.folder.find(name)), len(out))
                 if len(self.kept) < self.room:
                     self.kept[photo] = found
                 out[:], digest = found
                 return photo, digest, broken
             except ValueError as error:
-                broken[self.name(photo)] = str(error)
+                broken[name] = str(error)
+                if not isinstance(error, Gone):
+                    self.broken[photo] = str(error)
                 photo = plan.retry(row)
         out[:] = 0
         return None, None, broken
@@ -483,7 +556,7 @@ def build_index(path, folder, text, kind=None, dictionary=None, processes=0):
         return index
     origin = fingerprint(path, kind, text, dictionary)
     there = os.listdir(folder) if os.path.isdir(folder) else []
-    if there and "index.json" not in there:
+    if not {*FILES, "index.json", "old"}.issuperset(there):
         raise ValueError(f"{folder} holds other things than an index; move them away")
     work = folder + ".part"
     if os.path.isdir(work):
@@ -492,7 +565,8 @@ def build_index(path, folder, text, kind=None, dictionary=None, processes=0):
     try:
         os.makedirs(work)
         facts = _write_index(work, path, text, kind, dictionary, processes)
-        write_json(f"{work}/index.json", facts | {"fingerprint": origin})
+        facts |= {"fingerprint": origin, "files": checksums(work, flush=True)}
+        write_json(f"{work}/index.json", facts)
     except BaseException:                       # the disk may be full
         shutil.rmtree(work, ignore_errors=True)
         raise
@@ -505,12 +579,32 @@ def build_index(path, folder, text, kind=None, dictionary=None, processes=0):
 
 def cached_index(path, folder, text, kind, dictionary=None):
     """The index in `folder` if it was built from this captions file with these options, or None."""
-    try:
-        index = Index(folder)
-        same = index.facts["fingerprint"] == fingerprint(path, kind, text, dictionary)
-        return index if same else None
-    except (OSError, ValueError, KeyError, TypeError):              # none, or a damaged one
+    origin = fingerprint(path, kind, text, dictionary)
+    if not os.path.isdir(folder):
         return None
+    try:
+        with open(f"{folder}/index.json") as file:
+            facts = json.load(file)
+        if facts["fingerprint"] != origin:
+            return None
+        if facts["files"] == checksums(folder):
+            return Index(folder)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    print(f"the index in {folder} is damaged: making it again", file=sys.stderr, flush=True)
+    return None
+
+
+def checksums(folder, flush=False):
+    """{name: [size, CRC-32]} of an index's files, which reach the disk before if `flush`."""
+    found = {}
+    for name in FILES:
+        with open(f"{folder}/{name}", "rb") as file:
+            if flush:
+                os.fsync(file.fileno())
+            content = np.memmap(file, np.uint8, "r")
+            found[name] = [len(content), zlib.crc32(content)]
+    return found
 
 
 def fingerprint(path, kind, text, dictionary):
@@ -527,7 +621,8 @@ def fingerprint(path, kind, text, dictionary):
 
 def _write_index(work, path, text, kind, dictionary, processes):
     """Write records of all words, choose the dictionary, group the records; returns facts."""
-    counts, facts = Counter(), {"captions": 0, "bad_lines": 0, "refused": 0, "refused_names": []}
+    counts, facts = Counter(), dict.fromkeys(("captions", "bad_lines", "refused", "emoji", "words"),
+                                             0) | {"refused_names": []}
     size, paths = os.path.getsize(path), [f"{work}/{i:03}.records" for i in range(BUCKETS)]
     processes = 0 if size < SMALL_FILE else processes
     function = functools.partial(record_block, kind=kind, text=text)
@@ -545,6 +640,11 @@ def _write_index(work, path, text, kind, dictionary, processes):
     if not facts["captions"]:
         raise ValueError(f"captions: {path} has no captions as {kind}; "
                          f"--format may be one of {', '.join(FORMATS)}")
+    if not facts["words"]:
+        for name in facts["refused_names"][:1]:
+            raise ValueError(f"captions: {path} names photos by paths that are absolute or lead out "
+                             f"of --images, e.g. {name!r}; name them by their paths below it")
+        raise ValueError(f"captions: no caption in {path} has a word, read as {kind}; try --format")
     dictionary = dictionary or choose_words(counts, text)
     write_json(f"{work}/words.json", dictionary)
     facts |= _group(work, paths, dictionary, text, processes)
@@ -617,8 +717,9 @@ def record_block(block, kind, text):
     ends = np.searchsorted(hashes[order] >> 24, np.arange(BUCKETS + 1))
     records = [pickle.dumps((names[a:b], sizes[a:b], codes[word[c:d]])) for (a, b), (c, d) in zip(
         itertools.pairwise(ends), itertools.pairwise(np.searchsorted(photo, ends)))]
-    facts = {"captions": len(pairs), "bad_lines": bad, "refused": len(away),
-             "refused_names": list(away)}
+    emoji = sum(not text.isascii() and bool(EMOJI.search(text)) for _, text in pairs)
+    facts = {"captions": len(pairs), "bad_lines": bad, "refused": len(away), "emoji": emoji,
+             "words": len(tokens), "refused_names": list(away)}
     return facts, {word: n for word, n in zip(words, counts) if n}, records
 
 
@@ -726,7 +827,11 @@ def open_captions(path):
 def recognise(path):
     """The format of a captions file, by its content: one of FORMATS."""
     with open_captions(path) as (stream, _):
-        text = (stream.read(1 << 16) + stream.readline(LONGEST_LINE)).decode("utf-8-sig", "replace")
+        head = stream.read(1 << 16) + stream.readline(LONGEST_LINE)
+    tar = "an archive; unpack it" if head[257:262] == b"ustar" else None
+    if what := next((NO_TEXT[magic] for magic in NO_TEXT if head.startswith(magic)), tar):
+        raise ValueError(f"captions: {path} is {what}")
+    text = head.decode("utf-8-sig", "replace")
     if sum(text.count(c) for c in "\ufffd\0") > len(text) / 10:
         raise ValueError(f"captions: {path} is not text in UTF-8 (UTF-16?); save it as UTF-8")
     if "\r" in text and "\n" not in text:
@@ -736,7 +841,14 @@ def recognise(path):
         return "jsonl" if _json_pair(line)[0] else "coco"
     if _yfcc_pair(line) != ("", ""):
         return "yfcc"
-    return "csv" if _csv_header(line) else "tsv"
+    if _csv_header(line) or line.lower().startswith("sep="):
+        return "csv"
+    found = re.split("[,;|]", line)
+    if len(found) > 1 and text.count("\t") < text.count("\n") / 2:
+        raise ValueError(f"captions: {path} has the columns {', '.join(found)[:200]}, and needs one "
+                         f"of {', '.join(NAME_KEYS)}, and some of {', '.join(TEXT_KEYS)}; or lines "
+                         "of photo<TAB>caption")
+    return "tsv"
 
 
 def blocks(path, kind, progress=None):
@@ -773,23 +885,33 @@ def _tsv_pair(line):
 
 def _json_pair(line):
     try:
-        row = json.loads(line)
-        name = next(row[key] for key in NAME_KEYS if key in row)
-        texts = [row[key] for key in TEXT_KEYS if key in row]
-    except (ValueError, TypeError, StopIteration, RecursionError):
+        return _row_pair(json.loads(line))
+    except (ValueError, RecursionError):
         return "", ""
+
+
+def _row_pair(row):
+    """Photo and text of a JSON object; all of TEXT_KEYS count."""
+    row = {_key(key): value for key, value in row.items()} if isinstance(row, dict) else {}
+    name = next((row[key] for key in NAME_KEYS if key in row), None)
+    texts = [row[key] for key in TEXT_KEYS if key in row]
     parts = [part for text in texts for part in (text if isinstance(text, list) else [text])]
     return str(name or ""), " ".join(str(part) for part in parts if part is not None)
 
 
+def _key(name):
+    """A column's name as in NAME_KEYS and TEXT_KEYS: "File Name" is file_name."""
+    return "_".join(name.strip().strip('"').lower().split())
+
+
 def _csv_header(line):
-    """(delimiter, column of the photo, column of the caption) of a CSV header, or None."""
+    """(delimiter, column of the photo, columns of text) of a CSV header, or None."""
     for delimiter in (",", "\t", ";", "|"):
-        names = [name.strip().strip('"').lower() for name in line.split(delimiter)]
-        photo, text = (next((names.index(key) for key in keys if key in names), None)
-                       for keys in (NAME_KEYS, TEXT_KEYS))
-        if len(names) > 1 and photo is not None and text is not None:
-            return delimiter, photo, text
+        names = list(map(_key, line.split(delimiter)))
+        photo = next((names.index(key) for key in NAME_KEYS if key in names), None)
+        texts = [i for i, name in enumerate(names) if name in TEXT_KEYS]
+        if len(names) > 1 and photo is not None and texts:
+            return delimiter, photo, texts
     return None
 
 
@@ -797,9 +919,11 @@ def _csv_pairs(stream, path):
     csv.field_size_limit(sys.maxsize)
     lines = (line.decode("utf-8", "surrogateescape").replace("\r", " ") for line in stream)
     header = next(lines, "").removeprefix("\ufeff")
+    if header.lower().startswith("sep="):       # Excel's
+        header = next(lines, "")
     if not _csv_header(header):
         raise ValueError(f"captions: the first line of {path} names no columns `image,caption`")
-    delimiter, photo, caption = _csv_header(header)
+    delimiter, photo, texts = _csv_header(header)
     width = header.count(delimiter) + 1
     read = functools.partial(csv.reader, delimiter=delimiter, skipinitialspace=True)
     for line in lines:
@@ -808,24 +932,33 @@ def _csv_pairs(stream, path):
             part.append(next(lines, ""))
         closed = "".join(part).count('"') % 2 == 0
         for row in read(part) if closed else [next(read([line]), []) for line in part]:
-            if len(row) > width and caption == width - 1:
-                row[caption:] = [delimiter.join(row[caption:])]     # a comma nobody quoted
+            if len(row) > width and texts[-1] == width - 1:
+                row[width - 1:] = [delimiter.join(row[width - 1:])]     # a comma nobody quoted
             if row:
-                yield (row[photo], row[caption]) if len(row) > max(photo, caption) else ("", "")
+                good = len(row) > max(photo, texts[0])
+                yield (row[photo], " ".join(row[i] for i in texts if i < len(row))) if good else (
+                    "", "")
 
 
 def _coco_pairs(stream, path):
+    """COCO's captions, Karpathy's, whose images have sentences, or a list of objects."""
     try:
         table = json.load(stream)
-        images, annotations = list(table["images"]), list(table["annotations"])
-    except (ValueError, KeyError, TypeError, RecursionError):
+        rows = list(table if isinstance(table, list) else table.get("annotations", []))
+        images = [] if isinstance(table, list) else list(table["images"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"captions: {path} is neither COCO captions with `images` and "
                          "`annotations`, nor JSON with an object with `file_name` a line") from None
-    names = {str(image["id"]): image["file_name"] for image in images
-             if isinstance(image, dict) and {"id", "file_name"} <= image.keys()}
-    for row in annotations:
+    images = [image for image in images if isinstance(image, dict)]
+    names = {str(image["id"]): image for image in images if {"id", "file_name"} <= image.keys()}
+    for row in rows:
         row = row if isinstance(row, dict) else {}                  # counted as a bad line
-        yield str(names.get(str(row.get("image_id"))) or ""), str(row.get("caption") or "")
+        if images:
+            row = names.get(str(row.get("image_id")), {}) | {"caption": row.get("caption")}
+        yield _row_pair(row)
+    for image in images:
+        yield from (_row_pair({**image, "caption": sentence["raw"]})
+                    for sentence in image.get("sentences", ()))
 
 
 def _yfcc_pair(line):

@@ -1070,7 +1070,7 @@ def test_training_crops_are_central_if_asked(mine, tmp_path, train, monkeypatch)
     monkeypatch.setattr(cpu, "prepare", lambda photos, top, left, flip, crop: (
         seen.append((set(top), set(left), set(flip))), honest(photos, top, left, flip, crop))[1])
     train(*mine, "--epochs", 1, "--out", "c", "--crop", "center")
-    assert seen and all(where == ({4}, {4}, {False}) for where in seen)
+    assert seen and all(where == ({4}, {4}, {False}) for where in seen[1:])    # after memory is measured
     seen.clear()
     train(*mine, "--epochs", 1, "--out", "r")
     assert max(len(top) for top, _, _ in seen) > 4 and {True, False} in [f for _, _, f in seen]
@@ -1190,7 +1190,7 @@ def test_infinite_loss_leaves_the_last_checkpoint_untouched(mine, tmp_path, monk
     honest = weak.Run.train_step
     monkeypatch.setattr(weak.Run, "train_step", lambda run, batch: honest(run, batch) * (
         math.inf if run.step == 8 else 1))
-    with pytest.raises(RuntimeError, match="inf at step 8: the checkpoint of step 6 is untouched"):
+    with pytest.raises(RuntimeError, match="inf at step 8: .*model.npz is of step 6"):
         training.train(weak.Interrupt())
     close()
     assert facts_of(out)["step"] == 6
@@ -1245,8 +1245,9 @@ def test_checkpoint_is_whole_after_kill_in_mid_save(tmp_path, rng):
         time.sleep(rng.uniform(0.01, 0.2))
         process.kill()
         process.wait()
-        weights, _, facts, _ = model.load(path)
-        assert all((value == facts["step"]).all() for value in weights.values())
+        with np.load(path) as file:
+            step = json.loads(file["facts"].tobytes())["step"]
+            assert all((file[key] == step).all() for key in file.files if key.startswith("w/"))
 
 
 def test_checkpoint_before_any_step_is_resumed(mine, tmp_path, train):
@@ -1273,7 +1274,7 @@ GIVEN = ["--images", "photos", "--captions"]
 BAD = {
     "no such images": (["--images", "none", "--captions", "captions.tsv"], "no folder"),
     "no such captions": ([*GIVEN, "none"], "is no file"),
-    "images missing": (["--captions", "captions.tsv"], "go together"),
+    "images missing": (["--captions", "captions.tsv"], "goes with --images"),
     "captions empty": ([*GIVEN, "empty"], "is empty"),
     "captions of nothing": ([*GIVEN, "blank"], "no training"),
     "captions broken json": ([*GIVEN, "json"], "COCO"),

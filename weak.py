@@ -2,6 +2,7 @@
 
     python weak.py                                       draws a captioned picture set, trains on it
     python weak.py --images DIR --captions FILE          your own photos
+    python weak.py --images DIR                          … with photo.txt files, or in named folders
     python weak.py --resume --out runs/NAME              go on where a run stopped
 
 Joulin, van der Maaten, Jabri, Vasilache: Learning Visual Features from Large Weakly Supervised
@@ -41,6 +42,7 @@ LEAST_RATE = 1e-6               # training stops below
 MOMENTUM, DECAY = 0.9, 5e-4     # not stated in the paper; Krizhevsky's (2012, §5)
 SAVE_SECONDS = 600
 RETRY_SECONDS = 10              # between two tries to make the last save on a full disk
+RETRIES = 360                   # of them: an hour
 EMPTY_STEPS = 100               # steps in a row without a photo that can be read: give up
 NEGATIVES = 1000                # of --targets sampled
 VALIDATED = 10_000              # held-out photos scored after an epoch, at most
@@ -58,12 +60,16 @@ def main():
     lock = None if ranks.rank else lock_folder(options.out)         # until the end
     if options.drawn and not ranks.rank:
         draw_set(os.path.dirname(options.captions), options.seed)
+    elif options.gathered and not ranks.rank:
+        gather_captions(options.images, options.captions)
     index = read_captions(options, ranks)
     run = Run(options, index, checkpoint, ranks)
-    with Interrupt() as interrupt:
-        finished = run.train(interrupt)
-    run.finish(finished)
-    return 0 if finished else 130
+    try:
+        with Interrupt() as interrupt:
+            finished = run.train(interrupt)
+        return run.finish(finished)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; {run.say_kept()}") from None
 
 
 def share_machine(options, ranks):
@@ -96,8 +102,8 @@ def _add_what(parser):
     """Options of the data and of the model."""
     add = parser.add_argument_group("data").add_argument
     add("--images", type=os.path.abspath, metavar="DIR", help="folder of the captions' photos")
-    add("--captions", type=os.path.abspath, metavar="FILE",
-        help="one of the formats, also .gz and .bz2")
+    add("--captions", type=os.path.abspath, metavar="FILE", help="one of the formats, also .gz and "
+        ".bz2; if not given photo.txt beside photo.jpg, or else the names of the sub-folders")
     add("--format", choices=data.FORMATS, help="of the captions; recognised if not given")
     add("--words", type=number(int, 1), default=data.WORDS, help="K, the size of the dictionary")
     add("--stop-words", type=number(int, 0), default=data.STOP_WORDS,
@@ -115,6 +121,8 @@ def _add_what(parser):
         help="words that a step scores: all, those of its batch, or those and --negatives others")
     add("--negatives", type=number(int, 1), help=f"of --targets sampled; if not given {NEGATIVES}")
     add("--dropout", type=number(float, 0, below=1), help="rate; if not given the network's")
+    add("--from", type=os.path.abspath, metavar="RUN", help="begin with the weights of a trained "
+        "run, and with its words' that both dictionaries have (fine-tuning)")
 
 
 def _add_how(parser):
@@ -146,10 +154,11 @@ def parse(arguments=None):
     """The options, and the checkpoint to go on with or None; ValueError for what cannot be."""
     parser, checkpoint = make_parser(), None
     options = parser.parse_args(arguments)
-    if not options.resume and (options.images is None) != (options.captions is None):
-        raise ValueError("--images and --captions go together: the photos' folder and a file of "
-                         "photo<TAB>caption lines (without both, a picture set is drawn)")
+    if options.captions and not options.images and not options.resume:
+        raise ValueError("--captions goes with --images, the photos' folder (without both, a "
+                         "picture set is drawn)")
     drawn = not options.images and not options.resume
+    made = {"drawn": drawn, "gathered": not drawn and not options.captions}
     if drawn:
         parser.set_defaults(**DRAWN)
         options = parser.parse_args(arguments)
@@ -157,21 +166,25 @@ def parse(arguments=None):
     path = os.path.join(out, "model.npz")
     if options.resume:
         checkpoint = model.load(path)
-        options, drawn = merge_options(parser, arguments, checkpoint[2]["options"], out)
+        options, stored = merge_options(parser, arguments, checkpoint[2]["options"], out)
+        made = {key: stored.get(key, False) for key in made}
     elif os.path.exists(path):
         raise ValueError(f"{path} holds a trained model; go on with --resume, or choose another "
                          "--out")
-    options.out, options.drawn = out, drawn
-    if drawn and not options.captions:
-        options.images = os.path.join(out, "drawn", "photos")
-        options.captions = os.path.join(out, "drawn", "captions.tsv")
+    vars(options).update({"out": out, **made, **data.made_sources(made, out)})
     return complete_options(options), checkpoint
 
 
 def merge_options(parser, arguments, stored, out):
     """A stored run's options and those given now; ValueError where they may not differ."""
-    stored = {**vars(parser.parse_args([])), **stored}              # newer options: by default
-    parser.set_defaults(**{key: value for key, value in stored.items() if key != "out"})
+    known = vars(parser.parse_args([]))
+    texts = [f"--{key.replace('_', '-')}={value}" for key, value in stored.items()
+             if key in known and value not in (None, False)]
+    try:                                        # whatever the file holds, and newer options
+        stored |= {**vars(parser.parse_args(texts)), "out": out}
+    except ValueError as error:
+        raise ValueError(f"{out}/model.npz is not a model of weak.py ({error})") from None
+    parser.set_defaults(**{key: stored[key] for key in known if key != "out"})
     options = parser.parse_args(arguments)
     changed = [f"--{key.replace('_', '-')} ({stored[key]}, now {value})"
                for key, value in vars(options).items()
@@ -179,18 +192,21 @@ def merge_options(parser, arguments, stored, out):
     if changed:
         raise ValueError(f"the run in {out} began with other options: {', '.join(changed)}; "
                          "leave them out, or choose another --out")
-    return options, stored["drawn"]
+    return options, stored
 
 
 def complete_options(options):
     """The options with all their defaults; ValueError for what no run can be made of."""
     if not options.drawn and not os.path.isdir(options.images):
         raise ValueError(f"images: there is no folder {options.images}")
-    if not options.drawn and not os.path.isfile(options.captions):
+    if not (options.drawn or options.gathered or os.path.isfile(options.captions)):
         raise ValueError(f"captions: {options.captions} is no file; save a pipe to one first")
     for name in ("batch", "dropout", "lr"):
         if getattr(options, name) is None:
             setattr(options, name, getattr(model.NETWORKS[options.network], name))
+    if options.lr < options.min_lr:
+        raise ValueError(f"--lr {options.lr:g} is below --min-lr {options.min_lr:g}, where training "
+                         "stops; lower --min-lr")
     if options.negatives and options.targets != "sampled":
         raise ValueError("--negatives goes with --targets sampled")
     if options.targets == "sampled":
@@ -235,9 +251,8 @@ def read_captions(options, ranks=several.Alone()):
                            "captions and the photos on a disk that all machines share") from None
     options.format = index.facts["fingerprint"]["format"]
     describe_index(index, options)
-    if not ranks.rank and not data.any_photo(options.images, index):
-        raise ValueError(f"none of the photos that the captions name is in {options.images}, "
-                         f"e.g. {index.name(0)!r}; check --images and the names")
+    if not ranks.rank:
+        data.check_photos(options.images, index)
     return index
 
 
@@ -249,7 +264,9 @@ def describe_index(index, options):
           f"{index.labels / max(1, len(index)):.2f} a photo", flush=True)
     for fact, what in (("bad_lines", "lines are no captions"),
                        ("refused", "names are absolute or leave --images: refused"),
-                       ("without_words", "photos have no word of the dictionary")):
+                       ("without_words", "photos have no word of the dictionary"),
+                       ("emoji", "have emoji or other pictures among the words, which do not count")
+                       ):
         if facts[fact]:
             print(f"captions: {facts[fact]:,} {what}")
     if found < options.words:
@@ -259,17 +276,23 @@ def describe_index(index, options):
 # --------------------------------------------------------------------------------- training
 
 class Interrupt:
-    """Ctrl-C or a polite kill sets `asked`, so that the step ends first; a second one ends all."""
+    """A polite way to end sets `asked`, so that the step ends first; a second Ctrl-C ends all.
+
+    Polite are Ctrl-C, kill, the terminal that was closed, and the reader of what is printed, gone.
+    """
 
     asked = False
 
     def __enter__(self):
-        self.before = {one: signal.signal(one, self.ask) for one in (signal.SIGINT, signal.SIGTERM)}
+        polite = *console.stop_signals(), signal.SIGPIPE
+        self.before = {one: signal.signal(one, self.ask) for one in polite}
         return self
 
-    def ask(self, *_):
-        if self.asked:
+    def ask(self, one, _):
+        if self.asked and one in (signal.SIGINT, signal.SIGTERM):
             raise KeyboardInterrupt
+        if self.asked:
+            return
         self.asked = True
         print("\nstopping after this step, and saving; once more to stop at once", flush=True)
 
@@ -297,6 +320,8 @@ class Run:
                                   options.workers, ranks.local_size)
         if checkpoint:
             self.restore(*checkpoint)
+        elif source := getattr(options, "from"):
+            self.begin_from(source)
         self.epoch_size = options.epoch_size or min(EPOCH, max(LEAST_EPOCH, index.training))
         self.steps = -(-self.epoch_size // options.batch)           # per epoch
         most = min(VALIDATED, max(100, evaluation.BLOCK // len(index.dictionary)), index.held_out)
@@ -321,26 +346,48 @@ class Run:
         self.saved = self.step
         print(f"going on at step {self.step:,}, epoch {self.epoch + 1}", flush=True)
 
+    def begin_from(self, source):
+        """Another run's weights; of the output layers the rows of words that both runs know."""
+        weights, _, facts, words = model.load(os.path.join(source, "model.npz"))
+        if facts["options"]["network"] != self.options.network:
+            raise ValueError(f"--from: that run is of --network {facts['options']['network']}")
+        places, state = {word: i for i, word in enumerate(words)}, self.net.state()
+        mine = [i for i, word in enumerate(self.index.dictionary) if word in places]
+        theirs = [places[self.index.dictionary[i]] for i in mine]
+        for path, layer, _ in self.net.parameters():
+            if isinstance(layer, model.Output):
+                state[path][mine] = weights[path][theirs]
+            else:
+                state[path] = weights[path]
+        self.net.load(state)
+        print(f"beginning with the weights of {source}, and {len(mine):,} of its {len(words):,} "
+              "words", flush=True)
+
     def check_space(self):
         """Say what a checkpoint and a GPU must hold, and refuse to start where they cannot."""
         weights = sum(array.nbytes for array in self.optimiser.v.values())
+        self.bytes = 2 * weights                # of a checkpoint
         disk, free = shutil.disk_usage(self.options.out).free, kernels.memory()
         print(f"{self.options.network}: {weights // 4:,} parameters; a checkpoint takes "
               f"{2 * weights / 1e6:,.0f} MB of {disk / 1e9:,.1f} GB free", flush=True)
         if disk < 4 * weights:
             raise ValueError(f"{self.options.out} has {disk / 1e6:,.0f} MB free, and saving needs "
                              f"{4 * weights / 1e6:,.0f}; free some, or choose another --out")
-        if free is None:
-            return
         batch, each = self.options.batch, self.net.bytes_per_image(self.size, self.crop)
         need = weights + each * (self.part.stop - self.part.start)  # gradients are still to come
-        print(f"GPU memory: {3 * weights / 1e9:,.2f} GB for weights, velocities and gradients, "
-              f"{each / 1e6:,.1f} MB an image, {need / 1e9:,.2f} GB more at --batch {batch}; "
-              f"{free / 1e9:,.1f} GB are free", flush=True)
+        place = "machine" if free is None else "GPU"
+        if free is None:
+            free = data.MEMORY / self.ranks.local_size - 2 * weights
+        else:
+            print(f"GPU memory: {3 * weights / 1e9:,.2f} GB for weights, velocities and gradients, "
+                  f"{each / 1e6:,.1f} MB an image, {need / 1e9:,.2f} GB more at --batch {batch}; "
+                  f"{free / 1e9:,.1f} GB are free", flush=True)
         if need > free:
             most = int((free - weights) / each) * self.ranks.size
-            raise ValueError(f"--batch {batch} does not fit into the GPU's memory; use "
-                             + (f"--batch {most} or less" if most > 0 else "--device cpu"))
+            raise ValueError(
+                f"--batch {batch} does not fit into the {place}'s memory, {need / 1e9:,.1f} GB into "
+                f"{free / 1e9:,.1f}; use " + (f"--batch {most} or less" if most > 0 else
+                                              "--device cpu, or a smaller --network or --words"))
 
     # ------------------------------------------------------------------------------ the loop
 
@@ -406,9 +453,13 @@ class Run:
         """A step of which no photo can be read changes nothing; RuntimeError after many."""
         self.empty += 1
         if self.empty >= EMPTY_STEPS:
-            name, why = next(iter(self.loader.skipped.items()), ("none here", ""))
-            raise RuntimeError(f"no photo of the last {EMPTY_STEPS} steps could be read, "
-                               f"e.g. {name}: {why}")
+            self.give_up(f"the last {EMPTY_STEPS} steps")
+
+    def give_up(self, when):
+        """RuntimeError: there are no photos."""
+        name, why = next(iter(self.loader.skipped.items()), ("none here", ""))
+        raise RuntimeError(f"no photo of {when} could be read, e.g. {name}: {why}; "
+                           f"{self.say_kept()}")
 
     def read_losses(self):
         """The losses of the steps since the last call, as numbers; on a GPU this waits for them."""
@@ -419,12 +470,16 @@ class Run:
         self.read = len(self.losses)
 
     def check_loss(self, loss, step, what="the loss is"):
-        """RuntimeError if the loss is not finite: what was saved before stays as it is."""
+        """RuntimeError if the loss is not finite."""
         if not np.isfinite(loss):
-            kept = ("nothing was saved yet" if self.saved is None
-                    else f"the checkpoint of step {self.saved:,} is untouched")
-            raise RuntimeError(f"{what} {loss} at step {step:,}: {kept}; lower --lr "
+            raise RuntimeError(f"{what} {loss} at step {step:,}: {self.say_kept()}; lower --lr "
                                f"({self.plateau.rate:g})")
+
+    def say_kept(self):
+        """What of this run is on the disk."""
+        path = os.path.join(self.options.out, "model.npz")
+        return "nothing was saved yet" if self.saved is None else (
+            f"{path} is of step {self.saved:,}")
 
     def sum_losses(self):
         """The losses of the epoch's steps so far, summed over the ranks; None without photos."""
@@ -454,27 +509,37 @@ class Run:
         """Validate, apply the learning-rate rule, save, and log the epoch."""
         self.epoch += 1
         losses = [loss for loss in self.sum_losses() if loss is not None]
-        loss, rate = float(np.mean(losses)) if losses else math.nan, progress.rate()
+        if not losses:
+            self.give_up(f"epoch {self.epoch}")
+        loss, rate, skipped = float(np.mean(losses)), progress.rate(), self.gather_skipped()
         waited, said = self.loader.waited / progress.seconds(), self.say_waiting(progress)
         among = "" if self.options.targets == "all" else f" ({self.options.targets} words)"
         line = f"epoch {self.epoch}: loss{among} {loss:.4f}, "
         result = self.validate() or {}
         if result:
-            self.check_loss(result["loss"], self.step)
+            self.check_held_out(result["loss"])
             line += (f"held-out loss {result['loss']:.4f}, precision@10 "
                      f"{result['precision@10']:.4f}, AUC {result['auc']:.4f}, ")
         self.log.append({
             "epoch": self.epoch, "step": self.step, "loss": loss,
             "learning_rate": self.plateau.rate, "images_per_second": rate, "loader_wait": waited,
-            "validation_loss": result.get("loss"), "skipped": len(self.gather_skipped()),
+            "validation_loss": result.get("loss"), "skipped": len(skipped),
             **{key: result.get(key) for key in ("precision@10", "auc", "map")}})
         line += f"rate {self.plateau.rate:g}, {rate:.0f} images/s, {said}"
+        line += f", {len(skipped):,} photos cannot be read" * bool(skipped)
         self.plateau.update(result.get("loss", loss))
         self.losses, self.read = [], 0
         self.check_ranks()
         self.save()
         self.write_texts()
         print(line, flush=True)
+
+    def check_held_out(self, loss):
+        """RuntimeError if the held-out loss is not finite, or so great that training diverges."""
+        words = 1 if self.options.loss == "softmax" else self.index.labels / len(self.index)
+        much = 10 * words * math.log(1 + len(self.index.dictionary))
+        self.check_loss(loss if loss < much else math.inf, self.step,
+                        f"training diverges, with a held-out loss of {loss:.4g}, taken as")
 
     def validate(self):
         """Metrics on the fixed held-out photos, of which each rank takes a part; None without any.
@@ -500,8 +565,7 @@ class Run:
                                    "machines and libraries alike?")
 
     def save(self, last=False):
-        """Write the checkpoint; what fails is said, and the last one is tried again until it works.
-        """
+        """Write the checkpoint; what fails is said, and the last one is tried again for an hour."""
         options = {key: value for key, value in vars(self.options).items() if key != "resume"}
         facts = {"options": options, "step": self.step, "epoch": self.epoch, "log": self.log,
                  "losses": self.sum_losses(), "plateau": vars(self.plateau),
@@ -510,18 +574,16 @@ class Run:
         if not all(np.isfinite(w).all() for w in self.net.state().values()):
             self.check_loss(math.nan, self.step, "a weight is")     # the last update diverged
         path = os.path.join(self.options.out, "model.npz")
-        while not self.ranks.rank:
+        for left in range(RETRIES * last, -1, -1) if not self.ranks.rank else ():
             try:
                 model.save(path, self.net, self.optimiser, facts, self.index.dictionary)
+                self.saved = self.step
                 break
             except OSError as error:
-                print(f"not saved to {path}, which is as it was: {error.strerror or error}; free "
-                      "some space" + f": trying again every {RETRY_SECONDS} s" * last,
-                      file=sys.stderr, flush=True)
-            if not last:
-                return
-            time.sleep(RETRY_SECONDS)
-        self.saved = self.step
+                print(f"step {self.step:,} is not saved: {error.strerror or error}; {path} needs "
+                      f"{self.bytes / 1e6:,.0f} MB, free some space" + f": trying again every "
+                      f"{RETRY_SECONDS} s" * (left > 0), file=sys.stderr, flush=True)
+            time.sleep(RETRY_SECONDS * (left > 0))
 
     def gather_skipped(self):
         """{name: what is wrong} of the photos that any rank skipped; complete on the first rank."""
@@ -555,7 +617,7 @@ class Run:
             print(f"pictures not drawn: {error.strerror or error}", file=sys.stderr)
 
     def finish(self, finished):
-        """Save, draw the pictures, and say what was learned and what to try next."""
+        """Save, draw the pictures, and say what was learned and what to try next; exit status."""
         out = self.options.out
         if self.ranks.broadcast(self.saved != self.step
                                 or not os.path.exists(os.path.join(out, "model.npz"))):
@@ -570,13 +632,16 @@ class Run:
                   f"{out}/skipped.txt")
         self.loader.close()
         if self.ranks.rank:
-            return
+            return 0
         self.draw_pictures()
         files = [name for name in sorted(os.listdir(out)) if name.endswith((".png", ".txt"))]
-        print(", ".join([f"{out}: model.npz at step {self.saved:,}, log.jsonl", *files]))
-        photo = self.loader.folder.find(self.index.name(0))
+        print(", ".join([self.say_kept(), "log.jsonl", *files]))
+        if self.saved != self.step:
+            raise RuntimeError(f"step {self.step:,} could not be saved: {self.say_kept()}")
+        photo = self.loader.folder.find(self.index.name(min(self.loader.digests, default=0)))
         print(f"next: python eval.py tag --model {out} {photo!r}" if self.is_over() else
               f"next: python weak.py --resume --out {out}")
+        return 0 if finished else 130
 
     def say_doubles(self):
         """Held-out photos whose very bytes were trained on make a score too good: name them."""
@@ -710,6 +775,27 @@ def write_caption(dice, seen, place):
         text += f" {int(dice.real(1, 2016))}"
     return (text.strip() or "IMG " + str(int(dice.real(1, 9999)))).capitalize() + "!" * (
         dice.real() < 0.1)
+
+
+def gather_captions(images, captions):
+    """A captions file from photo.txt beside photo.jpg, or else from the sub-folders' names."""
+    names, found = evaluation.list_photos(images), 0
+    with console.whole_file(captions, "w", encoding="utf-8") as file:
+        for beside in True, False:
+            for name in names if not found else ():
+                text = os.path.dirname(name)
+                if beside:
+                    path = os.path.join(images, os.path.splitext(name)[0] + ".txt")
+                    text = ""
+                    if os.path.isfile(path):
+                        with open(path, encoding="utf-8-sig", errors="replace") as own:
+                            text = own.read()
+                if text:
+                    file.write(json.dumps({"file_name": name, "caption": text}) + "\n")
+                    found += 1
+    if not found:
+        raise ValueError(f"--captions is needed: the photos in {images} have neither photo.txt "
+                         "beside photo.jpg nor folders with names")
 
 
 def draw_set(folder, seed):

@@ -1,7 +1,7 @@
 """What all commands share: options, progress, files that are whole, and one line for each error.
 
     with Progress("scoring", 500) as progress:
-        progress.tick(64)                       # scoring: 64 of 500 photos, 310/s, 1 s left
+        progress.tick(64)                       # scoring: 64 of 500 photos, 1 s left, 310/s
     with whole_file("runs/x/log.jsonl", "w") as file:
         file.write("…")                         # there at the end of the block, or not at all
     guarded(main)                               # exit status 2 for what a user can mend
@@ -20,6 +20,8 @@ from contextlib import contextmanager, nullcontext, suppress
 from . import ranks
 
 MOST_THREADS = 4 * (os.cpu_count() or 1)
+CONTROLS = [*range(32), *range(127, 160), *range(0x202a, 0x202f), *range(0x2066, 0x206a)]
+VISIBLE = {code: ascii(chr(code))[1:-1] for code in CONTROLS if chr(code) not in "\n\t"}
 
 
 # ---------------------------------------------------------------------------------- options
@@ -73,8 +75,56 @@ def duration(seconds):
     return f"{seconds // 60} min" if seconds < 7200 else f"{seconds // 3600} h"
 
 
+class Screen:
+    """A stream to print on: what becomes of it ends no run, and no text in it steers a terminal."""
+
+    below = None                                # the one whose last line is of a Progress, if any
+
+    def __init__(self, stream):
+        self.stream = stream                    # None where it was closed before the start
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def isatty(self):
+        return self.stream is not None and self.stream.isatty()
+
+    def write(self, text):
+        """Print, over a line of progress, with control characters made visible."""
+        Screen.clear()
+        self._put(text.translate(VISIBLE))
+        return len(text)
+
+    def show(self, text):
+        """Write a line of progress over the last one, as much of it as the terminal is wide."""
+        try:
+            width = os.get_terminal_size(self.stream.fileno()).columns
+        except (OSError, ValueError):
+            width = 80
+        while len(text) >= width and ", " in text:                  # the least important is last
+            text = text.rpartition(", ")[0]
+        Screen.clear()
+        self._put(text.translate(VISIBLE)[:width - 1])
+        Screen.below = self
+
+    @staticmethod
+    def clear():
+        """Take the line of progress away, on whichever stream it stands."""
+        if Screen.below:
+            Screen.below._put("\r\033[K")
+            Screen.below = None
+
+    def flush(self):
+        self._put("")
+
+    def _put(self, text):
+        with suppress(OSError, ValueError, AttributeError):         # full, closed, or lost
+            self.stream.write(text)
+            self.stream.flush()
+
+
 class Progress:
-    """Counts work, and now and then shows how far it is, with its rate and the time left.
+    """Counts work, and now and then shows how far it is, with the time left and its rate.
 
     On a terminal the line is written over itself twice a second; elsewhere a line comes every ten
     seconds.
@@ -82,8 +132,9 @@ class Progress:
 
     def __init__(self, what, total, unit="photos", stream=None, done=0):
         self.what, self.total, self.unit = what, total, unit
-        self.stream = stream or sys.stderr
-        self.terminal = self.stream.isatty()
+        stream = stream or sys.stderr
+        self.screen = stream if isinstance(stream, Screen) else Screen(stream)
+        self.terminal = self.screen.isatty()
         self.started = self.shown = time.monotonic()
         self.done = self.before = done
 
@@ -113,16 +164,14 @@ class Progress:
             return
         self.shown = now
         parts = [f"{self.what}: {self.done:,} of {self.total:,} {self.unit}",
-                 f"{self.rate():.3g}/s", note() if callable(note) else note,
-                 f"{duration(self.left())} left"]
+                 f"{duration(self.left())} left", f"{self.rate():.3g}/s",
+                 note() if callable(note) else note]
         text = ", ".join(filter(None, parts))
-        print(f"\r{text}\033[K\r" if self.terminal else text + "\n", end="", file=self.stream,
-              flush=True)
+        self.screen.show(text) if self.terminal else self.screen.write(text + "\n")
 
     def close(self):
         """Clear the line on a terminal."""
-        if self.terminal:
-            print("\r\033[K", end="", file=self.stream, flush=True)
+        self.screen.clear()
 
 
 def say_skipped(skipped, count, unit="photos"):
@@ -175,20 +224,27 @@ def write_json(path, thing):
 
 # ------------------------------------------------------------------------------- the way out
 
+def stop_signals():
+    """What asks a process to end: Ctrl-C, kill, and the lost terminal, but not under nohup."""
+    nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM] + [signal.SIGHUP] * (not nohup)
+
+
 def guarded(work):
     """Run work() and exit as a command should: one line for what a user can mend, never more."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    sys.stdout.reconfigure(errors="backslashreplace")               # whatever a photo is called
+    for one in stop_signals():
+        signal.signal(one, signal.default_int_handler)
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")               # whatever a photo is called
+    sys.stdout, sys.stderr = Screen(sys.stdout), Screen(sys.stderr)
     try:
         sys.exit(work())
-    except KeyboardInterrupt:
-        _fail(130, "interrupted")
-    except BrokenPipeError:                     # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        ranks.joined.fail(1)
+    except KeyboardInterrupt as stop:
+        _fail(130, str(stop) or "interrupted")
     except ValueError as error:
         _fail(2, error)
+    except MemoryError:
+        _fail(1, "there is not enough memory; lower --batch, --words or --limit")
     except RuntimeError as error:
         _fail(1, error)
     except OSError as error:
