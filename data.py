@@ -315,7 +315,7 @@ def decode(path, size):
             raise OSError("not a file")         # a pipe would keep us waiting
         with open(path, "rb") as file:
             if os.fstat(file.fileno()).st_size > LARGEST:
-                raise OSError(f"over {LARGEST >> 20} MB, no plausible photo")
+                raise OSError("too large for a photo")
             content = file.read()
         if not content:
             raise OSError("zero bytes")
@@ -418,11 +418,19 @@ class Folder:
         return paths
 
 
-def made_sources(made, run):
-    """Where photos and captions lie that a run made itself: in its folder, wherever that is now."""
-    if made["drawn"]:
-        return {"images": f"{run}/drawn/photos", "captions": f"{run}/drawn/captions.tsv"}
-    return {"captions": f"{run}/captions.jsonl"} if made.get("gathered") else {}
+def drawn_sources(run):
+    """Where a run keeps the photos and captions that it drew."""
+    return {"images": f"{run}/drawn/photos", "captions": f"{run}/drawn/captions.tsv"}
+
+
+def list_photos(folder):
+    """Names of the picture files in a folder and below it, told by their ending, in order."""
+    names = sorted(os.path.relpath(os.path.join(place, name), folder)
+                   for place, _, files in os.walk(folder) for name in files
+                   if name[0] != "." and is_picture(name))
+    if not names:
+        raise ValueError(f"--images: there is no picture in {folder} or its sub-folders")
+    return names
 
 
 def check_photos(folder, index, most=2000):
@@ -431,20 +439,17 @@ def check_photos(folder, index, most=2000):
     Of many photos, the first are examined: their order is a random one.
     """
     find = Folder(folder).find
-    names = [index.name(i) for i in range(min(len(index), most))]
-    there = {name: path for name in names if os.path.exists(path := find(name))}
-    other = [name for name, path in there.items() if os.path.join(folder, name) != path]
-    gone = [name for name in names if name not in there]
-    if other:
-        print(f"photos: {len(other):,} of {len(names):,} have another name or place, e.g. "
-              f"{other[0]} is {there[other[0]]}")
-    if there and gone:
-        print(f"photos: {len(gone):,} of {len(names):,} are not there, e.g. {gone[0]}")
-    if not there and not any(os.path.exists(find(index.name(i))) for i in range(len(index))):
-        first = next((os.path.relpath(os.path.join(place, name), folder)
-                      for place, _, some in os.walk(folder) for name in some), "empty")
+    paths = {name: find(name) for name in map(index.name, range(min(len(index), most)))}
+    other = {name: path for name, path in paths.items() if path != os.path.join(folder, name)}
+    gone = [name for name, path in paths.items() if not os.path.exists(path)]
+    if len(gone) == len(paths) and not any(
+            os.path.exists(find(index.name(i))) for i in range(most, len(index))):
         raise ValueError(f"none of the photos that the captions name is in {folder}: they name "
-                         f"{names[0]!r}, and the folder has {first!r}; check --images")
+                         f"{gone[0]!r}, and it has {list_photos(folder)[0]!r}; check --images")
+    for some, what in (other, "have another name or place"), (gone, "are not there"):
+        for name in itertools.islice(some, 1):
+            print(f"photos: {len(some):,} of {len(paths):,} {what}, e.g. {name}"
+                  + f" is {paths[name]}" * (some is other))
 
 
 class Listed:
@@ -611,11 +616,12 @@ def fingerprint(path, kind, text, dictionary):
     """Of the captions file (size, time, sampled blocks) and all that decides the index."""
     digest = hashlib.blake2b("\n".join(dictionary or []).encode(), digest_size=8)
     with open_captions(path) as (_, file):
-        info = os.fstat(file.fileno())
-        for start in np.linspace(0, max(0, info.st_size - 4096), 16).astype(int):
+        size, time_changed = file.seek(0, os.SEEK_END), os.stat(path).st_mtime_ns
+        block = size if os.path.isdir(path) else 4096
+        for start in np.linspace(0, max(0, size - block), 16).astype(int):
             file.seek(start)
-            digest.update(file.read(4096))
-    return {"version": INDEX_VERSION, "size": info.st_size, "mtime": info.st_mtime_ns,
+            digest.update(file.read(block))
+    return {"version": INDEX_VERSION, "size": size, "mtime": time_changed,
             "content": digest.hexdigest(), "format": kind, **text._asdict()}
 
 
@@ -644,7 +650,8 @@ def _write_index(work, path, text, kind, dictionary, processes):
         for name in facts["refused_names"][:1]:
             raise ValueError(f"captions: {path} names photos by paths that are absolute or lead out "
                              f"of --images, e.g. {name!r}; name them by their paths below it")
-        raise ValueError(f"captions: no caption in {path} has a word, read as {kind}; try --format")
+        raise ValueError(f"captions: no caption in {path} has a word, read as {kind}; try --format"
+                         + ", or name a file by --captions" * os.path.isdir(path))
     dictionary = dictionary or choose_words(counts, text)
     write_json(f"{work}/words.json", dictionary)
     facts |= _group(work, paths, dictionary, text, processes)
@@ -807,8 +814,15 @@ def _invert(work, k, held, size=2_000_000):
 # === formats of captions ==========================================================================
 @contextmanager
 def open_captions(path):
-    """The captions file as (stream, file): the stream unpacks gzip and bzip2, told by content."""
+    """The captions as (stream, file): the stream unpacks gzip and bzip2, told by content.
+
+    Of a folder of photos, they are made here as JSON lines.
+    """
     try:
+        if os.path.isdir(path):
+            file = io.BytesIO("".join(_folder_lines(path)).encode())
+            yield file, file
+            return
         with open(path, "rb") as file:
             magic = file.read(3)
             if not magic:
@@ -816,12 +830,25 @@ def open_captions(path):
             file.seek(0)
             yield (gzip.open(file) if magic[:2] == b"\x1f\x8b" else
                    bz2.open(file) if magic == b"BZh" else file), file
-    except IsADirectoryError:
-        raise ValueError(f"captions: {path} is a folder; name the file in it") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"captions: {path} is damaged ({error}); fetch it again") from None
     except OSError as error:
         raise ValueError(f"captions: cannot read {path}: {error.strerror or error}") from None
+
+
+def _folder_lines(folder):
+    """JSON lines of photo.txt beside each photo.jpg, or else of the names of the sub-folders."""
+    paths = {name: os.path.join(folder, os.path.splitext(name)[0] + ".txt")
+             for name in list_photos(folder)}
+    beside = any(map(os.path.isfile, paths.values()))
+    for name, path in paths.items():
+        text = os.path.dirname(name)
+        if beside:
+            text = ""
+            if os.path.isfile(path):
+                with open(path, encoding="utf-8-sig", errors="replace") as file:
+                    text = file.read()
+        yield json.dumps({"file_name": name, "caption": text}) + "\n"
 
 
 def recognise(path):

@@ -602,7 +602,8 @@ class Trained:
         weights, _, facts, self.words = model.load(os.path.join(run, "model.npz"))
         self.classes = {word: i for i, word in enumerate(self.words)}
         self.options, self.training = facts["options"], facts["training"]
-        self.options |= data.made_sources(self.options, run)
+        if self.options["drawn"]:               # wherever the run's folder is now
+            self.options |= data.drawn_sources(run)
         self.counts = np.array(facts["counts"])
         self.recipe = model.NETWORKS[self.options["network"]]
         self.net = self.recipe.build(len(self.words), self.options["dropout"]).load(weights)

@@ -60,8 +60,6 @@ def main():
     lock = None if ranks.rank else lock_folder(options.out)         # until the end
     if options.drawn and not ranks.rank:
         draw_set(os.path.dirname(options.captions), options.seed)
-    elif options.gathered and not ranks.rank:
-        gather_captions(options.images, options.captions)
     index = read_captions(options, ranks)
     run = Run(options, index, checkpoint, ranks)
     try:
@@ -103,7 +101,7 @@ def _add_what(parser):
     add = parser.add_argument_group("data").add_argument
     add("--images", type=os.path.abspath, metavar="DIR", help="folder of the captions' photos")
     add("--captions", type=os.path.abspath, metavar="FILE", help="one of the formats, also .gz and "
-        ".bz2; if not given photo.txt beside photo.jpg, or else the names of the sub-folders")
+        ".bz2; if not given photo.txt beside photo.jpg, or else the sub-folders' names")
     add("--format", choices=data.FORMATS, help="of the captions; recognised if not given")
     add("--words", type=number(int, 1), default=data.WORDS, help="K, the size of the dictionary")
     add("--stop-words", type=number(int, 0), default=data.STOP_WORDS,
@@ -158,7 +156,6 @@ def parse(arguments=None):
         raise ValueError("--captions goes with --images, the photos' folder (without both, a "
                          "picture set is drawn)")
     drawn = not options.images and not options.resume
-    made = {"drawn": drawn, "gathered": not drawn and not options.captions}
     if drawn:
         parser.set_defaults(**DRAWN)
         options = parser.parse_args(arguments)
@@ -166,12 +163,14 @@ def parse(arguments=None):
     path = os.path.join(out, "model.npz")
     if options.resume:
         checkpoint = model.load(path)
-        options, stored = merge_options(parser, arguments, checkpoint[2]["options"], out)
-        made = {key: stored.get(key, False) for key in made}
+        options, drawn = merge_options(parser, arguments, checkpoint[2]["options"], out)
     elif os.path.exists(path):
         raise ValueError(f"{path} holds a trained model; go on with --resume, or choose another "
                          "--out")
-    vars(options).update({"out": out, **made, **data.made_sources(made, out)})
+    options.out, options.drawn = out, drawn
+    if drawn:
+        vars(options).update(data.drawn_sources(out))
+    options.captions = options.captions or options.images
     return complete_options(options), checkpoint
 
 
@@ -192,14 +191,14 @@ def merge_options(parser, arguments, stored, out):
     if changed:
         raise ValueError(f"the run in {out} began with other options: {', '.join(changed)}; "
                          "leave them out, or choose another --out")
-    return options, stored
+    return options, stored["drawn"]
 
 
 def complete_options(options):
     """The options with all their defaults; ValueError for what no run can be made of."""
     if not options.drawn and not os.path.isdir(options.images):
         raise ValueError(f"images: there is no folder {options.images}")
-    if not (options.drawn or options.gathered or os.path.isfile(options.captions)):
+    if not (options.drawn or os.path.isfile(options.captions) or os.path.isdir(options.captions)):
         raise ValueError(f"captions: {options.captions} is no file; save a pipe to one first")
     for name in ("batch", "dropout", "lr"):
         if getattr(options, name) is None:
@@ -344,7 +343,8 @@ class Run:
         self.loader.skipped.update(facts.get("skipped", {}))
         vars(self.plateau).update(facts["plateau"], least=self.options.min_lr)
         self.saved = self.step
-        print(f"going on at step {self.step:,}, epoch {self.epoch + 1}", flush=True)
+        print("this run is finished; --epochs with a larger number trains on" if self.is_over()
+              else f"going on at step {self.step:,}, epoch {self.epoch + 1}", flush=True)
 
     def begin_from(self, source):
         """Another run's weights; of the output layers the rows of words that both runs know."""
@@ -775,27 +775,6 @@ def write_caption(dice, seen, place):
         text += f" {int(dice.real(1, 2016))}"
     return (text.strip() or "IMG " + str(int(dice.real(1, 9999)))).capitalize() + "!" * (
         dice.real() < 0.1)
-
-
-def gather_captions(images, captions):
-    """A captions file from photo.txt beside photo.jpg, or else from the sub-folders' names."""
-    names, found = evaluation.list_photos(images), 0
-    with console.whole_file(captions, "w", encoding="utf-8") as file:
-        for beside in True, False:
-            for name in names if not found else ():
-                text = os.path.dirname(name)
-                if beside:
-                    path = os.path.join(images, os.path.splitext(name)[0] + ".txt")
-                    text = ""
-                    if os.path.isfile(path):
-                        with open(path, encoding="utf-8-sig", errors="replace") as own:
-                            text = own.read()
-                if text:
-                    file.write(json.dumps({"file_name": name, "caption": text}) + "\n")
-                    found += 1
-    if not found:
-        raise ValueError(f"--captions is needed: the photos in {images} have neither photo.txt "
-                         "beside photo.jpg nor folders with names")
 
 
 def draw_set(folder, seed):

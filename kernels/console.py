@@ -78,47 +78,27 @@ def duration(seconds):
 class Screen:
     """A stream to print on: what becomes of it ends no run, and no text in it steers a terminal."""
 
-    below = None                                # the one whose last line is of a Progress, if any
+    progress = None                             # the Screen whose last line is one of progress
 
     def __init__(self, stream):
-        self.stream = stream                    # None where it was closed before the start
+        self.stream = stream
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
-    def isatty(self):
-        return self.stream is not None and self.stream.isatty()
+    def flush(self):
+        """All that was written is flushed."""
 
-    def write(self, text):
-        """Print, over a line of progress, with control characters made visible."""
-        Screen.clear()
+    def write(self, text, progress=False):
+        """Print, with control characters made visible, in the place of a line of progress."""
+        before, Screen.progress = Screen.progress, self if progress else None
+        if before:
+            before._put("\r\033[K")
         self._put(text.translate(VISIBLE))
         return len(text)
 
-    def show(self, text):
-        """Write a line of progress over the last one, as much of it as the terminal is wide."""
-        try:
-            width = os.get_terminal_size(self.stream.fileno()).columns
-        except (OSError, ValueError):
-            width = 80
-        while len(text) >= width and ", " in text:                  # the least important is last
-            text = text.rpartition(", ")[0]
-        Screen.clear()
-        self._put(text.translate(VISIBLE)[:width - 1])
-        Screen.below = self
-
-    @staticmethod
-    def clear():
-        """Take the line of progress away, on whichever stream it stands."""
-        if Screen.below:
-            Screen.below._put("\r\033[K")
-            Screen.below = None
-
-    def flush(self):
-        self._put("")
-
     def _put(self, text):
-        with suppress(OSError, ValueError, AttributeError):         # full, closed, or lost
+        with suppress(OSError, ValueError):     # full, closed, or lost
             self.stream.write(text)
             self.stream.flush()
 
@@ -167,11 +147,18 @@ class Progress:
                  f"{duration(self.left())} left", f"{self.rate():.3g}/s",
                  note() if callable(note) else note]
         text = ", ".join(filter(None, parts))
-        self.screen.show(text) if self.terminal else self.screen.write(text + "\n")
+        if not self.terminal:
+            self.screen.write(text + "\n")
+            return
+        with suppress(OSError):
+            width = os.get_terminal_size(self.screen.fileno()).columns or 80
+            while len(text) >= width > 0:       # the least important is last
+                text = text.rpartition(", ")[0] or text[:width - 1]
+        self.screen.write(text, progress=True)
 
     def close(self):
         """Clear the line on a terminal."""
-        self.screen.clear()
+        self.screen.write("")
 
 
 def say_skipped(skipped, count, unit="photos"):
@@ -234,9 +221,10 @@ def guarded(work):
     """Run work() and exit as a command should: one line for what a user can mend, never more."""
     for one in stop_signals():
         signal.signal(one, signal.default_int_handler)
-    for stream in filter(None, (sys.stdout, sys.stderr)):
+    for name in "stdout", "stderr":
+        stream = getattr(sys, name) or open(os.devnull, "w")        # None: closed before the start
         stream.reconfigure(errors="backslashreplace")               # whatever a photo is called
-    sys.stdout, sys.stderr = Screen(sys.stdout), Screen(sys.stderr)
+        setattr(sys, name, Screen(stream))
     try:
         sys.exit(work())
     except KeyboardInterrupt as stop:
