@@ -471,7 +471,8 @@ def round_ticks(low, high, most=5):
     """
     if high - low <= 1e-9 * abs(high):          # flat
         low, high = low - (abs(low) / 10 or 1), high + (abs(high) / 10 or 1)
-    for step in np.outer(10 ** np.floor(np.log10((high - low) / most) + [0, 1]), (1, 2, 2.5, 5)).flat:
+    powers = 10 ** (np.floor(np.log10((high - low) / most)) + [[0], [1]])
+    for step in (powers * [1, 2, 2.5, 5]).flat:
         first, last = np.floor(low / step + 1e-9), np.ceil(high / step - 1e-9)
         if last - first <= most:
             return step * np.arange(first, last + 1) + 0.0          # no -0
@@ -626,13 +627,22 @@ def name_output(option, ending="", required=True):
                          help="the file to write" + ", or - " * (option == "--json"))}
 
 
+def check_font(path):
+    """The path of a font file that can be read."""
+    try:
+        return open_font(path, 20) and path
+    except OSError:
+        raise argparse.ArgumentTypeError(f"{path} is no font that can be read") from None
+
+
 RUN = {"--model": dict(required=True, metavar="RUN", help="folder of a trained run")}
 WORDS = {"words": dict(nargs="+", metavar="WORD", help="words of the dictionary")}
 TOP = {"--top": dict(type=number(int, 1), default=6, help="how many to show for each")}
 FOLDER = {"--images": dict(required=True, metavar="DIR", help="folder of photos")}
 IMAGES = {"--images": dict(metavar="DIR", help="folder of photos; the run's if not given")}
 CAPTIONS = {"--captions": dict(metavar="FILE", help="captions; the run's if not given")}
-FONT = {"--font": dict(metavar="FILE", help="font of the words; if not given one that has them")}
+FONT = {"--font": dict(type=check_font, metavar="FILE",
+                       help="of the words drawn; if not given, one that has their letters")}
 WORKERS = {"--workers": dict(type=number(int, 0, console.MOST_THREADS), default=2,
                          help="threads that decode photos")}
 SPLITTING = {
@@ -1148,20 +1158,19 @@ def show_examples(options, show):
     index = trained.index(options.captions, trained.words, trained.options["valid"],
                           options.workers)
     numbers = {index.name(i): i for i in range(min(100, index.held_out))}
-    folder, rows, result = options.images or trained.options["images"], [], {}
+    folder, result, figures = options.images or trained.options["images"], {}, []
     s, found, _ = trained.read(lambda x, *_: kernels.to_host(trained.net.forward(x)), folder,
                                list(numbers), options.workers)
     for name, best in zip(found[:12], top_words(s, 5)):
-        true = index.words(numbers[name])
-        carried = ", ".join(trained.words[i] for i in true)
-        marked = [f"✓ {trained.words[i]}" if i in true else f"✗ {trained.words[i]}" for i in best]
-        print(f"{name}: {', '.join(marked)} (its words: {carried})")
-        marked = [f"<b>{escape(word)}</b>" if word[0] == "✓" else f"<s>{escape(word)}</s>"
-                  for word in marked]
-        rows.append((data.Folder(folder).find(name), f"a photo of: {carried}",
-                     f"{'<br>'.join(marked)}<p>Its words: {escape(carried)}</p>"))
-        result[name] = {"best": [trained.words[i] for i in best], "words": carried.split(", ")}
-    show.photos(rows)
+        true = [trained.words[i] for i in index.words(numbers[name])]
+        best, carried = [trained.words[i] for i in best], ", ".join(true)
+        marks = [("✓", "b") if word in true else ("✗", "s") for word in best]
+        lines = [f"<{tag}>{mark} {escape(word)}</{tag}>" for word, (mark, tag) in zip(best, marks)]
+        figures.append((data.Folder(folder).find(name), f"a photo of: {carried}",
+                        f"{'<br>'.join(lines)}<p>Its words: {escape(carried)}</p>"))
+        result[name] = {"best": best, "words": true}
+        print(f"{name}: {', '.join(best)}; its words are {carried}")
+    show.photos(figures)
     return result
 
 
@@ -1171,8 +1180,8 @@ def show_run(options, show):
     log, photos = trained.log, trained.options["batch"] * np.diff(
         [row["step"] for row in trained.log], prepend=0)            # of each epoch
     seconds = sum(photos / [row["images_per_second"] for row in log])
-    show.line(f"{trained.training:,} training photos, {len(trained.words):,} words; {len(log)} "
-              f"epochs of {photos.sum():,} photos, {console.duration(seconds)} of training steps")
+    show.line(f"{trained.training:,} training photos, {len(trained.words):,} words; "
+              f"{len(log)} epochs, of {photos.sum():,} photos in all; training steps took {console.duration(seconds)}")
     show.line(", ".join(f"--{key.replace('_', '-')} {value}" for key, value in
                         trained.options.items() if key not in ("images", "captions", "out", "drawn")
                         and value is not None))
@@ -1225,7 +1234,7 @@ def write_report(options, show):
     with console.whole_file(options.out, "w", encoding="utf-8", errors="replace") as file:
         file.write('<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
                    f'content="width=device-width"><title>{name}</title><style>{STYLE}</style>'
-                   f"<h1>What {name} learned from captions</h1>\n" + "\n".join(page.html) + "</html>\n")
+                   f"<h1>What {name} learned from captions</h1>" + "\n".join(page.html) + "\n")
     show.line(f"\n{options.out}: {os.path.getsize(options.out) / 1e6:.1f} MB")
     return {"parts": result, "failed": failed}
 
