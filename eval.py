@@ -25,7 +25,6 @@ import sys
 import tempfile
 from contextlib import redirect_stdout, suppress
 from html import escape
-from operator import itemgetter
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # while the rest is imported
@@ -395,31 +394,25 @@ class Fonts:
     """Fonts with the letters of words: the given one, Pillow's own, or any of the system's."""
 
     def __init__(self, given=None):
-        self.used, self.lost = list(dict.fromkeys([given, None])), set()
+        files = [path for folder in FONTS for path in glob.glob(
+            os.path.expanduser(folder) + "/**/*.[ot]t[fc]", recursive=True)
+            if "LastResort" not in path]                            # which has boxes for all
+        files.sort(key=lambda path: ("Regular" not in path, "Sans" not in path, path))
+        self.paths, self.lost = [given, None, *files], set()
 
     def find(self, word, size):
         """A font that has all letters of the word; where none has, it is said once, and how."""
         if not self.lost.intersection(word):
-            for paths in (self.used.copy, list_fonts):              # the system's only if need be
-                for path in paths():
-                    if all(has_letter(path, letter) for letter in word):
-                        self.used += [path] * (path not in self.used)
-                        return open_font(path, size)
+            for place, path in enumerate(self.paths):
+                if all(has_letter(path, letter) for letter in word):
+                    self.paths.insert(min(place, 2), self.paths.pop(place))     # sooner next time
+                    return open_font(path, size)
             if not self.lost:
                 print(f"no font has the letters of {word}: pictures show boxes; install the "
                       "packages fonts-noto-core and fonts-noto-cjk, or give --font FILE",
                       file=sys.stderr)
             self.lost |= {letter for letter in word if not has_letter(None, letter)}
-        return open_font(self.used[0], size)
-
-
-@functools.cache
-def list_fonts():
-    """The system's font files, plain ones without serifs first."""
-    paths = [path for folder in FONTS for path in glob.glob(
-        os.path.expanduser(folder) + "/**/*.[ot]t[fc]", recursive=True)]
-    return sorted((path for path in paths if "LastResort" not in path),         # all boxes
-                  key=lambda path: ("Regular" not in path, "Sans" not in path, path))
+        return open_font(self.paths[0], size)
 
 
 @functools.lru_cache(64)
@@ -784,26 +777,26 @@ class Trained:
 
     def read_pairs(self, path, scored=False):
         """[(class, class[, score])] of a file's lines whose words are known; how many it has."""
-        kind, pairs, count = "word<TAB>word" + "<TAB>score" * scored, [], 0
+        kind, pairs = "word<TAB>word" + "<TAB>score" * scored, []
         try:
             with open(path, encoding="utf-8-sig", errors="replace") as file:
-                lines = [(place, line.strip()) for place, line in enumerate(file, 1)]
+                lines = {place: line.strip() for place, line in enumerate(file, 1) if line.strip()}
         except OSError as error:
             raise ValueError(f"--pairs: {path}: {error.strerror}; it takes a file of {kind} lines"
                              ) from None
-        for place, line in filter(itemgetter(1), lines):
+        for place, line in lines.items():
             one, two, *rest = [*(line.split("\t") if "\t" in line else line.split()), "", ""]
-            score, count = [], count + 1
+            score = []
             with suppress(ValueError):
                 score = [float(rest[0])] if scored else []
             if scored and not np.isfinite(score).any():
-                if not score and count == 1:    # a heading is allowed
+                if not score and place == min(lines):               # a heading
                     continue
                 raise ValueError(f"--pairs: line {place} of {path} is not {kind}: {line[:60]!r}")
             names = [" ".join(data.words_of(word)) for word in (one, two)]
             if all(name in self.classes for name in names):
                 pairs.append((*(self.classes[name] for name in names), *score))
-        return pairs, count
+        return pairs, len(lines)
 
 
 def list_photos(folder):
@@ -1180,8 +1173,8 @@ def show_run(options, show):
     log, photos = trained.log, trained.options["batch"] * np.diff(
         [row["step"] for row in trained.log], prepend=0)            # of each epoch
     seconds = sum(photos / [row["images_per_second"] for row in log])
-    show.line(f"{trained.training:,} training photos, {len(trained.words):,} words; "
-              f"{len(log)} epochs, of {photos.sum():,} photos in all; training steps took {console.duration(seconds)}")
+    show.line(f"{trained.training:,} training photos, {len(trained.words):,} words; epochs: "
+              f"{len(log)}, {photos.sum():,} photos in {console.duration(seconds)} of training")
     show.line(", ".join(f"--{key.replace('_', '-')} {value}" for key, value in
                         trained.options.items() if key not in ("images", "captions", "out", "drawn")
                         and value is not None))
