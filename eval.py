@@ -1,7 +1,7 @@
 """The paper's experiments on a trained run, using the model, and the pictures of a run.
 
     python eval.py words     --model RUN [RUN ...]           precision@k, AUC, AP (Table 1, Fig. 2)
-    python eval.py tag       --model RUN PHOTO...            words for photos
+    python eval.py tag       --model RUN PHOTO|DIR...        words for photos
     python eval.py search    --model RUN WORD... --out PNG   the best photos for words (Fig. 3)
     python eval.py features  --model RUN --images DIR --out FILE.npz
     python eval.py transfer  --model RUN --images DIR        DIR/class/*.jpg, or Pascal VOC (Fig. 5)
@@ -23,6 +23,7 @@ import os
 import signal
 import sys
 import tempfile
+import unicodedata
 from contextlib import redirect_stdout, suppress
 from html import escape
 
@@ -402,16 +403,17 @@ class Fonts:
 
     def find(self, word, size):
         """A font that has all letters of the word; where none has, it is said once, and how."""
-        if not self.lost.intersection(word):
-            for place, path in enumerate(self.paths):
-                if all(has_letter(path, letter) for letter in word):
-                    self.paths.insert(min(place, 2), self.paths.pop(place))     # sooner next time
-                    return open_font(path, size)
-            if not self.lost:
-                print(f"no font has the letters of {word}: pictures show boxes; install the "
-                      "packages fonts-noto-core and fonts-noto-cjk, or give --font FILE",
-                      file=sys.stderr)
-            self.lost |= {letter for letter in word if not has_letter(None, letter)}
+        scripts = {unicodedata.name(letter, "").partition(" ")[0] for letter in word
+                   if not has_letter(None, letter)}                 # e.g. CJK, ARABIC
+        few = self.lost.intersection(scripts)   # what no font had is not sought in all of them
+        for place, path in enumerate(self.paths[:9] if few else self.paths):
+            if all(has_letter(path, letter) for letter in word):
+                self.paths.insert(min(place, 2), self.paths.pop(place))         # sooner next time
+                return open_font(path, size)
+        if not self.lost:
+            print(f"no font has the letters of {word}: pictures show boxes; install the packages "
+                  "fonts-noto-core and fonts-noto-cjk, or give --font FILE", file=sys.stderr)
+        self.lost.update(scripts)
         return open_font(self.paths[0], size)
 
 
