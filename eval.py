@@ -524,7 +524,7 @@ def grid_picture(found, find, fonts, side=150):
     draw, small_font = ImageDraw.Draw(image), ImageFont.load_default(13)
     for line, (word, photos) in enumerate(found.items()):
         top = 6 + line * (side + 56)
-        draw.text((8, top + 2), word, INK, fonts.find(word, 20))
+        draw.text((8, top + 20), word, INK, fonts.find(word, 20), "ls")
         for column, (name, score) in enumerate(photos.items()):
             left, photo = 6 + column * (side + 6), thumbnail(find(name), side)
             image.paste(photo, (left, top + 28 + side - photo.height))
