@@ -587,7 +587,7 @@ def words_svg(placed, size):
     texts = [f'<text x="{x:.0f}" y="{y:.0f}" font-size="{height:.1f}" textLength="{width:.0f}" '
              f'fill="rgb{COLOURS[place % 4]}">{escape(word)}</text>'
              for place, (word, (x, y), height, width) in enumerate(placed)]
-    return f'<svg viewBox="0 0 {size} {size}">{"".join(texts)}</svg>'
+    return f'<div class="wide"><svg viewBox="0 0 {size} {size}">{"".join(texts)}</svg></div>'
 
 
 # ------------------------------------------------------------------ commands and their options
@@ -1141,7 +1141,7 @@ figure { margin: 0; font: 14px/1.4 sans-serif } s { opacity: .75 }
 @media screen and (prefers-color-scheme: dark) {
   .png, svg { filter: invert(.93) hue-rotate(180deg) } }
 @media print { @page { margin: 16mm } body { font-size: 10.5pt; max-width: none; padding: 0 }
-  h2, h3, .note { break-after: avoid } img, svg { max-height: 17cm }
+  h2, h3, .note { break-after: avoid } img, svg { max-height: 17cm; min-width: 0 }
   body > img { width: auto } img, svg, table, figure { break-inside: avoid }
   .wide { overflow: visible } table { font-size: 8.5pt } td { white-space: normal } }
 """
