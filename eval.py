@@ -690,7 +690,8 @@ class Output:
     def picture(self, image, what, photos=False):
         """An image, into the file or the page: there as JPEG if it is made of photos."""
         if not self.out:
-            self.html.append(image_html(image, what, "jpeg" if photos else "png"))
+            kind = "jpeg" if photos else "png"
+            self.html.append(f'<div class="wide">{image_html(image, what, kind)}</div>')
             return
         with console.whole_file(self.out) as file:
             image.save(file, "PNG")
@@ -1135,14 +1136,15 @@ th { border-bottom: 2px solid #888; vertical-align: bottom }
 th:first-child, td:first-child { text-align: left; padding-left: 0 }
 td { white-space: nowrap; font-variant-numeric: tabular-nums }
 img, svg { display: block; max-width: 100%; height: auto; margin: .5rem auto }
-svg { font-family: sans-serif; text-anchor: middle; dominant-baseline: central; min-width: 40rem }
+.png, svg { min-width: 40rem }
+svg { font-family: sans-serif; text-anchor: middle; dominant-baseline: central }
 .photos { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr)); gap: .8rem }
 figure { margin: 0; font: 14px/1.4 sans-serif } s { opacity: .75 }
 @media screen and (prefers-color-scheme: dark) {
   .png, svg { filter: invert(.93) hue-rotate(180deg) } }
 @media print { @page { margin: 16mm } body { font-size: 10.5pt; max-width: none; padding: 0 }
   h2, h3, .note { break-after: avoid } img, svg { max-height: 17cm; min-width: 0 }
-  body > img { width: auto } img, svg, table, figure { break-inside: avoid }
+  .wide > img { width: auto } img, svg, table, figure { break-inside: avoid }
   .wide { overflow: visible } table { font-size: 8.5pt } td { white-space: normal } }
 """
 
