@@ -429,7 +429,7 @@ def list_photos(folder):
                    for place, _, files in os.walk(folder) for name in files
                    if name[0] != "." and is_picture(name))
     if not names:
-        raise ValueError(f"--images: there is no picture in {folder} or its sub-folders")
+        raise ValueError(f"there is no picture in {folder} or its sub-folders")
     return names
 
 

@@ -1,7 +1,7 @@
 """The paper's experiments on a trained run, using the model, and the pictures of a run.
 
     python eval.py words     --model RUN [RUN ...]           precision@k, AUC, AP (Table 1, Fig. 2)
-    python eval.py tag       --model RUN PHOTO...            words for photos
+    python eval.py tag       --model RUN PHOTO|DIR...        words for photos
     python eval.py search    --model RUN WORD... --out PNG   the best photos for words (Fig. 3)
     python eval.py features  --model RUN --images DIR --out FILE.npz
     python eval.py transfer  --model RUN --images DIR        DIR/class/*.jpg, or Pascal VOC (Fig. 5)
@@ -23,13 +23,15 @@ import os
 import signal
 import sys
 import tempfile
+import unicodedata
+from contextlib import redirect_stdout, suppress
 from html import escape
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # while the rest is imported
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ExifTags, Image, ImageDraw, ImageFont
 from scipy.linalg import eigh
 from scipy.optimize import minimize
 from scipy.special import expit, softmax
@@ -177,18 +179,18 @@ def retrieval(scores, right, ks=KS):
 
 def extract_features(net, loader, photos, crop, progress=None):
     """Features (N, E) of the photos that can be read, and which photos those are."""
-    return compute_over(lambda x, _: net.features(x), loader, photos, crop, progress)
+    return compute_over(lambda x, *_: net.features(x), loader, photos, crop, progress)
 
 
 def compute_over(compute, loader, photos, crop, progress=None):
-    """compute(x, pixels) of photos, some at a time: its rows joined, and the photos found.
+    """compute(x, pixels, numbers) of photos, some at a time: its rows joined, and the photos found.
 
     pixels are uint8 (n, S, S, 3), x (n, crop, crop, 3) the same for a network, cropped centrally.
     """
     parts, found = [], []
     for numbers, pixels in loader.read(photos, progress):
         middle = data.centre(len(pixels), pixels.shape[1] - crop)
-        parts.append(compute(kernels.prepare(pixels, *middle, crop), pixels))
+        parts.append(compute(kernels.prepare(pixels, *middle, crop), pixels, numbers))
         found += numbers.tolist()
     return np.concatenate(parts) if parts else np.zeros((0, 1), np.float32), found
 
@@ -384,6 +386,50 @@ def tsne(x, perplexity, steps):
 
 INK, PALE, COLOURS = (40, 40, 40), (225, 225, 225), (
     (31, 98, 180), (214, 92, 20), (46, 140, 70), (140, 60, 150))
+FONTS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/share/fonts",
+         "/System/Library/Fonts", "/Library/Fonts", "~/Library/Fonts")
+
+
+@functools.cache
+class Fonts:
+    """Fonts with the letters of words: the given one, Pillow's own, or any of the system's."""
+
+    def __init__(self, given=None):
+        files = [path for folder in FONTS for path in glob.glob(
+            os.path.expanduser(folder) + "/**/*.[ot]t[fc]", recursive=True)
+            if "LastResort" not in path]                            # which has boxes for all
+        files.sort(key=lambda path: ("Regular" not in path, "Sans" not in path, path))
+        self.paths, self.lost = [given, None, *files], set()
+
+    def find(self, word, size):
+        """A font that has all letters of the word; where none has, it is said once, and how."""
+        scripts = {unicodedata.name(letter, "").partition(" ")[0] for letter in word
+                   if not has_letter(None, letter)}                 # e.g. CJK, ARABIC
+        few = self.lost.intersection(scripts)   # what no font had is not sought in all of them
+        for place, path in enumerate(self.paths[:9] if few else self.paths):
+            if all(has_letter(path, letter) for letter in word):
+                self.paths.insert(min(place, 2), self.paths.pop(place))         # sooner next time
+                return open_font(path, size)
+        if not self.lost:
+            print(f"no font has the letters of {word}: pictures show boxes; install the packages "
+                  "fonts-noto-core and fonts-noto-cjk, or give --font FILE", file=sys.stderr)
+        self.lost.update(scripts)
+        return open_font(self.paths[0], size)
+
+
+@functools.lru_cache(64)
+def open_font(path, size):
+    """The font of a file, or Pillow's own."""
+    return ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
+
+
+@functools.cache
+def has_letter(path, letter):
+    """Whether a font draws the letter otherwise than one that no font has."""
+    with suppress(OSError):                     # a broken file, or one of coloured pictures
+        one, none = (open_font(path, 20).getmask(text) for text in (letter, "\uffff"))
+        return (one.size, bytes(one)) != (none.size, bytes(none))
+    return False
 
 
 def filters_picture(w, path, zoom=6):
@@ -400,19 +446,38 @@ def filters_picture(w, path, zoom=6):
         image.resize(size, Image.Resampling.NEAREST).save(file, "PNG")
 
 
-def curves_picture(log, path):
-    """Draw the learning curves of a run's log, over the epochs."""
+def curves_picture(log, path=None):
+    """An image of the learning curves of a run's log, over the epochs; into a file if it is named.
+    """
     keys = {"training loss": "loss", "held-out loss": "validation_loss",
             "held-out precision@10": "precision@10", "held-out AUC, mean of words": "auc"}
     panels = {title: [(row["epoch"], row[key]) for row in log
                       if row.get(key) is not None and np.isfinite(row[key])]
               for title, key in keys.items()}
-    with console.whole_file(path) as file:
-        plots_picture(panels, "epoch").save(file, "PNG")
+    image = plots_picture(panels, "epoch", {"held-out AUC, mean of words": 0.5})
+    if path:
+        with console.whole_file(path) as file:
+            image.save(file, "PNG")
+    return image
 
 
-def plots_picture(panels, unit, axis=float):
-    """Panels of {title: [(x, y)]}, two beside each other; axis(x) is where x lies."""
+def round_ticks(low, high, most=5):
+    """Multiples of 1, 2, 2.5 or 5 times a power of ten around low … high, in `most` steps or less.
+    """
+    if high - low <= 1e-9 * abs(high):          # flat
+        low, high = low - (abs(low) / 10 or 1), high + (abs(high) / 10 or 1)
+    powers = 10 ** (np.floor(np.log10((high - low) / most)) + [[0], [1]])
+    for step in (powers * [1, 2, 2.5, 5]).flat:
+        first, last = np.floor(low / step + 1e-9), np.ceil(high / step - 1e-9)
+        if last - first <= most:
+            return step * np.arange(first, last + 1) + 0.0          # no -0
+
+
+def plots_picture(panels, unit, chance={}, axis=float):
+    """Panels of {title: [(x, y)]}, two beside each other; axis(x) is where x lies.
+
+    chance {title: y} is drawn as a broken line.
+    """
     image = Image.new("RGB", (480 * min(2, len(panels)), 310 * -(-len(panels) // 2)), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
     for place, (title, points) in enumerate(panels.items()):
@@ -422,32 +487,47 @@ def plots_picture(panels, unit, axis=float):
         draw.line([(left, top), (left, bottom), (right, bottom)], INK)
         if not points:
             continue
-        xs, ys = zip(*points)
-        ticks, heights = np.linspace(min(ys), max(ys), 5), np.linspace(bottom, top, 5)
-        for tick, height in zip(ticks, heights):
-            draw.line([(left + 1, height), (right, height)], PALE)
-            draw.text((left - 6, height), f"{tick:.4g}", INK, font, anchor="rm")
+        (xs, ys), line = zip(*points), [chance[title]] if title in chance else []
+        ticks = round_ticks(min(*ys, *line, ys[0]), max(*ys, *line, ys[0]))
+        def height(y):
+            return np.interp(y, ticks[[0, -1]], [bottom, top])
+        for tick in ticks:
+            draw.line([(left + 1, height(tick)), (right, height(tick))], PALE)
+            draw.text((left - 6, height(tick)), f"{tick:.6g}", INK, font, anchor="rm")
+        for y in line:
+            for dash in range(left, right, 8):
+                draw.line([(dash, height(y)), (dash + 4, height(y))], INK)
+            draw.text((right, height(y) - 2), "chance", INK, font, anchor="rd")
         draw.text((left, bottom + 8), f"{xs[0]:,}", INK, font)
         draw.text((right, bottom + 8), f"{unit} {xs[-1]:,}", INK, font, anchor="ra")
         across = np.interp([axis(x) for x in xs], [axis(xs[0]), axis(xs[-1])], [left, right])
-        spots = list(zip(across, np.interp(ys, ticks, heights)))
+        spots = list(zip(across, height(ys)))
         draw.line(spots, COLOURS[place], 2)
         for x, y in spots:
             draw.ellipse([x - 2, y - 2, x + 2, y + 2], COLOURS[place])
     return image
 
 
-def grid_picture(found, find, side=150):
+def thumbnail(path, side):
+    """A photo in its own shape, its longer side of `side` pixels."""
+    square = Image.fromarray(data.decode(path, side)[0])
+    with Image.open(path) as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+        shape = np.array(image.size[::-1] if turned else image.size)
+    return square.resize(np.maximum(1, shape * side // shape.max()).tolist())
+
+
+def grid_picture(found, find, fonts, side=150):
     """Words above their photos, {word: {name: score}}; find(name) is a photo's path (Fig. 3)."""
     columns = max(map(len, found.values()))
     image = Image.new("RGB", (columns * (side + 6) + 6, len(found) * (side + 56) + 6), "white")
-    draw, font, small_font = ImageDraw.Draw(image), *map(ImageFont.load_default, (20, 13))
+    draw, small_font = ImageDraw.Draw(image), ImageFont.load_default(13)
     for line, (word, photos) in enumerate(found.items()):
         top = 6 + line * (side + 56)
-        draw.text((8, top + 2), word, INK, font)
+        draw.text((8, top + 20), word, INK, fonts.find(word, 20), "ls")
         for column, (name, score) in enumerate(photos.items()):
-            left = 6 + column * (side + 6)
-            image.paste(Image.fromarray(data.decode(find(name), side)[0]), (left, top + 28))
+            left, photo = 6 + column * (side + 6), thumbnail(find(name), side)
+            image.paste(photo, (left, top + 28 + side - photo.height))
             draw.text((left + 2, top + side + 31), f"{score:.2f}", INK, small_font)
     return image
 
@@ -467,14 +547,13 @@ def mosaic_picture(paths, y, size):
     return image
 
 
-def words_picture(names, y, weights, size):
-    """Words at places (N, 2) in [0, 1]² without overlaps (Fig. 6), and how many found room.
+def place_words(names, y, weights, size, fonts):
+    """[(word, centre (2,), height, width)] at places (N, 2) in [0, 1]², without overlaps (Fig. 6).
 
     The heaviest words come first and are largest; where others are in the way, a word moves along
     a spiral, and after 300 turns it is left out.
     """
-    image = Image.new("RGB", (size, size), "white")
-    draw, boxes = ImageDraw.Draw(image), np.zeros((0, 4))
+    draw, boxes, placed = ImageDraw.Draw(Image.new("1", (1, 1))), np.zeros((0, 4)), []
     spots = (0.05 + 0.9 * y) * size
     steps = np.arange(300)
     spiral = np.stack([np.cos(2.4 * steps), np.sin(2.4 * steps)], 1) * (
@@ -482,16 +561,33 @@ def words_picture(names, y, weights, size):
     order = np.argsort(-weights, kind="stable")
     largest = 0.65 * size / (6 + len(names) ** 0.5)
     for place, i in enumerate(order):
-        font = ImageFont.load_default(max(9, largest * (1 - 0.6 * place / len(order))))
-        left, top, right, bottom = draw.textbbox((0, 0), names[i], font, anchor="mm")
-        tried = np.tile(spots[i] + spiral, 2) + (left - 2, top - 1, right + 2, bottom + 1)
+        height = max(9, largest * (1 - 0.6 * place / len(order)))
+        box = np.array(draw.textbbox((0, 0), names[i], fonts.find(names[i], height), anchor="mm"))
+        tried = np.tile(spots[i] + spiral, 2) + box + (-2, -1, 2, 1)
         inside = (tried[:, :2] >= 0).all(axis=1) & (tried[:, 2:] <= size).all(axis=1)
         apart = ((tried[:, None, :2] >= boxes[:, 2:]) | (tried[:, None, 2:] <= boxes[:, :2]))
         good = np.flatnonzero(inside & apart.any(axis=2).all(axis=1))
         if len(good):
             boxes = np.vstack([boxes, tried[good[0]]])
-            draw.text(tuple(spots[i] + spiral[good[0]]), names[i], COLOURS[place % 4], font, "mm")
-    return image, len(boxes)
+            placed.append((names[i], spots[i] + spiral[good[0]], height, box[2] - box[0]))
+    return placed
+
+
+def words_picture(placed, size, fonts):
+    """An image of the words that place_words placed."""
+    image = Image.new("RGB", (size, size), "white")
+    draw = ImageDraw.Draw(image)
+    for place, (word, spot, height, _) in enumerate(placed):
+        draw.text(tuple(spot), word, COLOURS[place % 4], fonts.find(word, height), "mm")
+    return image
+
+
+def words_svg(placed, size):
+    """The same as text, which a browser draws with its own fonts, each word as wide as it was."""
+    texts = [f'<text x="{x:.0f}" y="{y:.0f}" font-size="{height:.1f}" textLength="{width:.0f}" '
+             f'fill="rgb{COLOURS[place % 4]}">{escape(word)}</text>'
+             for place, (word, (x, y), height, width) in enumerate(placed)]
+    return f'<div class="wide"><svg viewBox="0 0 {size} {size}">{"".join(texts)}</svg></div>'
 
 
 # ------------------------------------------------------------------ commands and their options
@@ -515,13 +611,23 @@ def command(name, options):
 def name_output(option, ending="", required=True):
     """An option that names a file to write: its name ends so, and its folder takes files."""
     def check(path):
+        if path == "-" and option == "--json":
+            return path                         # standard output
         if not path.lower().endswith(ending):
             raise argparse.ArgumentTypeError(f"{path}: its name must end in {ending}")
         if os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
             raise argparse.ArgumentTypeError(f"cannot write {path}; choose another place")
         return path
     return {option: dict(type=check, required=required, metavar="FILE" + ending,
-                         help="the file to write")}
+                         help="the file to write" + ", or - " * (option == "--json"))}
+
+
+def check_font(path):
+    """The path of a font file that can be read."""
+    try:
+        return open_font(path, 20) and path
+    except OSError:
+        raise argparse.ArgumentTypeError(f"{path} is no font that can be read") from None
 
 
 RUN = {"--model": dict(required=True, metavar="RUN", help="folder of a trained run")}
@@ -530,6 +636,8 @@ TOP = {"--top": dict(type=number(int, 1), default=6, help="how many to show for 
 FOLDER = {"--images": dict(required=True, metavar="DIR", help="folder of photos")}
 IMAGES = {"--images": dict(metavar="DIR", help="folder of photos; the run's if not given")}
 CAPTIONS = {"--captions": dict(metavar="FILE", help="captions; the run's if not given")}
+FONT = {"--font": dict(type=check_font, metavar="FILE",
+                       help="of the words drawn; if not given, one that has their letters")}
 WORKERS = {"--workers": dict(type=number(int, 0, console.MOST_THREADS), default=2,
                          help="threads that decode photos")}
 SPLITTING = {
@@ -563,7 +671,7 @@ class Output:
         for name, row, best in zip(names, scores, top_words(scores, top)):
             result[name] = {others[i]: float(row[i]) for i in best if row[i] >= least}
             text = ", ".join(f"{other} {value:.3g}" for other, value in result[name].items())
-            print(f"{name}: {text or f'no word above {least:g}'}")
+            print(f"{name}: {text or f'no word above {least:g}'}", flush=True)
             self.html.append(f"<p><b>{escape(name)}</b>: {escape(text)}</p>")
         return result
 
@@ -581,16 +689,28 @@ class Output:
 
     def picture(self, image, what, photos=False):
         """An image, into the file or the page: there as JPEG if it is made of photos."""
-        if self.out:
-            with console.whole_file(self.out) as file:
-                image.save(file, "PNG")
-            print(f"{self.out}: {what}")
+        if not self.out:
+            kind = "jpeg" if photos else "png"
+            self.html.append(f'<div class="wide">{image_html(image, what, kind)}</div>')
             return
-        packed, kind = io.BytesIO(), "jpeg" if photos else "png"
-        image.convert("RGB").save(packed, kind, quality=85, optimize=True)
-        text = base64.b64encode(packed.getvalue()).decode()
-        self.html.append(f'<img alt="{escape(what)}" width="{image.width}" height="{image.height}" '
-                         f'src="data:image/{kind};base64,{text}">')
+        with console.whole_file(self.out) as file:
+            image.save(file, "PNG")
+        print(f"{self.out}: {what}")
+
+    def photos(self, photos):
+        """Photos beside each other on the page: (path, what it shows, HTML to stand under it)."""
+        self.html.append('<div class="photos">' + "".join(
+            f"<figure>{image_html(thumbnail(path, 200), what, 'jpeg')}<figcaption>{below}"
+            "</figcaption></figure>" for path, what, below in photos) + "</div>")
+
+
+def image_html(image, what, kind):
+    """An <img> that holds the image itself."""
+    packed = io.BytesIO()
+    image.convert("RGB").save(packed, kind, quality=85, optimize=True)
+    text = base64.b64encode(packed.getvalue()).decode()
+    return (f'<img class="{kind}" alt="{escape(what)}" width="{image.width}" '
+            f'height="{image.height}" src="data:image/{kind};base64,{text}">')
 
 
 @functools.cache
@@ -601,7 +721,8 @@ class Trained:
         self.run = run
         weights, _, facts, self.words = model.load(os.path.join(run, "model.npz"))
         self.classes = {word: i for i, word in enumerate(self.words)}
-        self.options, self.training = facts["options"], facts["training"]
+        self.options, self.training, self.log = (
+            facts[key] for key in ("options", "training", "log"))
         if self.options["drawn"]:               # wherever the run's folder is now
             self.options |= data.drawn_sources(run)
         self.counts = np.array(facts["counts"])
@@ -617,13 +738,18 @@ class Trained:
         own = data.cached_index(captions, os.path.join(self.run, "index"), text, kind)
         if own is not None and own.dictionary == words:
             return own
-        return data.build_index(captions, os.path.join(self.run, "index-eval"), text, kind,
-                                words, processes)
+        try:
+            return data.build_index(captions, os.path.join(self.run, "index-eval"), text, kind,
+                                    words, processes)
+        except OSError:                         # the run's folder is read-only, or its disk full
+            self.spare = tempfile.TemporaryDirectory()              # until the end
+            return data.build_index(captions, os.path.join(self.spare.name, "index"), text, kind,
+                                    words, processes)
 
     def photos(self, options):
         """The folder and names of the photos: those of --images, or the held-out ones."""
         if options.images:
-            return options.images, list_photos(options.images)
+            return options.images, data.list_photos(options.images)
         index = self.index(None, self.words, self.options["valid"], options.workers)
         return self.options["images"], [index.name(i) for i in range(index.held_out)]
 
@@ -637,7 +763,8 @@ class Trained:
                                        progress)
         console.say_skipped(loader.skipped, len(names))
         if not found:
-            raise ValueError(f"none of the {len(names):,} photos can be read from {folder!r}")
+            raise ValueError(f"none of the {len(names):,} photos can be read"
+                             + f" from {folder!r}" * bool(folder))
         return rows, [names[i] for i in found], loader.skipped
 
     def find_words(self, words):
@@ -645,39 +772,36 @@ class Trained:
         names = [" ".join(data.words_of(word)) for word in words]
         for name in names:
             if name not in self.classes:
-                near = ", ".join(difflib.get_close_matches(name, self.words)) or "none"
+                close = [word for word in self.words if name and word.startswith(name)] + sorted(
+                    difflib.get_close_matches(name, self.words, 9, 0.65),
+                    key=lambda word: word[0] != name[0])            # the same first letter first
+                near = ", ".join(list(dict.fromkeys(close))[:3]) or "none"
                 raise ValueError(f"{name!r} is not among the model's {len(self.words):,} words, "
                                  f"which are in {self.run}/words.txt; near in spelling: {near}")
         return np.array([self.classes[name] for name in names], np.int32)
 
     def read_pairs(self, path, scored=False):
         """[(class, class[, score])] of a file's lines whose words are known; how many it has."""
-        with open(path, encoding="utf-8-sig", errors="replace") as file:
-            lines, pairs = [line.strip() for line in file if line.strip()], []
-        for line in lines:
+        kind, pairs = "word<TAB>word" + "<TAB>score" * scored, []
+        try:
+            with open(path, encoding="utf-8-sig", errors="replace") as file:
+                lines = {place: line.strip() for place, line in enumerate(file, 1) if line.strip()}
+        except OSError as error:
+            raise ValueError(f"--pairs: {path}: {error.strerror}; it takes a file of {kind} lines"
+                             ) from None
+        for place, line in lines.items():
             one, two, *rest = [*(line.split("\t") if "\t" in line else line.split()), "", ""]
-            try:
+            score = []
+            with suppress(ValueError):
                 score = [float(rest[0])] if scored else []
-            except ValueError:
-                if line != lines[0]:            # a heading is allowed
-                    raise ValueError(f"--pairs: a line of {path} is not word<TAB>word<TAB>score: "
-                                     f"{line[:60]!r}") from None
-                continue
+            if scored and not np.isfinite(score).any():
+                if not score and place == min(lines):               # a heading
+                    continue
+                raise ValueError(f"--pairs: line {place} of {path} is not {kind}: {line[:60]!r}")
             names = [" ".join(data.words_of(word)) for word in (one, two)]
             if all(name in self.classes for name in names):
                 pairs.append((*(self.classes[name] for name in names), *score))
         return pairs, len(lines)
-
-
-def list_photos(folder):
-    """Names of the picture files in a folder and below it, told by their ending, in order."""
-    kinds = Image.registered_extensions()                           # {".jpg": "JPEG", …}
-    names = sorted(os.path.relpath(os.path.join(place, name), folder)
-                   for place, _, files in os.walk(folder) for name in files if name[0] != "."
-                   and kinds.get(os.path.splitext(name)[1].lower()) in data.PICTURES)
-    if not names:
-        raise ValueError(f"--images: there is no picture in {folder} or its sub-folders")
-    return names
 
 
 @command("words", IMAGES | CAPTIONS | WORKERS | name_output("--out", ".png", False) | {
@@ -697,7 +821,7 @@ def predict_words(options, show):
     numbers = {index.name(i): i for i in range(len(index) if options.all else index.held_out)}
     images, result = options.images or runs[-1].options["images"], {}
     for run in runs:
-        x, found, skipped = run.read(lambda x, _: run.net.features(x), images, list(numbers),
+        x, found, skipped = run.read(lambda x, *_: run.net.features(x), images, list(numbers),
                                      options.workers)
         classes, output = run.find_words(words), model.Output(x.shape[1], len(words))
         output.w, output.b = run.net.output.w[classes], run.net.output.b[classes]
@@ -710,7 +834,8 @@ def predict_words(options, show):
     keys, title = ("training_photos", *_by_k(KS), "auc"), "precision@10 against training photos"
     show.table([*keys, "run"], *([*(row[key] for key in keys), run] for run, row in result.items()))
     points = [(row["training_photos"], row["precision@10"]) for row in result.values()]
-    show.picture(plots_picture({title: points}, "photos", np.log10), title)
+    chance = {title: row["chance"]["precision@10"] for row in result.values()}
+    show.picture(plots_picture({title: points}, "photos", chance, np.log10), title)
     return {"runs": result, "words": len(words)}
 
 
@@ -729,29 +854,39 @@ def print_words(result, show=Output()):
 
 
 @command("tag", RUN | WORKERS | TOP | {
-    "photos": dict(nargs="+", metavar="PHOTO", help="picture files"),
+    "photos": dict(nargs="+", metavar="PHOTO", help="picture files, or folders of them"),
     "--threshold": dict(type=number(float, 0, 1), help="instead of --top: the least probability")})
 def tag_photos(options, show):
     """The words of photos with probabilities: of one word among K, or after one-vs-all of each."""
-    trained, least = Trained(options.model), options.threshold
-    s, found, skipped = trained.read(lambda x, _: kernels.to_host(trained.net.forward(x)), "",
-                                     options.photos, options.workers)           # (N, K)
-    p = expit(s) if trained.options["loss"] == "one-vs-all" else softmax(s, axis=1)
-    tags = show.best(found, p, trained.words,
-                     options.top if least is None else len(trained.words), least or 0)
+    trained, least, tags = Trained(options.model), options.threshold, {}
+    top = options.top if least is None else len(trained.words)
+    names = [os.path.join(path, name) if name else path for path in options.photos
+             for name in (data.list_photos(path) if os.path.isdir(path) else [""])]
+    def tag(x, _, numbers):
+        s = kernels.to_host(trained.net.forward(x))                 # (n, K)
+        p = expit(s) if trained.options["loss"] == "one-vs-all" else softmax(s, axis=1)
+        tags.update(show.best([names[i] for i in numbers], p, trained.words, top, least or 0))
+        return np.zeros((len(p), 0))                                # nothing to keep
+    skipped = trained.read(tag, "", names, options.workers)[2]
     return {"tags": tags, "failed": skipped}
 
 
-@command("search", RUN | WORDS | IMAGES | WORKERS | TOP | name_output("--out", ".png"))
+@command("search", RUN | WORDS | IMAGES | WORKERS | TOP | FONT | name_output("--out", ".png"))
 def search_photos(options, show):
     """The photos that score highest for a word, with their scores (Fig. 3)."""
     trained = Trained(options.model)
     now = model.Pass(classes=trained.find_words(options.words))
     folder, names = trained.photos(options)
-    s, found, skipped = trained.read(lambda x, _: kernels.to_host(trained.net.forward(x, now)),
+    s, found, skipped = trained.read(lambda x, *_: kernels.to_host(trained.net.forward(x, now)),
                                      folder, names, options.workers)            # (N, words)
-    best = Output().best(options.words, s.T, found, options.top)
-    show.picture(grid_picture(best, data.Folder(folder).find), "photos for words", photos=True)
+    best, find = Output().best(options.words, s.T, found, options.top), data.Folder(folder).find
+    if show.out:
+        show.picture(grid_picture(best, find, Fonts(options.font)), "photos for words")
+        return {"words": best, "photos": len(found), "skipped": skipped}
+    for word, scores in best.items():
+        show.html.append(f"<h3>{escape(word)}</h3>")
+        show.photos((find(name), f"{word}: {name}", f"{score:.2f}")
+                    for name, score in scores.items())
     return {"words": best, "photos": len(found), "skipped": skipped}
 
 
@@ -761,11 +896,11 @@ def search_photos(options, show):
                     help="central crop, or the mean of corners, centre and their mirror images")})
 def write_features(options, show):
     """Features of a folder's photos, one crop or the mean of ten, into an .npz with their names."""
-    trained, names = Trained(options.model), list_photos(options.images)
+    trained, names = Trained(options.model), data.list_photos(options.images)
     net, crop, layers = trained.net, trained.recipe.crop, list(trained.net.layers)
     if options.layer and options.layer not in layers:
         raise ValueError(f"--layer {options.layer} is none of {', '.join(layers)}")
-    def write(x, pixels):
+    def write(x, pixels, _):
         crops, n, spare = [x], len(pixels), pixels.shape[1] - crop
         if options.crops == 10:
             places = (0, 0), (0, spare), (spare, 0), (spare, spare), (spare // 2, spare // 2)
@@ -793,7 +928,7 @@ def transfer_features(options, show):
     """Regression on features: DIR/class/*.jpg, or a Pascal VOC folder (Fig. 5, Tables 2 to 4)."""
     voc = os.path.isdir(os.path.join(options.images, "JPEGImages"))
     labels = read_voc(options.images) if voc else {
-        name: name.split(os.sep)[0] for name in list_photos(options.images) if os.sep in name}
+        name: name.split(os.sep)[0] for name in data.list_photos(options.images) if os.sep in name}
     list_tasks, measure = (list_classes, voc_ap) if voc else (list_splits, accuracy)
     list_tasks(list(labels.values()), options)                      # may fail: before the work
     x, found, skipped = extract_views(options, list(labels))
@@ -822,7 +957,7 @@ def extract_views(options, names):
     """{view: (N, D)} of the photos by each of VIEWS, their numbers among names, the skipped."""
     trained = Trained(options.model)
     untrained = trained.recipe.build(len(trained.words), 0).init(trained.options["seed"])
-    def compute(x, pixels):
+    def compute(x, pixels, _):
         raw = [np.asarray(Image.fromarray(photo).resize((RAW, RAW), Image.Resampling.BOX)).ravel()
                for photo in pixels]
         return np.hstack([*(kernels.to_host(net.features(x)) for net in (trained.net, untrained)),
@@ -856,10 +991,15 @@ def read_voc(folder):
         lists = os.path.join(glob.escape(folder), "ImageSets", "Main", f"*_{part}.txt")
         for path in glob.glob(lists):
             name = os.path.basename(path).removesuffix(f"_{part}.txt")
-            with open(path) as file:
-                for photo, label in map(str.split, file):
-                    photo = os.path.join("JPEGImages", photo + ".jpg")
-                    labels.setdefault(photo, (part == "trainval", {}))[1][name] = int(label)
+            with open(path, encoding="utf-8", errors="replace") as file:
+                lines = [line for line in file if line.strip()]
+            for line in lines:
+                photo, label = [*line.split(), "", ""][:2]
+                if label not in ("-1", "0", "1") or data.refused(photo):
+                    raise ValueError(f"--images: a line of {path} is not the name of a photo in "
+                                     f"JPEGImages and 1, 0 or -1: {line.strip()[:60]!r}")
+                photo = os.path.join("JPEGImages", photo + ".jpg")
+                labels.setdefault(photo, (part == "trainval", {}))[1][name] = int(label)
     return labels
 
 
@@ -940,7 +1080,7 @@ def translate_words(options, show):
     return {"pairs": len(pairs), "alike": alike, **ways, "best": best}
 
 
-@command("map", RUN | IMAGES | WORKERS | MAPPING | name_output("--out", ".png") | {
+@command("map", RUN | IMAGES | WORKERS | MAPPING | FONT | name_output("--out", ".png") | {
     "--words": dict(action="store_true", help="a map of words, not of photos")})
 def draw_map(options, show):
     """A map by t-SNE: photos by their features (Fig. 4), or words by their vectors (Fig. 6)."""
@@ -952,7 +1092,7 @@ def draw_map(options, show):
         folder, names = trained.photos(options)
         spread = np.linspace(0, len(names) - 1, min(len(names), options.limit)).astype(int)
         names = [names[i] for i in spread]
-        x, found, skipped = trained.read(lambda x, _: trained.net.features(x), folder, names,
+        x, found, skipped = trained.read(lambda x, *_: trained.net.features(x), folder, names,
                                          options.workers)
     if len(x) < 10:
         raise ValueError(f"a map of {len(x)} points is none; it takes 10 or more")
@@ -960,37 +1100,88 @@ def draw_map(options, show):
     y, kl = tsne(units(kernels.to_host(x)), perplexity, options.steps)
     y = (y - y.min(axis=0)) / np.maximum(np.ptp(y, axis=0), 1e-12)
     if options.words:
-        image, room = words_picture([trained.words[i] for i in most], y, trained.counts[most],
-                                    options.size)
-        what = f"{room:,} of {len(x):,} words" + " (--size)" * (room < len(x))
+        fonts, size = Fonts(options.font), options.size if show.out else min(options.size, 800)
+        placed = place_words([trained.words[i] for i in most], y, trained.counts[most], size, fonts)
+        what = f"{len(placed):,} of {len(x):,} words" + " (--size)" * (len(placed) < len(x))
     else:
         image = mosaic_picture(map(data.Folder(folder).find, found), y, options.size)
         what = f"{len(x):,} photos"
     show.line(f"{what}, perplexity {perplexity:g}, KL divergence {kl:.4f}")
-    show.picture(image, "a map", photos=not options.words)
+    if options.words and not show.out:
+        show.html.append(words_svg(placed, size))
+    else:
+        image = words_picture(placed, size, fonts) if options.words else image
+        show.picture(image, "a map", photos=not options.words)
     return {"points": len(x), "perplexity": perplexity, "kl": kl, "skipped": skipped}
 
 
 STYLE = """
-body { font: 17px/1.5 Georgia, serif; color: #222; max-width: 46rem; margin: 0 auto; padding: 1rem }
+:root { color-scheme: light dark }
+body { font: 17px/1.5 Georgia, serif; max-width: 46rem; margin: 0 auto; padding: 1rem }
 h1 { font-size: 1.7rem; line-height: 1.2 } h2 { font-size: 1.25rem; margin: 2.2rem 0 .4rem }
-p { margin: .5rem 0 } .note { color: #666; font-size: .9rem } .wrong { color: #b03020 }
+h1, p { overflow-wrap: anywhere } h3 { font-size: 1rem; margin: 1rem 0 .3rem }
+p { margin: .5rem 0 } .note { opacity: .75; font-size: .9rem }
 .wide { overflow-x: auto } table { border-collapse: collapse; font: 14px/1.4 sans-serif }
-th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #ddd }
+th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #8886 }
 th { border-bottom: 2px solid #888; vertical-align: bottom }
 th:first-child, td:first-child { text-align: left; padding-left: 0 }
 td { white-space: nowrap; font-variant-numeric: tabular-nums }
-img { display: block; max-width: 100%; height: auto; margin: .7rem auto }
+img, svg { display: block; max-width: 100%; height: auto; margin: .5rem auto }
+.png, svg { min-width: 40rem }
+svg { font-family: sans-serif; text-anchor: middle; dominant-baseline: central }
+.photos { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr)); gap: .8rem }
+figure { margin: 0; font: 14px/1.4 sans-serif } s { opacity: .75 }
+@media screen and (prefers-color-scheme: dark) {
+  .png, svg { filter: invert(.93) hue-rotate(180deg) } }
 @media print { @page { margin: 16mm } body { font-size: 10.5pt; max-width: none; padding: 0 }
-  h2, .note { break-after: avoid } img { width: auto; max-height: 17cm }
-  img, table { break-inside: avoid }
+  h2, h3, .note { break-after: avoid } img, svg { max-height: 17cm; min-width: 0 }
+  .wide > img { width: auto } img, svg, table, figure { break-inside: avoid }
   .wide { overflow: visible } table { font-size: 8.5pt } td { white-space: normal } }
 """
+
+
+def show_examples(options, show):
+    """Held-out photos with the model's words, ✓ where their captions have them, ✗ where not."""
+    trained = Trained(options.model)
+    index = trained.index(options.captions, trained.words, trained.options["valid"],
+                          options.workers)
+    numbers = {index.name(i): i for i in range(min(100, index.held_out))}
+    folder, result, figures = options.images or trained.options["images"], {}, []
+    s, found, _ = trained.read(lambda x, *_: kernels.to_host(trained.net.forward(x)), folder,
+                               list(numbers), options.workers)
+    for name, best in zip(found[:12], top_words(s, 5)):
+        true = [trained.words[i] for i in index.words(numbers[name])]
+        best, carried = [trained.words[i] for i in best], ", ".join(true)
+        marks = [("✓", "b") if word in true else ("✗", "s") for word in best]
+        lines = [f"<{tag}>{mark} {escape(word)}</{tag}>" for word, (mark, tag) in zip(best, marks)]
+        figures.append((data.Folder(folder).find(name), f"a photo of: {carried}",
+                        f"{'<br>'.join(lines)}<p>Its words: {escape(carried)}</p>"))
+        result[name] = {"best": best, "words": true}
+        print(f"{name}: {', '.join(best)}; its words are {carried}")
+    show.photos(figures)
+    return result
+
+
+def show_run(options, show):
+    """What the run was trained on, how, how long, and its learning curves."""
+    trained = Trained(options.model)
+    log, photos = trained.log, trained.options["batch"] * np.diff(
+        [row["step"] for row in trained.log], prepend=0)            # of each epoch
+    seconds = sum(photos / [row["images_per_second"] for row in log])
+    show.line(f"{trained.training:,} training photos, {len(trained.words):,} words; epochs: "
+              f"{len(log)}, {photos.sum():,} photos in {console.duration(seconds)} of training")
+    show.line(", ".join(f"--{key.replace('_', '-')} {value}" for key, value in
+                        trained.options.items() if key not in ("images", "captions", "out", "drawn")
+                        and value is not None))
+    show.picture(curves_picture(log), "learning curves: loss, precision and AUC after each epoch")
+    return {"epochs": len(log), "photos": int(photos.sum()), "seconds": seconds}
 
 
 def list_parts(options):
     """(title, command, changed options) of each part of a report."""
     some = {"words": options.words or Trained(options.model).words[:8], "top": 6}
+    yield "The model at work", show_examples, {}
+    yield "The run", show_run, {}
     yield "Word prediction", predict_words, {"model": [options.model], "all": False}
     if options.series:
         yield "More photos", predict_words, {"model": options.series, "all": False}
@@ -1007,7 +1198,7 @@ def list_parts(options):
         yield f"Transfer to {os.path.normpath(path)}", transfer_features, {"images": path}
 
 
-@command("report", RUN | CAPTIONS | IMAGES | WORKERS | SPLITTING | MAPPING
+@command("report", RUN | CAPTIONS | IMAGES | WORKERS | SPLITTING | MAPPING | FONT
          | name_output("--out", ".html") | {
     "words": dict(nargs="*", metavar="WORD", help="words to search photos for"),
     "--series": dict(nargs="+", metavar="RUN", help="runs for `words` side by side"),
@@ -1016,7 +1207,7 @@ def list_parts(options):
     "--transfer": dict(nargs="+", metavar="DIR", help="as `transfer --images`")})
 def write_report(options, show):
     """All experiments that the options allow, in one HTML file with its pictures inside."""
-    trained, page, failed, result = Trained(options.model), Output(), {}, {}
+    page, failed, result = Output(), {}, {}
     for title, function, changes in list_parts(options):
         print(f"\n{title}", flush=True)
         note = console.summary(function.__doc__)
@@ -1027,17 +1218,11 @@ def write_report(options, show):
             failed[title] = str(error)
             page.html.append(f'<p class="wrong">{escape(str(error))}</p>')
             print(f"{title}: {error}", file=sys.stderr)
-    curves = os.path.join(options.model, "curves.png")
-    if os.path.exists(curves):
-        page.html.append("<h2>Training</h2>")
-        page.picture(Image.open(curves), "learning curves")
     name = escape(os.path.basename(os.path.abspath(options.model)))
     with console.whole_file(options.out, "w", encoding="utf-8", errors="replace") as file:
         file.write('<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
                    f'content="width=device-width"><title>{name}</title><style>{STYLE}</style>'
-                   f"<h1>What {name} learned from captions</h1><p>{trained.options['network']}, "
-                   f"{len(trained.words):,} words, sampling by {trained.options['sampling']}</p>"
-                   + "\n".join(page.html) + "</html>\n")
+                   f"<h1>What {name} learned from captions</h1>" + "\n".join(page.html) + "\n")
     show.line(f"\n{options.out}: {os.path.getsize(options.out) / 1e6:.1f} MB")
     return {"parts": result, "failed": failed}
 
@@ -1047,7 +1232,8 @@ def main():
     if options.threads:
         kernels.set_threads(options.threads)
     print(kernels.use(options.device), file=sys.stderr)
-    result = options.function(options, Output(options.out))
+    with redirect_stdout(sys.stderr if options.json == "-" else sys.stdout):
+        result = options.function(options, Output(options.out))
     if options.json:
         console.write_json(options.json, result)
     return 1 if result.get("failed") else 0

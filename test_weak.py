@@ -1837,6 +1837,21 @@ def test_flat_and_diverged_curves_are_drawn(tmp_path):
         evaluation.curves_picture(log, tmp_path / "c.png")
 
 
+def test_ticks_are_round_and_hold_all_values():
+    assert evaluation.round_ticks(0.62, 0.71).tolist() == pytest.approx(
+        [0.62, 0.64, 0.66, 0.68, 0.7, 0.72])
+    for low, high in ((0, 0), (5e35, 5e35), (1e-12, 3), (-3, 1)):
+        ticks = evaluation.round_ticks(low, high)
+        assert ticks[0] <= low and ticks[-1] >= high and 2 <= len(ticks) <= 6
+
+
+def test_words_without_a_font_are_said_once(monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "FONTS", ())
+    fonts = evaluation.Fonts.__wrapped__()
+    drawn = [fonts.find(word, 20).getmask(word).size for word in ("dog", "犬", "狗犬", "bird")]
+    assert all(drawn) and fonts.lost and capsys.readouterr().err.count("fonts-noto-cjk") == 1
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A folder with a tiny run `r` of made-up words, its photos, and pairs of its words."""
@@ -1962,12 +1977,33 @@ def test_report_is_one_file_with_its_pictures(tiny, ask):
         "report", known[0], "--transfer", "classes", "--splits", 2, "--pairs-similar",
         "similar.txt", "--translate", "pairs.txt", "--steps", 40, "--size", 300, "--out", "r.html")
     page = (folder / "r.html").read_text()
-    assert not result["failed"] and len(result["parts"]) == 9 and "precision@10" in page
+    assert not result["failed"] and len(result["parts"]) == 11 and "precision@10" in page
+    work, run_ = result["parts"]["The model at work"], result["parts"]["The run"]
+    assert len(work) == 12 and run_["epochs"] == 1 and page.count("<text ") > 20
+    marked = [sum(word in row["words"] for word in row["best"]) for row in work.values()]
+    assert [page.count(mark) for mark in ("<b>✓ ", "<s>✗ ")] == [sum(marked), 60 - sum(marked)]
     parts = "data:image/", "image/jpeg", "<table>", "@media print", "<script", 'src="http', "href="
-    assert [page.count(part) for part in parts] == [4, 2, 5, 1, 0, 0, 0]
+    assert [page.count(part) for part in parts] == [20, 19, 5, 1, 0, 0, 0]
+    assert page.count("<img ") == page.count('" alt="')
     _, done = ask("report", "nosuchword", "--translate", "nope", "--steps", 40, "--out", "r.html",
                   expect=1)
     assert "nosuchword" in (folder / "r.html").read_text() and "nope" in done.err
+
+
+def test_tag_takes_folders_and_json_may_be_standard_output(tiny, ask, monkeypatch, capsys):
+    assert len(ask("tag", "classes", "photos/p1.jpg", expect=1)[0]["tags"]) == 25
+    arguments = ["eval.py", "neighbors", "--model", "r", tiny[1][0], "--json", "-"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    evaluation.main()
+    said = capsys.readouterr()
+    assert tiny[1][0] in json.loads(said.out)["neighbors"] and f"{tiny[1][0]}: " in said.err
+
+
+def test_captions_are_indexed_elsewhere_if_the_run_is_read_only(tiny, ask):
+    (tiny[0] / "r" / "index-eval.part").write_text("in the way")    # for root, nothing is read-only
+    (tiny[0] / "other.tsv").write_text(open(tiny[0] / "captions.tsv").read() + "\n")
+    assert ask("words", "--captions", "other.tsv")[0]["photos"] > 0
+    (tiny[0] / "r" / "index-eval.part").unlink()
 
 
 WRONG = {
@@ -1978,6 +2014,11 @@ WRONG = {
     "one class": (["transfer", "--images", "single"], "two or more sub-folders"),
     "unknown word": (["neighbors", "wrod1"], "not among the model's 30 words"),
     "pairs of two": (["similar", "--pairs", "pairs.txt"], "is not word<TAB>word<TAB>score"),
+    "pairs of nan": (["similar", "--pairs", "nan.txt"], "line 2 of nan.txt"),
+    "pairs gone": (["translate", "--pairs", "gone.txt"], "it takes a file of word<TAB>word lines"),
+    "near": (["neighbors", "wxaxgxx"], "near in spelling: none"),
+    "no font": (["map", "--words", "--out", "x.png", "--font", "nan.txt"], "no font"),
+    "voc outside": (["transfer", "--images", "voc"], "cat_test.txt is not the name of a photo"),
     "pairs unknown": (["translate", "--pairs", "foreign.txt"], "knows both words of 0"),
     "captions foreign": (["words", "--captions", "foreign.tsv"], "there is no photo"),
     "no images": (["words", "--images", "nope"], "can be read from 'nope'"),
@@ -1993,6 +2034,10 @@ def test_experiment_with_bad_input_says_so_in_one_line(name, tiny, ask, capsys):
         Image.new("RGB", (9, 9)).save(folder / f"{place}.png")
     (folder / "foreign.txt").write_text("zyx\txyz\t1\nyxz\txzy\t2\n")
     (folder / "foreign.tsv").write_text("p1.jpg\tzyx yzx\n")
+    (folder / "nan.txt").write_text("zyx\txyz\t1\nyxz\txzy\tnan\n")
+    for place in ("voc/JPEGImages", "voc/ImageSets/Main"):
+        (folder / place).mkdir(parents=True, exist_ok=True)
+    (folder / "voc" / "ImageSets" / "Main" / "cat_test.txt").write_text("../../x 1\n")
     (command, *arguments), remedy = WRONG[name]
     with pytest.raises(ValueError) as error:
         ask(command, *arguments)
