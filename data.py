@@ -444,8 +444,9 @@ def check_photos(folder, index, most=2000):
     gone = [name for name, path in paths.items() if not os.path.exists(path)]
     if len(gone) == len(paths) and not any(
             os.path.exists(find(index.name(i))) for i in range(most, len(index))):
+        file = next((names[0] for _, _, names in os.walk(folder) if names), "nothing")
         raise ValueError(f"none of the photos that the captions name is in {folder}: they name "
-                         f"{gone[0]!r}, and it has {list_photos(folder)[0]!r}; check --images")
+                         f"{gone[0]!r}, and it has {file!r}; check --images")
     for some, what in (other, "have another name or place"), (gone, "are not there"):
         for name in itertools.islice(some, 1):
             print(f"photos: {len(some):,} of {len(paths):,} {what}, e.g. {name}"

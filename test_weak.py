@@ -7,6 +7,7 @@ CUDA kernels on the host, and the experiments. No test depends on a processor's 
 import bz2
 import errno
 import gzip
+import io
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
@@ -31,7 +33,7 @@ import eval as evaluation
 import kernels
 import model
 import weak
-from kernels import bench, cpu, emulate, gpu, philox
+from kernels import bench, console, cpu, emulate, gpu, philox
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -533,7 +535,12 @@ CAPTIONS = {
     "jsonl": "".join(
         json.dumps({"file_name": name, key: text.split() if key == "tags" else text}) + "\n"
         for key, (name, text) in zip(("text", "caption", "captions", "tags"), ROWS)),
-    "coco": as_coco(ROWS)}
+    "csv of Excel": "sep=;\nFile Name;title;keywords\n" + "".join(
+        f"""{name};;"{text.replace('"', '""')}"\n""" for name, text in ROWS),
+    "coco": as_coco(ROWS),
+    "coco as a list": json.dumps([{"file_name": name, "alt_text": text} for name, text in ROWS]),
+    "coco of Karpathy": json.dumps({"images": [
+        {"filename": name, "sentences": [{"raw": text}]} for name, text in ROWS]})}
 
 
 def read(path, kind=None):
@@ -836,6 +843,70 @@ def test_photos_are_never_sought_outside_the_folder(tmp_path):
     assert folder.find("abc.jpg") == str(tmp_path / "in" / "ab" / "abc.jpg")
     for name in ("x.jpg", "far.jpg", ".hidden.jpg", "../x.jpg", str(tmp_path / "x.jpg")):
         assert data.refused(name) or not os.path.exists(folder.find(name)), name
+
+
+@pytest.mark.parametrize("name", ["words.npy", "names.npy", "photo_ends.npy", "words.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "no index.json"])
+def test_damaged_index_is_noticed_and_made_again(name, damage, index, tmp_path, capsys):
+    path, words = tmp_path / "i" / name, words_by_photo(index)
+    content = path.read_bytes()
+    if damage == "no index.json":
+        (tmp_path / "i" / "index.json").unlink()
+    else:
+        path.write_bytes({"flip": content[:-1] + bytes([content[-1] ^ 1]), "cut": content[:-5],
+                          "empty": b""}[damage])
+    assert words_by_photo(build(tmp_path)) == words
+    assert "damaged: making it again" in capsys.readouterr().err
+    build(tmp_path)
+    assert "damaged" not in capsys.readouterr().err
+
+
+def test_folder_is_its_own_captions(tmp_path):
+    for name in "cats/a.jpg", "hot_dogs/b.jpg", "c.png":
+        (tmp_path / "f" / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / "f" / name).write_bytes(b"?")
+    assert words_by_photo(build(tmp_path, data.Text(9, 0, 0), captions="f")) == {
+        "cats/a.jpg": ["cats"], "hot_dogs/b.jpg": ["dogs", "hot"]}
+    (tmp_path / "f" / "c.txt").write_text("a red\nball")
+    assert words_by_photo(build(tmp_path, data.Text(9, 0, 0), captions="f")) == {
+        "c.png": ["a", "ball", "red"]}
+
+
+@pytest.mark.parametrize("name", ["A.JPG", "photos/a.jpg", "x\\a.jpg", "a", "a.png"])
+def test_photos_are_found_by_nearly_their_names(name, tmp_path):
+    (tmp_path / "sub").mkdir()
+    for file in "a.jpg", "a.txt", "b.jpg":
+        (tmp_path / "sub" / file).write_bytes(b"?")
+    assert data.Folder(str(tmp_path)).find(name) == str(tmp_path / "sub" / "a.jpg")
+
+
+def test_links_out_of_the_folder_are_not_followed(tmp_path):
+    for name in "out.jpg", "in/a.jpg":
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / name)
+    (tmp_path / "in" / "out.jpg").symlink_to(tmp_path / "out.jpg")
+    (tmp_path / "in" / "same.jpg").symlink_to("a.jpg")
+    (tmp_path / "in" / "loop.jpg").symlink_to("loop.jpg")
+    assert data.list_photos(tmp_path / "in") == ["a.jpg", "loop.jpg", "out.jpg", "same.jpg"]
+    names = data.list_photos(tmp_path / "in")
+    with data.Loader(str(tmp_path / "in"), names.__getitem__, 9, 8) as loader:
+        assert [photo.tolist() for photo, _ in loader.read(range(4))] == [[0, 3]]
+        assert "a link" in loader.skipped["out.jpg"] and "loop.jpg" in loader.skipped
+
+
+def test_broken_photo_is_read_once_and_one_that_is_gone_again(tmp_path, monkeypatch):
+    (tmp_path / "broken.jpg").write_text("no picture")
+    (tmp_path / "large.jpg").write_bytes(b"")
+    os.truncate(tmp_path / "large.jpg", data.LARGEST + 1)
+    names, seen, decode = ["broken.jpg", "gone.jpg", "large.jpg"], [], data.decode
+    monkeypatch.setattr(data, "decode", lambda path, size: (
+        seen.append(os.path.basename(path)), decode(path, size))[1])
+    with data.Loader(str(tmp_path), names.__getitem__, 3, 8) as loader:
+        assert not list(loader.read([0, 1, 2])) and "too large" in loader.skipped["large.jpg"]
+        Image.new("RGB", (9, 9)).save(tmp_path / "gone.jpg")
+        assert [photo.tolist() for photo, _ in loader.read([0, 1, 2])] == [[1]]
+        assert set(loader.skipped) == {"broken.jpg", "large.jpg"}
+    assert seen == ["broken.jpg", "gone.jpg", "large.jpg", "gone.jpg"]
 
 
 def write_odd_photos(folder):
@@ -1250,6 +1321,107 @@ def test_checkpoint_is_whole_after_kill_in_mid_save(tmp_path, rng):
             assert all((file[key] == step).all() for key in file.files if key.startswith("w/"))
 
 
+TAMPERED = {
+    "a fact is missing": lambda arrays, facts: facts.pop("plateau"),
+    "an option is missing": lambda arrays, facts: facts["options"].pop("sampling"),
+    "a rate is text": lambda arrays, facts: facts["plateau"].update(rate="x"),
+    "unknown network": lambda arrays, facts: facts["options"].update(network="vgg"),
+    "batch of nothing": lambda arrays, facts: facts["options"].update(batch=0),
+    "no velocity": lambda arrays, facts: arrays.pop("v/fc5.w"),
+    "bytes": lambda arrays, facts: arrays.update({"w/fc5.b": arrays["w/fc5.b"].astype(np.int8)}),
+    "complex": lambda arrays, facts: arrays.update({"w/fc5.b": arrays["w/fc5.b"] * 1j}),
+    "a pipe": None}
+
+
+@pytest.mark.parametrize("name", TAMPERED)
+def test_tampered_checkpoint_ends_in_one_line(name, mine, tmp_path, train):
+    training, out, close = start_run([*mine, "--epochs", 1], tmp_path)
+    training.save()
+    close()
+    with np.load(out / "model.npz") as file:
+        arrays = dict(file)
+    (out / "model.npz").unlink()
+    if TAMPERED[name]:
+        facts = json.loads(arrays["facts"].tobytes())
+        TAMPERED[name](arrays, facts)
+        arrays["facts"] = np.frombuffer(json.dumps(facts).encode(), np.uint8)
+        np.savez(out / "model.npz", **arrays)
+    else:
+        os.mkfifo(out / "model.npz")
+    with pytest.raises(ValueError, match="^[^\n]*(not a model|not one of this network)[^\n]*$"):
+        train("--resume", "--out", "r")
+
+
+def test_fine_tuning_keeps_the_rows_of_words_that_both_know(mine, tmp_path):
+    training, out, close = start_run([*mine, "--epochs", 1], tmp_path)
+    training.save()
+    close()
+    before, mine[mine.index("--words") + 1] = training, 20
+    shutil.move(out, tmp_path / "first")
+    training, _, close = start_run([*mine, "--seed", 5, "--from", tmp_path / "first"], tmp_path)
+    close()
+    known = [before.index.dictionary.index(word) for word in training.index.dictionary]
+    assert np.array_equal(training.net.output.w, before.net.output.w[known])
+    assert np.array_equal(training.net.first.w, before.net.first.w)
+
+
+class Full(io.StringIO):
+    def write(self, text):
+        raise OSError(errno.ENOSPC, "no space")
+
+
+def test_printing_ends_nothing_and_steers_no_terminal():
+    for stream in Full(), open(os.devnull):
+        print("lost", file=console.Screen(stream), flush=True)
+    shown, other = (console.Screen(io.StringIO()) for _ in range(2))
+    shown.write("epoch 1", progress=True)
+    other.write("a\x1b[31m\x9b\u202e\r\tb\n")
+    assert shown.stream.getvalue() == "epoch 1\r\033[K"
+    assert other.stream.getvalue() == "a\\x1b[31m\\x9b\\u202e\\r\tb\n"
+
+
+def test_progress_fits_the_terminal(monkeypatch):
+    monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((40, 9)))
+    stream = io.StringIO()
+    stream.isatty, stream.fileno = lambda: True, lambda: 0
+    with console.Progress("epoch 1", 1000, stream=stream) as progress:
+        progress.shown = 0
+        progress.tick(10, "loss 4, waited for photos 5%, 2 min for all epochs")
+    line = stream.getvalue().partition("\r")[0]
+    assert len(line) < 40 and line.startswith("epoch 1: 10 of 1,000 photos")
+
+
+@pytest.mark.parametrize("how", ["hangup", "reader is gone"])
+def test_lost_terminal_saves_and_ends(how, mine, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, os.path.join(HERE, "weak.py"), *map(str, mine), "--out", "r"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while "epoch 1" not in process.stdout.readline():
+        pass
+    if how == "hangup":
+        process.send_signal(signal.SIGHUP)
+    else:
+        process.stdout.close()
+    assert process.wait(60) == 130 and process.stderr.read() == ""
+    assert facts_of(tmp_path / "r")["step"] > 0
+
+
+@pytest.mark.parametrize("loss, diverges", [(1.5e9, True), (4, False)])
+def test_held_out_loss_beyond_reason_is_said_to_diverge(loss, diverges, mine, tmp_path):
+    training, _, close = start_run(mine, tmp_path)
+    close()
+    with pytest.raises(RuntimeError, match="diverges") if diverges else nullcontext():
+        training.check_held_out(loss)
+
+
+def test_epoch_without_photos_ends_the_run(mine, tmp_path):
+    training, _, close = start_run([*mine, "--epochs", 5], tmp_path)
+    shutil.rmtree(tmp_path / "photos")
+    with pytest.raises(RuntimeError, match="no photo of epoch 1 could be read"):
+        training.train(weak.Interrupt())
+    close()
+
+
 def test_checkpoint_before_any_step_is_resumed(mine, tmp_path, train):
     training, out, close = start_run([*mine, "--epochs", 1], tmp_path)
     training.save()
@@ -1276,9 +1448,15 @@ BAD = {
     "no such captions": ([*GIVEN, "none"], "is no file"),
     "images missing": (["--captions", "captions.tsv"], "goes with --images"),
     "captions empty": ([*GIVEN, "empty"], "is empty"),
-    "captions of nothing": ([*GIVEN, "blank"], "no training"),
+    "captions of nothing": ([*GIVEN, "blank"], "has a word"),
     "captions broken json": ([*GIVEN, "json"], "COCO"),
     "captions torn gzip": ([*GIVEN, "torn.gz"], "damaged"),
+    "captions in Excel": ([*GIVEN, "sheet"], "zip archive or an Excel workbook"),
+    "captions of odd columns": ([*GIVEN, "odd"], "the columns who, what, and needs one of file_name"),
+    "captions of absolute names": ([*GIVEN, "absolute"], "'/a.jpg'; name them by their paths"),
+    "rate too low": ([*GIVEN, "captions.tsv", "--lr", 1e-9], "below --min-lr"),
+    "batch too large": ([*GIVEN, "captions.tsv", "--stop-words", 5, "--batch", 10**7],
+                        "does not fit into the machine's memory"),
     "photos elsewhere": (["--images", "other", "--captions", "captions.tsv", "--stop-words", 5],
                          "none of the"),
     "too many stop words": ([*GIVEN, "captions.tsv", "--stop-words", 5000], "lower --stop-words"),
@@ -1299,6 +1477,9 @@ def test_bad_input_is_one_line_with_the_remedy(name, tmp_path, photos, train):
     (tmp_path / "empty").write_bytes(b"")
     (tmp_path / "blank").write_text("a.jpg\t\nb.jpg\t12\n")
     (tmp_path / "json").write_text('{"images": [')
+    (tmp_path / "sheet").write_bytes(b"PK\3\4" + bytes(99))
+    (tmp_path / "odd").write_text("who,what\na.jpg,x\n")
+    (tmp_path / "absolute").write_text("/a.jpg\tx y\n")
     (tmp_path / "torn.gz").write_bytes(gzip.compress(b"a.jpg\tx y z\n" * 9999)[:-40])
     arguments, remedy = BAD[name]
     with pytest.raises(RuntimeError if name == "gpu" else ValueError) as error:

@@ -178,7 +178,7 @@ def merge_options(parser, arguments, stored, out):
     """A stored run's options and those given now; ValueError where they may not differ."""
     known = vars(parser.parse_args([]))
     texts = [f"--{key.replace('_', '-')}={value}" for key, value in stored.items()
-             if key in known and value not in (None, False)]
+             if key in known and value is not None and value is not False]
     try:                                        # whatever the file holds, and newer options
         stored |= {**vars(parser.parse_args(texts)), "out": out}
     except ValueError as error:
