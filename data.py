@@ -649,8 +649,8 @@ def _write_index(work, path, text, kind, dictionary, processes):
                          f"--format may be one of {', '.join(FORMATS)}")
     if not facts["words"]:
         for name in facts["refused_names"][:1]:
-            raise ValueError(f"captions: {path} names photos by paths that are absolute or lead out "
-                             f"of --images, e.g. {name!r}; name them by their paths below it")
+            raise ValueError(f"captions: {path} names photos by paths that are absolute or lead "
+                             f"out of --images, e.g. {name!r}; name them by their paths below it")
         raise ValueError(f"captions: no caption in {path} has a word, read as {kind}; try --format"
                          + ", or name a file by --captions" * os.path.isdir(path))
     dictionary = dictionary or choose_words(counts, text)
@@ -873,9 +873,9 @@ def recognise(path):
         return "csv"
     found = re.split("[,;|]", line)
     if len(found) > 1 and text.count("\t") < text.count("\n") / 2:
-        raise ValueError(f"captions: {path} has the columns {', '.join(found)[:200]}, and needs one "
-                         f"of {', '.join(NAME_KEYS)}, and some of {', '.join(TEXT_KEYS)}; or lines "
-                         "of photo<TAB>caption")
+        raise ValueError(f"captions: {path} has the columns {', '.join(found)[:200]}, and needs "
+                         f"one of {', '.join(NAME_KEYS)}, and some of {', '.join(TEXT_KEYS)}; or "
+                         "lines of photo<TAB>caption")
     return "tsv"
 
 

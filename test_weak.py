@@ -1141,7 +1141,7 @@ def test_training_crops_are_central_if_asked(mine, tmp_path, train, monkeypatch)
     monkeypatch.setattr(cpu, "prepare", lambda photos, top, left, flip, crop: (
         seen.append((set(top), set(left), set(flip))), honest(photos, top, left, flip, crop))[1])
     train(*mine, "--epochs", 1, "--out", "c", "--crop", "center")
-    assert seen and all(where == ({4}, {4}, {False}) for where in seen[1:])    # after memory is measured
+    assert seen and all(where == ({4}, {4}, {False}) for where in seen[1:])
     seen.clear()
     train(*mine, "--epochs", 1, "--out", "r")
     assert max(len(top) for top, _, _ in seen) > 4 and {True, False} in [f for _, _, f in seen]
@@ -1452,7 +1452,7 @@ BAD = {
     "captions broken json": ([*GIVEN, "json"], "COCO"),
     "captions torn gzip": ([*GIVEN, "torn.gz"], "damaged"),
     "captions in Excel": ([*GIVEN, "sheet"], "zip archive or an Excel workbook"),
-    "captions of odd columns": ([*GIVEN, "odd"], "the columns who, what, and needs one of file_name"),
+    "captions of odd columns": ([*GIVEN, "odd"], "the columns who, what, and needs one"),
     "captions of absolute names": ([*GIVEN, "absolute"], "'/a.jpg'; name them by their paths"),
     "rate too low": ([*GIVEN, "captions.tsv", "--lr", 1e-9], "below --min-lr"),
     "batch too large": ([*GIVEN, "captions.tsv", "--stop-words", 5, "--batch", 10**7],

@@ -204,8 +204,8 @@ def complete_options(options):
         if getattr(options, name) is None:
             setattr(options, name, getattr(model.NETWORKS[options.network], name))
     if options.lr < options.min_lr:
-        raise ValueError(f"--lr {options.lr:g} is below --min-lr {options.min_lr:g}, where training "
-                         "stops; lower --min-lr")
+        raise ValueError(f"--lr {options.lr:g} is below --min-lr {options.min_lr:g}, where "
+                         "training stops; lower --min-lr")
     if options.negatives and options.targets != "sampled":
         raise ValueError("--negatives goes with --targets sampled")
     if options.targets == "sampled":
@@ -385,8 +385,8 @@ class Run:
         if need > free:
             most = int((free - weights) / each) * self.ranks.size
             raise ValueError(
-                f"--batch {batch} does not fit into the {place}'s memory, {need / 1e9:,.1f} GB into "
-                f"{free / 1e9:,.1f}; use " + (f"--batch {most} or less" if most > 0 else
+                f"--batch {batch} does not fit into the {place}'s memory, {need / 1e9:,.1f} GB "
+                f"into {free / 1e9:,.1f}; use " + (f"--batch {most} or less" if most > 0 else
                                               "--device cpu, or a smaller --network or --words"))
 
     # ------------------------------------------------------------------------------ the loop
