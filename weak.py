@@ -351,6 +351,7 @@ class Run:
         weights, _, facts, words = model.load(os.path.join(source, "model.npz"))
         if facts["options"]["network"] != self.options.network:
             raise ValueError(f"--from: that run is of --network {facts['options']['network']}")
+        weights = model.NETWORKS[self.options.network].build(len(words), 0).load(weights).state()
         places, state = {word: i for i, word in enumerate(words)}, self.net.state()
         mine = [i for i, word in enumerate(self.index.dictionary) if word in places]
         theirs = [places[self.index.dictionary[i]] for i in mine]
@@ -469,10 +470,10 @@ class Run:
                 self.check_loss(self.losses[i], self.step - len(self.losses) + i + 1)
         self.read = len(self.losses)
 
-    def check_loss(self, loss, step, what="the loss is"):
-        """RuntimeError if the loss is not finite."""
-        if not np.isfinite(loss):
-            raise RuntimeError(f"{what} {loss} at step {step:,}: {self.say_kept()}; lower --lr "
+    def check_loss(self, loss, step, what="the loss is", most=math.inf):
+        """RuntimeError if the loss is not a number, or not below `most`."""
+        if not loss < most:
+            raise RuntimeError(f"{what} {loss:.4g} at step {step:,}: {self.say_kept()}; lower --lr "
                                f"({self.plateau.rate:g})")
 
     def say_kept(self):
@@ -535,11 +536,10 @@ class Run:
         print(line, flush=True)
 
     def check_held_out(self, loss):
-        """RuntimeError if the held-out loss is not finite, or so great that training diverges."""
+        """RuntimeError if the held-out loss is ten times that of guessing: training diverges."""
         words = 1 if self.options.loss == "softmax" else self.index.labels / len(self.index)
-        much = 10 * words * math.log(1 + len(self.index.dictionary))
-        self.check_loss(loss if loss < much else math.inf, self.step,
-                        f"training diverges, with a held-out loss of {loss:.4g}, taken as")
+        self.check_loss(loss, self.step, "training diverges, the held-out loss is",
+                        10 * words * math.log(1 + len(self.index.dictionary)))
 
     def validate(self):
         """Metrics on the fixed held-out photos, of which each rank takes a part; None without any.
