@@ -594,6 +594,8 @@ ODD = {                         # a file, and what is read of it
             b"%d.jpg,word\n" % i for i in range(2, 60)),
         [("0.jpg", "cafe"), ("1.jpg", "a cat sits"), *((f"{i}.jpg", "word") for i in range(2, 60))],
         0),
+    "names like an archive's magic": ("tsv", b"PK.jpg\tone\nPAR1.jpg\ttwo\n",
+                                      [("PK.jpg", "one"), ("PAR1.jpg", "two")], 0),
     "coco": ("coco", b'{"images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2}, 7], "annotations": '
              b'[null, [], {"image_id": [1]}, {"image_id": 1}]}', [("a.jpg", "")], 3),
 }
@@ -606,6 +608,8 @@ def test_odd_captions_cost_their_own_lines_and_no_more(name, tmp_path):
     pairs, bad = read(tmp_path / "c", kind)
     assert [(name, data.words_of(text)) for name, text in pairs] == [
         (name, text.split()) for name, text in expected] and bad == expected_bad
+    if name.startswith("names"):
+        assert data.recognise(tmp_path / "c") == kind
 
 
 # ------------------------------------------------------------------------- index and draws

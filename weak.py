@@ -584,6 +584,7 @@ class Run:
                       f"{self.bytes / 1e6:,.0f} MB, free some space" + f": trying again every "
                       f"{RETRY_SECONDS} s" * (left > 0), file=sys.stderr, flush=True)
             time.sleep(RETRY_SECONDS * (left > 0))
+        self.saved = self.ranks.broadcast(self.saved)
 
     def gather_skipped(self):
         """{name: what is wrong} of the photos that any rank skipped; complete on the first rank."""
@@ -632,7 +633,7 @@ class Run:
                   f"{out}/skipped.txt")
         self.loader.close()
         if self.ranks.rank:
-            return 0
+            return 0 if finished else 130
         self.draw_pictures()
         files = [name for name in sorted(os.listdir(out)) if name.endswith((".png", ".txt"))]
         print(", ".join([self.say_kept(), "log.jsonl", *files]))
