@@ -28,7 +28,7 @@ import warnings
 import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -53,10 +53,10 @@ FILES = "words.json", *(f"{name}.npy" for name in COLUMNS)          # of an inde
 HASH = 32                       # letters of a photo's hash in the YFCC100M table
 
 FORMATS = ("tsv", "csv", "jsonl", "coco", "yfcc")
-NO_TEXT = {                     # how files begin that are no captions, and what to do
-    b"PK": "a zip archive or an Excel workbook; unpack it, or save the sheet as CSV",
-    b"PAR1": "a Parquet table; save it as CSV, e.g. by pandas' read_parquet and to_csv",
-    b"SQLite": "a database; save its table as CSV"}
+NO_TEXT = (                     # what files hold at a place that are no captions, and what to do
+    (0, b"PK", "a zip archive or an Excel workbook; unpack it, or save the sheet as CSV"),
+    (0, b"PAR1", "a Parquet table; save it as CSV, e.g. by pandas' read_parquet and to_csv"),
+    (257, b"ustar", "an archive; unpack it"), (0, b"SQLite", "a database; save its table as CSV"))
 LARGEST = 256 << 20             # bytes of a plausible photo
 MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")   # of this machine, bytes
 PICTURES = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
@@ -304,10 +304,11 @@ class Gone(ValueError):
     """A photo that is not to be had now: its disk may come back."""
 
 
-def decode(path, size):
+def decode(path, size, square=True):
     """A photo as uint8 (size, size, 3), rescaled to a square (paper, §3), and its content's hash.
 
-    Any mode becomes RGB, the camera's orientation is applied. ValueError says what is wrong.
+    Any mode becomes RGB, the camera's orientation is applied. ValueError says what is wrong. If
+    not `square`, the photo keeps its shape, and its longer side is of that size.
     """
     warnings.filterwarnings("ignore", module="PIL", append=True)    # in all threads at once
     try:
@@ -322,7 +323,8 @@ def decode(path, size):
         image = Image.open(io.BytesIO(content), formats=PICTURES)
         image.draft("RGB", (size, size))        # JPEG: decode at a fraction of the size
         image = _to_rgb(ImageOps.exif_transpose(image))
-        image = image.resize((size, size), Image.Resampling.BILINEAR, reducing_gap=2.0)
+        shape = (size, size) if square else ImageOps.contain(image, (size, size)).size
+        image = image.resize(shape, Image.Resampling.BILINEAR, reducing_gap=2.0)
         return np.asarray(image), hashlib.blake2b(content, digest_size=8).digest()
     except UnidentifiedImageError:
         raise ValueError("not a picture") from None
@@ -356,19 +358,34 @@ def is_picture(path):
     return kinds.get(os.path.splitext(path)[1].lower()) in PICTURES
 
 
+def walk_files(folder):
+    """Paths of the files in a folder and below it, but for hidden ones."""
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        yield from (os.path.join(place, name) for name in sorted(names) if name[0] != ".")
+
+
+def list_photos(folder):
+    """Names of the picture files in a folder and below it, told by their ending, in order."""
+    names = sorted(os.path.relpath(path, folder) for path in walk_files(folder) if is_picture(path))
+    if not names:
+        raise ValueError(f"there is no picture in {folder} or its sub-folders")
+    return names
+
+
 class Folder:
     """Finds photos below a folder: under their names, or nearly, in whatever sub-folder they are.
 
     A name of the YFCC100M table, hash/id.jpg, is also looked for as id.jpg and, as that set is
-    stored, as abc/def/abcdef….jpg by its hash; all others in a map of all files, unless over MOST,
-    with letters of either case, and at last with another ending or none.
+    stored, as abc/def/abcdef….jpg by its hash; all others in a map of the first MOST files, with
+    letters of either case, and at last with another ending or none.
     """
 
     MOST = 2_000_000
 
     def __init__(self, folder):
-        self.folder, self.lock, self.map = folder, threading.Lock(), None
-        self.real = os.path.realpath(folder)
+        self.folder, self.real = folder, os.path.realpath(folder)
+        self.lock, self.map = threading.Lock(), None
 
     def find(self, name):
         """The path of the photo's file; where there is none, of the file it should be."""
@@ -379,14 +396,8 @@ class Folder:
             code, ending = name[:HASH], os.path.splitext(name)[1]
             names += [name[HASH + 1:], f"{code[:3]}/{code[3:6]}/{code}{ending}"]
         paths = [os.path.join(self.folder, name) for name in names]
-        forms = [unicodedata.normalize(form, path) for path in paths for form in ("NFC", "NFD")]
-        for path in dict.fromkeys([*paths, *forms]):
-            if os.path.exists(path):
-                return path
-        with self.lock:                         # one thread makes it, the others wait
-            if self.map is None:
-                self.map = self._make_map()
-        return next(filter(None, map(self._find_near, names)), paths[0])
+        near = itertools.chain.from_iterable(map(self._find_near, names))       # if need be
+        return next(filter(os.path.exists, itertools.chain(paths, near)), paths[0])
 
     def check(self, path):
         """The path; ValueError if links lead from it out of the folder."""
@@ -395,42 +406,27 @@ class Folder:
         return path
 
     def _find_near(self, name):
-        """The path of a file with that name but for case and ending, or None."""
-        name = unicodedata.normalize("NFC", name.replace("\\", "/").rpartition("/")[2])
-        low = name.casefold()
-        found = {path: os.path.basename(path) for key in (low, os.path.splitext(low)[0])
-                 for path in self.map.get(key, ())}
-        near = [(base != name, base.casefold() != low, path) for path, base in found.items()
-                if base == name or is_picture(base)]
-        return min(near)[2] if near else None
+        """Paths of files with that name but for the folder, for case and ending; the best first."""
+        with self.lock:                         # one thread makes the map, the others wait
+            if self.map is None:
+                self.map = defaultdict(list)    # {stem in lower case: paths}
+                for path in itertools.islice(walk_files(self.folder), self.MOST):
+                    self.map[_base(os.path.splitext(path)[0]).casefold()].append(path)
+        base, low = _base(name), _base(name).casefold()
+        return sorted({path for stem in (low, os.path.splitext(low)[0])
+                       for path in self.map.get(stem, ())
+                       if _base(path) == base or is_picture(path)},
+                      key=lambda path: (_base(path) != base, _base(path).casefold() != low, path))
 
-    def _make_map(self):
-        """{stem: [path]} of all files but hidden ones, the stems in lower case."""
-        paths, count = defaultdict(list), 0
-        for place, folders, names in os.walk(self.folder):
-            folders[:] = [name for name in folders if name[0] != "."]
-            for name in (name for name in names if name[0] != "."):
-                stem = os.path.splitext(unicodedata.normalize("NFC", name).casefold())[0]
-                paths[stem].append(os.path.join(place, name))
-            count += len(names)
-            if count > self.MOST:
-                return {}
-        return paths
+
+def _base(path):
+    """The name of a file without its folder, which may be Windows'."""
+    return unicodedata.normalize("NFC", path.replace("\\", "/").rpartition("/")[2])
 
 
 def drawn_sources(run):
     """Where a run keeps the photos and captions that it drew."""
     return {"images": f"{run}/drawn/photos", "captions": f"{run}/drawn/captions.tsv"}
-
-
-def list_photos(folder):
-    """Names of the picture files in a folder and below it, told by their ending, in order."""
-    names = sorted(os.path.relpath(os.path.join(place, name), folder)
-                   for place, _, files in os.walk(folder) for name in files
-                   if name[0] != "." and is_picture(name))
-    if not names:
-        raise ValueError(f"there is no picture in {folder} or its sub-folders")
-    return names
 
 
 def check_photos(folder, index, most=2000):
@@ -444,13 +440,14 @@ def check_photos(folder, index, most=2000):
     gone = [name for name, path in paths.items() if not os.path.exists(path)]
     if len(gone) == len(paths) and not any(
             os.path.exists(find(index.name(i))) for i in range(most, len(index))):
-        file = next((names[0] for _, _, names in os.walk(folder) if names), "nothing")
         raise ValueError(f"none of the photos that the captions name is in {folder}: they name "
-                         f"{gone[0]!r}, and it has {file!r}; check --images")
-    for some, what in (other, "have another name or place"), (gone, "are not there"):
-        for name in itertools.islice(some, 1):
-            print(f"photos: {len(some):,} of {len(paths):,} {what}, e.g. {name}"
-                  + f" is {paths[name]}" * (some is other))
+                         f"{gone[0]!r}, and it has {next(walk_files(folder), 'nothing')!r}; "
+                         "check --images")
+    for name, path in itertools.islice(other.items(), 1):
+        print(f"photos: {len(other):,} of {len(paths):,} have another name or place, e.g. {name} "
+              f"is {path}")
+    if gone:
+        print(f"photos: {len(gone):,} of {len(paths):,} are not there, e.g. {gone[0]}")
 
 
 class Listed:
@@ -588,15 +585,12 @@ def cached_index(path, folder, text, kind, dictionary=None):
     origin = fingerprint(path, kind, text, dictionary)
     if not os.path.isdir(folder):
         return None
-    try:
-        with open(f"{folder}/index.json") as file:
-            facts = json.load(file)
-        if facts["fingerprint"] != origin:
+    with suppress(Exception):                   # a damaged file raises anything
+        index = Index(folder)
+        if index.facts["fingerprint"] != origin:
             return None
-        if facts["files"] == checksums(folder):
-            return Index(folder)
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+        if index.facts["files"] == checksums(folder):
+            return index
     print(f"the index in {folder} is damaged: making it again", file=sys.stderr, flush=True)
     return None
 
@@ -644,15 +638,12 @@ def _write_index(work, path, text, kind, dictionary, processes):
             facts["refused_names"] = facts["refused_names"][:100]
             for file, record in zip(files, records):
                 file.write(record)
-    if not facts["captions"]:
-        raise ValueError(f"captions: {path} has no captions as {kind}; "
-                         f"--format may be one of {', '.join(FORMATS)}")
+    for name in facts["refused_names"][:1] if not facts["words"] else ():
+        raise ValueError(f"captions: {path} names photos by paths that are absolute or lead out of "
+                         f"--images, e.g. {name!r}; name them by their paths below it")
     if not facts["words"]:
-        for name in facts["refused_names"][:1]:
-            raise ValueError(f"captions: {path} names photos by paths that are absolute or lead "
-                             f"out of --images, e.g. {name!r}; name them by their paths below it")
-        raise ValueError(f"captions: no caption in {path} has a word, read as {kind}; try --format"
-                         + ", or name a file by --captions" * os.path.isdir(path))
+        raise ValueError(f"captions: {path} has no word of a photo, read as {kind}; --format may be "
+                         f"one of {', '.join(FORMATS)}")
     dictionary = dictionary or choose_words(counts, text)
     write_json(f"{work}/words.json", dictionary)
     facts |= _group(work, paths, dictionary, text, processes)
@@ -856,10 +847,9 @@ def recognise(path):
     """The format of a captions file, by its content: one of FORMATS."""
     with open_captions(path) as (stream, _):
         head = stream.read(1 << 16) + stream.readline(LONGEST_LINE)
-    tar = "an archive; unpack it" if head[257:262] == b"ustar" else None
-    what = next((NO_TEXT[magic] for magic in NO_TEXT if head.startswith(magic)), tar)
-    if what and b"\0" in head:                  # a photo may be called PK.jpg
-        raise ValueError(f"captions: {path} is {what}")
+    for place, magic, what in NO_TEXT if b"\0" in head else ():
+        if head.startswith(magic, place):
+            raise ValueError(f"captions: {path} is {what}")
     text = head.decode("utf-8-sig", "replace")
     if sum(text.count(c) for c in "\ufffd\0") > len(text) / 10:
         raise ValueError(f"captions: {path} is not text in UTF-8 (UTF-16?); save it as UTF-8")

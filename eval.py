@@ -23,7 +23,6 @@ import os
 import signal
 import sys
 import tempfile
-import unicodedata
 from contextlib import redirect_stdout, suppress
 from html import escape
 
@@ -31,7 +30,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # while the rest is imported
 
 import numpy as np
-from PIL import ExifTags, Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 from scipy.linalg import eigh
 from scipy.optimize import minimize
 from scipy.special import expit, softmax
@@ -398,26 +397,23 @@ class Fonts:
         files = [path for folder in FONTS for path in glob.glob(
             os.path.expanduser(folder) + "/**/*.[ot]t[fc]", recursive=True)
             if "LastResort" not in path]                            # which has boxes for all
-        files.sort(key=lambda path: ("Regular" not in path, "Sans" not in path, path))
-        self.paths, self.lost = [given, None, *files], set()
+        self.paths = [given, None, *sorted(files, key=lambda path: "Sans-Regular" not in path)]
+        self.said = False
 
     def find(self, word, size):
         """A font that has all letters of the word; where none has, it is said once, and how."""
-        scripts = {unicodedata.name(letter, "").partition(" ")[0] for letter in word
-                   if not has_letter(None, letter)}                 # e.g. CJK, ARABIC
-        few = self.lost.intersection(scripts)   # what no font had is not sought in all of them
-        for place, path in enumerate(self.paths[:9] if few else self.paths):
+        for place, path in enumerate(self.paths):
             if all(has_letter(path, letter) for letter in word):
                 self.paths.insert(min(place, 2), self.paths.pop(place))         # sooner next time
                 return open_font(path, size)
-        if not self.lost:
+        if not self.said:
             print(f"no font has the letters of {word}: pictures show boxes; install the packages "
                   "fonts-noto-core and fonts-noto-cjk, or give --font FILE", file=sys.stderr)
-        self.lost.update(scripts)
+        self.said = True
         return open_font(self.paths[0], size)
 
 
-@functools.lru_cache(64)
+@functools.lru_cache(1000)
 def open_font(path, size):
     """The font of a file, or Pillow's own."""
     return ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
@@ -432,33 +428,32 @@ def has_letter(path, letter):
     return False
 
 
-def filters_picture(w, path, zoom=6):
-    """Draw the first layer's filters (KH, KW, 3, F), each stretched to full contrast, as a grid."""
+def save_image(image, path):
+    """Write a picture file, whole or not at all."""
+    with console.whole_file(path) as file:
+        image.save(file, "PNG")
+
+
+def filters_picture(w, zoom=6):
+    """The first layer's filters (KH, KW, 3, F), each stretched to full contrast, as a grid."""
     kh, kw, _, f = w.shape
     side = int(np.ceil(np.sqrt(f)))
     low, high = w.min(axis=(0, 1, 2)), w.max(axis=(0, 1, 2))
     tiles = np.full((side * side, kh + 1, kw + 1, 3), 255, np.uint8)            # with white edges
     tiles[:f, 1:, 1:] = ((w - low) / np.maximum(high - low, 1e-12) * 255).transpose(3, 0, 1, 2)
     canvas = tiles.reshape(side, side, kh + 1, kw + 1, 3).swapaxes(1, 2)
-    image = Image.fromarray(canvas.reshape(side * (kh + 1), side * (kw + 1), 3))
-    size = image.width * zoom, image.height * zoom
-    with console.whole_file(path) as file:
-        image.resize(size, Image.Resampling.NEAREST).save(file, "PNG")
+    canvas = canvas.reshape(side * (kh + 1), side * (kw + 1), 3)
+    return Image.fromarray(canvas.repeat(zoom, axis=0).repeat(zoom, axis=1))
 
 
-def curves_picture(log, path=None):
-    """An image of the learning curves of a run's log, over the epochs; into a file if it is named.
-    """
+def curves_picture(log):
+    """The learning curves of a run's log, over the epochs."""
     keys = {"training loss": "loss", "held-out loss": "validation_loss",
             "held-out precision@10": "precision@10", "held-out AUC, mean of words": "auc"}
     panels = {title: [(row["epoch"], row[key]) for row in log
                       if row.get(key) is not None and np.isfinite(row[key])]
               for title, key in keys.items()}
-    image = plots_picture(panels, "epoch", {"held-out AUC, mean of words": 0.5})
-    if path:
-        with console.whole_file(path) as file:
-            image.save(file, "PNG")
-    return image
+    return plots_picture(panels, "epoch", {"held-out AUC, mean of words": 0.5})
 
 
 def round_ticks(low, high, most=5):
@@ -510,11 +505,7 @@ def plots_picture(panels, unit, chance={}, axis=float):
 
 def thumbnail(path, side):
     """A photo in its own shape, its longer side of `side` pixels."""
-    square = Image.fromarray(data.decode(path, side)[0])
-    with Image.open(path) as image:
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
-        shape = np.array(image.size[::-1] if turned else image.size)
-    return square.resize(np.maximum(1, shape * side // shape.max()).tolist())
+    return Image.fromarray(data.decode(path, side, square=False)[0])
 
 
 def grid_picture(found, find, fonts, side=150):
@@ -573,21 +564,20 @@ def place_words(names, y, weights, size, fonts):
     return placed
 
 
-def words_picture(placed, size, fonts):
-    """An image of the words that place_words placed."""
-    image = Image.new("RGB", (size, size), "white")
+def draw_words(placed, size, fonts, show):
+    """Show words at their places: drawn in a picture file, or as text on the page, as wide."""
+    image, texts = Image.new("RGB", (size, size), "white"), []
     draw = ImageDraw.Draw(image)
-    for place, (word, spot, height, _) in enumerate(placed):
-        draw.text(tuple(spot), word, COLOURS[place % 4], fonts.find(word, height), "mm")
-    return image
-
-
-def words_svg(placed, size):
-    """The same as text, which a browser draws with its own fonts, each word as wide as it was."""
-    texts = [f'<text x="{x:.0f}" y="{y:.0f}" font-size="{height:.1f}" textLength="{width:.0f}" '
-             f'fill="rgb{COLOURS[place % 4]}">{escape(word)}</text>'
-             for place, (word, (x, y), height, width) in enumerate(placed)]
-    return f'<div class="wide"><svg viewBox="0 0 {size} {size}">{"".join(texts)}</svg></div>'
+    for place, (word, (x, y), height, width) in enumerate(placed):
+        colour = COLOURS[place % 4]
+        draw.text((x, y), word, colour, fonts.find(word, height), "mm")
+        texts.append(f'<text x="{x:.0f}" y="{y:.0f}" font-size="{height:.1f}" '
+                     f'textLength="{width:.0f}" fill="rgb{colour}">{escape(word)}</text>')
+    if show.out:
+        show.picture(image, "a map of words")
+    else:
+        show.html.append(f'<div class="wide"><svg viewBox="0 0 {size} {size}">'
+                         f'{"".join(texts)}</svg></div>')
 
 
 # ------------------------------------------------------------------ commands and their options
@@ -693,8 +683,7 @@ class Output:
             kind = "jpeg" if photos else "png"
             self.html.append(f'<div class="wide">{image_html(image, what, kind)}</div>')
             return
-        with console.whole_file(self.out) as file:
-            image.save(file, "PNG")
+        save_image(image, self.out)
         print(f"{self.out}: {what}")
 
     def photos(self, photos):
@@ -738,13 +727,12 @@ class Trained:
         own = data.cached_index(captions, os.path.join(self.run, "index"), text, kind)
         if own is not None and own.dictionary == words:
             return own
-        try:
-            return data.build_index(captions, os.path.join(self.run, "index-eval"), text, kind,
-                                    words, processes)
-        except OSError:                         # the run's folder is read-only, or its disk full
+        folder = self.run
+        if not os.access(folder, os.W_OK):
             self.spare = tempfile.TemporaryDirectory()              # until the end
-            return data.build_index(captions, os.path.join(self.spare.name, "index"), text, kind,
-                                    words, processes)
+            folder = self.spare.name
+        return data.build_index(captions, os.path.join(folder, "index-eval"), text, kind, words,
+                                processes)
 
     def photos(self, options):
         """The folder and names of the photos: those of --images, or the held-out ones."""
@@ -775,9 +763,9 @@ class Trained:
                 close = [word for word in self.words if name and word.startswith(name)] + sorted(
                     difflib.get_close_matches(name, self.words, 9, 0.65),
                     key=lambda word: word[0] != name[0])            # the same first letter first
-                near = ", ".join(list(dict.fromkeys(close))[:3]) or "none"
                 raise ValueError(f"{name!r} is not among the model's {len(self.words):,} words, "
-                                 f"which are in {self.run}/words.txt; near in spelling: {near}")
+                                 f"which are in {self.run}/words.txt; near in spelling: "
+                                 + (", ".join(list(dict.fromkeys(close))[:3]) or "none"))
         return np.array([self.classes[name] for name in names], np.int32)
 
     def read_pairs(self, path, scored=False):
@@ -790,17 +778,16 @@ class Trained:
             raise ValueError(f"--pairs: {path}: {error.strerror}; it takes a file of {kind} lines"
                              ) from None
         for place, line in lines.items():
-            one, two, *rest = [*(line.split("\t") if "\t" in line else line.split()), "", ""]
-            score = []
-            with suppress(ValueError):
-                score = [float(rest[0])] if scored else []
-            if scored and not np.isfinite(score).any():
-                if not score and place == min(lines):               # a heading
-                    continue
+            one, two, score, *_ = [*(line.split("\t") if "\t" in line else line.split()), *" " * 3]
+            try:
+                score = float(score) if scored else 0
+            except ValueError:
+                score = np.nan
+            if not np.isfinite(score) and place > 1:                # the first may be a heading
                 raise ValueError(f"--pairs: line {place} of {path} is not {kind}: {line[:60]!r}")
             names = [" ".join(data.words_of(word)) for word in (one, two)]
-            if all(name in self.classes for name in names):
-                pairs.append((*(self.classes[name] for name in names), *score))
+            if np.isfinite(score) and all(name in self.classes for name in names):
+                pairs.append((*map(self.classes.get, names), *[score] * scored))
         return pairs, len(lines)
 
 
@@ -1099,19 +1086,17 @@ def draw_map(options, show):
     perplexity = min(options.perplexity, (len(x) - 1) / 3)
     y, kl = tsne(units(kernels.to_host(x)), perplexity, options.steps)
     y = (y - y.min(axis=0)) / np.maximum(np.ptp(y, axis=0), 1e-12)
+    show.line(f"{len(x):,} {'words' if options.words else 'photos'}, perplexity {perplexity:g}, "
+              f"KL divergence {kl:.4f}")
     if options.words:
         fonts, size = Fonts(options.font), options.size if show.out else min(options.size, 800)
         placed = place_words([trained.words[i] for i in most], y, trained.counts[most], size, fonts)
-        what = f"{len(placed):,} of {len(x):,} words" + " (--size)" * (len(placed) < len(x))
+        if len(placed) < len(x):
+            show.line(f"{len(x) - len(placed):,} words have no room; --size has more")
+        draw_words(placed, size, fonts, show)
     else:
         image = mosaic_picture(map(data.Folder(folder).find, found), y, options.size)
-        what = f"{len(x):,} photos"
-    show.line(f"{what}, perplexity {perplexity:g}, KL divergence {kl:.4f}")
-    if options.words and not show.out:
-        show.html.append(words_svg(placed, size))
-    else:
-        image = words_picture(placed, size, fonts) if options.words else image
-        show.picture(image, "a map", photos=not options.words)
+        show.picture(image, "a map of photos", photos=True)
     return {"points": len(x), "perplexity": perplexity, "kl": kl, "skipped": skipped}
 
 
@@ -1165,14 +1150,13 @@ def show_examples(options, show):
 def show_run(options, show):
     """What the run was trained on, how, how long, and its learning curves."""
     trained = Trained(options.model)
-    log, photos = trained.log, trained.options["batch"] * np.diff(
-        [row["step"] for row in trained.log], prepend=0)            # of each epoch
+    log, hidden = trained.log, ("images", "captions", "out", "drawn", "resume", "device")
+    photos = trained.options["batch"] * np.diff([row["step"] for row in log], prepend=0)
     seconds = sum(photos / [row["images_per_second"] for row in log])
     show.line(f"{trained.training:,} training photos, {len(trained.words):,} words; epochs: "
               f"{len(log)}, {photos.sum():,} photos in {console.duration(seconds)} of training")
     show.line(", ".join(f"--{key.replace('_', '-')} {value}" for key, value in
-                        trained.options.items() if key not in ("images", "captions", "out", "drawn")
-                        and value is not None))
+                        trained.options.items() if value is not None and key not in hidden))
     show.picture(curves_picture(log), "learning curves: loss, precision and AUC after each epoch")
     return {"epochs": len(log), "photos": int(photos.sum()), "seconds": seconds}
 

@@ -1352,7 +1352,7 @@ def test_tampered_checkpoint_ends_in_one_line(name, mine, tmp_path, train):
         np.savez(out / "model.npz", **arrays)
     else:
         os.mkfifo(out / "model.npz")
-    with pytest.raises(ValueError, match="^[^\n]*(not a model|not one of this network)[^\n]*$"):
+    with pytest.raises(ValueError, match="^[^\n]*not a model[^\n]*$"):
         train("--resume", "--out", "r")
 
 
@@ -1412,10 +1412,11 @@ def test_lost_terminal_saves_and_ends(how, mine, tmp_path):
 
 @pytest.mark.parametrize("loss, diverges", [(1.5e9, True), (4, False)])
 def test_held_out_loss_beyond_reason_is_said_to_diverge(loss, diverges, mine, tmp_path):
-    training, _, close = start_run(mine, tmp_path)
-    close()
+    training, _, close = start_run([*mine, "--epochs", 1], tmp_path)
+    training.validate = lambda: {"loss": loss, "precision@10": 0.1, "auc": 0.5}
     with pytest.raises(RuntimeError, match="diverges") if diverges else nullcontext():
-        training.check_held_out(loss)
+        training.train(weak.Interrupt())
+    close()
 
 
 def test_epoch_without_photos_ends_the_run(mine, tmp_path):
@@ -1452,7 +1453,7 @@ BAD = {
     "no such captions": ([*GIVEN, "none"], "is no file"),
     "images missing": (["--captions", "captions.tsv"], "goes with --images"),
     "captions empty": ([*GIVEN, "empty"], "is empty"),
-    "captions of nothing": ([*GIVEN, "blank"], "has a word"),
+    "captions of nothing": ([*GIVEN, "blank"], "has no word of a photo"),
     "captions broken json": ([*GIVEN, "json"], "COCO"),
     "captions torn gzip": ([*GIVEN, "torn.gz"], "damaged"),
     "captions in Excel": ([*GIVEN, "sheet"], "zip archive or an Excel workbook"),
@@ -1460,7 +1461,7 @@ BAD = {
     "captions of absolute names": ([*GIVEN, "absolute"], "'/a.jpg'; name them by their paths"),
     "rate too low": ([*GIVEN, "captions.tsv", "--lr", 1e-9], "below --min-lr"),
     "batch too large": ([*GIVEN, "captions.tsv", "--stop-words", 5, "--batch", 10**7],
-                        "does not fit into the machine's memory"),
+                        "does not fit into this machine's memory"),
     "photos elsewhere": (["--images", "other", "--captions", "captions.tsv", "--stop-words", 5],
                          "none of the"),
     "too many stop words": ([*GIVEN, "captions.tsv", "--stop-words", 5000], "lower --stop-words"),
@@ -2016,10 +2017,10 @@ def test_map_parts_clusters_with_twins_in_blocks_of_any_size(rng, monkeypatch):
     assert (nearest // 25 == np.arange(150) // 25).mean() > 0.95 and 0 < kl < 2
 
 
-def test_flat_and_diverged_curves_are_drawn(tmp_path):
+def test_flat_and_diverged_curves_are_drawn():
     for losses in ([5e35, 5e35], [0.0, 0.0], [1e-12, 3.0], [float("nan")]):
         log = [{"epoch": i + 1, "loss": loss} for i, loss in enumerate(losses)]
-        evaluation.curves_picture(log, tmp_path / "c.png")
+        evaluation.curves_picture(log)
 
 
 def test_ticks_are_round_and_hold_all_values():
@@ -2184,11 +2185,11 @@ def test_tag_takes_folders_and_json_may_be_standard_output(tiny, ask, monkeypatc
     assert tiny[1][0] in json.loads(said.out)["neighbors"] and f"{tiny[1][0]}: " in said.err
 
 
-def test_captions_are_indexed_elsewhere_if_the_run_is_read_only(tiny, ask):
-    (tiny[0] / "r" / "index-eval.part").write_text("in the way")    # for root, nothing is read-only
+def test_captions_are_indexed_elsewhere_if_the_run_is_read_only(tiny, ask, monkeypatch):
+    access = os.access                          # for root, all can be written
+    monkeypatch.setattr(os, "access", lambda path, kind: path != "r" and access(path, kind))
     (tiny[0] / "other.tsv").write_text(open(tiny[0] / "captions.tsv").read() + "\n")
     assert ask("words", "--captions", "other.tsv")[0]["photos"] > 0
-    (tiny[0] / "r" / "index-eval.part").unlink()
 
 
 WRONG = {

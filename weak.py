@@ -176,18 +176,12 @@ def parse(arguments=None):
 
 def merge_options(parser, arguments, stored, out):
     """A stored run's options and those given now; ValueError where they may not differ."""
-    known = vars(parser.parse_args([]))
-    texts = [f"--{key.replace('_', '-')}={value}" for key, value in stored.items()
-             if key in known and value is not None and value is not False]
-    try:                                        # whatever the file holds, and newer options
-        stored |= {**vars(parser.parse_args(texts)), "out": out}
-    except ValueError as error:
-        raise ValueError(f"{out}/model.npz is not a model of weak.py ({error})") from None
-    parser.set_defaults(**{key: stored[key] for key in known if key != "out"})
+    stored = vars(parser.parse_args([])) | stored                   # with newer options
+    parser.set_defaults(**stored)
     options = parser.parse_args(arguments)
     changed = [f"--{key.replace('_', '-')} ({stored[key]}, now {value})"
                for key, value in vars(options).items()
-               if key in stored and key not in HARMLESS and stored[key] != value]
+               if key not in HARMLESS and stored[key] != value]
     if changed:
         raise ValueError(f"the run in {out} began with other options: {', '.join(changed)}; "
                          "leave them out, or choose another --out")
@@ -290,10 +284,9 @@ class Interrupt:
     def ask(self, one, _):
         if self.asked and one in (signal.SIGINT, signal.SIGTERM):
             raise KeyboardInterrupt
-        if self.asked:
-            return
-        self.asked = True
-        print("\nstopping after this step, and saving; once more to stop at once", flush=True)
+        again, self.asked = self.asked, True    # printing may bring the next one
+        if not again:
+            print("\nstopping after this step, and saving; once more to stop at once", flush=True)
 
     def __exit__(self, *_):
         for one, handler in self.before.items():
@@ -326,7 +319,7 @@ class Run:
         most = min(VALIDATED, max(100, evaluation.BLOCK // len(index.dictionary)), index.held_out)
         self.held_out = np.linspace(0, index.held_out - 1, most).astype(int).tolist()
         self.check_space()
-        self.write_texts()
+        self.write_files()
 
     def restore(self, weights, velocities, facts, words):
         """Go on exactly where the checkpoint was written."""
@@ -351,16 +344,12 @@ class Run:
         weights, _, facts, words = model.load(os.path.join(source, "model.npz"))
         if facts["options"]["network"] != self.options.network:
             raise ValueError(f"--from: that run is of --network {facts['options']['network']}")
-        weights = model.NETWORKS[self.options.network].build(len(words), 0).load(weights).state()
-        places, state = {word: i for i, word in enumerate(words)}, self.net.state()
-        mine = [i for i, word in enumerate(self.index.dictionary) if word in places]
-        theirs = [places[self.index.dictionary[i]] for i in mine]
-        for path, layer, _ in self.net.parameters():
+        _, mine, theirs = np.intersect1d(self.index.dictionary, words, return_indices=True)
+        for path, layer, name in self.net.parameters():
             if isinstance(layer, model.Output):
-                state[path][mine] = weights[path][theirs]
+                getattr(layer, name)[mine] = kernels.to_device(weights[path][theirs])
             else:
-                state[path] = weights[path]
-        self.net.load(state)
+                setattr(layer, name, kernels.to_device(weights[path]))
         print(f"beginning with the weights of {source}, and {len(mine):,} of its {len(words):,} "
               "words", flush=True)
 
@@ -368,7 +357,7 @@ class Run:
         """Say what a checkpoint and a GPU must hold, and refuse to start where they cannot."""
         weights = sum(array.nbytes for array in self.optimiser.v.values())
         self.bytes = 2 * weights                # of a checkpoint
-        disk, free = shutil.disk_usage(self.options.out).free, kernels.memory()
+        disk, gpu = shutil.disk_usage(self.options.out).free, kernels.memory()
         print(f"{self.options.network}: {weights // 4:,} parameters; a checkpoint takes "
               f"{2 * weights / 1e6:,.0f} MB of {disk / 1e9:,.1f} GB free", flush=True)
         if disk < 4 * weights:
@@ -376,19 +365,15 @@ class Run:
                              f"{4 * weights / 1e6:,.0f}; free some, or choose another --out")
         batch, each = self.options.batch, self.net.bytes_per_image(self.size, self.crop)
         need = weights + each * (self.part.stop - self.part.start)  # gradients are still to come
-        place = "machine" if free is None else "GPU"
-        if free is None:
-            free = data.MEMORY / self.ranks.local_size - 2 * weights
-        else:
-            print(f"GPU memory: {3 * weights / 1e9:,.2f} GB for weights, velocities and gradients, "
-                  f"{each / 1e6:,.1f} MB an image, {need / 1e9:,.2f} GB more at --batch {batch}; "
-                  f"{free / 1e9:,.1f} GB are free", flush=True)
+        place = "this machine" if gpu is None else "the GPU"
+        free = data.MEMORY / self.ranks.local_size - 2 * weights if gpu is None else gpu
+        print(f"memory: a step of --batch {batch} takes {need / 1e9:,.2f} of {free / 1e9:,.1f} GB "
+              f"that {place} has left for it, {each / 1e6:,.1f} MB an image", flush=True)
         if need > free:
             most = int((free - weights) / each) * self.ranks.size
-            raise ValueError(
-                f"--batch {batch} does not fit into the {place}'s memory, {need / 1e9:,.1f} GB "
-                f"into {free / 1e9:,.1f}; use " + (f"--batch {most} or less" if most > 0 else
-                                              "--device cpu, or a smaller --network or --words"))
+            raise ValueError(f"--batch {batch} does not fit into {place}'s memory; use "
+                             + (f"--batch {most} or less" if most > 0 else
+                                "--device cpu, or a smaller --network or --words"))
 
     # ------------------------------------------------------------------------------ the loop
 
@@ -518,7 +503,10 @@ class Run:
         line = f"epoch {self.epoch}: loss{among} {loss:.4f}, "
         result = self.validate() or {}
         if result:
-            self.check_held_out(result["loss"])
+            # ten times the loss of guessing, which one-versus-all has for each word of a photo
+            words = 1 if self.options.loss == "softmax" else self.index.labels / len(self.index)
+            self.check_loss(result["loss"], self.step, "training diverges, the held-out loss is",
+                            10 * words * math.log(1 + len(self.index.dictionary)))
             line += (f"held-out loss {result['loss']:.4f}, precision@10 "
                      f"{result['precision@10']:.4f}, AUC {result['auc']:.4f}, ")
         self.log.append({
@@ -532,14 +520,8 @@ class Run:
         self.losses, self.read = [], 0
         self.check_ranks()
         self.save()
-        self.write_texts()
+        self.write_files()
         print(line, flush=True)
-
-    def check_held_out(self, loss):
-        """RuntimeError if the held-out loss is ten times that of guessing: training diverges."""
-        words = 1 if self.options.loss == "softmax" else self.index.labels / len(self.index)
-        self.check_loss(loss, self.step, "training diverges, the held-out loss is",
-                        10 * words * math.log(1 + len(self.index.dictionary)))
 
     def validate(self):
         """Metrics on the fixed held-out photos, of which each rank takes a part; None without any.
@@ -591,31 +573,28 @@ class Run:
         return {name: why for skipped in self.ranks.gather(self.loader.skipped)
                 for name, why in skipped.items()}
 
-    def write_texts(self):
-        """words.txt, log.jsonl and skipped.txt; losing one of them never ends a run."""
-        skipped, refused = self.gather_skipped(), self.index.facts["refused_names"]
-        skipped |= dict.fromkeys(refused, "refused: outside --images")
+    def write_files(self):
+        """Texts and pictures for people to look at; losing one of them never ends a run."""
+        out, skipped = self.options.out, self.gather_skipped()
+        skipped |= dict.fromkeys(self.index.facts["refused_names"], "refused: outside --images")
         words = zip(self.index.dictionary, self.index.photo_counts())
         texts = {"words.txt": [f"{word}\t{count}" for word, count in words],
                  "log.jsonl": [json.dumps(console.without_nan(row)) for row in self.log],
                  "skipped.txt": [f"{name}\t{why}" for name, why in skipped.items()]}
+        if self.ranks.rank:
+            return
         try:
-            for name, lines in texts.items() if not self.ranks.rank else ():
-                with console.whole_file(f"{self.options.out}/{name}", "w", encoding="utf-8",
+            for name, lines in texts.items():
+                with console.whole_file(f"{out}/{name}", "w", encoding="utf-8",
                                         errors="surrogateescape") as file:
                     file.writelines(line + "\n" for line in lines)
-        except OSError as error:
-            print(f"{', '.join(texts)} not written: {error.strerror}", file=sys.stderr)
-
-    def draw_pictures(self):
-        """curves.png and filters.png; losing one of them never ends a run."""
-        try:
             if self.log:
-                evaluation.curves_picture(self.log, f"{self.options.out}/curves.png")
-            evaluation.filters_picture(kernels.to_host(self.net.first.w),
-                                       f"{self.options.out}/filters.png")
+                evaluation.save_image(evaluation.curves_picture(self.log), f"{out}/curves.png")
+            filters = evaluation.filters_picture(kernels.to_host(self.net.first.w))
+            evaluation.save_image(filters, f"{out}/filters.png")
         except OSError as error:
-            print(f"pictures not drawn: {error.strerror or error}", file=sys.stderr)
+            print(f"{', '.join(texts)} or pictures not written: {error.strerror or error}",
+                  file=sys.stderr)
 
     def finish(self, finished):
         """Save, draw the pictures, and say what was learned and what to try next; exit status."""
@@ -623,7 +602,7 @@ class Run:
         if self.ranks.broadcast(self.saved != self.step
                                 or not os.path.exists(os.path.join(out, "model.npz"))):
             self.save(last=True)
-        self.write_texts()
+        self.write_files()
         if finished and (result := self.validate()):
             evaluation.print_words(result)
         self.say_doubles()
@@ -634,7 +613,6 @@ class Run:
         self.loader.close()
         if self.ranks.rank:
             return 0 if finished else 130
-        self.draw_pictures()
         files = [name for name in sorted(os.listdir(out)) if name.endswith((".png", ".txt"))]
         print(", ".join([self.say_kept(), "log.jsonl", *files]))
         if self.saved != self.step:
