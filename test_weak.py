@@ -1263,9 +1263,13 @@ def start_run(mine, tmp_path, *options):
 def test_infinite_loss_leaves_the_last_checkpoint_untouched(mine, tmp_path, monkeypatch):
     training, out, close = start_run(mine, tmp_path, "--epochs", 3)
     honest = weak.Run.train_step
-    monkeypatch.setattr(weak.Run, "train_step", lambda run, batch: honest(run, batch) * (
-        math.inf if run.step == 8 else 1))
-    with pytest.raises(RuntimeError, match="inf at step 8: .*model.npz is of step 6"):
+
+    def spoil(run, batch):
+        honest(run, batch)
+        run.losses *= math.inf if run.step == 8 else 1
+
+    monkeypatch.setattr(weak.Run, "train_step", spoil)
+    with pytest.raises(RuntimeError, match="inf at step 12: .*model.npz is of step 6"):
         training.train(weak.Interrupt())
     close()
     assert facts_of(out)["step"] == 6

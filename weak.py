@@ -307,7 +307,7 @@ class Run:
         self.step = self.epoch = 0
         self.log, self.saved = [], None         # a row an epoch; the step of the checkpoint
         self.empty = 0                          # steps without a photo since the last good one
-        self.losses, self.read = [], 0          # one for each step of the epoch; those read
+        self.begin_epoch()
         self.loader = data.Loader(options.images, index.name, len(index), self.size,
                                   options.workers, ranks.local_size)
         if checkpoint:
@@ -328,11 +328,9 @@ class Run:
                              "dictionary; choose another --out")
         self.net.load(weights)
         self.optimiser.load(velocities)
-        self.step, self.epoch, self.log, self.losses = (
-            facts[key] for key in ("step", "epoch", "log", "losses"))
-        if self.ranks.rank:                     # they are sums over the ranks: the first keeps them
-            self.losses = [loss and 0.0 for loss in self.losses]
-        self.read = len(self.losses)
+        self.step, self.epoch, self.log = (facts[key] for key in ("step", "epoch", "log"))
+        self.done, self.good, losses = facts["losses"]
+        self.losses = kernels.to_device(np.array(losses)[self.part])
         self.loader.skipped.update(facts.get("skipped", {}))
         vars(self.plateau).update(facts["plateau"], least=self.options.min_lr)
         self.saved = self.step
@@ -389,14 +387,17 @@ class Run:
             self.loader.waited = self.ranks.waited = 0.0
             progress = console.Progress(
                 f"epoch {self.epoch + 1}", self.steps * options.batch, "images", sys.stdout,
-                done=len(self.losses) * options.batch)
-            while len(self.losses) < self.steps:
+                done=self.done * options.batch)
+            while self.done < self.steps:
                 batch = next(batches)
                 good, stop, due = self.ranks.allreduce(     # what all ranks must do alike
                     [batch.labels.weights.any(), interrupt.asked,
                      time.monotonic() - saved > SAVE_SECONDS])
-                self.step += 1
-                self.losses.append(self.train_step(batch) if good else self.skip_step())
+                self.step, self.done = self.step + 1, self.done + 1
+                if good:
+                    self.train_step(batch)
+                else:
+                    self.skip_step()
                 progress.tick(options.batch, lambda: self.describe(progress))
                 if stop:
                     return False
@@ -407,17 +408,23 @@ class Run:
             saved = time.monotonic()
         return True
 
+    def begin_epoch(self):
+        """Nothing of an epoch is done yet."""
+        self.done = self.good = 0               # steps, and those of them with photos
+        self.losses = kernels.to_device(np.zeros(self.part.stop - self.part.start))     # row sums
+        self.shown = 0.0, 0                     # the loss and the good steps when last shown
+
     def is_over(self):
         """True when the options say that training is over."""
         return (self.plateau.rate < self.options.min_lr
                 or self.options.epochs is not None and self.epoch >= self.options.epochs)
 
     def train_step(self, batch):
-        """Forward, loss, backward, update: one step of SGD on one batch; returns its losses (N,).
+        """Forward, loss, backward, update: one step of SGD on one batch.
 
         With several ranks: of this rank's rows, and the update is by the sum of all gradients.
         """
-        options, labels, self.empty = self.options, batch.labels, 0
+        options, labels = self.options, batch.labels
         if options.targets == "batch" and options.loss == "softmax":
             labels = labels._replace(chance=None)       # as in the paper, whose estimate is biased
         now = model.Pass(options.seed, self.step, self.part.start, labels.classes)
@@ -427,7 +434,8 @@ class Run:
         self.net.backward(ds, done=self.begin_allreduce)
         self.ranks.wait()
         self.optimiser.step(self.plateau.rate)
-        return losses
+        self.losses += losses                   # on a GPU, nobody waits for them
+        self.good, self.empty = self.good + 1, 0
 
     def begin_allreduce(self, layer):
         """Begin to sum the layer's gradients over the ranks."""
@@ -447,13 +455,11 @@ class Run:
         raise RuntimeError(f"no photo of {when} could be read, e.g. {name}: {why}; "
                            f"{self.say_kept()}")
 
-    def read_losses(self):
-        """The losses of the steps since the last call, as numbers; on a GPU this waits for them."""
-        for i in range(self.read, len(self.losses)):
-            if self.losses[i] is not None:
-                self.losses[i] = float(kernels.to_host(self.losses[i]).sum())
-                self.check_loss(self.losses[i], self.step - len(self.losses) + i + 1)
-        self.read = len(self.losses)
+    def sum_losses(self):
+        """The loss of this rank's rows, summed over the epoch's steps; a GPU is waited for."""
+        loss = float(kernels.to_host(self.losses).sum())
+        self.check_loss(loss, self.step)
+        return loss
 
     def check_loss(self, loss, step, what="the loss is", most=math.inf):
         """RuntimeError if the loss is not a number, or not below `most`."""
@@ -467,18 +473,14 @@ class Run:
         return "nothing was saved yet" if self.saved is None else (
             f"{path} is of step {self.saved:,}")
 
-    def sum_losses(self):
-        """The losses of the epoch's steps so far, summed over the ranks; None without photos."""
-        self.read_losses()
-        sums = self.ranks.allreduce([loss or 0 for loss in self.losses])
-        return [None if loss is None else float(sum_) for loss, sum_ in zip(self.losses, sums)]
-
     def describe(self, progress):
-        """The mean loss of the last steps, what is waited for, and the time to the run's end."""
-        self.read_losses()
-        losses = [loss for loss in self.losses[-50:] if loss is not None]
-        rows = (self.part.stop - self.part.start) / self.options.batch          # of all ranks'
-        text = f"loss {np.mean(losses) / rows:.4f}, " * bool(losses) + self.say_waiting(progress)
+        """The mean loss since the last time, what is waited for, and the time to the run's end."""
+        (loss, steps), self.shown = self.shown, (self.sum_losses(), self.good)
+        text = self.say_waiting(progress)
+        if self.good > steps:
+            share = len(self.losses) / self.options.batch           # of all ranks' rows
+            mean = (self.shown[0] - loss) / (self.good - steps) / share
+            text = f"loss {mean:.4f}, {text}"
         if self.options.epochs:
             rest = (self.options.epochs - self.epoch - 1) * progress.total / progress.rate()
             text += f", {console.duration(progress.left() + rest)} for all epochs"
@@ -494,10 +496,10 @@ class Run:
     def end_epoch(self, progress):
         """Validate, apply the learning-rate rule, save, and log the epoch."""
         self.epoch += 1
-        losses = [loss for loss in self.sum_losses() if loss is not None]
-        if not losses:
+        if not self.good:
             self.give_up(f"epoch {self.epoch}")
-        loss, rate, skipped = float(np.mean(losses)), progress.rate(), self.gather_skipped()
+        loss = float(self.ranks.allreduce(self.sum_losses())) / self.good
+        rate, skipped = progress.rate(), self.gather_skipped()
         waited, said = self.loader.waited / progress.seconds(), self.say_waiting(progress)
         among = "" if self.options.targets == "all" else f" ({self.options.targets} words)"
         line = f"epoch {self.epoch}: loss{among} {loss:.4f}, "
@@ -517,7 +519,7 @@ class Run:
         line += f"rate {self.plateau.rate:g}, {rate:.0f} images/s, {said}"
         line += f", {len(skipped):,} photos cannot be read" * bool(skipped)
         self.plateau.update(result.get("loss", loss))
-        self.losses, self.read = [], 0
+        self.begin_epoch()
         self.check_ranks()
         self.save()
         self.write_files()
@@ -549,8 +551,11 @@ class Run:
     def save(self, last=False):
         """Write the checkpoint; what fails is said, and the last one is tried again for an hour."""
         options = {key: value for key, value in vars(self.options).items() if key != "resume"}
+        self.sum_losses()                       # which are numbers
+        losses = self.ranks.gather(kernels.to_host(self.losses))
         facts = {"options": options, "step": self.step, "epoch": self.epoch, "log": self.log,
-                 "losses": self.sum_losses(), "plateau": vars(self.plateau),
+                 "losses": (self.done, self.good, [loss for part in losses for loss in part]),
+                 "plateau": vars(self.plateau),
                  "counts": self.index.photo_counts().tolist(), "training": self.index.training,
                  "skipped": self.gather_skipped()}
         if not all(np.isfinite(w).all() for w in self.net.state().values()):

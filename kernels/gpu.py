@@ -404,7 +404,7 @@ def sgd(w, v, dw, rate, momentum, decay, rows=None):
 
 def to_device(x):
     """A copy of x where this device computes."""
-    return _device.xp.array(x, np.float32)
+    return _device.xp.array(x)
 
 
 def to_host(x):
