@@ -35,6 +35,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from kernels.console import Progress, write_json
+from kernels.cpu import host_empty
 from kernels.philox import DRAWS, NEGATIVES, philox
 
 STOP_WORDS = 500                # the most frequent words, left out (paper, §3)
@@ -465,14 +466,16 @@ class Loader(AbstractContextManager):
     """Decodes photos in threads, some batches ahead, and keeps some in a quarter of the memory.
 
     folder: where the photos are; name(i): the name of photo i; photos: how many there are; share:
-    how many loaders this machine has. With 0 workers photos are decoded here, for whole tracebacks.
-    `skipped` maps a photo's name to what is wrong, `digests` its number to the hash of its content.
+    how many loaders this machine has; empty(shape) makes the memory of a batch. With 0 workers
+    photos are decoded here, for whole tracebacks. `skipped` maps a photo's name to what is wrong,
+    `digests` its number to the hash of its content.
     """
 
     AHEAD = 2                                   # batches under way besides the one in use
     DIGESTS = 500_000                           # photos whose contents are remembered
 
-    def __init__(self, folder, name, photos, size, workers=0, share=1):
+    def __init__(self, folder, name, photos, size, workers=0, share=1, empty=host_empty):
+        self.empty = empty
         self.folder, self.name, self.shape = Folder(folder), name, (size, size, 3)
         self.room = min(photos, MEMORY // 4 // share // (3 * size * size))
         self.workers, self.pool = workers, ThreadPoolExecutor(workers or 1)
@@ -493,7 +496,7 @@ class Loader(AbstractContextManager):
         plans, running = iter(plans), deque()
         while True:
             for plan in itertools.islice(plans, self.AHEAD + 1 - len(running)):
-                pixels, fills = np.empty((len(plan.photos), *self.shape), np.uint8), []
+                pixels, fills = self.empty((len(plan.photos), *self.shape)), []
                 for row, photo in enumerate(plan.photos):
                     fill = functools.partial(self._fill, plan, row, pixels[row])
                     here = photo in self.kept or not self.workers

@@ -1215,7 +1215,7 @@ def main():
     options = PARSER.parse_args()
     if options.threads:
         kernels.set_threads(options.threads)
-    print(kernels.use(options.device), file=sys.stderr)
+    print(kernels.use(options.device, "fp32"), file=sys.stderr)     # distances cancel in TF32
     with redirect_stdout(sys.stderr if options.json == "-" else sys.stdout):
         result = options.function(options, Output(options.out))
     if options.json:

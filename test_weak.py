@@ -7,6 +7,7 @@ CUDA kernels on the host, and the experiments. No test depends on a processor's 
 import bz2
 import errno
 import gzip
+import inspect
 import io
 import json
 import math
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import numpy as np
@@ -33,7 +34,7 @@ import eval as evaluation
 import kernels
 import model
 import weak
-from kernels import bench, console, cpu, emulate, gpu, philox
+from kernels import bench, console, cpu, emulate, gpu, philox, standin
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -1558,28 +1559,42 @@ def compiling(request):
         pool.shutdown(cancel_futures=True)
 
 
+@contextmanager
+def emulated(orders=range(1), runner=EMULATOR, **limits):
+    """gpu.Cuda computes on the host; several orders of threads look for races."""
+    with standin.installed(runner, **limits), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "orders", orders)
+        try:
+            yield kernels.use("gpu", "fp32")
+        finally:
+            kernels.use("cpu")
+
+
 @pytest.fixture(params=[pytest.param("emulated", marks=needs_compiler), "gpu"])
 def device(request, compiling):
     """Each test of the kernels runs twice: on the host's processor, and on a GPU if one is here."""
-    chosen = EMULATOR if request.param == "emulated" else "gpu"
+    if request.param == "emulated":
+        with emulated(range(3)):
+            yield
+        return
     try:
-        kernels.use(chosen, "fp32")
+        kernels.use("gpu", "fp32")
     except RuntimeError as error:
         pytest.skip(str(error))
-    yield chosen
+    yield
     kernels.use("cpu")
 
 
 def up(*arrays):
-    """Arrays where the device computes."""
-    return [kernels.to_device(x) for x in arrays]
+    """Float32 arrays where the device computes."""
+    return [kernels.to_device(np.asarray(x, np.float32)) for x in arrays]
 
 
 def wide(x, before=4, after=8):
     """x on the device as a channel slice of a wider array of NaN, and that array."""
-    whole = kernels.to_device(np.full((*x.shape[:-1], before + x.shape[-1] + after), np.nan))
+    (whole,) = up(np.full((*x.shape[:-1], before + x.shape[-1] + after), np.nan))
     part = whole[..., before:before + x.shape[-1]]
-    part[...] = kernels.to_device(x)
+    part[...] = up(x)[0]
     return part, whole
 
 
@@ -1634,7 +1649,7 @@ def check_convolution(case, error=HALF):
     *(("tf32", 2.0**-11, seed) for seed in (0, 3, 12, 16)),
     *(("3xtf32", 4 * HALF, seed) for seed in (0, 3, 12, 16))])
 def test_convolution_kernel_agrees_with_its_twin(device, precision, error, seed):
-    kernels.use(device, precision)
+    kernels.use("gpu", precision)
     check_convolution(conv_case(seed), error)
 
 
@@ -1643,12 +1658,12 @@ def test_convolution_kernel_agrees_with_its_twin(device, precision, error, seed)
     ((1, 31, 8, 3), (5, 5, 3, 70))])
 @pytest.mark.parametrize("precision, error", [("fp32", 2), ("tf32", 2**13), ("3xtf32", 4)])
 def test_convolution_over_many_tiles_and_parts_agrees(device, precision, error, shape, taps, rng):
-    kernels.use(device, precision)
+    kernels.use("gpu", precision)
     check_convolution((*floats(rng, shape, taps, taps[3:]), 1, taps[0] // 2), error * HALF)
 
 
 def test_tf32_operands_are_rounded_to_nearest(device, rng):
-    kernels.use(device, "tf32")
+    kernels.use("gpu", "tf32")
     x, w = rng.random((1, 16, 16, 32)), rng.random((1, 1, 32, 64))
     y = kernels.to_host(kernels.conv_forward(*up(x, w, np.zeros(64))))
     off = y.reshape(-1, 64) / (x.reshape(-1, 32) @ w.reshape(32, 64)) - 1
@@ -1770,7 +1785,7 @@ def tiny_googlenet(k, dropout):
                          ids=["all", "gathered"])
 def test_step_on_a_device_is_the_float64_twins(device, build, classes, rng, monkeypatch):
     if EMULATOR:
-        monkeypatch.setattr(EMULATOR, "orders", [0])        # other tests look for races
+        monkeypatch.setattr(EMULATOR, "orders", range(1))   # other tests look for races
     where = np.array([0, 4, 8]), np.array([8, 2, 0]), np.array([1, 0, 1], bool)
     x = kernels.prepare(rng.integers(0, 256, (3, 72, 72, 3), np.uint8), *where, 64)
     targets = np.array([[1, 4], [7, -1], [0, -1]], np.int32)
@@ -1795,7 +1810,7 @@ def test_step_on_a_device_is_the_float64_twins(device, build, classes, rng, monk
 
 
 def test_kernels_refuse_arrays_they_would_misread(device):
-    x = kernels.to_device(np.zeros((2, 4, 4, 8)))
+    (x,) = up(np.zeros((2, 4, 4, 8)))
     for wrong in (x.transpose(0, 2, 1, 3)[:, :, 1:], x[:, ::2], x.astype(np.float64)):
         for call in (kernels.max_pool_forward, wrong, 2, 2), (kernels.relu_backward, wrong, wrong):
             with pytest.raises(ValueError, match="float32"):
@@ -1829,12 +1844,9 @@ MISTAKES = [
 def test_mistake_in_a_kernel_is_caught(file, right, wrong, check):
     with open(os.path.join(HERE, "kernels", file)) as opened:
         assert right in opened.read()
-    kernels.use(emulate.Emulator(lambda text: text.replace(right, wrong, 1)), "fp32")
-    try:
-        with pytest.raises((AssertionError, RuntimeError)):
-            check()
-    finally:
-        kernels.use("cpu")
+    spoilt = emulate.Emulator(lambda text: text.replace(right, wrong, 1))
+    with emulated(range(3), spoilt), pytest.raises((AssertionError, RuntimeError)):
+        check()
 
 
 @needs_compiler
@@ -1852,11 +1864,10 @@ def test_mistake_in_a_kernel_is_caught(file, right, wrong, check):
      "a race"),
     ("*(float2*)(y + 1) = make_float2(0, 0);", "misaligned"),
 ])
-def test_emulator_finds_what_a_gpu_would_hide(body, message, tmp_path):
-    (tmp_path / "bad.cu").write_text(f'extern "C" __global__ void bad(float* y)\n{{\n{body}\n}}\n')
+def test_emulator_finds_what_a_gpu_would_hide(body, message):
+    code = f'#line 1 "bad.cu"\nextern "C" __global__ void bad(float* y)\n{{\n{body}\n}}\n'
     with pytest.raises(RuntimeError, match="^bad: .*" + message):
-        EMULATOR.launch(str(tmp_path / "bad.cu"), "bad", (), (2,), (64,),
-                        (np.zeros(125, np.float32),), shared=256)
+        EMULATOR.launch(code, (), "bad", (2,), (64,), (np.zeros(125, np.float32),), shared=256)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -1865,29 +1876,160 @@ def test_kernels_compile_for(architecture, compiling):
     assert all(future.result()[0] for future in compiling[architecture])
 
 
-@needs_compiler
-def test_run_on_the_kernels_goes_on_on_the_cpu(mine, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(EMULATOR, "orders", [0])            # other tests look for races
-    monkeypatch.setattr(kernels, "_find", lambda device, _: None if device == "cpu" else EMULATOR)
+# ------------------------------------------------------------- the GPU's host code, on a stand-in
+
+@pytest.fixture
+def on_device(mine, tmp_path, monkeypatch, capsys):
+    """weak.main() of a few steps on the emulated GPU; returns what it prints."""
+    tiny = model.NETWORKS["small"]._replace(build=tiny_googlenet)
+    monkeypatch.setitem(model.NETWORKS, "small", tiny)
     monkeypatch.setattr(weak, "VALIDATED", 4)
     monkeypatch.chdir(tmp_path)
+    mine += ["--epoch-size", 24, "--batch", 4, "--epochs", 1]
 
-    def train(out, *more):
-        monkeypatch.setattr(sys, "argv", ["weak.py", *map(str, mine), "--epoch-size", "8",
-                                          "--batch", "4", "--workers", "0", "--out", out, *more])
-        assert weak.main() == 0
+    def train(*options, **limits):
+        monkeypatch.setattr(sys, "argv", ["weak.py", *map(str, [*mine, *options])])
+        with emulated(**limits):
+            assert weak.main() == 0
         return capsys.readouterr().out
+    return train
 
-    try:
-        said = train("r", "--epochs", "1", "--precision", "tf32")
-        assert "device: emulated, tf32" in said and "MB an image" in said and "epoch 1" in said
-        assert "going on at step 2" in train("r", "--epochs", "2", "--resume", "--device", "cpu")
-        for free, remedy in ((6 << 20, "--batch [1-3] or less"), (1 << 20, "--device cpu")):
-            monkeypatch.setattr(EMULATOR, "memory", lambda free=free: free)
-            with pytest.raises(ValueError, match=f"--batch 4 does not fit .* use {remedy}"):
-                train(f"other{free}")
-    finally:
-        kernels.use("cpu")
+
+def check_alike(one, two):
+    """The weights and velocities of two runs' folders agree."""
+    one, two = arrays(one / "model.npz"), arrays(two / "model.npz")
+    for key, value in one.items():
+        np.testing.assert_allclose(two[key], value, atol=1e-3 * abs(value).max(), err_msg=key)
+
+
+@needs_compiler
+@pytest.mark.parametrize("options", [
+    ["--sampling", "image", "--loss", "one-vs-all"], ["--targets", "batch"],
+    ["--targets", "sampled", "--negatives", 5, "--loss", "one-vs-all"]])
+def test_training_on_a_gpu_is_that_on_the_cpu(options, mine, on_device, train, tmp_path):
+    said = on_device(*options, "--out", "gpu", "--precision", "fp32")
+    assert "device: emulated, fp32" in said and "MB an image" in said and "epoch 1" in said
+    train(*mine, *options, "--out", "cpu")
+    check_alike(tmp_path / "cpu", tmp_path / "gpu")
+
+
+@needs_compiler
+def test_run_on_a_gpu_goes_on_there_and_on_the_cpu(on_device, train):
+    on_device("--out", "r")
+    assert "going on at step 6" in on_device("--epochs", 2, "--out", "r", "--resume")
+    assert "going on at step 12" in train("--epochs", 3, "--out", "r", "--resume")
+    for free, remedy in ((700 << 10, "--batch [1-3] or less"), (30 << 10, "--device cpu")):
+        with pytest.raises(ValueError, match=f"--batch 4 does not fit .* use {remedy}"):
+            on_device("--out", f"other{free}", free=free)
+    with pytest.raises(RuntimeError, match="no GPU can be used .*too old"):
+        on_device("--out", "old", "--device", "gpu", shared=48 << 10)
+
+
+RANKS_ON_GPUS = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import model, test_weak, weak
+model.NETWORKS["small"] = model.NETWORKS["small"]._replace(build=test_weak.tiny_googlenet)
+weak.VALIDATED = 4
+with test_weak.emulated(gpus={gpus}):
+    test_weak.console.guarded(weak.main)
+"""
+
+
+@needs_compiler
+def test_ranks_on_gpus_sum_by_nccl(mine, on_device, train, tmp_path):
+    mine += ["--precision", "fp32", "--seed", 3]
+    run_ranks(2, *mine, "--out", "gpus", folder=tmp_path, code=RANKS_ON_GPUS.format(gpus=2))
+    train(*mine, "--out", "cpu")
+    check_alike(tmp_path / "cpu", tmp_path / "gpus")
+    done = run_ranks(2, *mine, "--out", "x", folder=tmp_path, code=RANKS_ON_GPUS.format(gpus=1),
+                     expect=1)
+    assert "2 ranks on a machine with 1 GPUs" in done.stderr
+
+
+@needs_compiler
+def test_experiments_run_on_a_gpu(on_device, photos, tmp_path, monkeypatch):
+    on_device("--out", "r")
+    words = [line.split("\t")[0] for line in open("r/words.txt")]
+    (tmp_path / "pairs.txt").write_text("".join(
+        f"{a}\t{b}\t{i}\n" for i, (a, b) in enumerate(zip(words[::2], words[1::2]), 1)))
+    for i, name in enumerate(data.list_photos(photos)[-12:]):
+        (tmp_path / "classes" / f"{i % 2}").mkdir(parents=True, exist_ok=True)
+        shutil.copy(photos / name, tmp_path / "classes" / f"{i % 2}")
+    few, found = ["--images", "classes"], {}
+    for command in (
+            ["words"], ["tag", "classes"], ["search", words[0], *few, "--out", "s.png"],
+            ["features", *few, "--crops", "10", "--out", "f.npz"],
+            ["transfer", *few, "--splits", "1"], ["similar", "--pairs", "pairs.txt"],
+            ["translate", "--pairs", "pairs.txt"], ["neighbors", words[0]],
+            ["map", *few, "--steps", "3", "--out", "m.png"],
+            ["report", *few, "--steps", "3", "--out", "r.html"]):
+        for device in "gpu", "cpu":
+            evaluation.Trained.cache_clear()
+            monkeypatch.setattr(sys, "argv", [
+                "eval.py", *command, "--model", "r", "--json", "o.json", "--device", device])
+            with emulated():
+                evaluation.main()
+            found[command[0], device] = result = json.load(open("o.json"))
+            assert not result.get("failed"), (command, device)
+    one, two = (found["words", device] for device in ("gpu", "cpu"))
+    assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
+    assert found["map", "gpu"]["kl"] == pytest.approx(found["map", "cpu"]["kl"], rel=1e-3)
+
+
+def forget_photos(monkeypatch):
+    """Page-locked memory goes back to the pool before its copy ran."""
+    upload = gpu.Cuda.upload
+
+    def forgetting(self, photos):
+        there = upload(self, photos)
+        self.under_way.clear()
+        return there
+    monkeypatch.setattr(gpu.Cuda, "upload", forgetting)
+
+
+@needs_compiler
+def test_photos_that_are_not_kept_until_they_are_there_are_noticed(
+        mine, on_device, train, tmp_path, monkeypatch):
+    forget_photos(monkeypatch)
+    on_device("--precision", "fp32", "--out", "gpu")
+    train(*mine, "--out", "cpu")
+    with pytest.raises(AssertionError):
+        check_alike(tmp_path / "cpu", tmp_path / "gpu")
+
+
+@needs_compiler
+def test_stand_in_is_as_strict_as_cupy():
+    with emulated():
+        import cupy
+        x = kernels.to_device(np.ones((2, 3), np.float32))
+        for silent in (np.asarray, np.ascontiguousarray, lambda x: float(x[0, 0]), np.polyval,
+                       lambda x: x + np.ones(3), lambda x: x.set([1])):
+            with pytest.raises(TypeError):
+                silent(x)
+        with pytest.raises(AttributeError):     # CuPy does not import it by itself
+            cupy.cuda.nccl
+        from cupy.cuda import nccl
+        assert nccl.available and np.isnan(kernels.to_host(cupy.empty(3, np.float32))).all()
+
+
+def test_stand_in_has_what_cupy_has():
+    cupy = pytest.importorskip("cupy")
+    from cupyx.distributed import NCCLBackend
+    for real, ours in ((cupy.cuda.Stream, standin.Stream), (cupy.ndarray, standin.ndarray),
+                       (cupy.RawModule, standin.RawModule), (cupy.RawKernel, standin.RawKernel),
+                       (NCCLBackend, standin.NCCLBackend), (cupy.cuda.Event, standin.Event)):
+        own = set(vars(ours)) - {"add", "run"}
+        assert {name for name in own if name[0] != "_"} <= set(dir(real)), ours
+    for name in ("__init__", "all_reduce"):
+        ours = inspect.signature(getattr(standin.NCCLBackend, name)).parameters
+        assert list(ours) == [name for name in inspect.signature(
+            getattr(NCCLBackend, name)).parameters if name in ours]
+    for name in ("alloc_pinned_memory", "get_current_stream", "Device", "runtime.memGetInfo",
+                 "runtime.getDeviceProperties", "runtime.getDeviceCount"):
+        assert standin.real_has("cuda." + name)
+    for name in ("set_compute_type", "COMPUTE_TYPE_TF32", "COMPUTE_TYPE_FP32"):
+        assert standin.real_has("_core._routines_linalg." + name)
 
 
 # --------------------------------------------------------------------------------- metrics

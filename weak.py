@@ -309,7 +309,7 @@ class Run:
         self.empty = 0                          # steps without a photo since the last good one
         self.begin_epoch()
         self.loader = data.Loader(options.images, index.name, len(index), self.size,
-                                  options.workers, ranks.local_size)
+                                  options.workers, ranks.local_size, kernels.host_empty)
         if checkpoint:
             self.restore(*checkpoint)
         elif source := getattr(options, "from"):

@@ -13,7 +13,7 @@ OPERATIONS = (
     "max_pool_forward", "max_pool_backward", "avg_pool_forward", "avg_pool_backward",
     "lrn_forward", "lrn_backward", "relu_backward", "dropout", "prepare", "column_sums",
     "matmul", "softmax_loss", "one_vs_all_loss", "sgd",
-    "to_device", "to_host", "memory")
+    "to_device", "to_host", "host_empty", "memory")
 DEVICES = ("auto", "cpu", "gpu")
 PRECISIONS = ("fp32", "tf32", "3xtf32")
 
@@ -29,38 +29,41 @@ _take(cpu)
 def use(device, precision=None, number=0):
     """Choose where everything computes from now on; returns one line that says what was chosen.
 
-    device: one of DEVICES, or what runs the CUDA kernels in the place of gpu.Cuda. precision: one
-    of PRECISIONS, for a GPU; if None, tf32 where it has tensor cores for that. number: which of
-    the GPUs. RuntimeError if the device or the precision cannot be had.
+    device: one of DEVICES. precision: one of PRECISIONS, for a GPU; if None, tf32 where it has
+    tensor cores for that. number: which of the GPUs. RuntimeError if what is asked for cannot be.
     """
-    chosen = _find(device, number) if device in DEVICES else device
-    if chosen is None:
+    found, why = _find(device, number)
+    if found is None:
         _take(cpu)
         count = cpu.threads()
-        note = f"; --precision {precision} is for a GPU" if precision else ""
-        return f"device: CPU, {count} thread{'s' * (count > 1)}, NumPy{note}"
+        note = f"; --precision {precision} is for a GPU" if precision in PRECISIONS[1:] else ""
+        return f"device: CPU, {count} thread{'s' * (count > 1)}, NumPy{why}{note}"
     from . import gpu
-    precision = precision or ("tf32" if chosen.tf32 else "fp32")
-    gpu.use(chosen, precision)
+    precision = precision or ("tf32" if found.tf32 else "fp32")
+    gpu.use(found, precision)
     _take(gpu)
-    return f"device: {chosen.name}, {precision}"
+    return f"device: {found.name}, {precision}"
 
 
 def _find(device, number):
-    """The GPU, or None for the CPU: CuPy is optional at run time."""
+    """The GPU, or None for the CPU, and why there is no GPU: CuPy is optional at run time."""
     if device == "cpu":
-        return None
+        return None, ""
     try:
         import cupy
-        found = cupy.cuda.runtime.getDeviceCount()
-    except Exception:                   # not installed, no driver, no device: many kinds
-        found = 0
-    if found:
-        if ranks.joined.size > 1:
-            ranks.joined.check_gpus()
-        cupy.cuda.Device(number).use()
+        count, why = cupy.cuda.runtime.getDeviceCount(), "there is none"
+    except ImportError:
+        count, why = 0, "CuPy is not installed"
+    except Exception as error:          # no driver, or one that is too old, and many more
+        count, why = 0, error
+    if count and ranks.joined.size > 1:
+        ranks.joined.check_gpus(count)
+    try:
         from . import gpu
-        return gpu.Cuda()
+        if count:
+            return gpu.Cuda(number), ""
+    except RuntimeError as error:       # too old
+        why = error
     if device == "gpu":
-        raise RuntimeError("--device gpu: no GPU that CuPy can use was found; use --device cpu")
-    return None
+        raise RuntimeError(f"--device gpu: no GPU can be used ({why}); use --device cpu")
+    return None, f" (no GPU: {why})"

@@ -491,6 +491,11 @@ def to_host(x):
     return np.asarray(x)
 
 
+def host_empty(shape):
+    """Memory of the host for photos, uint8, from which `prepare` reads them best."""
+    return np.empty(shape, np.uint8)
+
+
 def memory():
     """Free bytes of the device's own memory; None on the CPU."""
     return None

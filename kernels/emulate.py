@@ -1,8 +1,8 @@
 """Runs the CUDA kernels on the host, for the tests: the same .cu text, the same launch code.
 
-`Emulator` stands where gpu.py has `Cuda`. It compiles a .cu file behind emulate.h with the host's
-C++ compiler and runs it on NumPy arrays, in three orders of blocks and threads. Different bits are
-a race; what else it finds, emulate.h says. Any finding is a RuntimeError that names the kernel.
+`Emulator` compiles the text that gpu.Cuda gives to CuPy behind emulate.h with the host's C++
+compiler and runs it on NumPy arrays, in three orders of blocks and threads. Different bits are a
+race; what else it finds, emulate.h says. Any finding is a RuntimeError that names the kernel.
 """
 import atexit
 import ctypes
@@ -48,32 +48,23 @@ def compile_header():
 
 
 class Emulator:
-    """A device of NumPy arrays that runs the .cu files: see gpu.Cuda for the same functions."""
-
-    name = "emulated"
-    tf32 = True
-    multiprocessors = 3                     # few, so that convolutions are split as on a GPU
-    shared_bytes = 227 << 10
+    """Runs the kernels of .cu texts on NumPy arrays."""
 
     def __init__(self, change=lambda text: text):
         """`change` is applied to each .cu text first: the tests plant mistakes with it."""
         if not compiler():
             raise RuntimeError("no C++ compiler: install g++ to run the kernels on the host")
-        self.xp, self.change = np, change
-        self.orders, self.libraries = range(len(ORDERS)), {}
+        self.change, self.orders, self.libraries = change, range(len(ORDERS)), {}
         self.folder = new_folder()
 
-    def library(self, file, defines):
-        """The compiled .cu file as a library with one `run_NAME` for each kernel."""
-        key = file, defines
-        if key in self.libraries:
-            return self.libraries[key]
-        with open(os.path.join(FOLDER, file), encoding="utf-8") as opened:
-            text = self.change(opened.read())
+    def library(self, code, options):
+        """A compiled .cu text as a library with one `run_NAME` for each kernel."""
+        if (code, options) in self.libraries:
+            return self.libraries[code, options]
+        text = self.change(code[code.rindex("#line 1"):])           # emulate.h is for ptx.cuh
         base = os.path.join(self.folder, str(len(self.libraries)))
         with open(base + ".cpp", "w", encoding="utf-8") as source:
-            source.write(f'#include "emulate.h"\n#line 1 "{file}"\n')
-            source.write(text)
+            source.write('#include "emulate.h"\n' + text)
             for name in re.findall(r"__global__ void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(",
                                    text):
                 source.write(
@@ -81,21 +72,20 @@ class Emulator:
                     "unsigned* grid, unsigned* block, size_t bytes, int order, void** results)\n{\n"
                     f"    return emulated::launch({name}, arguments, grid, block, bytes, order, "
                     "results);\n}\n")
-        done = subprocess.run([compiler(), *FLAGS, *(f"-D{a}={b}" for a, b in defines),
-                               f"-I{compile_header()}", f"-I{FOLDER}", base + ".cpp",
-                               "-o", base + ".so"], capture_output=True, text=True)
+        done = subprocess.run([compiler(), *FLAGS, *options, f"-I{compile_header()}", f"-I{FOLDER}",
+                               base + ".cpp", "-o", base + ".so"], capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"{file} does not compile for the host: {done.stderr[:2000]}")
-        self.libraries[key] = ctypes.CDLL(base + ".so")
-        return self.libraries[key]
+            raise RuntimeError(f"{text[8:40]} does not compile for the host: {done.stderr[:2000]}")
+        self.libraries[code, options] = ctypes.CDLL(base + ".so")
+        return self.libraries[code, options]
 
-    def launch(self, file, kernel, defines, grid, block, args, shared=0):
+    def launch(self, code, options, kernel, grid, block, args, shared=0):
         """Run a kernel in every order; the arrays among `args` change as the kernel changes them.
 
         An array of one record is a struct, passed by value as CuPy does. RuntimeError with kernel,
         block and thread for whatever is wrong.
         """
-        run = getattr(self.library(file, defines), "run_" + kernel)
+        run = getattr(self.library(code, options), "run_" + kernel)
         run.restype = ctypes.c_char_p
         spans = [_span(arg) if isinstance(arg, np.ndarray) and not arg.dtype.names else None
                  for arg in args]
@@ -119,16 +109,6 @@ class Emulator:
         for span, found, own in zip(spans, first, once):
             if span and own:
                 ctypes.memmove(span[0], found.ctypes.data, span[1])
-
-    def matmul(self, a, b, out=None):
-        """a b; the GPU's comes from cuBLAS, so there is nothing to emulate."""
-        return np.matmul(a, b, out=out)
-
-    def download(self, x):
-        return np.asarray(x)
-
-    def memory(self):
-        return 8 << 30
 
 
 def _span(x):

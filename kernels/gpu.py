@@ -1,8 +1,8 @@
 """The operations as CUDA kernels: how each is launched, with its geometry beside the launch.
 
 Same names and arguments as the NumPy twins in cpu.py. The .cu files are compiled by NVRTC through
-CuPy when they are first needed. `Cuda` is the GPU; emulate.Emulator stands in its place in tests
-on machines without one, under the very same launch code. Arrays are float32 and NHWC. Where a
+CuPy when they are first needed. `Cuda` is the GPU; in tests on machines without one standin.py is
+what it finds as CuPy. Arrays are float32 and NHWC. Where a
 channel slice of a wider array will do, a kernel takes its pitch: the numbers from row to row.
 """
 import os
@@ -30,38 +30,54 @@ POOL_DEFINE = "WINDOW_BYTES", WINDOW.itemsize
 
 
 class Cuda:
-    """The GPU: allocation, products and launches through CuPy."""
+    """A GPU: its memory, products, launches and copies, through CuPy.
 
-    functions = {}                      # the kernels that were compiled
+    Everything is queued on the current stream, but photos: they travel on a stream of their own,
+    beside the computation, out of page-locked memory that the loader has filled.
+    """
 
-    def __init__(self):
+    def __init__(self, number=0):
         import cupy
         self.xp = cupy
-        facts = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
+        cupy.cuda.Device(number).use()
+        facts = cupy.cuda.runtime.getDeviceProperties(number)
         self.name = facts["name"].decode()
         self.multiprocessors = facts["multiProcessorCount"]
         self.tf32 = facts["major"] >= 8
-        self.shared_bytes = cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
+        self.shared_bytes = cupy.cuda.Device(number).attributes["MaxSharedMemoryPerBlockOptin"]
         if self.shared_bytes < 64 << 10:
             raise RuntimeError(f"{self.name} is too old: these kernels need 64 KB of shared memory "
-                               "for a block (compute capability 7.0); use --device cpu")
+                               "for a block (compute capability 7.0)")
+        self.kernels = {}                       # compiled, by file, name and constants
+        self.travel = cupy.cuda.Stream(non_blocking=True)
+        self.under_way = []                     # (event, photos) of copies that may not be over
 
     def launch(self, file, kernel, defines, grid, block, args, shared=0):
         """Queue a kernel of a .cu file, compiled with `defines`."""
         key = file, kernel, defines
-        if key not in self.functions:
+        if key not in self.kernels:
             module = self.xp.RawModule(code=source(file), options=options(defines))
-            self.functions[key] = module.get_function(kernel)
-            if shared > 48 << 10:
-                self.functions[key].max_dynamic_shared_size_bytes = shared
-        self.functions[key](grid, block, args, shared_mem=shared)
+            self.kernels[key] = module.get_function(kernel)
+            self.kernels[key].max_dynamic_shared_size_bytes = self.shared_bytes
+            if file == "conv.cu":               # two blocks want all that a multiprocessor has
+                self.kernels[key].preferred_shared_memory_carveout = 100
+        self.kernels[key](grid, block, args, shared_mem=shared)
 
-    def matmul(self, a, b, out=None):
-        """a b by cuBLAS; `use` has set its compute type."""
-        return self.xp.matmul(a, b, out=out)
+    def host_empty(self, shape):
+        """Page-locked memory for photos, uint8."""
+        size = int(np.prod(shape))
+        return np.frombuffer(self.xp.cuda.alloc_pinned_memory(max(1, size)), np.uint8,
+                             size).reshape(shape)
 
-    def download(self, x):
-        return self.xp.asnumpy(x)
+    def upload(self, photos):
+        """Photos of host_empty on the device; until they are there, their memory is kept."""
+        with self.travel:
+            there = self.xp.empty(photos.shape, np.uint8)
+            there.set(photos, self.travel)
+            arrived = self.travel.record()
+        self.xp.cuda.get_current_stream().wait_event(arrived)
+        self.under_way = [row for row in self.under_way if not row[0].done] + [(arrived, photos)]
+        return there
 
     def memory(self):
         """Free bytes: the driver's, and those that CuPy keeps for the next array."""
@@ -86,7 +102,7 @@ def options(defines):
     return "-std=c++17", *(f"-D{name}={value}" for name, value in defines)
 
 
-_device = None                          # a Cuda, or what stands in its place
+_device = None                          # a Cuda
 _precision = "fp32"
 
 
@@ -97,10 +113,9 @@ def use(device, precision):
         raise RuntimeError(f"--precision {precision}: {device.name} has no TF32 tensor cores; use "
                            "--precision fp32")
     _device, _precision = device, precision
-    if isinstance(device, Cuda):
-        from cupy._core import _routines_linalg as linalg
-        linalg.set_compute_type(np.float32, linalg.COMPUTE_TYPE_TF32 if precision == "tf32"
-                                else linalg.COMPUTE_TYPE_FP32)
+    linalg = device.xp._core._routines_linalg
+    linalg.set_compute_type(np.float32, linalg.COMPUTE_TYPE_TF32 if precision == "tf32"
+                            else linalg.COMPUTE_TYPE_FP32)
 
 
 # ------------------------------------------------------------------------- what all launches share
@@ -329,12 +344,12 @@ def lrn_backward(dy, x, size=5, k=2.0, alpha=1e-4, beta=0.75):
 
 def prepare(photos, top, left, flip, crop):
     """A block for each photo; the result has a fourth channel of zeros."""
-    photos, flip = (_device.xp.asarray(x, np.uint8) for x in (photos, flip))
-    top, left = (_device.xp.asarray(x, np.int32) for x in (top, left))
     _dense(photos, dtype=np.uint8)
+    there, places = _device.upload(photos), _device.xp.asarray(np.array((top, left, flip), np.int32))
     y, threads = _empty((len(photos), crop, crop, 4)), 1024
     _launch("pointwise.cu", "prepare", (len(photos),), (threads,),
-            (photos, top, left, flip, y, photos.shape[1], crop), shared=16 * threads)
+            (there, places, y, len(photos), photos.shape[1], crop), shared=16 * threads)
+    _device.travel.wait_event(_device.xp.cuda.get_current_stream().record())    # `there` was read
     return y
 
 
@@ -362,7 +377,7 @@ def relu_backward(dy, y):
 
 def matmul(a, b, out=None, bias=None, relu=False):
     """A product by the library that the device has for it; bias and ReLU in a pass after it."""
-    y = _device.matmul(a, b, out)
+    y = _device.xp.matmul(a, b, out=out)
     return _reduce(y, y, bias, relu) if relu or bias is not None else y
 
 
@@ -409,7 +424,12 @@ def to_device(x):
 
 def to_host(x):
     """x as a NumPy array."""
-    return _device.download(x)
+    return _device.xp.asnumpy(x)
+
+
+def host_empty(shape):
+    """Memory of the host for photos, uint8, which the device copies by itself."""
+    return _device.host_empty(shape)
 
 
 def memory():

@@ -9,13 +9,13 @@ __device__ unsigned index_of_thread() { return blockIdx.x * blockDim.x + threadI
 // fourth channel is zero, so that a pixel is one load of 16 bytes. A block takes one photo. The
 // sums are of integers, hence exact whatever their order. Called by gpu.prepare.
 extern "C" __global__ void
-prepare(const unsigned char* photos, const int* top, const int* left, const unsigned char* flip,
-        float* y, int size, int crop)
+prepare(const unsigned char* photos, const int* places, float* y, int batch, int size, int crop)
 {
     Word* sums = reinterpret_cast<Word*>(shared_memory());
     const int n = blockIdx.x, pixels = crop * crop;
+    const int top = places[n], left = places[batch + n], flip = places[2 * batch + n];
     const unsigned char* photo =
-        photos + ((static_cast<long long>(n) * size + top[n]) * size + left[n]) * 3;
+        photos + ((static_cast<long long>(n) * size + top) * size + left) * 3;
     Word sum = 0, squares = 0;
     for (int at = threadIdx.x; at < pixels; at += blockDim.x) {
         const unsigned char* pixel = photo + (at / crop * size + at % crop) * 3;
@@ -38,7 +38,7 @@ prepare(const unsigned char* photos, const int* top, const int* left, const unsi
     const double variance = sums[blockDim.x] / count - mean * mean;
     const float scale = 1 / fmaxf(sqrtf(static_cast<float>(variance)), 1.0f), shift = mean;
     for (int at = threadIdx.x; at < pixels; at += blockDim.x) {
-        const int i = at / crop, j = flip[n] ? crop - 1 - at % crop : at % crop;
+        const int i = at / crop, j = flip ? crop - 1 - at % crop : at % crop;
         const unsigned char* pixel = photo + (i * size + j) * 3;
         reinterpret_cast<float4*>(y)[static_cast<long long>(n) * pixels + at] = make_float4(
             (pixel[0] - shift) * scale, (pixel[1] - shift) * scale, (pixel[2] - shift) * scale, 0);

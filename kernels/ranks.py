@@ -75,14 +75,13 @@ class Ranks(Alone):
             time.sleep(0.005)
         return self.world.bcast(thing)
 
-    def check_gpus(self):
+    def check_gpus(self, count):
         """RuntimeError, with the remedy, unless every rank has a GPU and a way to the others."""
-        import cupy
-        count = cupy.cuda.runtime.getDeviceCount()
+        from cupy.cuda import nccl              # CuPy does not import it by itself
         if self.local_size > count:
             raise RuntimeError(f"{self.local_size} ranks on a machine with {count} GPUs: start a "
                                "rank for each GPU, or use --device cpu")
-        if not cupy.cuda.nccl.available:
+        if not nccl.available:
             raise RuntimeError("several ranks on GPUs need NCCL: pip install nvidia-nccl-cu12, or "
                                "use --device cpu")
 

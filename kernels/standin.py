@@ -1,0 +1,272 @@
+"""A stand-in for CuPy, as strict as CuPy is, for tests of gpu.Cuda on machines without a GPU.
+
+Under `with installed(…):` it is what `import cupy` finds. Nothing converts its arrays to NumPy's
+silently, and they have only the functions that the installed CuPy has. Memory is handed out with
+garbage in it. Whatever is queued happens as late as streams and events allow: when the host waits
+for it. So a copy may be on its way when its memory is somebody else's, for of page-locked memory
+the block that was given back last is handed out first. Kernels are run by emulate.Emulator.
+"""
+import ctypes
+import sys
+from collections import defaultdict, deque
+from contextlib import contextmanager
+from types import ModuleType, SimpleNamespace
+from unittest import mock
+
+import numpy as np
+
+try:
+    import cupy as REAL                         # needs no GPU to say what it has
+    REAL.cuda.nvrtc.getVersion()                # loaded while CuPy finds itself
+except ImportError:
+    REAL = None
+
+emulator = None                         # an emulate.Emulator
+properties = {"name": b"emulated", "multiProcessorCount": 3, "major": 9}    # 3: to split sums
+limits = {"shared": 227 << 10, "free": 8 << 30, "gpus": 1}
+
+
+def real_has(path):
+    """Whether CuPy has, e.g., ndarray.sum; True where it is not installed."""
+    found = REAL
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return REAL is None or found is not None
+
+
+class Stream:
+    """A queue of work: nothing of it is done before somebody waits for it."""
+
+    def __init__(self, null=False, non_blocking=False):
+        self.queue, self.begun, self.over = deque(), 0, 0
+
+    def add(self, work):
+        self.queue.append(work)
+        self.begun += 1
+
+    def run(self, place):
+        """What was queued before that place happens now."""
+        while self.over < place:
+            self.over += 1
+            with np.errstate(all="ignore"):
+                self.queue.popleft()()
+
+    def synchronize(self):
+        self.run(self.begun)
+
+    def record(self):
+        return Event(self, self.begun)
+
+    def wait_event(self, event):
+        self.add(event.synchronize)
+
+    def __enter__(self):
+        current.append(self)
+        return self
+
+    def __exit__(self, *_):
+        current.pop()
+
+
+class Event:
+    """A place in a stream's queue."""
+
+    def __init__(self, stream, place):
+        self.synchronize = lambda: stream.run(place)
+        self.is_done = lambda: stream.over >= place
+
+    done = property(lambda self: self.is_done())
+
+
+current = [Stream(null=True)]           # the last one is in use
+pinned = defaultdict(list)              # free blocks of page-locked memory, by size
+blocks = {}                             # all of them, by address
+
+
+def alloc_pinned_memory(size):
+    block = pinned[size].pop() if pinned[size] else (ctypes.c_ubyte * size)()
+    blocks[ctypes.addressof(block)] = block
+    back = {"__del__": lambda self: pinned[size].append(block)}
+    return type("PinnedMemoryPointer", (ctypes.c_ubyte * size,), back).from_buffer(block)
+
+
+class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
+    """An array of the device."""
+
+    def __init__(self, x, base=None):
+        self._x, self.base = x, base            # the numbers; the array that this is a view of
+
+    def _refuse(self, *_, **__):
+        raise TypeError("nothing leaves the device silently: use asnumpy")
+
+    __array__ = __float__ = __int__ = __bool__ = __index__ = __complex__ = _refuse
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **how):
+        if method != "__call__" or not real_has(ufunc.__name__):
+            return NotImplemented
+        return call(ufunc, inputs, how)
+
+    def __array_function__(self, function, types, args, how):
+        if not all(issubclass(one, ndarray) for one in types) or not real_has(function.__name__):
+            return NotImplemented
+        return call(function, args, how)
+
+    def __getattr__(self, name):
+        if name.startswith("_") or not real_has("ndarray." + name):
+            raise AttributeError(f"cupy.ndarray has no {name}")
+        value = getattr(self._x, name)
+        if callable(value):
+            return lambda *args, **how: call(value, args, how, self)
+        return wrap(value, self)
+
+    data = property(lambda self: SimpleNamespace(ptr=self._x.ctypes.data))
+
+    def __len__(self):
+        return len(self._x)
+
+    def __getitem__(self, where):
+        return call(self._x.__getitem__, (), {}, self, where)
+
+    def __setitem__(self, where, value):
+        where, value = unwrap(where, strict=False), unwrap(value)
+        current[-1].add(lambda: self._x.__setitem__(where, value))
+
+    def set(self, x, stream=None):
+        """Copy from the host: page-locked memory is read when that happens, and nobody keeps it."""
+        if type(x) is not np.ndarray or (x.dtype, x.shape) != (self.dtype, self.shape):
+            raise TypeError("only a NumPy array of the same type and shape can be set")
+        source, dtype = blocks.get(x.ctypes.data) or bytearray(x), x.dtype
+        (stream or current[-1]).add(lambda: np.copyto(
+            self._x, np.frombuffer(source, dtype, self._x.size).reshape(self._x.shape)))
+
+
+def unwrap(value, strict=True):
+    """What NumPy computes with; if strict, TypeError for an array of NumPy's."""
+    if strict and isinstance(value, np.ndarray):
+        raise TypeError("Unsupported type <class 'numpy.ndarray'>")
+    if isinstance(value, (list, tuple)):
+        return type(value)(unwrap(one, strict) for one in value)
+    return value._x if isinstance(value, ndarray) else value
+
+
+def wrap(value, source=None):
+    """A result of NumPy's as an array of the device, perhaps a view of `source`."""
+    if not isinstance(value, (np.ndarray, np.generic)):
+        return value
+    value = np.asarray(value)
+    if source is None or not np.may_share_memory(value, source._x):
+        return ndarray(value)
+    return ndarray(value, source if source.base is None else source.base)
+
+
+def call(function, args, how, source=None, *where):
+    """Queue a function of NumPy's, of which `where` may be arrays of NumPy's, too.
+
+    What it gives for the garbage that its arguments still hold says the shape of the result.
+    """
+    def work():
+        return function(*map(unwrap, args), *unwrap(where, strict=False),
+                        **{key: unwrap(value) for key, value in how.items()})
+
+    out = how.get("out")
+    if out is not None:
+        current[-1].add(work)
+        return out[0] if isinstance(out, tuple) else out
+    with np.errstate(all="ignore"):
+        result = wrap(work(), source)
+    if isinstance(result, ndarray) and result.base is None:
+        result._x.fill(np.nan if result.dtype.kind == "f" else 1)
+        if not function.__name__.startswith("empty"):
+            current[-1].add(lambda: np.copyto(result._x, work()))
+    return result
+
+
+class RawModule:
+    def __init__(self, *, code, options=()):
+        self.code, self.options = code, options
+
+    def get_function(self, name):
+        return RawKernel(self.code, self.options, name)
+
+
+class RawKernel:
+    max_dynamic_shared_size_bytes, preferred_shared_memory_carveout = 48 << 10, -1
+
+    def __init__(self, code, options, name):
+        self.what = code, options, name
+
+    def __call__(self, grid, block, args, *, shared_mem=0):
+        if shared_mem > self.max_dynamic_shared_size_bytes:
+            raise RuntimeError(f"CUDA_ERROR_INVALID_VALUE: {shared_mem} bytes of shared memory")
+        for arg in args:
+            if not isinstance(arg, (ndarray, np.generic)) and not getattr(arg, "dtype", arg).names:
+                raise TypeError(f"Unsupported type {type(arg)}")
+        run, args = emulator, unwrap(args, strict=False)
+        current[-1].add(lambda: run.launch(*self.what, grid, block, args, shared_mem))
+
+
+class NCCLBackend:
+    """cupyx.distributed's sums over the ranks, by MPI."""
+
+    def __init__(self, n_devices, rank, use_mpi=False):
+        from mpi4py import MPI
+        self.world = MPI.COMM_WORLD.Dup()
+
+    def all_reduce(self, in_array, out_array, op="sum", stream=None):
+        stream.synchronize()                    # what is summed is there; the sum comes late
+        total, mine = np.empty_like(in_array._x), in_array._x.copy()
+        request = self.world.Iallreduce(mine, total)
+        stream.add(lambda: (request.Wait(), np.copyto(out_array._x, total), mine))
+
+
+def array(x, dtype=None):
+    """A copy; an array of the host is read at once."""
+    return x.astype(dtype or x.dtype) if isinstance(x, ndarray) else ndarray(np.array(x, dtype))
+
+
+def asarray(x, dtype=None):
+    return x if isinstance(x, ndarray) and dtype in (None, x.dtype) else array(x, dtype)
+
+
+def asnumpy(x):
+    current[-1].synchronize()
+    return np.array(unwrap(x, strict=False))
+
+
+def _device(number=0):
+    return SimpleNamespace(id=number, use=lambda: None, attributes={
+        "MaxSharedMemoryPerBlockOptin": limits["shared"]})
+
+
+class _Module(ModuleType):
+    """A module of CuPy's; a function that it has not here is NumPy's of that name."""
+
+    def __getattr__(self, name):
+        if self.__name__ != "cupy" or name.startswith("__") or not real_has(name):
+            raise AttributeError(f"{self.__name__} has no {name}")
+        return lambda *args, **how: call(getattr(np, name), args, how)
+
+
+@contextmanager
+def installed(runner, **settings):
+    """`import cupy` finds the stand-in, whose kernels `runner` runs; settings: of `limits`."""
+    runtime = SimpleNamespace(
+        getDeviceCount=lambda: limits["gpus"], getDeviceProperties=lambda _: properties,
+        memGetInfo=lambda: (limits["free"], limits["free"]))
+    contents = {
+        "cupy": dict(ndarray=ndarray, array=array, asarray=asarray, asnumpy=asnumpy,
+                     RawModule=RawModule, get_default_memory_pool=lambda: SimpleNamespace(
+                free_bytes=lambda: 0), _core=SimpleNamespace(_routines_linalg=mock.Mock())),
+        "cupy.cuda": dict(Stream=Stream, get_current_stream=lambda: current[-1], runtime=runtime,
+                          alloc_pinned_memory=alloc_pinned_memory, Device=_device),
+        "cupy.cuda.nccl": dict(available=True), "cupyx": {},
+        "cupyx.distributed": dict(NCCLBackend=NCCLBackend)}
+    modules = {name: _Module(name) for name in contents}
+    for name, module in modules.items():
+        vars(module).update(contents[name])
+    modules["cupy"].cuda = modules["cupy.cuda"]
+    if REAL:
+        modules["cupy.cuda"].nvrtc = REAL.cuda.nvrtc
+    with (mock.patch.dict(sys.modules, modules), mock.patch.dict(limits, settings),
+          mock.patch(f"{__name__}.emulator", runner)):
+        yield
