@@ -115,3 +115,33 @@ def _span(x):
     """First address and number of bytes from there of what an array reaches."""
     low, high = np.lib.array_utils.byte_bounds(x)
     return low, high - low
+
+
+class RawModule:
+    """CuPy's, of a .cu text that the emulator runs when its stream, the last of `current`, does."""
+
+    def __init__(self, emulator, current, *, code, options=()):
+        self.current, self.run = current, functools.partial(emulator.launch, code, options)
+
+    def get_function(self, name):
+        return RawKernel(self, name)
+
+
+class RawKernel:
+    """CuPy's: it takes arrays of the device (their numbers are in `_x`), NumPy's numbers, records.
+    """
+
+    max_dynamic_shared_size_bytes, preferred_shared_memory_carveout = 48 << 10, -1
+
+    def __init__(self, module, name):
+        self.module, self.name = module, name
+
+    def __call__(self, grid, block, args, *, shared_mem=0):
+        if shared_mem > self.max_dynamic_shared_size_bytes:
+            raise RuntimeError(f"CUDA_ERROR_INVALID_VALUE: {shared_mem} bytes of shared memory")
+        if not all(hasattr(arg, "_x") or isinstance(arg, np.generic) or arg.dtype.names
+                   for arg in args):
+            raise TypeError(f"Unsupported type in {list(map(type, args))}")
+        args = [getattr(arg, "_x", arg) for arg in args]
+        self.module.current[-1].add(
+            lambda: self.module.run(self.name, grid, block, args, shared_mem))

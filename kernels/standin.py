@@ -7,13 +7,17 @@ for it. So a copy may be on its way when its memory is somebody else's, for of p
 the block that was given back last is handed out first. Kernels are run by emulate.Emulator.
 """
 import ctypes
+import functools
 import sys
 from collections import defaultdict, deque
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
+from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
+
+from .emulate import RawModule
 
 try:
     import cupy as REAL                         # needs no GPU to say what it has
@@ -21,17 +25,13 @@ try:
 except ImportError:
     REAL = None
 
-emulator = None                         # an emulate.Emulator
-properties = {"name": b"emulated", "multiProcessorCount": 3, "major": 9}    # 3: to split sums
-limits = {"shared": 227 << 10, "free": 8 << 30, "gpus": 1}
+LIMITS = {"shared": 227 << 10, "free": 8 << 30, "gpus": 1}
 
 
 def real_has(path):
     """Whether CuPy has, e.g., ndarray.sum; True where it is not installed."""
-    found = REAL
-    for name in path.split("."):
-        found = getattr(found, name, None)
-    return REAL is None or found is not None
+    return not REAL or functools.reduce(lambda x, name: getattr(x, name, None), path.split("."),
+                                        REAL) is not None
 
 
 class Stream:
@@ -68,14 +68,12 @@ class Stream:
         current.pop()
 
 
-class Event:
+class Event(NamedTuple):
     """A place in a stream's queue."""
-
-    def __init__(self, stream, place):
-        self.synchronize = lambda: stream.run(place)
-        self.is_done = lambda: stream.over >= place
-
-    done = property(lambda self: self.is_done())
+    stream: Stream
+    place: int
+    synchronize = lambda self: self.stream.run(self.place)
+    done = property(lambda self: self.stream.over >= self.place)
 
 
 current = [Stream(null=True)]           # the last one is in use
@@ -102,14 +100,12 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
     __array__ = __float__ = __int__ = __bool__ = __index__ = __complex__ = _refuse
 
     def __array_ufunc__(self, ufunc, method, *inputs, **how):
-        if method != "__call__" or not real_has(ufunc.__name__):
-            return NotImplemented
-        return call(ufunc, inputs, how)
+        known = method == "__call__" and real_has(ufunc.__name__)
+        return call(ufunc, inputs, how) if known else NotImplemented
 
     def __array_function__(self, function, types, args, how):
-        if not all(issubclass(one, ndarray) for one in types) or not real_has(function.__name__):
-            return NotImplemented
-        return call(function, args, how)
+        known = all(issubclass(one, ndarray) for one in types) and real_has(function.__name__)
+        return call(function, args, how) if known else NotImplemented
 
     def __getattr__(self, name):
         if name.startswith("_") or not real_has("ndarray." + name):
@@ -153,10 +149,9 @@ def wrap(value, source=None):
     """A result of NumPy's as an array of the device, perhaps a view of `source`."""
     if not isinstance(value, (np.ndarray, np.generic)):
         return value
-    value = np.asarray(value)
-    if source is None or not np.may_share_memory(value, source._x):
-        return ndarray(value)
-    return ndarray(value, source if source.base is None else source.base)
+    view = source is not None and np.may_share_memory(value, source._x)
+    return ndarray(np.asarray(value), (source if source.base is None else source.base) if view
+                   else None)
 
 
 def call(function, args, how, source=None, *where):
@@ -181,28 +176,21 @@ def call(function, args, how, source=None, *where):
     return result
 
 
-class RawModule:
-    def __init__(self, *, code, options=()):
-        self.code, self.options = code, options
-
-    def get_function(self, name):
-        return RawKernel(self.code, self.options, name)
+def array(x, dtype=None):
+    """A copy; an array of the host is read at once."""
+    return x.astype(dtype or x.dtype) if isinstance(x, ndarray) else ndarray(np.array(x, dtype))
 
 
-class RawKernel:
-    max_dynamic_shared_size_bytes, preferred_shared_memory_carveout = 48 << 10, -1
+def asnumpy(x):
+    current[-1].synchronize()
+    return np.array(unwrap(x, strict=False))
 
-    def __init__(self, code, options, name):
-        self.what = code, options, name
 
-    def __call__(self, grid, block, args, *, shared_mem=0):
-        if shared_mem > self.max_dynamic_shared_size_bytes:
-            raise RuntimeError(f"CUDA_ERROR_INVALID_VALUE: {shared_mem} bytes of shared memory")
-        for arg in args:
-            if not isinstance(arg, (ndarray, np.generic)) and not getattr(arg, "dtype", arg).names:
-                raise TypeError(f"Unsupported type {type(arg)}")
-        run, args = emulator, unwrap(args, strict=False)
-        current[-1].add(lambda: run.launch(*self.what, grid, block, args, shared_mem))
+def from_numpy(name):
+    """cupy.name, as NumPy's function of that name."""
+    if name.startswith("_") or not real_has(name):
+        raise AttributeError(f"cupy has no {name}")
+    return lambda *args, **how: call(getattr(np, name), args, how)
 
 
 class NCCLBackend:
@@ -219,54 +207,28 @@ class NCCLBackend:
         stream.add(lambda: (request.Wait(), np.copyto(out_array._x, total), mine))
 
 
-def array(x, dtype=None):
-    """A copy; an array of the host is read at once."""
-    return x.astype(dtype or x.dtype) if isinstance(x, ndarray) else ndarray(np.array(x, dtype))
-
-
-def asarray(x, dtype=None):
-    return x if isinstance(x, ndarray) and dtype in (None, x.dtype) else array(x, dtype)
-
-
-def asnumpy(x):
-    current[-1].synchronize()
-    return np.array(unwrap(x, strict=False))
-
-
-def _device(number=0):
-    return SimpleNamespace(id=number, use=lambda: None, attributes={
-        "MaxSharedMemoryPerBlockOptin": limits["shared"]})
-
-
-class _Module(ModuleType):
-    """A module of CuPy's; a function that it has not here is NumPy's of that name."""
-
-    def __getattr__(self, name):
-        if self.__name__ != "cupy" or name.startswith("__") or not real_has(name):
-            raise AttributeError(f"{self.__name__} has no {name}")
-        return lambda *args, **how: call(getattr(np, name), args, how)
-
-
 @contextmanager
-def installed(runner, **settings):
-    """`import cupy` finds the stand-in, whose kernels `runner` runs; settings: of `limits`."""
+def installed(emulator, **limits):
+    """`import cupy` finds the stand-in, whose kernels the emulator runs, with these LIMITS."""
+    limits = SimpleNamespace(**{**LIMITS, **limits})
+    facts = {"name": b"emulated", "multiProcessorCount": 3, "major": 9}     # 3: to split sums
     runtime = SimpleNamespace(
-        getDeviceCount=lambda: limits["gpus"], getDeviceProperties=lambda _: properties,
-        memGetInfo=lambda: (limits["free"], limits["free"]))
+        getDeviceCount=lambda: limits.gpus, getDeviceProperties=lambda _: facts,
+        memGetInfo=lambda: (limits.free, limits.free))
+    cuda = dict(
+        Stream=Stream, get_current_stream=lambda: current[-1], runtime=runtime,
+        alloc_pinned_memory=alloc_pinned_memory, nvrtc=REAL and REAL.cuda.nvrtc,
+        Device=lambda number: SimpleNamespace(use=lambda: None, attributes={
+            "MaxSharedMemoryPerBlockOptin": limits.shared}))
     contents = {
-        "cupy": dict(ndarray=ndarray, array=array, asarray=asarray, asnumpy=asnumpy,
-                     RawModule=RawModule, get_default_memory_pool=lambda: SimpleNamespace(
-                free_bytes=lambda: 0), _core=SimpleNamespace(_routines_linalg=mock.Mock())),
-        "cupy.cuda": dict(Stream=Stream, get_current_stream=lambda: current[-1], runtime=runtime,
-                          alloc_pinned_memory=alloc_pinned_memory, Device=_device),
-        "cupy.cuda.nccl": dict(available=True), "cupyx": {},
-        "cupyx.distributed": dict(NCCLBackend=NCCLBackend)}
-    modules = {name: _Module(name) for name in contents}
+        "cupy": dict(ndarray=ndarray, array=array, asarray=array, asnumpy=asnumpy,
+                     RawModule=functools.partial(RawModule, emulator, current), cuda=SimpleNamespace(**cuda), __getattr__=from_numpy,
+                     get_default_memory_pool=lambda: SimpleNamespace(free_bytes=lambda: 0),
+                     _core=SimpleNamespace(_routines_linalg=mock.Mock())),
+        "cupy.cuda": cuda, "cupy.cuda.nccl": dict(available=True),
+        "cupyx": {}, "cupyx.distributed": dict(NCCLBackend=NCCLBackend)}
+    modules = {name: ModuleType(name) for name in contents}
     for name, module in modules.items():
         vars(module).update(contents[name])
-    modules["cupy"].cuda = modules["cupy.cuda"]
-    if REAL:
-        modules["cupy.cuda"].nvrtc = REAL.cuda.nvrtc
-    with (mock.patch.dict(sys.modules, modules), mock.patch.dict(limits, settings),
-          mock.patch(f"{__name__}.emulator", runner)):
+    with mock.patch.dict(sys.modules, modules):
         yield
