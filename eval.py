@@ -84,7 +84,7 @@ def word_metrics(features, output, targets, counts, share, loss_name):
     """What `words` reports, a plain dictionary, from features (N, E) and each photo's classes.
 
     output: the layer of the K words; targets: N arrays of classes; counts (K,): the training photos
-    of each word, for the baseline and the thirds; share (K,): theirs of all training photos.
+    of each word, for baseline and thirds; share (K,): theirs of all. The loss is the photos' mean.
     """
     n, k = len(targets), len(counts)
     photos = np.repeat(np.arange(n), [len(words) for words in targets])
@@ -137,15 +137,15 @@ def units(x):
 
 
 def csls(cosines, k=10):
-    """2 cos(x, y) - r(x) - r(y), r the mean of the k best cosines: hubs get less (Conneau 2018)."""
+    """2 cos(x, y) - r(x) - r(y), r the mean of the k best: hubs get less (Conneau 2018, §2.3)."""
     rows, columns = (np.sort(c, axis=1)[:, -k:].mean(axis=1) for c in (cosines, cosines.T))
     return 2 * cosines - rows[:, None] - columns                    # (S, T)
 
 
 def retrieval(scores, right, ks=KS):
-    """How often a row's k best columns hold a right one, and any k do; scores, right (S, T)."""
+    """How often a row's k best columns hold a right one, and k drawn by chance do; both (S, T)."""
     found = np.take_along_axis(right, top_words(scores, max(ks)), 1)            # (S, k)
-    columns, good = right.shape[1], right.sum(axis=1)
+    columns, good = right.shape[1], right.sum(axis=1)               # T, (S,)
     chance = [hypergeom.sf(0, columns, good, min(k, columns)).mean() for k in ks]
     return {**_by_k([found[:, :k].any(axis=1).mean() for k in ks], ks), "chance": _by_k(chance, ks)}
 
@@ -205,7 +205,7 @@ def predict(table, x):
 
 
 def choose_penalty(x, y, held, goodness):
-    """The fit with the λ whose fit to the photos that are not held (N,) is best on those, and λ."""
+    """The fit to all with the λ whose fit to the rest is best on those held (N,), and that λ."""
     table, best = None, (-np.inf,)
     for penalty in PENALTIES:
         table = fit(x[~held], y[~held], penalty, table)             # from that of a stronger λ
@@ -253,11 +253,11 @@ def row_blocks(n):
 
 
 def conditional(d, perplexity, steps=40):
-    """p_j|i ∝ exp(-β_i d_ij) of d (B, N), β_i by bisection so that the entropy is ln perplexity."""
+    """p_j|i ∝ exp(-β_i d_ij) of squared distances d (B, N), with an entropy of ln perplexity."""
     d = d - d.min(axis=1, keepdims=True)                            # changes no p_j|i (2008, §2)
     beta = np.ones_like(d[:, :1])
     low, high = np.zeros_like(beta), np.full_like(beta, np.inf)
-    for _ in range(steps):
+    for _ in range(steps):                                          # of bisection
         p = np.exp(-d * beta)
         total = p.sum(axis=1, keepdims=True)
         entropy = np.log(total) + beta * (d * p).sum(axis=1, keepdims=True) / total
@@ -417,7 +417,7 @@ def round_ticks(low, high):
             return step * np.arange(first, last + 1) + 0.0          # no -0
 
 
-def plot_picture(rows, across, key, title, chance=None, axis=np.positive, colour=COLOURS[0]):
+def plot_picture(rows, across, key, title, chance=None, axis=np.asarray, colour=COLOURS[0]):
     """A curve of row[key] against axis(row[across]), with a broken line at `chance`."""
     image, (left, right, top, bottom) = Image.new("RGB", (480, 310), "white"), (70, 450, 45, 265)
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
@@ -481,14 +481,14 @@ def mosaic_picture(paths, y, size):
     return image
 
 
-def words_picture(names, y, weights, size, fonts):
-    """Words at places (N, 2) in [0, 1]², without overlaps (Fig. 6): an image, and SVG <text>s.
+def words_picture(names, spots, weights, size, fonts):
+    """Words at spots (N, 2) in [0, 1]², without overlaps (Fig. 6): an image, and SVG <text>s.
 
     The heaviest words come first and are largest; where others are in the way, a word moves along
     a spiral, and after 300 turns it is left out.
     """
     image, texts, boxes = Image.new("RGB", (size, size), "white"), [], np.zeros((0, 4))
-    draw, spots, steps = ImageDraw.Draw(image), (0.05 + 0.9 * y) * size, np.arange(300)
+    draw, spots, steps = ImageDraw.Draw(image), (0.05 + 0.9 * spots) * size, np.arange(300)
     spiral = np.stack([np.cos(2.4 * steps), np.sin(2.4 * steps)], 1) * (
         np.sqrt(steps) * size / 300)[:, None]                       # (300, 2), from the centre out
     largest = 0.65 * size / (6 + len(names) ** 0.5)
@@ -635,7 +635,7 @@ class Trained:
         """The index of the captions under a dictionary of these words; the run's own if it fits."""
         captions, options, folder = captions or self.options["captions"], self.options, self.run
         text = data.Text(options["words"], options["stop_words"], valid)
-        kind = captions == options["captions"] and options["format"] or data.recognise(captions)
+        kind = (captions == options["captions"] and options["format"]) or data.recognise(captions)
         own = data.cached_index(captions, os.path.join(folder, "index"), text, kind)
         if own is not None and own.dictionary == words:
             return own
@@ -830,7 +830,7 @@ def transfer_features(options, show):
             rows[name] = [float(y[test].mean()) if voc else 1 / float(y.max() + 1)]
             for view in VIEWS:
                 features = x[view].astype(np.float64)
-                features = units(features - features[train].mean(axis=0))       # one λ suits all
+                features = units(features - features[train].mean(axis=0))       # so one λ suits all
                 table, _ = choose_penalty(features[train], y[train], held, measure)
                 rows[name].append(measure(predict(table, features[test]), y[test]))
             progress.tick()
@@ -844,7 +844,7 @@ def transfer_features(options, show):
 
 
 def extract_views(options, names):
-    """{view: (N, D)} of the photos by each of VIEWS, their numbers among names, the skipped."""
+    """{view: (N, D)} of the photos by each of VIEWS, the names of those found, the skipped."""
     run = Trained(options.model)
     nets = run.net, run.recipe.build(len(run.words), 0).init(run.options["seed"])
     def compute(x, pixels, _):
