@@ -555,11 +555,11 @@ MAPPING = {"--limit": dict(type=number(int, 10, 100_000), default=2000, help="po
            "--perplexity": dict(type=number(float, 1), default=30, help="how many are near, about"),
            "--steps": dict(type=number(int, 1), default=1000, help="of gradient descent"),
            "--size": dict(type=number(int, 100, 20_000), default=1600, help="pixels of a side")}
-COMMON = name_output("--json", required=False) | {
-    "--model": dict(required=True, metavar="RUN", help="folder of a trained run"),
-    "--workers": dict(type=number(int, 0, MOST_THREADS), default=2, help="threads that decode"),
-    "--device": dict(choices=kernels.DEVICES, default="auto", help="where to compute"),
-    "--threads": dict(type=number(int, 1, MOST_THREADS), help="threads that compute")}
+COMMON = {"--model": dict(required=True, metavar="RUN", help="folder of a trained run"),
+          "--workers": dict(type=number(int, 0, MOST_THREADS), default=2, help="threads to decode"),
+          "--device": dict(choices=kernels.DEVICES, default="auto", help="where to compute"),
+          "--threads": dict(type=number(int, 1, MOST_THREADS), help="threads that compute"),
+          **name_output("--json", required=False)}
 
 
 class Output:
@@ -1006,7 +1006,7 @@ th:first-child, td:first-child { text-align: left; padding-left: 0 }
 img, svg { display: block; max-width: 100%; height: auto; margin: .5rem auto }
 svg { font-family: sans-serif; text-anchor: middle; dominant-baseline: central }
 .photos { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr)); gap: .8rem }
-.png, svg { min-width: 40rem }
+.png, svg { min-width: 40rem } td { font-variant-numeric: tabular-nums }
 @media (prefers-color-scheme: dark) { .png, svg { filter: invert(.93) hue-rotate(180deg) } }
 @media print { body { font-size: 10.5pt; max-width: none } h2, h3, .note { break-after: avoid }
   img, svg { max-height: 17cm; min-width: 0 } img, svg, table, figure { break-inside: avoid }
