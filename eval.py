@@ -33,6 +33,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy.linalg import eigh
 from scipy.optimize import minimize
+from scipy.sparse import csr_array
 from scipy.special import expit, softmax
 from scipy.stats import hypergeom, rankdata, spearmanr
 
@@ -40,7 +41,7 @@ import data
 import kernels
 import model
 from kernels import console, cpu
-from kernels.console import number
+from kernels.console import MOST_THREADS, number
 from kernels.philox import SPLITS, philox
 
 BLOCK = 20_000_000              # scores held at a time
@@ -57,13 +58,10 @@ def top_words(scores, k):
     return np.take_along_axis(best, order, 1)
 
 
-def precision_at(best, targets, ks=KS):
-    """Precision@k of each photo: the share of its k best-scored words that it carries (Table 1).
-
-    best (N, max k) classes, best first; targets: N arrays of classes -> (N, len(ks)).
-    """
-    hits = np.array([np.isin(words, carried) for words, carried in zip(best, targets)])
-    return np.stack([hits[:, :k].sum(axis=1) / k for k in ks], axis=1)
+def precision_at(best, carried):
+    """Precision@k (N, len(KS)) of best (N, max k): the share that each photo carries (Table 1)."""
+    hits = carried[np.arange(len(best))[:, None], best].toarray()
+    return np.stack([hits[:, :k].sum(axis=1) / k for k in KS], axis=1)
 
 
 def auc_and_ap(scores, carried):
@@ -85,19 +83,20 @@ def auc_and_ap(scores, carried):
 def word_metrics(features, output, targets, counts, share, loss_name):
     """What `words` reports, a plain dictionary, from features (N, E) and each photo's classes.
 
-    output: the layer of the K words; targets: N arrays of classes. counts (K,): the training photos
-    of each word, for the baseline and for the most frequent and the rarest third of the words;
-    share (K,): their share of all training photos. The loss is the mean over the photos.
+    output: the layer of the K words; targets: N arrays of classes; counts (K,): the training photos
+    of each word, for baseline and thirds; share (K,): theirs of all. The loss is the photos' mean.
     """
     n, k = len(targets), len(counts)
-    sizes = np.array([len(words) for words in targets])             # (N,)
-    positives = np.bincount(np.concatenate(targets), minlength=k)   # (K,)
-    precision, loss = _score_photos(features, output, targets, share, loss_name)
-    auc, ap = _score_words(features, output, targets, k)
-    scored = np.isfinite(ap)
-    order = np.argsort(-counts, kind="stable")
-    third = max(1, k // 3)
-    baseline = precision_at([order[:max(KS)]] * n, targets)
+    photos = np.repeat(np.arange(n), [len(words) for words in targets])
+    carried = csr_array((np.ones(len(photos), bool), (photos, np.concatenate(targets))), (n, k))
+    precision, loss = _score_photos(features, output, targets, carried, share, loss_name)
+    (auc, ap), columns, size = np.full((2, k), np.nan), carried.tocsc(), max(1, BLOCK // 4 // n)
+    for block in (slice(start, start + size) for start in range(0, k, size)):
+        scores = kernels.matmul(features, output.w[block].T) + output.b[block]  # (N, B)
+        auc[block], ap[block] = auc_and_ap(kernels.to_host(scores), columns[:, block].toarray())
+    sizes, positives, scored = carried.sum(axis=1), carried.sum(axis=0), np.isfinite(ap)
+    order, third = np.argsort(-counts, kind="stable"), max(1, k // 3)
+    baseline = precision_at(np.tile(order[:max(KS)], (n, 1)), carried)
     return {
         **_by_k(precision.mean(axis=0)), "auc": _mean(auc), "map": _mean(ap), "loss": loss,
         "auc_frequent": _mean(auc[order[:third]]), "auc_rare": _mean(auc[order[-third:]]),
@@ -109,36 +108,19 @@ def word_metrics(features, output, targets, counts, share, loss_name):
     }
 
 
-def _score_photos(features, output, targets, share, loss_name):
+def _score_photos(features, output, targets, carried, share, loss_name):
     """Precision@k of each photo, (N, len(KS)), and the mean loss; a block of photos at a time."""
     n, size = len(targets), max(1, BLOCK // len(share))
     precision, loss = [], 0.0
-    for start in range(0, n, size):
-        part = targets[start:start + size]
-        scores = output.forward(features[start:start + size], model.Pass())     # (B, K)
-        precision.append(precision_at(top_words(kernels.to_host(scores), max(KS)), part))
+    for block in (slice(start, start + size) for start in range(0, n, size)):
+        part, scores = targets[block], output.forward(features[block], model.Pass())    # (B, K)
+        precision.append(precision_at(top_words(kernels.to_host(scores), max(KS)), carried[block]))
         # under eq. 2 a photo's words share its weight, as training with one word a row does
         weights = [1 / len(words) if loss_name == "softmax" else 1 for words in part]
         labels = data.Labels(data.pad_rows(part), np.array(weights) / n, share)
         losses, _ = model.LOSSES[loss_name](scores, labels)
         loss += float(kernels.to_host(losses).sum())
     return np.concatenate(precision), loss
-
-
-def _score_words(features, output, targets, k):
-    """AUC and AP of all K words, a block of words at a time."""
-    n = len(targets)
-    photo, word = np.repeat(np.arange(n), [len(part) for part in targets]), np.concatenate(targets)
-    auc, ap = np.full(k, np.nan), np.full(k, np.nan)
-    size = max(1, BLOCK // 4 // n)
-    for start in range(0, k, size):
-        block = slice(start, min(k, start + size))
-        scores = kernels.matmul(features, output.w[block].T) + output.b[block]  # (N, B)
-        mine = (word >= block.start) & (word < block.stop)
-        carried = np.zeros(scores.shape, bool)
-        carried[photo[mine], word[mine] - start] = True
-        auc[block], ap[block] = auc_and_ap(kernels.to_host(scores), carried)
-    return auc, ap
 
 
 def _by_k(values, ks=KS):
@@ -155,38 +137,26 @@ def units(x):
 
 
 def csls(cosines, k=10):
-    """2 cos(x, y) - r(x) - r(y), r being the mean cosine with the k nearest of the other side.
-
-    Rows (S) against columns (T); it takes from hubs, which are near to all (Conneau 2018, §2.3).
-    """
+    """2 cos(x, y) - r(x) - r(y), r the mean of the k best: hubs get less (Conneau 2018, §2.3)."""
     rows, columns = (np.sort(c, axis=1)[:, -k:].mean(axis=1) for c in (cosines, cosines.T))
-    return 2 * cosines - rows[:, None] - columns
+    return 2 * cosines - rows[:, None] - columns                    # (S, T)
 
 
 def retrieval(scores, right, ks=KS):
-    """How often a row's k best columns hold a right one: {"precision@k": …, "chance": {…}}.
-
-    scores, right (S, T). Chance is that of k columns drawn without replacement: the number of
-    right ones among them has the hypergeometric distribution.
-    """
+    """How often a row's k best columns hold a right one, and k drawn by chance do; both (S, T)."""
     found = np.take_along_axis(right, top_words(scores, max(ks)), 1)            # (S, k)
-    columns, good = right.shape[1], right.sum(axis=1)
+    columns, good = right.shape[1], right.sum(axis=1)               # T, (S,)
     chance = [hypergeom.sf(0, columns, good, min(k, columns)).mean() for k in ks]
-    return {**_by_k([found[:, :k].any(axis=1).mean() for k in ks], ks),
-            "chance": _by_k(chance, ks)}
+    return {**_by_k([found[:, :k].any(axis=1).mean() for k in ks], ks), "chance": _by_k(chance, ks)}
 
 
-def extract_features(net, loader, photos, crop, progress=None):
-    """Features (N, E) of the photos that can be read, and which photos those are."""
-    return compute_over(lambda x, *_: net.features(x), loader, photos, crop, progress)
+def extract_features(net, loader, photos, crop, progress=None, compute=None):
+    """Features (N, E) of the photos that can be read, or what else is computed, and their numbers.
 
-
-def compute_over(compute, loader, photos, crop, progress=None):
-    """compute(x, pixels, numbers) of photos, some at a time: its rows joined, and the photos found.
-
-    pixels are uint8 (n, S, S, 3), x (n, crop, crop, 3) the same for a network, cropped centrally.
+    compute(x, pixels, numbers) gives rows of some photos: their pixels are uint8 (n, S, S, 3), and
+    x (n, crop, crop, 3) the same for a network, cropped centrally.
     """
-    parts, found = [], []
+    compute, parts, found = compute or (lambda x, *_: net.features(x)), [], []
     for numbers, pixels in loader.read(photos, progress):
         middle = data.centre(len(pixels), pixels.shape[1] - crop)
         parts.append(compute(kernels.prepare(pixels, *middle, crop), pixels, numbers))
@@ -198,6 +168,8 @@ def compute_over(compute, loader, photos, crop, progress=None):
 
 PENALTIES = 10.0 ** np.arange(-1, -7, -1)       # λ to choose from, strongest first
 HELD = 0.2                                      # share of the training photos that chooses λ
+RAW = 16                                        # raw pixels: that many rows and columns
+VIEWS = "this model", "untrained network", f"raw pixels, {RAW} × {RAW}"
 FIT = {"maxiter": 300, "maxcor": 10, "gtol": 1e-5, "ftol": 1e-8}
 
 
@@ -208,19 +180,16 @@ def logistic(flat, x, y, penalty):
     the scores s, and ∂ℓ/∂w = xᵀ ∂ℓ/∂s + λ w. x (N, D), y (N,) classes; flat is w (D, C) with the
     row b (C,) under it, which is not penalised.
     """
-    n, d = x.shape
-    table = flat.reshape(d + 1, -1)                                 # (D+1, C)
-    w, s = table[:d], predict(table, x)                             # (N, C)
+    table, rows = flat.reshape(x.shape[1] + 1, -1), np.arange(len(x))
+    w, s = table[:-1], predict(table, x)                            # (D, C), (N, C)
     s -= s.max(axis=1, keepdims=True)
-    picked = s[np.arange(n), y]
-    p = np.exp(s, out=s)
+    p = np.exp(s)
     total = p.sum(axis=1, keepdims=True)
-    loss = (np.log(total[:, 0]) - picked).mean() + penalty / 2 * (w * w).sum()
-    p /= total
-    p[np.arange(n), y] -= 1
-    p /= n
-    gradient = np.vstack([cpu.matmul(x.T, p) + penalty * w, p.sum(axis=0)])
-    return loss, gradient.ravel()
+    loss = (np.log(total[:, 0]) - s[rows, y]).mean() + penalty / 2 * (w * w).sum()
+    ds = p / total
+    ds[rows, y] -= 1
+    ds /= len(x)
+    return loss, np.vstack([cpu.matmul(x.T, ds) + penalty * w, ds.sum(axis=0)]).ravel()
 
 
 def fit(x, y, penalty, start=None):
@@ -236,13 +205,10 @@ def predict(table, x):
 
 
 def choose_penalty(x, y, held, goodness):
-    """The fit to all photos with the λ whose fit to the others is best on those held, and λ.
-
-    held (N,) boolean; goodness(scores, y); each fit starts from that of the next stronger λ.
-    """
+    """The fit to all with the λ whose fit to the rest is best on those held (N,), and that λ."""
     table, best = None, (-np.inf,)
     for penalty in PENALTIES:
-        table = fit(x[~held], y[~held], penalty, table)
+        table = fit(x[~held], y[~held], penalty, table)             # from that of a stronger λ
         value = goodness(predict(table, x[held]), y[held])
         if value > best[0]:
             best = value, penalty, table
@@ -264,25 +230,11 @@ def split(y, take, seed, number):
     return mask
 
 
-def scale(x, train):
-    """Features as float64, less their mean over the training photos, each row then of length 1.
-
-    So the same λ suit every layer, and raw pixels. (Of five scalings, each feature's own deviation
-    among them, this was the best one or near it, for trained, untrained and raw alike.)
-    """
-    x = x.astype(np.float64)
-    return units(x - x[train].mean(axis=0))
-
-
 def voc_ap(scores, y):
-    """Average precision as Pascal VOC 2007 has it, of scores (N, 2), and y 1 where the class is.
-
-    The precision at a recall is the highest one at that or any greater recall; the AP is its mean
-    at recalls 0, 0.1, … 1.
-    """
+    """Average precision of scores (N, 2) as in Pascal VOC 2007; y (N,) is 1 where the class is."""
     hits = np.cumsum(y[np.argsort(scores[:, 0] - scores[:, 1], kind="stable")])
     precision, recall = hits / np.arange(1, len(hits) + 1), hits / max(1, hits[-1])
-    highest = np.maximum.accumulate(precision[::-1])[::-1]
+    highest = np.maximum.accumulate(precision[::-1])[::-1]          # at that recall or a greater
     return float(highest[np.searchsorted(recall, np.arange(11) / 10 - 1e-12)].mean())
 
 
@@ -301,14 +253,11 @@ def row_blocks(n):
 
 
 def conditional(d, perplexity, steps=40):
-    """p_j|i ∝ exp(-β_i d_ij), each β_i by bisection so that the row's entropy is ln perplexity.
-
-    d (B, N) squared distances of about 1, FAR for a point itself (2008, §2).
-    """
-    d = d - d.min(axis=1, keepdims=True)                            # changes no p_j|i
+    """p_j|i ∝ exp(-β_i d_ij) of squared distances d (B, N), with an entropy of ln perplexity."""
+    d = d - d.min(axis=1, keepdims=True)                            # changes no p_j|i (2008, §2)
     beta = np.ones_like(d[:, :1])
     low, high = np.zeros_like(beta), np.full_like(beta, np.inf)
-    for _ in range(steps):
+    for _ in range(steps):                                          # of bisection
         p = np.exp(-d * beta)
         total = p.sum(axis=1, keepdims=True)
         entropy = np.log(total) + beta * (d * p).sum(axis=1, keepdims=True) / total
@@ -320,12 +269,11 @@ def conditional(d, perplexity, steps=40):
 
 def affinities(x, perplexity):
     """P (N, N) of points x (N, D): symmetric, sums to 1; p_ij = (p_j|i + p_i|j) / 2N."""
-    n = len(x)
+    n, squares = len(x), (x * x).sum(axis=1)                        # (N,)
     p = np.empty_like(x, shape=(n, n))
-    squares = (x * x).sum(axis=1)                                   # (N,)
     unit = squares.mean()                                           # distances of about 1
     for block in row_blocks(n):
-        d = squares[block, None] + squares - 2 * kernels.matmul(x[block], x.T)      # (B, N)
+        d = squares[block, None] + squares - 2 * kernels.matmul(x[block], x.T)  # (B, N)
         d = np.maximum(d / unit, 0)
         d[np.arange(len(d)), np.arange(block.start, block.stop)] = FAR
         p[block] = conditional(d, perplexity)
@@ -333,24 +281,26 @@ def affinities(x, perplexity):
 
 
 def tsne_gradient(p, y, exaggeration=1, divergence=False):
-    """∂KL(P‖Q)/∂y (N, 2) with exaggeration·P for P, and the divergence less Σ p log p, or None.
+    """∂KL(P‖Q)/∂y (N, 2) with exaggeration·P for P, and KL(P‖Q) if `divergence`, or None.
 
     n_ij = 1 / (1 + |y_i - y_j|²), q_ij = n_ij / Z, Z = Σ n over i ≠ j;
     ∂KL/∂y_i = 4 Σ_j (p_ij - q_ij) n_ij (y_i - y_j) (2008, eq. 5), here as pull and push, since Z
-    is known at the end only; KL = Σ p log p - Σ p log n + log Z.
+    is known at the end only; KL = log Z - Σ p log n + Σ p log p, where 0 log 0 is 0.
     """
     n, columns = len(y), y.T.copy()                                 # (2, N)
-    pull, push, z, cross = np.empty_like(y), np.empty_like(y), -n, 0
+    pull, push, z, cross, own = np.empty_like(y), np.empty_like(y), -n, 0, 0
     for block in row_blocks(n):
         apart = columns[:, block, None] - columns[:, None]          # (2, B, N)
-        near = np.reciprocal(1 + apart[0] * apart[0] + apart[1] * apart[1])         # (B, N)
+        near = np.reciprocal(1 + apart[0] * apart[0] + apart[1] * apart[1])     # (B, N)
         z = z + near.sum(dtype=np.float64)
         if divergence:
             cross = cross + (p[block] * np.log(near)).sum(dtype=np.float64)
+            log_p = np.log(np.maximum(p[block], 1e-30))
+            own = own + float((p[block] * log_p).sum(dtype=np.float64))
         pull[block] = np.einsum("bn,abn->ba", p[block] * near, apart)
         push[block] = np.einsum("bn,abn->ba", np.square(near, out=near), apart)
     gradient = 4 * (exaggeration * pull - push / z).astype(y.dtype)
-    return gradient, float(np.log(z) - cross) if divergence else None
+    return gradient, float(np.log(z) - cross) + own if divergence else None
 
 
 def tsne(x, perplexity, steps):
@@ -364,8 +314,6 @@ def tsne(x, perplexity, steps):
     _, axes = eigh(cpu.matmul(x.T, x), subset_by_index=(max(0, last + 1 - COMPONENTS), last))
     x = kernels.to_device(x @ axes[:, ::-1].astype(np.float32))     # the widest first
     p = affinities(x, perplexity)
-    constant = sum(float((p[block] * np.log(np.maximum(p[block], 1e-30))).sum(dtype=np.float64))
-                   for block in row_blocks(len(p)))                 # Σ p log p, 0 log 0 being 0
     y = x[:, :2] * (1e-4 / x[:, 0].std())                           # (N, 2)
     velocity, gain = np.zeros_like(y), np.ones_like(y)
     rate = max(50, len(x) / EXAGGERATION / 4)
@@ -378,7 +326,7 @@ def tsne(x, perplexity, steps):
             y = y + velocity
             y = y - y.mean(axis=0)
             progress.tick()
-    return kernels.to_host(y), tsne_gradient(p, y, divergence=True)[1] + constant
+    return kernels.to_host(y), tsne_gradient(p, y, divergence=True)[1]
 
 
 # -------------------------------------------------------------------------------- pictures
@@ -398,7 +346,11 @@ class Fonts:
             os.path.expanduser(folder) + "/**/*.[ot]t[fc]", recursive=True)
             if "LastResort" not in path]                            # which has boxes for all
         self.paths = [given, None, *sorted(files, key=lambda path: "Sans-Regular" not in path)]
-        self.said = False
+        self.lost = False
+        try:
+            open_font(given, 20)
+        except OSError:
+            raise argparse.ArgumentTypeError(f"{given} is no font that can be read") from None
 
     def find(self, word, size):
         """A font that has all letters of the word; where none has, it is said once, and how."""
@@ -406,10 +358,10 @@ class Fonts:
             if all(has_letter(path, letter) for letter in word):
                 self.paths.insert(min(place, 2), self.paths.pop(place))         # sooner next time
                 return open_font(path, size)
-        if not self.said:
+        if not self.lost:
             print(f"no font has the letters of {word}: pictures show boxes; install the packages "
                   "fonts-noto-core and fonts-noto-cjk, or give --font FILE", file=sys.stderr)
-        self.said = True
+        self.lost = True
         return open_font(self.paths[0], size)
 
 
@@ -441,65 +393,56 @@ def filters_picture(w, zoom=6):
     low, high = w.min(axis=(0, 1, 2)), w.max(axis=(0, 1, 2))
     tiles = np.full((side * side, kh + 1, kw + 1, 3), 255, np.uint8)            # with white edges
     tiles[:f, 1:, 1:] = ((w - low) / np.maximum(high - low, 1e-12) * 255).transpose(3, 0, 1, 2)
-    canvas = tiles.reshape(side, side, kh + 1, kw + 1, 3).swapaxes(1, 2)
-    canvas = canvas.reshape(side * (kh + 1), side * (kw + 1), 3)
-    return Image.fromarray(canvas.repeat(zoom, axis=0).repeat(zoom, axis=1))
+    rows = np.concatenate(tiles.reshape(side, side, kh + 1, kw + 1, 3), axis=1)
+    return Image.fromarray(np.concatenate(rows, axis=1).repeat(zoom, axis=0).repeat(zoom, axis=1))
 
 
 def curves_picture(log):
     """The learning curves of a run's log, over the epochs."""
-    keys = {"training loss": "loss", "held-out loss": "validation_loss",
-            "held-out precision@10": "precision@10", "held-out AUC, mean of words": "auc"}
-    panels = {title: [(row["epoch"], row[key]) for row in log
-                      if row.get(key) is not None and np.isfinite(row[key])]
-              for title, key in keys.items()}
-    return plots_picture(panels, "epoch", {"held-out AUC, mean of words": 0.5})
+    titles = {"loss": "training loss", "validation_loss": "held-out loss",
+              "precision@10": "held-out precision@10", "auc": "held-out AUC, mean of words"}
+    panels = [plot_picture(log, "epoch", key, title, {"auc": 0.5}.get(key), colour=colour)
+              for colour, (key, title) in zip(COLOURS, titles.items())]
+    return Image.fromarray(np.vstack([np.hstack(panels[:2]), np.hstack(panels[2:])]))
 
 
-def round_ticks(low, high, most=5):
-    """Multiples of 1, 2, 2.5 or 5 times a power of ten around low … high, in `most` steps or less.
-    """
+def round_ticks(low, high):
+    """Multiples of 1, 2, 2.5 or 5 times a power of ten around low … high, in 5 steps at most."""
     if high - low <= 1e-9 * abs(high):          # flat
         low, high = low - (abs(low) / 10 or 1), high + (abs(high) / 10 or 1)
-    powers = 10 ** (np.floor(np.log10((high - low) / most)) + [[0], [1]])
+    powers = 10 ** (np.floor(np.log10((high - low) / 5)) + [[0], [1]])
     for step in (powers * [1, 2, 2.5, 5]).flat:
         first, last = np.floor(low / step + 1e-9), np.ceil(high / step - 1e-9)
-        if last - first <= most:
+        if last - first <= 5:
             return step * np.arange(first, last + 1) + 0.0          # no -0
 
 
-def plots_picture(panels, unit, chance={}, axis=float):
-    """Panels of {title: [(x, y)]}, two beside each other; axis(x) is where x lies.
-
-    chance {title: y} is drawn as a broken line.
-    """
-    image = Image.new("RGB", (480 * min(2, len(panels)), 310 * -(-len(panels) // 2)), "white")
+def plot_picture(rows, across, key, title, chance=None, axis=np.asarray, colour=COLOURS[0]):
+    """A curve of row[key] against axis(row[across]), with a broken line at `chance`."""
+    image, (left, right, top, bottom) = Image.new("RGB", (480, 310), "white"), (70, 450, 45, 265)
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
-    for place, (title, points) in enumerate(panels.items()):
-        left, top = 70 + 480 * (place % 2), 45 + 310 * (place // 2)
-        right, bottom = left + 380, top + 220
-        draw.text((left, top - 28), title if points else f"{title}: nothing to show", INK, font)
-        draw.line([(left, top), (left, bottom), (right, bottom)], INK)
-        if not points:
-            continue
-        (xs, ys), line = zip(*points), [chance[title]] if title in chance else []
-        ticks = round_ticks(min(*ys, *line, ys[0]), max(*ys, *line, ys[0]))
-        def height(y):
-            return np.interp(y, ticks[[0, -1]], [bottom, top])
-        for tick in ticks:
-            draw.line([(left + 1, height(tick)), (right, height(tick))], PALE)
-            draw.text((left - 6, height(tick)), f"{tick:.6g}", INK, font, anchor="rm")
-        for y in line:
-            for dash in range(left, right, 8):
-                draw.line([(dash, height(y)), (dash + 4, height(y))], INK)
-            draw.text((right, height(y) - 2), "chance", INK, font, anchor="rd")
-        draw.text((left, bottom + 8), f"{xs[0]:,}", INK, font)
-        draw.text((right, bottom + 8), f"{unit} {xs[-1]:,}", INK, font, anchor="ra")
-        across = np.interp([axis(x) for x in xs], [axis(xs[0]), axis(xs[-1])], [left, right])
-        spots = list(zip(across, height(ys)))
-        draw.line(spots, COLOURS[place], 2)
-        for x, y in spots:
-            draw.ellipse([x - 2, y - 2, x + 2, y + 2], COLOURS[place])
+    draw.line([(left, top), (left, bottom), (right, bottom)], INK)
+    ys = np.array([row.get(key) for row in rows], float)            # None becomes NaN
+    xs, ys = np.array([row[across] for row in rows])[np.isfinite(ys)], ys[np.isfinite(ys)]
+    draw.text((left, 17), title + ": nothing to show" * (not len(ys)), INK, font)
+    if not len(ys):
+        return image
+    shown = ys if chance is None else [*ys, chance]
+    ticks = round_ticks(min(shown), max(shown))
+    height = functools.partial(np.interp, xp=ticks[[0, -1]], fp=[bottom, top])
+    for tick in ticks:
+        draw.line([(left + 1, height(tick)), (right, height(tick))], PALE)
+        draw.text((left - 6, height(tick)), f"{tick:.6g}", INK, font, anchor="rm")
+    if chance is not None:
+        for dash in range(left, right, 8):
+            draw.line([(dash, height(chance)), (dash + 4, height(chance))], INK)
+        draw.text((right, height(chance) - 2), "chance", INK, font, anchor="rd")
+    draw.text((left, bottom + 8), f"{xs[0]:,}", INK, font)
+    draw.text((right, bottom + 8), f"{across.replace('_', ' ')} {xs[-1]:,}", INK, font, anchor="ra")
+    spots = list(zip(np.interp(axis(xs), axis(xs[[0, -1]]), [left, right]), height(ys)))
+    draw.line(spots, colour, 2)
+    for x, y in spots:
+        draw.ellipse([x - 2, y - 2, x + 2, y + 2], colour)
     return image
 
 
@@ -538,46 +481,32 @@ def mosaic_picture(paths, y, size):
     return image
 
 
-def place_words(names, y, weights, size, fonts):
-    """[(word, centre (2,), height, width)] at places (N, 2) in [0, 1]², without overlaps (Fig. 6).
+def words_picture(names, spots, weights, size, fonts):
+    """Words at spots (N, 2) in [0, 1]², without overlaps (Fig. 6): an image, and SVG <text>s.
 
     The heaviest words come first and are largest; where others are in the way, a word moves along
     a spiral, and after 300 turns it is left out.
     """
-    draw, boxes, placed = ImageDraw.Draw(Image.new("1", (1, 1))), np.zeros((0, 4)), []
-    spots = (0.05 + 0.9 * y) * size
-    steps = np.arange(300)
+    image, texts, boxes = Image.new("RGB", (size, size), "white"), [], np.zeros((0, 4))
+    draw, spots, steps = ImageDraw.Draw(image), (0.05 + 0.9 * spots) * size, np.arange(300)
     spiral = np.stack([np.cos(2.4 * steps), np.sin(2.4 * steps)], 1) * (
         np.sqrt(steps) * size / 300)[:, None]                       # (300, 2), from the centre out
-    order = np.argsort(-weights, kind="stable")
     largest = 0.65 * size / (6 + len(names) ** 0.5)
-    for place, i in enumerate(order):
-        height = max(9, largest * (1 - 0.6 * place / len(order)))
-        box = np.array(draw.textbbox((0, 0), names[i], fonts.find(names[i], height), anchor="mm"))
+    for place, i in enumerate(np.argsort(-weights, kind="stable")):
+        height = max(9, largest * (1 - 0.6 * place / len(names)))
+        word, font, colour = names[i], fonts.find(names[i], height), COLOURS[len(texts) % 4]
+        box = np.array(font.getbbox(word, "1", anchor="mm"))        # hinted: whole pixels
         tried = np.tile(spots[i] + spiral, 2) + box + (-2, -1, 2, 1)
         inside = (tried[:, :2] >= 0).all(axis=1) & (tried[:, 2:] <= size).all(axis=1)
         apart = ((tried[:, None, :2] >= boxes[:, 2:]) | (tried[:, None, 2:] <= boxes[:, :2]))
         good = np.flatnonzero(inside & apart.any(axis=2).all(axis=1))
         if len(good):
             boxes = np.vstack([boxes, tried[good[0]]])
-            placed.append((names[i], spots[i] + spiral[good[0]], height, box[2] - box[0]))
-    return placed
-
-
-def draw_words(placed, size, fonts, show):
-    """Show words at their places: drawn in a picture file, or as text on the page, as wide."""
-    image, texts = Image.new("RGB", (size, size), "white"), []
-    draw = ImageDraw.Draw(image)
-    for place, (word, (x, y), height, width) in enumerate(placed):
-        colour = COLOURS[place % 4]
-        draw.text((x, y), word, colour, fonts.find(word, height), "mm")
-        texts.append(f'<text x="{x:.0f}" y="{y:.0f}" font-size="{height:.1f}" '
-                     f'textLength="{width:.0f}" fill="rgb{colour}">{escape(word)}</text>')
-    if show.out:
-        show.picture(image, "a map of words")
-    else:
-        show.html.append(f'<div class="wide"><svg viewBox="0 0 {size} {size}">'
-                         f'{"".join(texts)}</svg></div>')
+            x, y = spots[i] + spiral[good[0]]
+            draw.text((x, y), word, colour, font, "mm")
+            texts.append(f'<text x="{x:.0f}" y="{y:.0f}" font-size="{height:.1f}" textLength="'
+                         f'{box[2] - box[0]:.0f}" fill="rgb{colour}">{escape(word)}</text>')
+    return image, texts
 
 
 # ------------------------------------------------------------------ commands and their options
@@ -592,7 +521,7 @@ def command(name, options):
         says = console.summary(function.__doc__)
         parser = COMMANDS.add_parser(name, help=says, description=says)
         parser.set_defaults(function=function, out=None)
-        for option, settings in {**options, **COMMON}.items():
+        for option, settings in {**COMMON, **options}.items():
             parser.add_argument(option, **settings)
         return function
     return register
@@ -612,37 +541,25 @@ def name_output(option, ending="", required=True):
                          help="the file to write" + ", or - " * (option == "--json"))}
 
 
-def check_font(path):
-    """The path of a font file that can be read."""
-    try:
-        return open_font(path, 20) and path
-    except OSError:
-        raise argparse.ArgumentTypeError(f"{path} is no font that can be read") from None
-
-
-RUN = {"--model": dict(required=True, metavar="RUN", help="folder of a trained run")}
 WORDS = {"words": dict(nargs="+", metavar="WORD", help="words of the dictionary")}
 TOP = {"--top": dict(type=number(int, 1), default=6, help="how many to show for each")}
 FOLDER = {"--images": dict(required=True, metavar="DIR", help="folder of photos")}
 IMAGES = {"--images": dict(metavar="DIR", help="folder of photos; the run's if not given")}
 CAPTIONS = {"--captions": dict(metavar="FILE", help="captions; the run's if not given")}
-FONT = {"--font": dict(type=check_font, metavar="FILE",
-                       help="of the words drawn; if not given, one that has their letters")}
-WORKERS = {"--workers": dict(type=number(int, 0, console.MOST_THREADS), default=2,
-                         help="threads that decode photos")}
-SPLITTING = {
-    "--splits": dict(type=number(int, 1, 10_000), default=10, help="random splits"),
-    "--train-share": dict(type=number(float, 0, 1), default=0.5, help="of a class's photos"),
-    "--train-per-class": dict(type=number(int, 2), help="instead: so many photos"),
-    "--seed": dict(type=number(int, 0, below=2**63), default=0, help="of the splits")}
-MAPPING = {
-    "--limit": dict(type=number(int, 10, 100_000), default=2000, help="points at most"),
-    "--perplexity": dict(type=number(float, 1), default=30, help="how many are near, about"),
-    "--steps": dict(type=number(int, 1), default=1000, help="of gradient descent"),
-    "--size": dict(type=number(int, 100, 20_000), default=1600, help="of the picture: pixels")}
-COMMON = name_output("--json", required=False) | {
-    "--device": dict(choices=kernels.DEVICES, default="auto", help="where to compute"),
-    "--threads": dict(type=number(int, 1, console.MOST_THREADS), help="threads that compute")}
+FONT = {"--font": dict(type=Fonts, metavar="FILE", help="of words; else any with their letters")}
+SPLITTING = {"--splits": dict(type=number(int, 1, 10_000), default=10, help="random splits"),
+             "--train-share": dict(type=number(float, 0, 1), default=0.5, help="of each class"),
+             "--train-per-class": dict(type=number(int, 2), help="instead: so many photos"),
+             "--seed": dict(type=number(int, 0, below=2**63), default=0, help="of the splits")}
+MAPPING = {"--limit": dict(type=number(int, 10, 100_000), default=2000, help="points at most"),
+           "--perplexity": dict(type=number(float, 1), default=30, help="how many are near, about"),
+           "--steps": dict(type=number(int, 1), default=1000, help="of gradient descent"),
+           "--size": dict(type=number(int, 100, 20_000), default=1600, help="pixels of a side")}
+COMMON = {"--model": dict(required=True, metavar="RUN", help="folder of a trained run"),
+          "--workers": dict(type=number(int, 0, MOST_THREADS), default=2, help="threads to decode"),
+          "--device": dict(choices=kernels.DEVICES, default="auto", help="where to compute"),
+          "--threads": dict(type=number(int, 1, MOST_THREADS), help="threads that compute"),
+          **name_output("--json", required=False)}
 
 
 class Output:
@@ -665,26 +582,24 @@ class Output:
             self.html.append(f"<p><b>{escape(name)}</b>: {escape(text)}</p>")
         return result
 
-    def table(self, *rows):
-        """A heading and rows of texts and numbers; the first column is on the left."""
-        rows = [[cell if isinstance(cell, str) else "" if cell is None else f"{cell:,}" if
-                 isinstance(cell, int) else f"{cell:.4f}" for cell in row] for row in rows]
+    def table(self, heading, rows):
+        """A heading over rows of texts and numbers, {name: row}; the names are on the left."""
+        rows = [[format(cell, {str: "", int: ","}.get(type(cell), ".4f")) for cell in row]
+                for row in (heading, *((name, *row) for name, row in rows.items()))]
         widths = [max(map(len, column)) for column in zip(*rows)]
         for first, *rest in rows:
             print("  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]).rstrip())
-        lines = ["".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row)
-                 for tag, row in zip(["th"] + ["td"] * len(rows), rows)]
-        lines = "</tr><tr>".join(lines)
+        lines = "</tr><tr>".join("".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row)
+                                 for tag, row in zip(["th"] + ["td"] * len(rows), rows))
         self.html.append(f'<div class="wide"><table><tr>{lines}</tr></table></div>')
 
-    def picture(self, image, what, photos=False):
-        """An image, into the file or the page: there as JPEG if it is made of photos."""
-        if not self.out:
-            kind = "jpeg" if photos else "png"
-            self.html.append(f'<div class="wide">{image_html(image, what, kind)}</div>')
-            return
-        save_image(image, self.out)
-        print(f"{self.out}: {what}")
+    def picture(self, image, what, kind="png", html=None):
+        """An image, into the file, or on the page: of that kind, or as this HTML."""
+        if self.out:
+            save_image(image, self.out)
+            print(f"{self.out}: {what}")
+        else:
+            self.html.append(f'<div class="wide">{html or image_html(image, what, kind)}</div>')
 
     def photos(self, photos):
         """Photos beside each other on the page: (path, what it shows, HTML to stand under it)."""
@@ -698,8 +613,7 @@ def image_html(image, what, kind):
     packed = io.BytesIO()
     image.convert("RGB").save(packed, kind, quality=85, optimize=True)
     text = base64.b64encode(packed.getvalue()).decode()
-    return (f'<img class="{kind}" alt="{escape(what)}" width="{image.width}" '
-            f'height="{image.height}" src="data:image/{kind};base64,{text}">')
+    return f'<img class="{kind}" alt="{escape(what)}" src="data:image/{kind};base64,{text}">'
 
 
 @functools.cache
@@ -710,8 +624,7 @@ class Trained:
         self.run = run
         weights, _, facts, self.words = model.load(os.path.join(run, "model.npz"))
         self.classes = {word: i for i, word in enumerate(self.words)}
-        self.options, self.training, self.log = (
-            facts[key] for key in ("options", "training", "log"))
+        self.options, self.training, self.log = map(facts.get, ("options", "training", "log"))
         if self.options["drawn"]:               # wherever the run's folder is now
             self.options |= data.drawn_sources(run)
         self.counts = np.array(facts["counts"])
@@ -720,19 +633,17 @@ class Trained:
 
     def index(self, captions, words, valid, processes):
         """The index of the captions under a dictionary of these words; the run's own if it fits."""
-        captions, options = captions or self.options["captions"], self.options
+        captions, options, folder = captions or self.options["captions"], self.options, self.run
         text = data.Text(options["words"], options["stop_words"], valid)
-        given = options["format"] if captions == options["captions"] else None
-        kind = given or data.recognise(captions)
-        own = data.cached_index(captions, os.path.join(self.run, "index"), text, kind)
+        kind = (captions == options["captions"] and options["format"]) or data.recognise(captions)
+        own = data.cached_index(captions, os.path.join(folder, "index"), text, kind)
         if own is not None and own.dictionary == words:
             return own
-        folder = self.run
         if not os.access(folder, os.W_OK):
             self.spare = tempfile.TemporaryDirectory()              # until the end
             folder = self.spare.name
-        return data.build_index(captions, os.path.join(folder, "index-eval"), text, kind, words,
-                                processes)
+        folder = os.path.join(folder, "index-eval")
+        return data.build_index(captions, folder, text, kind, words, processes)
 
     def photos(self, options):
         """The folder and names of the photos: those of --images, or the held-out ones."""
@@ -741,14 +652,14 @@ class Trained:
         index = self.index(None, self.words, self.options["valid"], options.workers)
         return self.options["images"], [index.name(i) for i in range(index.held_out)]
 
-    def read(self, compute, folder, names, workers):
-        """compute_over a folder's photos: the rows, the names of photos found, those skipped."""
+    def read(self, folder, names, workers, compute=None):
+        """extract_features of a folder's photos: rows, names of those found, what is skipped."""
         if not names:
             raise ValueError("there is no photo: none is held out, or none has words of the model")
-        with (data.Loader(folder, names.__getitem__, 0, self.recipe.size, workers) as loader,
+        size, crop, photos = self.recipe.size, self.recipe.crop, range(len(names))
+        with (data.Loader(folder, names.__getitem__, 0, size, workers) as loader,
               console.Progress("photos", len(names)) as progress):
-            rows, found = compute_over(compute, loader, range(len(names)), self.recipe.crop,
-                                       progress)
+            rows, found = extract_features(self.net, loader, photos, crop, progress, compute)
         console.say_skipped(loader.skipped, len(names))
         if not found:
             raise ValueError(f"none of the {len(names):,} photos can be read"
@@ -791,7 +702,7 @@ class Trained:
         return pairs, len(lines)
 
 
-@command("words", IMAGES | CAPTIONS | WORKERS | name_output("--out", ".png", False) | {
+@command("words", IMAGES | CAPTIONS | name_output("--out", ".png", False) | {
     "--model": dict(required=True, metavar="RUN", nargs="+", help="trained runs' folders"),
     "--all": dict(action="store_true", help="score all photos, not the held-out ones")})
 def predict_words(options, show):
@@ -808,67 +719,64 @@ def predict_words(options, show):
     numbers = {index.name(i): i for i in range(len(index) if options.all else index.held_out)}
     images, result = options.images or runs[-1].options["images"], {}
     for run in runs:
-        x, found, skipped = run.read(lambda x, *_: run.net.features(x), images, list(numbers),
-                                     options.workers)
+        x, found, skipped = run.read(images, list(numbers), options.workers)
         classes, output = run.find_words(words), model.Output(x.shape[1], len(words))
         output.w, output.b = run.net.output.w[classes], run.net.output.b[classes]
         result[run.run] = {"training_photos": run.training, **word_metrics(
             x, output, [index.words(numbers[name]) for name in found], run.counts[classes],
             run.counts[classes] / run.training, run.options["loss"]), "skipped": len(skipped)}
+    last = result[runs[-1].run]
     if len(runs) == 1 and not show.out:
-        print_words(result[runs[0].run], show)
-        return result[runs[0].run]
-    keys, title = ("training_photos", *_by_k(KS), "auc"), "precision@10 against training photos"
-    show.table([*keys, "run"], *([*(row[key] for key in keys), run] for run, row in result.items()))
-    points = [(row["training_photos"], row["precision@10"]) for row in result.values()]
-    chance = {title: row["chance"]["precision@10"] for row in result.values()}
-    show.picture(plots_picture({title: points}, "photos", chance, np.log10), title)
+        print_words(last, show)
+        return last
+    keys = "training_photos", *_by_k(KS), "auc"
+    show.table(["run", *keys], {run: [row[key] for key in keys] for run, row in result.items()})
+    title = "precision@10 against training photos"
+    show.picture(plot_picture(result.values(), "training_photos", "precision@10", title,
+                              last["chance"]["precision@10"], np.log10), title)
     return {"runs": result, "words": len(words)}
 
 
 def print_words(result, show=Output()):
     """Show the numbers of `words` (Table 1)."""
-    show.line(f"{result['photos']:,} photos, {result['words']:,} of {result['dictionary']:,} "
-              "words occur in them")
-    parts = result, result["baseline"], result["chance"], result["ceiling"]
-    ap = result["chance"]["map"]
-    show.table(["", "model", "frequent words", "chance", "ceiling"],
-               *([key, *(part[key] for part in parts)] for key in _by_k(KS)),
-               ["AUC, mean of words", result["auc"], 0.5, 0.5, 1],
-               ["AP, mean of words", result["map"], ap, ap, 1])
+    show.line("{photos:,} photos, {words:,} of {dictionary:,} words occur in them".format(**result))
+    parts, ap = [result[key] for key in ("baseline", "chance", "ceiling")], result["chance"]["map"]
+    rows = {key: [part[key] for part in (result, *parts)] for key in _by_k(KS)}
+    show.table(["", "model", "frequent words", "chance", "ceiling"], rows | {
+        "AUC, mean of words": [result["auc"], 0.5, 0.5, 1],
+        "AP, mean of words": [result["map"], ap, ap, 1]})
     show.line(f"AUC of the most frequent third of the words {result['auc_frequent']:.4f}, "
               f"of the rarest third {result['auc_rare']:.4f}")
 
 
-@command("tag", RUN | WORKERS | TOP | {
+@command("tag", TOP | {
     "photos": dict(nargs="+", metavar="PHOTO", help="picture files, or folders of them"),
     "--threshold": dict(type=number(float, 0, 1), help="instead of --top: the least probability")})
 def tag_photos(options, show):
     """The words of photos with probabilities: of one word among K, or after one-vs-all of each."""
-    trained, least, tags = Trained(options.model), options.threshold, {}
-    top = options.top if least is None else len(trained.words)
+    run, least, tags = Trained(options.model), options.threshold, {}
+    top = options.top if least is None else len(run.words)
     names = [os.path.join(path, name) if name else path for path in options.photos
              for name in (data.list_photos(path) if os.path.isdir(path) else [""])]
     def tag(x, _, numbers):
-        s = kernels.to_host(trained.net.forward(x))                 # (n, K)
-        p = expit(s) if trained.options["loss"] == "one-vs-all" else softmax(s, axis=1)
-        tags.update(show.best([names[i] for i in numbers], p, trained.words, top, least or 0))
+        s = kernels.to_host(run.net.forward(x))                     # (n, K)
+        p = expit(s) if run.options["loss"] == "one-vs-all" else softmax(s, axis=1)
+        tags.update(show.best([names[i] for i in numbers], p, run.words, top, least or 0))
         return np.zeros((len(p), 0))                                # nothing to keep
-    skipped = trained.read(tag, "", names, options.workers)[2]
-    return {"tags": tags, "failed": skipped}
+    return {"tags": tags, "failed": run.read("", names, options.workers, tag)[2]}
 
 
-@command("search", RUN | WORDS | IMAGES | WORKERS | TOP | FONT | name_output("--out", ".png"))
+@command("search", WORDS | IMAGES | TOP | FONT | name_output("--out", ".png"))
 def search_photos(options, show):
     """The photos that score highest for a word, with their scores (Fig. 3)."""
-    trained = Trained(options.model)
-    now = model.Pass(classes=trained.find_words(options.words))
-    folder, names = trained.photos(options)
-    s, found, skipped = trained.read(lambda x, *_: kernels.to_host(trained.net.forward(x, now)),
-                                     folder, names, options.workers)            # (N, words)
+    run = Trained(options.model)
+    now = model.Pass(classes=run.find_words(options.words))
+    folder, names = run.photos(options)
+    s, found, skipped = run.read(folder, names, options.workers,
+                                 lambda x, *_: kernels.to_host(run.net.forward(x, now)))
     best, find = Output().best(options.words, s.T, found, options.top), data.Folder(folder).find
     if show.out:
-        show.picture(grid_picture(best, find, Fonts(options.font)), "photos for words")
+        show.picture(grid_picture(best, find, options.font or Fonts()), "photos for words")
         return {"words": best, "photos": len(found), "skipped": skipped}
     for word, scores in best.items():
         show.html.append(f"<h3>{escape(word)}</h3>")
@@ -877,14 +785,14 @@ def search_photos(options, show):
     return {"words": best, "photos": len(found), "skipped": skipped}
 
 
-@command("features", RUN | FOLDER | WORKERS | name_output("--out", ".npz") | {
+@command("features", FOLDER | name_output("--out", ".npz") | {
     "--layer": dict(help="name of a layer; the last hidden one if not given"),
     "--crops": dict(type=int, choices=(1, 10), default=1,
                     help="central crop, or the mean of corners, centre and their mirror images")})
 def write_features(options, show):
     """Features of a folder's photos, one crop or the mean of ten, into an .npz with their names."""
-    trained, names = Trained(options.model), data.list_photos(options.images)
-    net, crop, layers = trained.net, trained.recipe.crop, list(trained.net.layers)
+    run, names = Trained(options.model), data.list_photos(options.images)
+    net, crop, layers = run.net, run.recipe.crop, list(run.net.layers)
     if options.layer and options.layer not in layers:
         raise ValueError(f"--layer {options.layer} is none of {', '.join(layers)}")
     def write(x, pixels, _):
@@ -897,7 +805,7 @@ def write_features(options, show):
         raw.write(x.astype(np.float32).tobytes())
         return np.zeros((n, 0))                                     # nothing to keep
     with tempfile.TemporaryFile(dir=os.path.dirname(os.path.abspath(options.out))) as raw:
-        _, found, skipped = trained.read(write, options.images, names, options.workers)
+        _, found, skipped = run.read(options.images, names, options.workers, write)
         raw.flush()
         features = np.memmap(raw, np.float32, "r").reshape(len(found), -1)      # (N, D)
         with console.whole_file(options.out) as file:
@@ -906,11 +814,7 @@ def write_features(options, show):
     return {"photos": len(found), "numbers": features.shape[1], "skipped": skipped}
 
 
-RAW = 16                                        # raw pixels: that many rows and columns
-VIEWS = "this model", "untrained network", f"raw pixels, {RAW} × {RAW}"
-
-
-@command("transfer", RUN | FOLDER | SPLITTING | WORKERS)
+@command("transfer", FOLDER | SPLITTING)
 def transfer_features(options, show):
     """Regression on features: DIR/class/*.jpg, or a Pascal VOC folder (Fig. 5, Tables 2 to 4)."""
     voc = os.path.isdir(os.path.join(options.images, "JPEGImages"))
@@ -919,38 +823,36 @@ def transfer_features(options, show):
     list_tasks, measure = (list_classes, voc_ap) if voc else (list_splits, accuracy)
     list_tasks(list(labels.values()), options)                      # may fail: before the work
     x, found, skipped = extract_views(options, list(labels))
-    tasks, rows = list_tasks([labels[name] for name in found], options), {}
+    tasks, rows, seed = list_tasks([labels[name] for name in found], options), {}, options.seed
     with console.Progress("regressions", len(tasks), "tasks") as progress:
-        for place, (name, y, train, test) in enumerate(tasks):
-            held = split(y[train], lambda n: min(n - 1, max(1, round(HELD * n))), options.seed,
-                         2 * place + 1)
+        for i, (name, y, train, test) in enumerate(tasks):
+            held = split(y[train], lambda n: min(n - 1, max(1, round(HELD * n))), seed, 2 * i + 1)
             rows[name] = [float(y[test].mean()) if voc else 1 / float(y.max() + 1)]
             for view in VIEWS:
-                scaled = scale(x[view], train)
-                table, _ = choose_penalty(scaled[train], y[train], held, measure)
-                rows[name].append(measure(predict(table, scaled[test]), y[test]))
+                features = x[view].astype(np.float64)
+                features = units(features - features[train].mean(axis=0))       # so one λ suits all
+                table, _ = choose_penalty(features[train], y[train], held, measure)
+                rows[name].append(measure(predict(table, features[test]), y[test]))
             progress.tick()
     columns, values = ["chance", *VIEWS], np.array(list(rows.values()))
     rows["mean"] = values.mean(axis=0).tolist()
     if len(values) > 1:
         rows["± deviation"] = values.std(axis=0, ddof=1).tolist()
     show.line(f"{len(found):,} photos; {train.sum():,} to train and {test.sum():,} to test")
-    show.table(["average precision" if voc else "accuracy", *columns],
-               *([name, *row] for name, row in rows.items()))
+    show.table(["average precision" if voc else "accuracy", *columns], rows)
     return {"columns": columns, "rows": rows, "photos": len(found), "skipped": skipped}
 
 
 def extract_views(options, names):
-    """{view: (N, D)} of the photos by each of VIEWS, their numbers among names, the skipped."""
-    trained = Trained(options.model)
-    untrained = trained.recipe.build(len(trained.words), 0).init(trained.options["seed"])
+    """{view: (N, D)} of the photos by each of VIEWS, the names of those found, the skipped."""
+    run = Trained(options.model)
+    nets = run.net, run.recipe.build(len(run.words), 0).init(run.options["seed"])
     def compute(x, pixels, _):
         raw = [np.asarray(Image.fromarray(photo).resize((RAW, RAW), Image.Resampling.BOX)).ravel()
                for photo in pixels]
-        return np.hstack([*(kernels.to_host(net.features(x)) for net in (trained.net, untrained)),
-                          raw])                                     # (n, 2 E + 3 RAW²)
-    x, found, skipped = trained.read(compute, options.images, names, options.workers)
-    e = trained.net.output.w.shape[1]
+        return np.hstack([*(kernels.to_host(net.features(x)) for net in nets), raw])
+    x, found, skipped = run.read(options.images, names, options.workers, compute)
+    e = run.net.output.w.shape[1]                                   # x (N, 2 E + 3 RAW²)
     return dict(zip(VIEWS, np.split(x, (e, 2 * e), axis=1))), found, skipped
 
 
@@ -962,25 +864,19 @@ def list_splits(labels, options):
         found = ", ".join(f"{name} {count}" for name, count in zip(classes, counts)) or "none"
         raise ValueError(f"--images: two or more sub-folders of {least} or more photos are needed, "
                          f"to train, choose and test; there are {found}")
-    def count(n):
-        return options.train_per_class or min(n - 1, max(2, round(options.train_share * n)))
-    trains = [split(y, count, options.seed, 2 * i) for i in range(options.splits)]
+    count, share = options.train_per_class, options.train_share
+    trains = [split(y, lambda n: count or min(n - 1, max(2, round(share * n))), options.seed, 2 * i)
+              for i in range(options.splits)]
     return [(f"split {i}", y, train, ~train) for i, train in enumerate(trains, 1)]
 
 
 def read_voc(folder):
-    """{photo: (is it for training, {class: label})} of a Pascal VOC folder's lists.
-
-    A label is 1 where the class is, 0 where all its objects are `difficult`, -1 where it is not.
-    """
-    labels = {}
-    for part in ("trainval", "test"):
-        lists = os.path.join(glob.escape(folder), "ImageSets", "Main", f"*_{part}.txt")
-        for path in glob.glob(lists):
-            name = os.path.basename(path).removesuffix(f"_{part}.txt")
-            with open(path, encoding="utf-8", errors="replace") as file:
-                lines = [line for line in file if line.strip()]
-            for line in lines:
+    """{photo: (is it for training, {class: 1, 0 if difficult, -1 if not there})} of VOC's lists."""
+    labels, lists = {}, os.path.join(glob.escape(folder), "ImageSets", "Main")
+    for path in glob.glob(f"{lists}/*_trainval.txt") + glob.glob(f"{lists}/*_test.txt"):
+        name, _, part = os.path.basename(path).removesuffix(".txt").rpartition("_")
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for line in filter(str.strip, file):
                 photo, label = [*line.split(), "", ""][:2]
                 if label not in ("-1", "0", "1") or data.refused(photo):
                     raise ValueError(f"--images: a line of {path} is not the name of a photo in "
@@ -1004,14 +900,14 @@ def list_classes(labels, _):
     return tasks
 
 
-@command("similar", RUN | {
+@command("similar", {
     "--pairs": dict(nargs="+", required=True, metavar="FILE", help="word<TAB>word<TAB>score")})
 def compare_similarity(options, show):
     """Spearman's ρ of the cosines of the words' vectors with human scores (Table 5)."""
-    trained, result = Trained(options.model), {}
-    vectors = units(kernels.to_host(trained.net.output.w))
+    run, result = Trained(options.model), {}
+    vectors = units(kernels.to_host(run.net.output.w))
     for path in options.pairs:
-        pairs, count = trained.read_pairs(path, scored=True)
+        pairs, count = run.read_pairs(path, scored=True)
         rho = p = float("nan")
         if len(pairs) > 2:
             one, two, human = map(np.array, zip(*pairs))
@@ -1019,68 +915,65 @@ def compare_similarity(options, show):
         result[os.path.basename(path)] = {"rho": rho, "p": p, "covered": len(pairs), "of": count}
     if all(row["covered"] < 3 for row in result.values()):
         raise ValueError("--pairs: of no file the model knows both words of 3 pairs")
-    show.table(["word pairs", "Spearman's ρ", "p-value", "covered", "of"], *(
-        [name, row["rho"], f"{row['p']:.2g}", row["covered"], row["of"]]
-        for name, row in result.items()))
+    show.table(["word pairs", "Spearman's ρ", "p-value", "covered", "of"], {
+        name: (row | {"p": f"{row['p']:.2g}"}).values() for name, row in result.items()})
     return result
 
 
-@command("neighbors", RUN | WORDS | TOP)
+@command("neighbors", WORDS | TOP)
 def find_neighbors(options, show):
     """The words whose vectors are nearest to a word's, by cosine."""
-    trained = Trained(options.model)
-    classes = trained.find_words(options.words)
-    vectors = units(kernels.to_host(trained.net.output.w))
+    run = Trained(options.model)
+    classes = run.find_words(options.words)
+    vectors = units(kernels.to_host(run.net.output.w))
     cosines = cpu.matmul(vectors[classes], vectors.T)               # (words, K)
     cosines[np.arange(len(classes)), classes] = -np.inf
-    return {"neighbors": show.best(options.words, cosines, trained.words, options.top, least=-1)}
+    return {"neighbors": show.best(options.words, cosines, run.words, options.top, least=-1)}
 
 
-@command("translate", RUN | {
+@command("translate", {
     "--pairs": dict(required=True, metavar="FILE", help="word<TAB>its translation"),
     "--csls": dict(action="store_true", help="correct the cosine for hubs")})
 def translate_words(options, show):
     """Precision@k of finding a word's translation by its vector's nearest (Tables 6 and 7)."""
-    trained = Trained(options.model)
-    known, count = trained.read_pairs(options.pairs)
+    run = Trained(options.model)
+    known, count = run.read_pairs(options.pairs)
     pairs = np.array(sorted({pair for pair in known if pair[0] != pair[1]}))
     if len(pairs) < 2:
         raise ValueError(f"--pairs: the model knows both words of {len(pairs)} of {count:,} pairs "
                          "(not counting pairs of one word); it takes 2")
-    sources, targets = map(np.unique, pairs.T)
-    vectors = units(kernels.to_host(trained.net.output.w))
+    (sources, rows), (targets, columns) = (np.unique(side, return_inverse=True) for side in pairs.T)
+    vectors = units(kernels.to_host(run.net.output.w))
     scores = cpu.matmul(vectors[sources], vectors[targets].T)       # (S, T)
     scores = csls(scores) if options.csls else scores
     scores[np.equal.outer(sources, targets)] = -np.inf              # a word is not its translation
-    right = np.zeros(scores.shape, bool)
-    right[np.searchsorted(sources, pairs[:, 0]), np.searchsorted(targets, pairs[:, 1])] = True
+    right = csr_array((np.ones(len(pairs), bool), (rows, columns)), scores.shape).toarray()
     ways = {"forward": retrieval(scores, right), "backward": retrieval(scores.T, right.T)}
     alike, nearest = len(set(known)) - len(pairs), scores.argmax(axis=1)        # (S,)
-    found = [f"{trained.words[sources[i]]} {trained.words[targets[j]]}" + " !" * (not right[i, j])
+    found = [f"{run.words[sources[i]]} {run.words[targets[j]]}" + " !" * (not right[i, j])
              for i, j in enumerate(nearest)]
     show.line(f"{len(pairs):,} pairs of {len(sources):,} and {len(targets):,} words that the model "
               f"knows, of {count:,}; {alike:,} spelt alike are left out")
     heading = "by CSLS" if options.csls else "by cosine", "forward", "chance", "backward", "chance"
-    show.table(heading, *([key, *(part[key] for way in ways.values()
-                                  for part in (way, way["chance"]))] for key in _by_k(KS)))
+    show.table(heading, {key: [part[key] for way in ways.values() for part in (way, way["chance"])]
+                         for key in _by_k(KS)})
     best = show.best(["best pairs (! is wrong)"], scores.max(axis=1)[None], found, 12)
     return {"pairs": len(pairs), "alike": alike, **ways, "best": best}
 
 
-@command("map", RUN | IMAGES | WORKERS | MAPPING | FONT | name_output("--out", ".png") | {
+@command("map", IMAGES | MAPPING | FONT | name_output("--out", ".png") | {
     "--words": dict(action="store_true", help="a map of words, not of photos")})
 def draw_map(options, show):
     """A map by t-SNE: photos by their features (Fig. 4), or words by their vectors (Fig. 6)."""
-    trained, skipped = Trained(options.model), {}
+    run, skipped = Trained(options.model), {}
     if options.words:
-        most = np.argsort(-trained.counts, kind="stable")[:options.limit]
-        x = kernels.to_host(trained.net.output.w)[most]
+        most = np.argsort(-run.counts, kind="stable")[:options.limit]
+        x = kernels.to_host(run.net.output.w)[most]
     else:
-        folder, names = trained.photos(options)
+        folder, names = run.photos(options)
         spread = np.linspace(0, len(names) - 1, min(len(names), options.limit)).astype(int)
         names = [names[i] for i in spread]
-        x, found, skipped = trained.read(lambda x, *_: trained.net.features(x), folder, names,
-                                         options.workers)
+        x, found, skipped = run.read(folder, names, options.workers)
     if len(x) < 10:
         raise ValueError(f"a map of {len(x)} points is none; it takes 10 or more")
     perplexity = min(options.perplexity, (len(x) - 1) / 3)
@@ -1089,56 +982,50 @@ def draw_map(options, show):
     show.line(f"{len(x):,} {'words' if options.words else 'photos'}, perplexity {perplexity:g}, "
               f"KL divergence {kl:.4f}")
     if options.words:
-        fonts, size = Fonts(options.font), options.size if show.out else min(options.size, 800)
-        placed = place_words([trained.words[i] for i in most], y, trained.counts[most], size, fonts)
-        if len(placed) < len(x):
-            show.line(f"{len(x) - len(placed):,} words have no room; --size has more")
-        draw_words(placed, size, fonts, show)
+        fonts, size = options.font or Fonts(), options.size if show.out else min(options.size, 800)
+        names = [run.words[i] for i in most]
+        image, texts = words_picture(names, y, run.counts[most], size, fonts)
+        if len(texts) < len(x):
+            show.line(f"{len(x) - len(texts):,} words have no room; --size has more")
+        svg = f'<svg viewBox="0 0 {size} {size}">{"".join(texts)}</svg>'
+        show.picture(image, "a map of words", html=svg)
     else:
         image = mosaic_picture(map(data.Folder(folder).find, found), y, options.size)
-        show.picture(image, "a map of photos", photos=True)
+        show.picture(image, "a map of photos", "jpeg")
     return {"points": len(x), "perplexity": perplexity, "kl": kl, "skipped": skipped}
 
 
 STYLE = """
-:root { color-scheme: light dark }
+:root { color-scheme: light dark } h1 { line-height: 1.2 } h1, p { overflow-wrap: anywhere }
 body { font: 17px/1.5 Georgia, serif; max-width: 46rem; margin: 0 auto; padding: 1rem }
-h1 { font-size: 1.7rem; line-height: 1.2 } h2 { font-size: 1.25rem; margin: 2.2rem 0 .4rem }
-h1, p { overflow-wrap: anywhere } h3 { font-size: 1rem; margin: 1rem 0 .3rem }
-p { margin: .5rem 0 } .note { opacity: .75; font-size: .9rem }
-.wide { overflow-x: auto } table { border-collapse: collapse; font: 14px/1.4 sans-serif }
+h2 { margin: 2.2rem 0 .4rem } h3, p { margin: .5rem 0 } .note { font-size: .9rem }
+.note, s { opacity: .75 } table, figure { font: 14px/1.4 sans-serif; margin: 0 }
+.wide { overflow-x: auto } table { border-collapse: collapse } td { white-space: nowrap }
 th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #8886 }
-th { border-bottom: 2px solid #888; vertical-align: bottom }
 th:first-child, td:first-child { text-align: left; padding-left: 0 }
-td { white-space: nowrap; font-variant-numeric: tabular-nums }
 img, svg { display: block; max-width: 100%; height: auto; margin: .5rem auto }
-.png, svg { min-width: 40rem }
 svg { font-family: sans-serif; text-anchor: middle; dominant-baseline: central }
 .photos { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr)); gap: .8rem }
-figure { margin: 0; font: 14px/1.4 sans-serif } s { opacity: .75 }
-@media screen and (prefers-color-scheme: dark) {
-  .png, svg { filter: invert(.93) hue-rotate(180deg) } }
-@media print { @page { margin: 16mm } body { font-size: 10.5pt; max-width: none; padding: 0 }
-  h2, h3, .note { break-after: avoid } img, svg { max-height: 17cm; min-width: 0 }
-  .wide > img { width: auto } img, svg, table, figure { break-inside: avoid }
-  .wide { overflow: visible } table { font-size: 8.5pt } td { white-space: normal } }
+.png, svg { min-width: 40rem } td { font-variant-numeric: tabular-nums }
+@media (prefers-color-scheme: dark) { .png, svg { filter: invert(.93) hue-rotate(180deg) } }
+@media print { body { font-size: 10.5pt; max-width: none } h2, h3, .note { break-after: avoid }
+  img, svg { max-height: 17cm; min-width: 0 } img, svg, table, figure { break-inside: avoid }
+  .wide { overflow: visible } td { white-space: normal } }
 """
 
 
 def show_examples(options, show):
     """Held-out photos with the model's words, ✓ where their captions have them, ✗ where not."""
-    trained = Trained(options.model)
-    index = trained.index(options.captions, trained.words, trained.options["valid"],
-                          options.workers)
+    run = Trained(options.model)
+    index = run.index(options.captions, run.words, run.options["valid"], options.workers)
     numbers = {index.name(i): i for i in range(min(100, index.held_out))}
-    folder, result, figures = options.images or trained.options["images"], {}, []
-    s, found, _ = trained.read(lambda x, *_: kernels.to_host(trained.net.forward(x)), folder,
-                               list(numbers), options.workers)
+    folder, result, figures = options.images or run.options["images"], {}, []
+    s, found, _ = run.read(folder, list(numbers), options.workers,
+                           lambda x, *_: kernels.to_host(run.net.forward(x)))
     for name, best in zip(found[:12], top_words(s, 5)):
-        true = [trained.words[i] for i in index.words(numbers[name])]
-        best, carried = [trained.words[i] for i in best], ", ".join(true)
-        marks = [("✓", "b") if word in true else ("✗", "s") for word in best]
-        lines = [f"<{tag}>{mark} {escape(word)}</{tag}>" for word, (mark, tag) in zip(best, marks)]
+        true = [run.words[i] for i in index.words(numbers[name])]
+        best, carried = [run.words[i] for i in best], ", ".join(true)
+        lines = [f"<b>✓ {escape(w)}</b>" if w in true else f"<s>✗ {escape(w)}</s>" for w in best]
         figures.append((data.Folder(folder).find(name), f"a photo of: {carried}",
                         f"{'<br>'.join(lines)}<p>Its words: {escape(carried)}</p>"))
         result[name] = {"best": best, "words": true}
@@ -1149,40 +1036,19 @@ def show_examples(options, show):
 
 def show_run(options, show):
     """What the run was trained on, how, how long, and its learning curves."""
-    trained = Trained(options.model)
-    log, hidden = trained.log, ("images", "captions", "out", "drawn", "resume", "device")
-    photos = trained.options["batch"] * np.diff([row["step"] for row in log], prepend=0)
+    run = Trained(options.model)
+    log, hidden = run.log, ("images", "captions", "out", "drawn", "resume", "device")
+    photos = run.options["batch"] * np.diff([row["step"] for row in log], prepend=0)
     seconds = sum(photos / [row["images_per_second"] for row in log])
-    show.line(f"{trained.training:,} training photos, {len(trained.words):,} words; epochs: "
+    show.line(f"{run.training:,} training photos, {len(run.words):,} words; epochs: "
               f"{len(log)}, {photos.sum():,} photos in {console.duration(seconds)} of training")
     show.line(", ".join(f"--{key.replace('_', '-')} {value}" for key, value in
-                        trained.options.items() if value is not None and key not in hidden))
+                        run.options.items() if value is not None and key not in hidden))
     show.picture(curves_picture(log), "learning curves: loss, precision and AUC after each epoch")
     return {"epochs": len(log), "photos": int(photos.sum()), "seconds": seconds}
 
 
-def list_parts(options):
-    """(title, command, changed options) of each part of a report."""
-    some = {"words": options.words or Trained(options.model).words[:8], "top": 6}
-    yield "The model at work", show_examples, {}
-    yield "The run", show_run, {}
-    yield "Word prediction", predict_words, {"model": [options.model], "all": False}
-    if options.series:
-        yield "More photos", predict_words, {"model": options.series, "all": False}
-    yield "Photos for words", search_photos, some
-    yield "A map of photos", draw_map, {"words": False}
-    yield "A map of words", draw_map, {"words": True}
-    yield "Nearest words", find_neighbors, some
-    if options.pairs_similar:
-        yield "Similar words", compare_similarity, {"pairs": options.pairs_similar}
-    for csls in (False, True) if options.translate else ():
-        title = "Translation" + ", corrected for hubs" * csls
-        yield title, translate_words, {"pairs": options.translate, "csls": csls}
-    for path in options.transfer or ():
-        yield f"Transfer to {os.path.normpath(path)}", transfer_features, {"images": path}
-
-
-@command("report", RUN | CAPTIONS | IMAGES | WORKERS | SPLITTING | MAPPING | FONT
+@command("report", CAPTIONS | IMAGES | SPLITTING | MAPPING | FONT
          | name_output("--out", ".html") | {
     "words": dict(nargs="*", metavar="WORD", help="words to search photos for"),
     "--series": dict(nargs="+", metavar="RUN", help="runs for `words` side by side"),
@@ -1191,8 +1057,25 @@ def list_parts(options):
     "--transfer": dict(nargs="+", metavar="DIR", help="as `transfer --images`")})
 def write_report(options, show):
     """All experiments that the options allow, in one HTML file with its pictures inside."""
+    some = {"words": options.words or Trained(options.model).words[:8], "top": 6}
+    parts = [                                   # title, command, changed options
+        ("The model at work", show_examples, {}),
+        ("The run", show_run, {}),
+        ("Word prediction", predict_words, {"model": [options.model], "all": False}),
+        ("More photos", predict_words, {"model": options.series, "all": False}),
+        ("Photos for words", search_photos, some),
+        ("A map of photos", draw_map, {"words": False}),
+        ("A map of words", draw_map, {"words": True}),
+        ("Nearest words", find_neighbors, some),
+        ("Similar words", compare_similarity, {"pairs": options.pairs_similar}),
+        *(("Translation" + ", corrected for hubs" * csls, translate_words,
+           {"pairs": options.translate, "csls": csls}) for csls in (False, True)),
+        *((f"Transfer to {os.path.normpath(path)}", transfer_features, {"images": path})
+          for path in options.transfer or ())]
     page, failed, result = Output(), {}, {}
-    for title, function, changes in list_parts(options):
+    for title, function, changes in parts:
+        if None in changes.values():            # an option that is not given
+            continue
         print(f"\n{title}", flush=True)
         note = console.summary(function.__doc__)
         page.html.append(f'<h2>{escape(title)}</h2><p class="note">{escape(note)}</p>')

@@ -2147,8 +2147,7 @@ def test_map_affinities_have_the_perplexity_and_the_divergence_its_formula(rng):
     near = 1 / (1 + ((y[:, None] - y) ** 2).sum(axis=2))
     np.fill_diagonal(near, 0)
     kl = (p[off] * np.log(p[off] / (near / near.sum())[off])).sum()
-    cross = evaluation.tsne_gradient(p, y, 1, True)[1]
-    assert cross + (p[off] * np.log(p[off])).sum() == pytest.approx(kl)
+    assert evaluation.tsne_gradient(p, y, 1, True)[1] == pytest.approx(kl)
 
 
 def test_map_parts_clusters_with_twins_in_blocks_of_any_size(rng, monkeypatch):
