@@ -36,11 +36,36 @@ import weak
 from kernels import bench, console, cpu, emulate, gpu, philox
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+IMPORTING = f"import sys; sys.path.insert(0, {HERE!r})\n"
 
 
 @pytest.fixture
 def rng():
     return np.random.default_rng(7)
+
+
+def run(*arguments, folder=None, script="weak.py", code=None, ranks=None, expect=0, crash=False):
+    """A command as a user types it, or code that imports this project; what it has said.
+
+    ranks: how many, under mpiexec. No traceback, whatever happens, but where a crash is expected.
+    """
+    what = ["-c", IMPORTING + code] if code else [os.path.join(HERE, script)]
+    done = subprocess.run(
+        [*mpiexec(ranks), sys.executable, *what, *map(str, arguments)], cwd=folder,
+        capture_output=True, text=True, timeout=240)
+    assert done.returncode == expect, done.stdout + done.stderr
+    assert ("Traceback" in done.stderr) == crash, done.stderr
+    return done
+
+
+def mpiexec(ranks):
+    """What starts a command as so many ranks, where there is MPI; [] if ranks is None."""
+    if ranks is None:
+        return []
+    pytest.importorskip("mpi4py")
+    beside = os.path.dirname(sys.executable)
+    found = shutil.which("mpiexec", path=beside) or shutil.which("mpiexec")
+    return [found, "-n", str(ranks)] if found else pytest.skip("no mpiexec")
 
 
 # ------------------------------------------------------------------------------- gradients
@@ -379,25 +404,21 @@ def test_prepare_crops_mirrors_and_normalises(rng):
 
 def test_imports_set_nothing():
     """Neither the number of BLAS threads nor a handler of signals: whoever computes first does."""
-    code = ("import signal, sys; sys.path.insert(0, sys.argv[1]); before = signal.getsignal(2)\n"
-            "import data, model, weak, eval\nfrom kernels import cpu\n"
-            "assert cpu._pool._executor is None and cpu._pool._count is None\n"
-            "assert signal.getsignal(2) is before and 'cupy' not in sys.modules")
-    assert subprocess.run([sys.executable, "-c", code, HERE]).returncode == 0
+    run(code="import signal; before = signal.getsignal(2)\n"
+             "import data, model, weak, eval\nfrom kernels import cpu\n"
+             "assert cpu._pool._executor is None and cpu._pool._count is None\n"
+             "assert signal.getsignal(2) is before and 'cupy' not in sys.modules")
 
 
 # ------------------------------------------------------------------------ losses and SGD
 
-def test_softmax_loss_is_worked_out_by_hand():
+def test_softmax_loss_is_equation_2():
     s = np.array([[1.0, 2.0, 0.5], [0.0, -1.0, 3.0], [5.0, 5.0, 5.0]])
     targets, weights = np.array([[0, 2], [2, -1], [1, -1]], np.int32), np.array([0.5, 0.25, 0])
-    z0, z1 = sum(map(math.exp, s[0])), sum(map(math.exp, s[1]))
     losses, ds = kernels.softmax_loss(s.copy(), targets, weights)
-    np.testing.assert_allclose(losses, [
-        -0.5 * (math.log(math.exp(1) / z0) + math.log(math.exp(0.5) / z0)),
-        -0.25 * math.log(math.exp(3) / z1), 0], rtol=1e-12)
-    np.testing.assert_allclose(ds[0], [
-        0.5 * (2 * math.exp(1) / z0 - 1), math.exp(2) / z0, 0.5 * (2 * math.exp(0.5) / z0 - 1)])
+    logs = log_softmax(s, axis=1)
+    np.testing.assert_allclose(
+        losses, [-0.5 * (logs[0, 0] + logs[0, 2]), -0.25 * logs[1, 2], 0], rtol=1e-12)
     assert not ds[2].any()                      # a row that does not count
 
 
@@ -543,11 +564,12 @@ CAPTIONS = {
         {"filename": name, "sentences": [{"raw": text}]} for name, text in ROWS]})}
 
 
-def read(path, kind=None):
-    """All (name, caption) pairs of a captions file, and the number of bad lines."""
-    parts = [data.parse(block, kind or data.recognise(path))
-             for block in data.blocks(path, kind or data.recognise(path))]
-    return [pair for pairs, _ in parts for pair in pairs], sum(bad for _, bad in parts)
+def read(path):
+    """A captions file's format, its photos' names and words, and how many of its lines are bad."""
+    kind = data.recognise(path)
+    parts = [data.parse(block, kind) for block in data.blocks(path, kind)]
+    return (kind, [(name, data.words_of(text)) for pairs, _ in parts for name, text in pairs],
+            sum(bad for _, bad in parts))
 
 
 @pytest.mark.parametrize("kind", CAPTIONS)
@@ -555,27 +577,17 @@ def read(path, kind=None):
                          ids=["plain", "gzip", "bzip2", "BOM"])
 def test_captions_formats_are_recognised_and_read(kind, pack, tmp_path):
     (tmp_path / "c").write_bytes(pack(CAPTIONS[kind].encode()))
-    assert data.recognise(tmp_path / "c") == kind.split()[0]
-    pairs, bad = read(tmp_path / "c")
-    assert not bad and [(name, data.words_of(text)) for name, text in pairs] == [
-        (name, data.words_of(text)) for name, text in ROWS]
+    assert read(tmp_path / "c") == (
+        kind.split()[0], [(name, data.words_of(text)) for name, text in ROWS], 0)
 
 
-def yfcc_line(photo, title, description, tags, columns, video=False):
-    head = {23: [photo], 24: ["7", photo], 25: ["7", photo, "0f" * 16]}[columns]
+def as_yfcc(*head):
+    """A photo of the YFCC100M table, a video, and a line that is none; head: the first columns."""
     url = "http://www.flickr.com/photos/1@N00/1/"
-    return "\t".join([*head, "1@N00", "nick", "2009-01-01", "123", "Canon", title, description,
-                      tags, *[""] * 4, url, url, "CC", url, *"1234", "jpg", str(int(video))])
-
-
-@pytest.mark.parametrize("columns", [23, 24, 25])
-def test_yfcc_table_is_read_with_and_without_line_numbers(columns, tmp_path):
-    (tmp_path / "y").write_text("\n".join([
-        yfcc_line("6185218911", "My+Caf%C3%A9", "at+the%0Asea", "red+car,sun", columns),
-        yfcc_line("5", "a+video", "", "", columns, video=True), "junk"]) + "\n")
-    ((name, caption),), bad = read(tmp_path / "y")
-    assert name == ("0f" * 16 + "/") * (columns == 25) + "6185218911.jpg" and bad == 1
-    assert data.words_of(caption) == "my cafe at the sea red car sun".split()
+    lines = ["\t".join([*head, "1@N00", "nick", "2009-01-01", "123", "Canon", "My+Caf%C3%A9",
+                        "at+the%0Asea", "red+car,sun", *[""] * 4, url, url, "CC", url, *"1234",
+                        "jpg", video]) for video in "01"]
+    return "\n".join([*lines, "junk\n"]).encode()
 
 
 ODD = {                         # a file, and what is read of it
@@ -598,18 +610,19 @@ ODD = {                         # a file, and what is read of it
                                       [("PK.jpg", "one"), ("PAR1.jpg", "two")], 0),
     "coco": ("coco", b'{"images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2}, 7], "annotations": '
              b'[null, [], {"image_id": [1]}, {"image_id": 1}]}', [("a.jpg", "")], 3),
+    "yfcc": ("yfcc", as_yfcc("61"), [("61.jpg", "my cafe at the sea red car sun")], 1),
+    "yfcc with line numbers": (
+        "yfcc", as_yfcc("7", "61"), [("61.jpg", "my cafe at the sea red car sun")], 1),
+    "yfcc with hashes": ("yfcc", as_yfcc("7", "61", "0f" * 16), [
+        ("0f" * 16 + "/61.jpg", "my cafe at the sea red car sun")], 1),
 }
 
 
 @pytest.mark.parametrize("name", ODD)
 def test_odd_captions_cost_their_own_lines_and_no_more(name, tmp_path):
-    kind, content, expected, expected_bad = ODD[name]
+    kind, content, expected, bad = ODD[name]
     (tmp_path / "c").write_bytes(content)
-    pairs, bad = read(tmp_path / "c", kind)
-    assert [(name, data.words_of(text)) for name, text in pairs] == [
-        (name, text.split()) for name, text in expected] and bad == expected_bad
-    if name.startswith("names"):
-        assert data.recognise(tmp_path / "c") == kind
+    assert read(tmp_path / "c") == (kind, [(name, text.split()) for name, text in expected], bad)
 
 
 # ------------------------------------------------------------------------- index and draws
@@ -1004,16 +1017,6 @@ def test_mistake_in_a_thread_is_not_a_broken_photo(index, photos, monkeypatch):
 
 # --------------------------------------------------------------------- the commands, as used
 
-
-def run(*arguments, folder, script="weak.py", expect=0):
-    """A command as a user types it; its output. No traceback, whatever happens."""
-    done = subprocess.run([sys.executable, os.path.join(HERE, script), *map(str, arguments)],
-                          cwd=folder, capture_output=True, text=True, timeout=240)
-    assert done.returncode == expect, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr, done.stderr
-    return done
-
-
 TINY = ("--words", 30, "--stop-words", 5, "--valid", 0.2, "--batch", 16, "--epoch-size", 96,
         "--threads", 2, "--workers", 1)
 
@@ -1102,15 +1105,19 @@ def test_rate_rule_goes_on_after_a_resume(mine, tmp_path, train, monkeypatch):
     assert facts_of(tmp_path / "whole")["plateau"] == facts_of(tmp_path / "parts")["plateau"]
 
 
+def begin(*arguments, folder, until):
+    """The training script as a process that goes on, once it has printed `until`."""
+    process = subprocess.Popen(
+        [sys.executable, os.path.join(HERE, "weak.py"), *map(str, arguments)], cwd=folder,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    next(line for line in process.stdout if until in line)
+    return process
+
+
 def test_interrupted_run_saves_and_resumes_to_the_bit(mine, tmp_path, train):
     mine[mine.index("--epoch-size") + 1] = 960
     train(*mine, "--epochs", 1, "--out", "whole")
-    process = subprocess.Popen(
-        [sys.executable, os.path.join(HERE, "weak.py"), *map(str, mine), "--epochs", "1", "--out",
-         "parts"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if "parameters" in line:
-            break
+    process = begin(*mine, "--epochs", 1, "--out", "parts", folder=tmp_path, until="parameters")
     time.sleep(0.8)
     process.send_signal(signal.SIGINT)
     rest = process.stdout.read()
@@ -1153,29 +1160,13 @@ def test_training_crops_are_central_if_asked(mine, tmp_path, train, monkeypatch)
 
 # ---------------------------------------------------------------------------- several ranks
 
-def run_ranks(count, *arguments, folder, code=None, expect=0, traceback=False):
-    """The training script, or code, under mpiexec; its output."""
-    pytest.importorskip("mpi4py")
-    mpiexec = os.path.join(os.path.dirname(sys.executable), "mpiexec")
-    mpiexec = mpiexec if os.path.exists(mpiexec) else shutil.which("mpiexec")
-    if not mpiexec:
-        pytest.skip("no mpiexec")
-    script = ["-c", code, HERE] if code else [os.path.join(HERE, "weak.py")]
-    done = subprocess.run(
-        [mpiexec, "-n", str(count), sys.executable, *script, *map(str, arguments)], cwd=folder,
-        capture_output=True, text=True, timeout=240)
-    assert done.returncode == expect, done.stdout + done.stderr
-    assert ("Traceback" in done.stderr) == traceback, done.stderr
-    return done
-
-
 @pytest.mark.parametrize("options", [
     ["--dropout", 0.3], ["--targets", "sampled", "--negatives", 5, "--sampling", "image",
                          "--loss", "one-vs-all"], ["--targets", "batch"]])
 def test_two_ranks_are_one(options, mine, tmp_path, train):
     mine += ["--batch", 9, "--epoch-size", 9, "--epochs", 1, "--threads", 1, *options]
     train(*mine, "--out", "one")
-    done = run_ranks(2, *mine, "--out", "two", folder=tmp_path)
+    done = run(*mine, "--out", "two", folder=tmp_path, ranks=2)
     assert "ranks: 2" in done.stdout and "for other ranks" in done.stdout
     assert done.stdout.count("device:") == 1    # one of them speaks
     one, two = arrays(tmp_path / "one" / "model.npz"), arrays(tmp_path / "two" / "model.npz")
@@ -1188,22 +1179,15 @@ def test_two_ranks_are_one(options, mine, tmp_path, train):
 
 
 def test_run_of_two_ranks_goes_on_with_one(mine, tmp_path, train):
-    mine += ["--min-lr", 1e-9]
-    run_ranks(2, *mine, "--epochs", 1, "--out", "two", folder=tmp_path)
-    before = model.load(str(tmp_path / "two" / "model.npz"))
-    options, checkpoint = weak.parse(["--resume", "--out", str(tmp_path / "two"), "--epochs", "2"])
-    going = weak.Run(options, weak.read_captions(options), checkpoint)
-    going.loader.close()
-    assert all(np.array_equal(w, before[0][path]) for path, w in going.net.state().items())
-    assert going.step == 6 and going.log == before[2]["log"]
+    run(*mine, "--min-lr", 1e-9, "--epochs", 1, "--out", "two", folder=tmp_path, ranks=2)
+    before = facts_of(tmp_path / "two")
     assert "going on at step 6" in train("--resume", "--out", "two", "--epochs", 2)
-    assert facts_of(tmp_path / "two")["step"] == 12
+    after = facts_of(tmp_path / "two")
+    assert after["step"] == 12 and after["log"][:1] == before["log"]
 
 
 FAILING = """
-import os, sys
-sys.path.insert(0, sys.argv.pop(1))
-import model, weak
+import os, model, weak
 from kernels import console
 step = weak.Run.train_step
 def failing(self, batch):
@@ -1222,8 +1206,8 @@ console.guarded(weak.main)
     ("1 / 0", 1, "ZeroDivisionError"), ("os.kill(os.getpid(), 9)", 9, "")])
 def test_rank_that_dies_ends_the_job_and_leaves_the_checkpoint_whole(
         what, status, line, mine, tmp_path):
-    done = run_ranks(2, *mine, "--epochs", 3, "--out", "r", folder=tmp_path, expect=status,
-                     code=FAILING.format(what=what), traceback="1 / 0" in what)
+    done = run(*mine, "--epochs", 3, "--out", "r", folder=tmp_path, ranks=2, expect=status,
+               code=FAILING.format(what=what), crash="1 / 0" in what)
     assert len(re.findall(line, done.stderr)) == (1 if line else len(done.stderr) + 1)
     assert "rank 1 writes" not in done.stderr and facts_of(tmp_path / "r")["step"] == 6
 
@@ -1232,21 +1216,19 @@ def test_rank_that_dies_ends_the_job_and_leaves_the_checkpoint_whole(
     (["--batch", 1], "--batch 1 is less than the 2 ranks"), (["--batch", "many"], "'many' is not"),
     (["--lr", -1], "above 0")])
 def test_bad_options_are_told_once_whatever_the_ranks(options, line, mine, tmp_path):
-    done = run_ranks(2, *mine, *options, folder=tmp_path, expect=2)
+    done = run(*mine, *options, folder=tmp_path, ranks=2, expect=2)
     assert done.stderr.count("weak.py: ") == done.stderr.count(line) == 1
 
 
 @pytest.mark.parametrize("variable, missing, remedy", [
     ("OMPI_COMM_WORLD_SIZE", "None", "not of the MPI that mpi4py uses"),
     ("PMI_SIZE", "'mpi4py'", "pip install mpi4py")])
-def test_mpi_that_does_not_fit_is_said_with_the_remedy(variable, missing, remedy, tmp_path):
+def test_mpi_that_does_not_fit_is_said_with_the_remedy(variable, missing, remedy, monkeypatch):
     pytest.importorskip("mpi4py")
-    code = (f"import sys; sys.modules[{missing}] = None; sys.path.insert(0, sys.argv.pop(1));"
-            "import weak; from kernels import console; console.guarded(weak.main)")
-    done = subprocess.run([sys.executable, "-c", code, HERE], capture_output=True, text=True,
-                          env={**os.environ, variable: "2"}, cwd=tmp_path)
-    assert done.returncode == 1 and remedy in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr       # mpi4py itself may warn
+    monkeypatch.setenv(variable, "2")
+    done = run(code=f"sys.modules[{missing}] = None\nimport weak\nfrom kernels import console\n"
+                    "console.guarded(weak.main)", expect=1)
+    assert remedy in done.stderr.splitlines()[-1]                   # mpi4py itself may warn
 
 
 # ------------------------------------------------------------------------ what goes wrong
@@ -1298,15 +1280,13 @@ def test_full_disk_costs_a_run_only_the_checkpoint(mine, tmp_path, monkeypatch, 
 
 
 SAVER = """
-import sys
-sys.path.insert(0, sys.argv[1])
 import model
 net = model.small(500, 0).init(0)
 optimiser = model.SGD(net, 0.9, 0)
 for step in range(10**6):
     for _, layer, name in net.parameters():
         getattr(layer, name)[...] = step
-    model.save(sys.argv[2], net, optimiser, {"step": step}, ["a"])
+    model.save(sys.argv[1], net, optimiser, {"step": step}, ["a"])
     print(step, flush=True)
 """
 
@@ -1314,7 +1294,7 @@ for step in range(10**6):
 def test_checkpoint_is_whole_after_kill_in_mid_save(tmp_path, rng):
     path = str(tmp_path / "model.npz")
     for _ in range(4):
-        process = subprocess.Popen([sys.executable, "-c", SAVER, HERE, path],
+        process = subprocess.Popen([sys.executable, "-c", IMPORTING + SAVER, path],
                                    stdout=subprocess.PIPE, text=True)
         process.stdout.readline()
         time.sleep(rng.uniform(0.01, 0.2))
@@ -1397,11 +1377,7 @@ def test_progress_fits_the_terminal(monkeypatch):
 
 @pytest.mark.parametrize("how", ["hangup", "reader is gone"])
 def test_lost_terminal_saves_and_ends(how, mine, tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, os.path.join(HERE, "weak.py"), *map(str, mine), "--out", "r"],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while "epoch 1" not in process.stdout.readline():
-        pass
+    process = begin(*mine, "--out", "r", folder=tmp_path, until="epoch 1")
     if how == "hangup":
         process.send_signal(signal.SIGHUP)
     else:
@@ -1520,10 +1496,8 @@ def test_folder_of_a_running_run_is_refused(tmp_path):
 
 
 def test_cupy_is_optional():
-    code = ("import sys; sys.modules['cupy'] = None; sys.path.insert(0, sys.argv[1]);"
-            "import kernels; print(kernels.use('auto'))")
-    done = subprocess.run([sys.executable, "-c", code, HERE], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.startswith("device: CPU")
+    done = run(code="sys.modules['cupy'] = None; import kernels; print(kernels.use('auto'))")
+    assert done.stdout.startswith("device: CPU")
 
 
 # ------------------------------------------------------------------------- the CUDA kernels
