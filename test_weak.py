@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack
 from functools import partial
 
 import numpy as np
@@ -1075,19 +1075,32 @@ def test_run_leaves_all_its_files(mine, tmp_path):
         assert Image.open(tmp_path / "r" / picture).size[0] > 100
 
 
-def test_resumed_run_is_the_uninterrupted_one_to_the_bit(mine, tmp_path, train):
-    mine += ["--dropout", 0.2, "--min-lr", 1e-9]
-    train(*mine, "--epochs", 3, "--out", "whole")
+@pytest.mark.parametrize("options", [
+    ["--dropout", 0.2],
+    ["--loss", "one-vs-all"],
+    ["--targets", "batch"],
+    ["--targets", "batch", "--loss", "one-vs-all", "--sampling", "image"],
+    ["--targets", "sampled", "--negatives", 9],
+    ["--targets", "sampled", "--loss", "one-vs-all"]])
+def test_resumed_run_is_the_uninterrupted_one_to_the_bit(options, mine, tmp_path, train):
+    whole, parts, mine = tmp_path / "whole", tmp_path / "parts", [*mine, "--min-lr", 1e-9, *options]
+    train(*mine, "--epochs", 2, "--out", "whole")
     train(*mine, "--epochs", 1, "--out", "parts")
-    assert not same_models(tmp_path / "whole", tmp_path / "parts")
-    train("--resume", "--out", "parts", "--epochs", 3, "--workers", 0)
-    assert same_models(tmp_path / "whole", tmp_path / "parts")
-    assert [row["loss"] for row in log_of(tmp_path / "whole")] == [
-        row["loss"] for row in log_of(tmp_path / "parts")]
-    with pytest.raises(ValueError, match=r"--lr \(0.02, now 0.5\)"):
-        train("--resume", "--out", "parts", "--lr", 0.5)
-    with pytest.raises(ValueError, match="--resume"):
-        train(*mine, "--out", "whole")
+    assert not same_models(whole, parts)
+    train("--resume", "--out", "parts", "--epochs", 2, "--workers", 0)
+    assert same_models(whole, parts)
+    assert [row["loss"] for row in log_of(whole)] == [row["loss"] for row in log_of(parts)]
+
+
+def test_resumed_run_keeps_its_options(mine, tmp_path, train):
+    train(*mine, "--epochs", 1, "--targets", "sampled", "--out", "r")
+    assert facts_of(tmp_path / "r")["options"]["negatives"] == weak.NEGATIVES
+    for options, refused in (
+            (["--resume", "--lr", 0.5], r"other options: --lr \(0.02, now 0.5\); leave"),
+            (["--resume", "--targets", "all"], r": --targets \(sampled, now all\); leave"),
+            (mine, "--resume")):
+        with pytest.raises(ValueError, match=refused):
+            train(*options, "--out", "r")
 
 
 def test_rate_rule_goes_on_after_a_resume(mine, tmp_path, train, monkeypatch):
@@ -1125,26 +1138,6 @@ def test_interrupted_run_saves_and_resumes_to_the_bit(mine, tmp_path, train):
     assert 0 < facts_of(tmp_path / "parts")["step"] < 60
     train("--resume", "--out", "parts")
     assert same_models(tmp_path / "whole", tmp_path / "parts")
-
-
-@pytest.mark.parametrize("options", [
-    ["--loss", "one-vs-all"],
-    ["--targets", "batch"],
-    ["--targets", "batch", "--loss", "one-vs-all", "--sampling", "image"],
-    ["--targets", "sampled", "--negatives", 9],
-    ["--targets", "sampled", "--loss", "one-vs-all"]])
-def test_losses_and_targets_train_resume_and_are_evaluated(options, mine, tmp_path, train):
-    mine += ["--min-lr", 1e-9, *options]
-    train(*mine, "--epochs", 2, "--out", "whole")
-    train(*mine, "--epochs", 1, "--out", "parts")
-    train("--resume", "--out", "parts", "--epochs", 2)
-    assert same_models(tmp_path / "whole", tmp_path / "parts")
-    if options == ["--targets", "sampled", "--loss", "one-vs-all"]:                     # by default
-        assert facts_of(tmp_path / "whole")["options"]["negatives"] == weak.NEGATIVES
-    other = "all" if "--targets" in options else "batch"
-    with pytest.raises(ValueError, match=r"--targets \(") as error:
-        train("--resume", "--out", "parts", "--targets", other)
-    assert "--negatives" not in str(error.value)
 
 
 def test_training_crops_are_central_if_asked(mine, tmp_path, train, monkeypatch):
@@ -1233,24 +1226,32 @@ def test_mpi_that_does_not_fit_is_said_with_the_remedy(variable, missing, remedy
 
 # ------------------------------------------------------------------------ what goes wrong
 
-def start_run(mine, tmp_path, *options):
-    """A Run of these options, its folder, and what closes it."""
-    out = tmp_path / "r"
-    options, _ = weak.parse([*map(str, mine), *map(str, options), "--out", str(out)])
-    lock = weak.lock_folder(str(out))
-    training = weak.Run(options, weak.read_captions(options), None)
-    return training, out, lambda: (training.loader.close(), lock.close())
+@pytest.fixture
+def start(mine, tmp_path):
+    """start(option, …): a Run on `mine`, in the folder r."""
+    with ExitStack() as closing:
+        def start(*more):
+            options, _ = weak.parse([*map(str, (*mine, *more)), "--out", str(tmp_path / "r")])
+            weak.lock_folder(options.out).close()
+            training = weak.Run(options, weak.read_captions(options), None)
+            return closing.enter_context(training.loader) and training
+        yield start
 
 
-def test_infinite_loss_leaves_the_last_checkpoint_untouched(mine, tmp_path, monkeypatch):
-    training, out, close = start_run(mine, tmp_path, "--epochs", 3)
-    honest = weak.Run.train_step
+def test_infinite_loss_leaves_the_last_checkpoint_untouched(start, tmp_path, monkeypatch):
+    training, honest = start("--epochs", 3), weak.Run.train_step
     monkeypatch.setattr(weak.Run, "train_step", lambda run, batch: honest(run, batch) * (
         math.inf if run.step == 8 else 1))
     with pytest.raises(RuntimeError, match="inf at step 8: .*model.npz is of step 6"):
         training.train(weak.Interrupt())
-    close()
-    assert facts_of(out)["step"] == 6
+    assert facts_of(tmp_path / "r")["step"] == 6
+
+
+def test_held_out_loss_beyond_reason_is_said_to_diverge(start):
+    training = start()
+    training.check_held_out(4)
+    with pytest.raises(RuntimeError, match="diverges"):
+        training.check_held_out(1.5e9)
 
 
 def test_diverged_weights_are_not_saved(mine, tmp_path):
@@ -1260,9 +1261,8 @@ def test_diverged_weights_are_not_saved(mine, tmp_path):
     assert not os.path.exists(tmp_path / "r" / "model.npz")
 
 
-def test_full_disk_costs_a_run_only_the_checkpoint(mine, tmp_path, monkeypatch, capsys):
-    training, out, close = start_run(mine, tmp_path, "--epochs", 2)
-    honest, tries = os.fsync, []
+def test_full_disk_costs_a_run_only_the_checkpoint(start, tmp_path, monkeypatch, capsys):
+    training, honest, tries = start("--epochs", 2), os.fsync, []
 
     def full(descriptor):
         if training.epoch == 1 or training.epoch == 2 and len(tries) < 4:
@@ -1274,9 +1274,8 @@ def test_full_disk_costs_a_run_only_the_checkpoint(mine, tmp_path, monkeypatch, 
     monkeypatch.setattr(weak, "RETRY_SECONDS", 0)
     assert training.train(weak.Interrupt()) and "free some space" in capsys.readouterr().err
     training.finish(True)                       # the last one is tried until there is room
-    close()
-    assert len(tries) >= 4 and facts_of(out)["step"] == 12
-    assert not [name for name in os.listdir(out) if name.endswith(".part")]
+    assert len(tries) >= 4 and facts_of(tmp_path / "r")["step"] == 12
+    assert not list((tmp_path / "r").glob("*.part"))
 
 
 SAVER = """
@@ -1318,35 +1317,31 @@ TAMPERED = {
 
 
 @pytest.mark.parametrize("name", TAMPERED)
-def test_tampered_checkpoint_ends_in_one_line(name, mine, tmp_path, train):
-    training, out, close = start_run([*mine, "--epochs", 1], tmp_path)
-    training.save()
-    close()
-    with np.load(out / "model.npz") as file:
+def test_tampered_checkpoint_ends_in_one_line(name, start, tmp_path, train):
+    start("--epochs", 1).save()
+    path = tmp_path / "r" / "model.npz"
+    with np.load(path) as file:
         arrays = dict(file)
-    (out / "model.npz").unlink()
+    path.unlink()
     if TAMPERED[name]:
         facts = json.loads(arrays["facts"].tobytes())
         TAMPERED[name](arrays, facts)
         arrays["facts"] = np.frombuffer(json.dumps(facts).encode(), np.uint8)
-        np.savez(out / "model.npz", **arrays)
+        np.savez(path, **arrays)
     else:
-        os.mkfifo(out / "model.npz")
+        os.mkfifo(path)
     with pytest.raises(ValueError, match="^[^\n]*(not a model|not one of this network)[^\n]*$"):
         train("--resume", "--out", "r")
 
 
-def test_fine_tuning_keeps_the_rows_of_words_that_both_know(mine, tmp_path):
-    training, out, close = start_run([*mine, "--epochs", 1], tmp_path)
-    training.save()
-    close()
-    before, mine[mine.index("--words") + 1] = training, 20
-    shutil.move(out, tmp_path / "first")
-    training, _, close = start_run([*mine, "--seed", 5, "--from", tmp_path / "first"], tmp_path)
-    close()
-    known = [before.index.dictionary.index(word) for word in training.index.dictionary]
-    assert np.array_equal(training.net.output.w, before.net.output.w[known])
-    assert np.array_equal(training.net.first.w, before.net.first.w)
+def test_fine_tuning_keeps_the_rows_of_words_that_both_know(start, tmp_path):
+    before = start()
+    before.save()
+    shutil.move(tmp_path / "r", tmp_path / "first")
+    after = start("--words", 20, "--seed", 5, "--from", tmp_path / "first")
+    known = [before.index.dictionary.index(word) for word in after.index.dictionary]
+    assert len(known) == 20 and np.array_equal(after.net.output.w, before.net.output.w[known])
+    assert np.array_equal(after.net.first.w, before.net.first.w)
 
 
 class Full(io.StringIO):
@@ -1386,29 +1381,18 @@ def test_lost_terminal_saves_and_ends(how, mine, tmp_path):
     assert facts_of(tmp_path / "r")["step"] > 0
 
 
-@pytest.mark.parametrize("loss, diverges", [(1.5e9, True), (4, False)])
-def test_held_out_loss_beyond_reason_is_said_to_diverge(loss, diverges, mine, tmp_path):
-    training, _, close = start_run(mine, tmp_path)
-    close()
-    with pytest.raises(RuntimeError, match="diverges") if diverges else nullcontext():
-        training.check_held_out(loss)
-
-
-def test_epoch_without_photos_ends_the_run(mine, tmp_path):
-    training, _, close = start_run([*mine, "--epochs", 5], tmp_path)
+def test_epoch_without_photos_ends_the_run(start, tmp_path):
+    training = start("--epochs", 5)
     shutil.rmtree(tmp_path / "photos")
     with pytest.raises(RuntimeError, match="no photo of epoch 1 could be read"):
         training.train(weak.Interrupt())
-    close()
 
 
-def test_checkpoint_before_any_step_is_resumed(mine, tmp_path, train):
-    training, out, close = start_run([*mine, "--epochs", 1], tmp_path)
-    training.save()
-    close()
-    assert facts_of(out)["step"] == 0 and "going on at step 0" in train("--resume", "--out", "r")
+def test_checkpoint_before_any_step_is_resumed(start, mine, tmp_path, train):
+    start("--epochs", 1).save()
+    assert "going on at step 0" in train("--resume", "--out", "r")
     train(*mine, "--epochs", 1, "--out", "whole")
-    assert same_models(out, tmp_path / "whole")
+    assert same_models(tmp_path / "r", tmp_path / "whole")
 
 
 def test_drawn_set_is_drawn_trained_and_evaluated(train, tmp_path, monkeypatch):
@@ -1835,26 +1819,20 @@ def test_kernels_compile_for(architecture, compiling):
 
 
 @needs_compiler
-def test_run_on_the_kernels_goes_on_on_the_cpu(mine, tmp_path, monkeypatch, capsys):
+def test_run_on_the_kernels_goes_on_on_the_cpu(mine, train, monkeypatch):
     monkeypatch.setattr(EMULATOR, "orders", [0])            # other tests look for races
     monkeypatch.setattr(kernels, "_find", lambda device, _: None if device == "cpu" else EMULATOR)
     monkeypatch.setattr(weak, "VALIDATED", 4)
-    monkeypatch.chdir(tmp_path)
-
-    def train(out, *more):
-        monkeypatch.setattr(sys, "argv", ["weak.py", *map(str, mine), "--epoch-size", "8",
-                                          "--batch", "4", "--workers", "0", "--out", out, *more])
-        assert weak.main() == 0
-        return capsys.readouterr().out
-
+    mine += ["--epoch-size", 8, "--batch", 4, "--workers", 0, "--epochs", 1, "--out"]
     try:
-        said = train("r", "--epochs", "1", "--precision", "tf32")
+        said = train(*mine, "r", "--precision", "tf32")
         assert "device: emulated, tf32" in said and "MB an image" in said and "epoch 1" in said
-        assert "going on at step 2" in train("r", "--epochs", "2", "--resume", "--device", "cpu")
+        said = train("--out", "r", "--resume", "--epochs", 2, "--device", "cpu")
+        assert "going on at step 2" in said
         for free, remedy in ((6 << 20, "--batch [1-3] or less"), (1 << 20, "--device cpu")):
             monkeypatch.setattr(EMULATOR, "memory", lambda free=free: free)
             with pytest.raises(ValueError, match=f"--batch 4 does not fit .* use {remedy}"):
-                train(f"other{free}")
+                train(*mine, f"other{free}")
     finally:
         kernels.use("cpu")
 
