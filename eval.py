@@ -296,11 +296,11 @@ def tsne_gradient(p, y, exaggeration=1, divergence=False):
         if divergence:
             cross = cross + (p[block] * np.log(near)).sum(dtype=np.float64)
             log_p = np.log(np.maximum(p[block], 1e-30))
-            own = own + float((p[block] * log_p).sum(dtype=np.float64))
+            own = own + (p[block] * log_p).sum(dtype=np.float64)
         pull[block] = np.einsum("bn,abn->ba", p[block] * near, apart)
         push[block] = np.einsum("bn,abn->ba", np.square(near, out=near), apart)
     gradient = 4 * (exaggeration * pull - push / z).astype(y.dtype)
-    return gradient, float(np.log(z) - cross) + own if divergence else None
+    return gradient, float(kernels.to_host(np.log(z) - cross + own)) if divergence else None
 
 
 def tsne(x, perplexity, steps):
