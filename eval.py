@@ -437,8 +437,11 @@ def plot_picture(rows, across, key, title, chance=None, axis=np.asarray, colour=
         for dash in range(left, right, 8):
             draw.line([(dash, height(chance)), (dash + 4, height(chance))], INK)
         draw.text((right, height(chance) - 2), "chance", INK, font, anchor="rd")
-    draw.text((left, bottom + 8), f"{xs[0]:,}", INK, font)
-    draw.text((right, bottom + 8), f"{across.replace('_', ' ')} {xs[-1]:,}", INK, font, anchor="ra")
+    for x in xs if len(xs) < 7 else round_ticks(xs[0], xs[-1]):
+        if xs[0] <= x <= xs[-1] and x % 1 == 0:
+            place = np.interp(axis(x), axis(xs[[0, -1]]), [left, right])
+            draw.text((place, bottom + 6), f"{x:,.0f}", INK, font, anchor="ma")
+    draw.text((right, bottom + 24), across.replace("_", " "), INK, font, anchor="ra")
     spots = list(zip(np.interp(axis(xs), axis(xs[[0, -1]]), [left, right]), height(ys)))
     draw.line(spots, colour, 2)
     for x, y in spots:

@@ -394,10 +394,11 @@ class Run:
                     [batch.labels.weights.any(), interrupt.asked,
                      time.monotonic() - saved > SAVE_SECONDS])
                 self.step, self.done = self.step + 1, self.done + 1
+                self.empty = 0 if good else self.empty + 1
                 if good:
                     self.train_step(batch)
-                else:
-                    self.skip_step()
+                elif self.empty == EMPTY_STEPS:
+                    self.give_up(f"the last {EMPTY_STEPS} steps")
                 progress.tick(options.batch, lambda: self.describe(progress))
                 if stop:
                     return False
@@ -435,19 +436,13 @@ class Run:
         self.ranks.wait()
         self.optimiser.step(self.plateau.rate)
         self.losses += losses                   # on a GPU, nobody waits for them
-        self.good, self.empty = self.good + 1, 0
+        self.good += 1
 
     def begin_allreduce(self, layer):
         """Begin to sum the layer's gradients over the ranks."""
         for _, one in model.walk("", layer):
             for name in one.names:
                 self.ranks.begin_allreduce(getattr(one, "d" + name))
-
-    def skip_step(self):
-        """A step of which no photo can be read changes nothing; RuntimeError after many."""
-        self.empty += 1
-        if self.empty >= EMPTY_STEPS:
-            self.give_up(f"the last {EMPTY_STEPS} steps")
 
     def give_up(self, when):
         """RuntimeError: there are no photos."""
@@ -487,11 +482,10 @@ class Run:
         return text
 
     def say_waiting(self, progress):
-        """The parts of an epoch's time that were spent waiting."""
-        text = f"waited for photos {self.loader.waited / progress.seconds():.0%}"
-        if self.ranks.size > 1 and kernels.memory() is None:        # on a GPU, its queue waits
-            text += f", for other ranks {self.ranks.waited / progress.seconds():.0%}"
-        return text
+        """The parts of an epoch's time that were spent waiting; on a GPU, its queue waits."""
+        ranks = self.ranks.size > 1 and kernels.memory() is None
+        return f"waited for photos {self.loader.waited / progress.seconds():.0%}" + (
+            f", for other ranks {self.ranks.waited / progress.seconds():.0%}" * ranks)
 
     def end_epoch(self, progress):
         """Validate, apply the learning-rate rule, save, and log the epoch."""

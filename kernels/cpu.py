@@ -104,17 +104,11 @@ def _embed(x, top, left, shape, dilate=1):
 
     What would lie outside the canvas is left out; top and left may be negative.
     """
-    def along(offset, size, count):
-        first = max(0, -(offset // dilate))
-        start = offset + first * dilate
-        take = max(0, min(count - first, -(-(size - start) // dilate)))
-        return slice(start, start + take * dilate, dilate), slice(first, first + take)
-
-    canvas = np.zeros((len(x), *shape, x.shape[3]), x.dtype)
-    (to_i, from_i), (to_j, from_j) = (along(top, shape[0], x.shape[1]),
-                                      along(left, shape[1], x.shape[2]))
-    canvas[:, to_i, to_j] = x[:, from_i, from_j]
-    return canvas
+    cut_i, cut_j = max(0, -top), max(0, -left)
+    canvas = np.zeros((len(x), shape[0] + cut_i, shape[1] + cut_j, x.shape[3]), x.dtype)
+    inner = canvas[:, top + cut_i::dilate, left + cut_j::dilate][:, :x.shape[1], :x.shape[2]]
+    inner[:] = x[:, :inner.shape[1], :inner.shape[2]]
+    return canvas[:, cut_i:, cut_j:]
 
 
 def _patches(x, kh, kw, stride, oh, ow):
