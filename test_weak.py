@@ -266,8 +266,10 @@ def test_convolution_agrees_with_scipy_and_its_adjoints(seed):
     rng = np.random.default_rng(seed)
     kh, kw = rng.integers(1, 8, 2).tolist()
     stride, pad = int(rng.integers(1, 5)), int(rng.integers(0, 6))
-    h, w = (int(rng.integers(max(1, k - 2 * pad), 16)) for k in (kh, kw))
     n, c, f = rng.integers(1, (6, 6, 8)).tolist()
+    if seed % 4 == 0:                           # by Winograd's algorithm
+        kh, kw, stride, pad, c, f = 3, 3, 1, 1, c + 15, f + 15
+    h, w = (int(rng.integers(max(1, k - 2 * pad), 16)) for k in (kh, kw))
     x, filters = rng.standard_normal((n, c, h, w)), rng.standard_normal((kh, kw, c, f))
     x, b = x.transpose(0, 2, 3, 1), rng.standard_normal(f)          # as a user may have it
     y = kernels.conv_forward(x, filters, b, stride, pad)

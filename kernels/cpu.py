@@ -19,6 +19,7 @@ from numpy.lib.stride_tricks import as_strided
 from .philox import DROPOUT, philox
 
 PATCH_BYTES = 9 << 20       # patches one thread multiplies at a time: they stay in a 32 MB L3 cache
+TILE_BYTES = 2 << 20        # … and tiles that Winograd's algorithm multiplies
 POOL_BYTES = 4 << 20        # images one thread pools at a time: fewer would leave Python the limit
 FLAT_CHUNK = 1 << 17        # numbers per chunk of an elementwise pass: the arrays stay in cache
 LANES = 16                  # dropout lanes of 16 bits in one Philox block of four 64-bit words
@@ -130,6 +131,55 @@ def _input_patches(x, w_shape, stride, pad, oh, ow):
     return _patches(x, kh, kw, stride, oh, ow)
 
 
+# Winograd's F(4×4, 3×3) (Lavin and Gray 2016, §4.3): 4×4 numbers of y = x * w come from 6×6 numbers
+# d of x by 36 products instead of 144, y = Aᵀ [(G w Gᵀ) ⊙ (Bᵀ d B)] A. The transformations are
+# products, too: Bᵀ d B is (Bᵀ ⊗ Bᵀ) d with the numbers of d in a column.
+_B = [[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0], [0, -2, -1, 2, 1, 0],
+      [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1]]
+_G = np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]) / 24
+_A = [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]]
+_INPUT, _FILTER, _OUTPUT = (np.kron(part, part) for part in (_B, _G, _A))   # 36×36, 36×9, 16×36
+
+
+def _is_winograd(w_shape, stride, pad):
+    """Whether that algorithm is faster: few channels do not pay for its transformations."""
+    return (*w_shape[:2], stride, pad) == (3, 3, 1, 1) and min(w_shape[2:]) >= 16
+
+
+def _transform(matrix, x, size, pad):
+    """Tiles of size×size pixels of x, 4 apart, by a matrix (36, size²): (36, n·tiles, C)."""
+    n, h, w, c = x.shape
+    rows, cols = -(-h // 4), -(-w // 4)
+    x = _embed(x, pad, pad, (4 * rows - 4 + size, 4 * cols - 4 + size))
+    sn, sh, sw, item = x.strides
+    tiles = as_strided(x, (size, size, n, rows, cols, c), (sh, sw, sn, 4 * sh, 4 * sw, item))
+    return (matrix.astype(x.dtype) @ tiles.reshape(size * size, -1)).reshape(36, -1, c)
+
+
+def _convolution(w, y_shape, stride, pad):
+    """A function of some images (n, H, W, C) and their y that computes y = x * w, and n for it."""
+    kh, kw, c, f = w.shape
+    n, oh, ow, _ = y_shape
+    flat = w.reshape(-1, f)                                         # (KH*KW*C, F)
+
+    def multiply(x, y):
+        patches = _input_patches(x, w.shape, stride, pad, oh, ow)
+        np.matmul(patches, flat, out=y.reshape(-1, f))              # (n*OH*OW, F), a view of y
+
+    def multiply_tiles(x, y):
+        rows, cols = -(-oh // 4), -(-ow // 4)
+        products = np.matmul(_transform(_INPUT, x, 6, 1), turned)   # (36, n·tiles, F)
+        tiles = (_OUTPUT.astype(x.dtype) @ products.reshape(36, -1)).reshape(
+            4, 4, len(x), rows, cols, f)
+        y[:] = tiles.transpose(2, 3, 0, 4, 1, 5).reshape(
+            len(x), 4 * rows, 4 * cols, f)[:, :oh, :ow]
+
+    if not _is_winograd(w.shape, stride, pad):
+        return multiply, _chunk_size(n, oh * ow * len(flat) * w.itemsize)
+    turned = (_FILTER.astype(w.dtype) @ w.reshape(9, -1)).reshape(36, c, f)
+    return multiply_tiles, _chunk_size(n, oh * ow * 9 * max(c, f) // 4 * w.itemsize, TILE_BYTES)
+
+
 def conv_forward(x, w, b, stride=1, pad=0, relu=False, out=None):
     """y[n,i,j,f] = b[f] + Σ_{p,q,c} x[n, i·stride+p-pad, j·stride+q-pad, c] · w[p,q,c,f].
 
@@ -139,16 +189,16 @@ def conv_forward(x, w, b, stride=1, pad=0, relu=False, out=None):
     kh, kw, _, f = w.shape
     oh, ow = output_size(x.shape[1], kh, stride, pad), output_size(x.shape[2], kw, stride, pad)
     y = np.empty((len(x), oh, ow, f), x.dtype) if out is None else out
-    flat = w.reshape(-1, f)                                         # (KH*KW*C, F)
+    multiply, size = _convolution(w, y.shape, stride, pad)
 
     def work(start, stop):
-        rows = y[start:stop].reshape(-1, f)                         # (n*OH*OW, F), a view
-        np.matmul(_input_patches(x[start:stop], w.shape, stride, pad, oh, ow), flat, out=rows)
-        rows += b
+        part = y[start:stop]
+        multiply(x[start:stop], part)
+        part += b
         if relu:
-            np.maximum(rows, 0, out=rows)
+            np.maximum(part, 0, out=part)
 
-    _pool.chunks(len(x), _chunk_size(len(x), oh * ow * len(flat) * x.itemsize), work)
+    _pool.chunks(len(x), size, work)
     return y
 
 
@@ -160,41 +210,46 @@ def conv_backward_input(dy, w, x_shape, stride=1, pad=0):
     """
     kh, kw, c, f = w.shape
     n, h, width, _ = x_shape
-    turned = np.ascontiguousarray(w[::-1, ::-1].swapaxes(2, 3)).reshape(-1, c)  # (KH*KW*F, C)
-    dx = np.empty(x_shape, dy.dtype)
+    dx, plain = np.empty(x_shape, dy.dtype), kh == kw and stride == 1 and 2 * pad == kh - 1
+    turned = np.ascontiguousarray(w[::-1, ::-1].swapaxes(2, 3))     # (KH, KW, F, C)
+    multiply, size = _convolution(turned, x_shape, 1, pad if plain else 0)
 
     def work(start, stop):
-        canvas = dy[start:stop]
-        if (kh, kw, stride, pad) != (1, 1, 1, 0):
-            canvas = _embed(canvas, kh - 1 - pad, kw - 1 - pad, (h + kh - 1, width + kw - 1),
-                            dilate=stride)
-        rows = dx[start:stop].reshape(-1, c)                        # (n*H*W, C)
-        np.matmul(_patches(canvas, kh, kw, 1, h, width), turned, out=rows)
+        part = dy[start:stop]
+        if not plain:
+            part = _embed(part, kh - 1 - pad, kw - 1 - pad, (h + kh - 1, width + kw - 1), stride)
+        multiply(part, dx[start:stop])
 
-    _pool.chunks(n, _chunk_size(n, h * width * len(turned) * dy.itemsize), work)
+    _pool.chunks(n, size, work)
     return dx
 
 
 def conv_backward_filter(x, dy, w_shape, stride=1, pad=0):
     """dw[p,q,c,f] = Σ_{n,i,j} x[n, i·stride+p-pad, j·stride+q-pad, c] · dy[n,i,j,f]; db = Σ dy.
 
-    x (N, H, W, C), dy (N, OH, OW, F) -> dw (KH, KW, C, F), which is w_shape, and db (F,).
+    x (N, H, W, C), dy (N, OH, OW, F) -> dw (KH, KW, C, F), which is w_shape, and db (F,). By
+    Winograd's algorithm dw = Gᵀ [(Bᵀ x B) ⊙ (A dy Aᵀ)] G, summed over the tiles.
     """
-    oh, ow, f = dy.shape[1:]
-    rows = int(np.prod(w_shape[:3]))
-    size = _chunk_size(len(x), oh * ow * rows * x.itemsize, limit=2 * PATCH_BYTES)
+    n, oh, ow, f = dy.shape
+    tiles, rows = _is_winograd(w_shape, stride, pad), int(np.prod(w_shape[:3]))
+    size = _chunk_size(n, oh * ow * rows * x.itemsize, limit=2 * PATCH_BYTES)
+    if tiles:
+        size = _chunk_size(n, oh * ow * 9 * max(w_shape[2:]) // 4 * x.itemsize, TILE_BYTES)
 
     def partial(t):
         dw, db, product = None, np.zeros(f, x.dtype), None
-        for start in range(t * size, len(x), _pool.count * size):
-            stop = min(start + size, len(x))
-            patches = _input_patches(x[start:stop], w_shape, stride, pad, oh, ow)
-            d = dy[start:stop].reshape(-1, f)                       # (n*OH*OW, F)
-            db += np.ones(len(d), d.dtype) @ d
+        for start in range(t * size, n, _pool.count * size):
+            part, d = x[start:start + size], dy[start:start + size]
+            if tiles:                                               # (36, n·tiles, C), … F)
+                left, right = _transform(_INPUT, part, 6, 1), _transform(_OUTPUT.T, d, 4, 0)
+            else:                                                   # (n*OH*OW, KH*KW*C), (…, F)
+                left = _input_patches(part, w_shape, stride, pad, oh, ow)
+                right = d.reshape(-1, f)
+            db += np.ones(d.size // f, d.dtype) @ d.reshape(-1, f)
             if dw is None:
-                dw = patches.T @ d                                  # (KH*KW*C, F)
+                dw = np.matmul(left.swapaxes(-1, -2), right)        # (KH*KW*C, F), or (36, C, F)
             else:
-                product = np.matmul(patches.T, d, out=product)
+                product = np.matmul(left.swapaxes(-1, -2), right, out=product)
                 dw += product
         return dw, db
 
@@ -203,6 +258,7 @@ def conv_backward_filter(x, dy, w_shape, stride=1, pad=0):
     for more_dw, more_db in parts[1:]:
         dw += more_dw
         db += more_db
+    dw = _FILTER.T.astype(x.dtype) @ dw.reshape(36, -1) if tiles else dw
     return dw.reshape(w_shape), db
 
 
