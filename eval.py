@@ -19,11 +19,13 @@ import difflib
 import functools
 import glob
 import io
+import itertools
 import os
 import signal
 import sys
 import tempfile
-from contextlib import redirect_stdout, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, redirect_stdout, suppress
 from html import escape
 
 if __name__ == "__main__":
@@ -174,22 +176,22 @@ FIT = {"maxiter": 300, "maxcor": 10, "gtol": 1e-5, "ftol": 1e-8}
 
 
 def logistic(flat, x, y, penalty):
-    """Multinomial logistic regression with an L2 penalty: loss and gradient, in float64.
+    """Multinomial logistic regression with an L2 penalty: loss and gradient.
 
     ℓ = -1/N Σ_n log p_n,y(n) + λ/2 |w|² with p = softmax(x w + b), so ∂ℓ/∂s = (p - [y]) / N for
     the scores s, and ∂ℓ/∂w = xᵀ ∂ℓ/∂s + λ w. x (N, D), y (N,) classes; flat is w (D, C) with the
-    row b (C,) under it, which is not penalised.
+    row b (C,) under it, which is not penalised. Products have the precision of x, sums are float64.
     """
     table, rows = flat.reshape(x.shape[1] + 1, -1), np.arange(len(x))
     w, s = table[:-1], predict(table, x)                            # (D, C), (N, C)
     s -= s.max(axis=1, keepdims=True)
     p = np.exp(s)
     total = p.sum(axis=1, keepdims=True)
-    loss = (np.log(total[:, 0]) - s[rows, y]).mean() + penalty / 2 * (w * w).sum()
+    loss = (np.log(total[:, 0]) - s[rows, y]).mean(dtype=np.float64) + penalty / 2 * (w * w).sum()
     ds = p / total
     ds[rows, y] -= 1
     ds /= len(x)
-    return loss, np.vstack([cpu.matmul(x.T, ds) + penalty * w, ds.sum(axis=0)]).ravel()
+    return loss, np.vstack([x.T @ ds + penalty * w, ds.sum(axis=0)]).ravel()
 
 
 def fit(x, y, penalty, start=None):
@@ -201,7 +203,7 @@ def fit(x, y, penalty, start=None):
 
 def predict(table, x):
     """The scores x w + b, (N, C)."""
-    return cpu.matmul(x, table[:-1], bias=table[-1])
+    return x @ table[:-1].astype(x.dtype) + table[-1].astype(x.dtype)
 
 
 def choose_penalty(x, y, held, goodness):
@@ -826,16 +828,22 @@ def transfer_features(options, show):
     list_tasks, measure = (list_classes, voc_ap) if voc else (list_splits, accuracy)
     list_tasks(list(labels.values()), options)                      # may fail: before the work
     x, found, skipped = extract_views(options, list(labels))
-    tasks, rows, seed = list_tasks([labels[name] for name in found], options), {}, options.seed
-    with console.Progress("regressions", len(tasks), "tasks") as progress:
-        for i, (name, y, train, test) in enumerate(tasks):
-            held = split(y[train], lambda n: min(n - 1, max(1, round(HELD * n))), seed, 2 * i + 1)
-            rows[name] = [float(y[test].mean()) if voc else 1 / float(y.max() + 1)]
-            for view in VIEWS:
-                features = x[view].astype(np.float64)
-                features = units(features - features[train].mean(axis=0))       # so one λ suits all
-                table, _ = choose_penalty(features[train], y[train], held, measure)
-                rows[name].append(measure(predict(table, features[test]), y[test]))
+    tasks, rows = list_tasks([labels[name] for name in found], options), {}
+    def regress(i, view):
+        _, y, train, test = tasks[i]
+        held = split(y[train], lambda n: min(n - 1, max(1, round(HELD * n))), options.seed,
+                     2 * i + 1)
+        mean = x[view][train].mean(axis=0, dtype=np.float64)
+        features = units((x[view] - mean).astype(np.float32))       # so one λ suits all
+        table, _ = choose_penalty(features[train], y[train], held, measure)
+        return measure(predict(table, features[test]), y[test])
+    pool = ThreadPoolExecutor(kernels.threads())
+    with (console.Progress("regressions", len(tasks), "tasks") as progress, ExitStack() as stack):
+        stack.callback(pool.shutdown, cancel_futures=True)          # at Ctrl-C, too
+        values = pool.map(regress, *zip(*((i, view) for i in range(len(tasks)) for view in VIEWS)))
+        for name, y, train, test in tasks:
+            chance = float(y[test].mean()) if voc else 1 / float(y.max() + 1)
+            rows[name] = [chance, *itertools.islice(values, len(VIEWS))]
             progress.tick()
     columns, values = ["chance", *VIEWS], np.array(list(rows.values()))
     rows["mean"] = values.mean(axis=0).tolist()

@@ -28,15 +28,16 @@ LANES = 16                  # dropout lanes of 16 bits in one Philox block of fo
 # ---------------------------------------------------------------------------------- threads
 
 def _set_blas_threads(count):
-    """Set the number of threads of NumPy's own OpenBLAS; False if this NumPy carries another."""
-    folder = os.path.join(os.path.dirname(os.path.dirname(np.__file__)), "numpy.libs")
+    """Set the threads of NumPy's own OpenBLAS, and of SciPy's; False if NumPy carries another."""
+    site, found = os.path.dirname(os.path.dirname(np.__file__)), {"numpy": [], "scipy": []}
     names = ["scipy_openblas_set_num_threads64_", "scipy_openblas_set_num_threads",
              "openblas_set_num_threads64_", "openblas_set_num_threads"]
-    libraries = map(ctypes.CDLL, glob.glob(os.path.join(folder, "*openblas*")))
-    setters = [getattr(library, name, None) for library in libraries for name in names]
-    for setter in filter(None, setters):
-        setter(ctypes.c_int(count))
-    return any(setters)
+    for package, setters in found.items():
+        libraries = map(ctypes.CDLL, glob.glob(f"{glob.escape(site)}/{package}.libs/*openblas*"))
+        setters += [getattr(library, name, None) for library in libraries for name in names]
+        for setter in filter(None, setters):
+            setter(ctypes.c_int(count))
+    return any(found["numpy"])
 
 
 class _Pool:
