@@ -1571,16 +1571,23 @@ def device(request, compiling):
 
 
 def up(*arrays):
-    """Arrays where the device computes."""
-    return [kernels.to_device(x) for x in arrays]
+    """Arrays where the device computes, of floats."""
+    return [kernels.to_device(np.asarray(x, np.float32)) for x in arrays]
 
 
 def wide(x, before=4, after=8):
     """x on the device as a channel slice of a wider array of NaN, and that array."""
-    whole = kernels.to_device(np.full((*x.shape[:-1], before + x.shape[-1] + after), np.nan))
+    whole, x = up(np.full((*x.shape[:-1], before + x.shape[-1] + after), np.nan), x)
     part = whole[..., before:before + x.shape[-1]]
-    part[...] = kernels.to_device(x)
+    part[...] = x
     return part, whole
+
+
+def made(*arrays):
+    """Arrays of floats as kernels would have made them: rounded to TF32 where they do that."""
+    bits = [x.astype(np.float32).view(np.uint32) for x in arrays]
+    return [((x + 0x1000) & 0xffffe000).view(np.float32).astype(np.float64) for x in bits
+            ] if gpu._rounds() else arrays
 
 
 def floats(rng, *shapes):
@@ -1612,8 +1619,9 @@ def check_convolution(case, error=HALF):
     """All three directions against the float64 twin, writing into a channel slice."""
     x, w, b, *where = case
     k, _, c, f = w.shape
+    (x,) = made(x)
     y = cpu.conv_forward(x, w, b, *where, relu=True)
-    (dy,) = floats(np.random.default_rng(1), y.shape)
+    (dy,) = made(*floats(np.random.default_rng(1), y.shape))
     (xd, wd, bd, dyd), (out, whole) = up(x, w, b, dy), wide(y * 0)
     kernels.conv_forward(xd, wd, bd, *where, relu=True, out=out)
     check_close(out, y, cpu.conv_forward(abs(x), abs(w), abs(b), *where), k * k * c, error)
@@ -1648,11 +1656,35 @@ def test_convolution_over_many_tiles_and_parts_agrees(device, precision, error, 
 
 
 def test_tf32_operands_are_rounded_to_nearest(device, rng):
+    """From photos to gradients nothing is cut off: it would be 2^-11.5 too small, and is not TF32.
+
+    Each result is compared with the twin's of what the kernel was given.
+    """
     kernels.use(device, "tf32")
-    x, w = rng.random((1, 16, 16, 32)), rng.random((1, 1, 32, 64))
-    y = kernels.to_host(kernels.conv_forward(*up(x, w, np.zeros(64))))
-    off = y.reshape(-1, 64) / (x.reshape(-1, 32) @ w.reshape(32, 64)) - 1
-    assert abs(off.mean()) < 2.0**-14           # cut off instead, they would be 2^-10.5 too small
+    photos, where = rng.integers(0, 256, (2, 16, 16, 3), np.uint8), (*np.zeros((2, 2), int), [0, 1])
+    w, v, dz, b = floats(rng, (3, 3, 3, 64), (1, 1, 64, 24), (2, 16, 16, 24), (64,))
+
+    def check(y, right, operand=True):
+        y = kernels.to_host(y).astype(np.float64)[..., :right.shape[-1]]
+        assert abs((y * right).sum() / (right * right).sum() - 1) < 2.0**-14
+        assert not operand or np.array_equal(*made(y), y)
+        return y, *up(y)
+
+    wd, vd, dzd, bd = up(w, v, dz, b)
+    x, xd = check(kernels.prepare(photos, *where, 16), cpu.prepare(photos, *where, 16))
+    y, yd = check(kernels.conv_forward(xd, wd, bd, 1, 1, True),
+                  cpu.conv_forward(x, w, b, 1, 1, True))
+    z, zd = check(kernels.conv_forward(yd, vd, bd[:24]), cpu.conv_forward(y, v, b[:24]))
+    dz, dzd = check(kernels.relu_backward(dzd, zd), cpu.relu_backward(dz, z))
+    check(kernels.conv_backward_filter(yd, dzd, v.shape)[0],
+          cpu.conv_backward_filter(y, dz, v.shape)[0], False)
+    dy, dyd = check(kernels.conv_backward_input(dzd, vd, y.shape),
+                    cpu.conv_backward_input(dz, v, y.shape), False)
+    dy, dyd = check(kernels.relu_backward(dyd, yd), cpu.relu_backward(dy, y))
+    check(kernels.conv_backward_filter(xd, dyd, w.shape, 1, 1)[0],
+          cpu.conv_backward_filter(x, dy, w.shape, 1, 1)[0], False)
+    check(kernels.lrn_forward(yd), cpu.lrn_forward(y))
+    check(kernels.avg_pool_forward(yd, 5, 3), cpu.avg_pool_forward(y, 5, 3))
 
 
 @pytest.mark.parametrize("kilobytes", (64, 99))     # compute capability 7.5; 8.6, 8.9 and 12.0
@@ -1795,7 +1827,7 @@ def test_step_on_a_device_is_the_float64_twins(device, build, classes, rng, monk
 
 
 def test_kernels_refuse_arrays_they_would_misread(device):
-    x = kernels.to_device(np.zeros((2, 4, 4, 8)))
+    (x,) = up(np.zeros((2, 4, 4, 8)))
     for wrong in (x.transpose(0, 2, 1, 3)[:, :, 1:], x[:, ::2], x.astype(np.float64)):
         for call in (kernels.max_pool_forward, wrong, 2, 2), (kernels.relu_backward, wrong, wrong):
             with pytest.raises(ValueError, match="float32"):
@@ -1805,19 +1837,26 @@ def test_kernels_refuse_arrays_they_would_misread(device):
 # a text of a kernel file, what it is changed to, and the check that must then fail
 CONV = partial(check_convolution, conv_case(12))
 RELU = partial(test_relu_backward_kernel_takes_channel_slices, None, (2, 5, 3, 8))
+CHAIN = lambda: test_tf32_operands_are_rounded_to_nearest(gpu._device, np.random.default_rng(0))
 POOL = partial(test_pooling_kernels_agree_with_their_twins, None, (3, 2, 1, True))
 MISTAKES = [
-    ("conv.cu", "? oi * stride - pad", "? oi * stride + pad", CONV),
-    ("conv.cu", "i % dilate == 0 && j % dilate == 0", "i % dilate == 0", CONV),
+    ("conv.cu", "i = oi * stride - pad", "i = oi * stride + pad", CONV),
+    ("conv.cu", "i % DILATE != 0 || j % DILATE != 0", "i % DILATE != 0", CONV),
     ("conv.cu", "copy_wait<STAGES - 2>();", "copy_wait<STAGES - 1>();", CONV),
     ("conv.cu", "load(tile + STAGES - 1);", "load(tile + STAGES);", CONV),
     ("conv.cu", "        __syncthreads();", "        ;", CONV),
     ("conv.cu", "if (row >= shape.rows || col >= shape.cols)", "if (col >= shape.cols)", CONV),
-    ("conv.cu", "x + at, valid && there", "x + at, there", CONV),
+    ("conv.cu", "x + at, valid", "x + at, true", CONV),
     ("conv.cu", "int rows, cols, depth, part; ", "int cols, rows, depth, part; ", CONV),
-    ("conv.cu", "int pitch, relu; ", "int pitch, relu, more; ", CONV),   # not gpu.GEOMETRY's size
+    ("conv.cu", "int pitch, relu, round; ", "int pitch, relu, round, more; ", CONV),   # not gpu.GEOMETRY's size
     ("pool.cu", "int h, w, c, oh, ow,", "int h, w, c, oh, ow, more,", POOL),
     ("pool.cu", "mine && p <= i", "mine && p < i", POOL),
+    ("conv.cu", "rounded(shape.relu && v < 0 ? 0 : v, shape.round)", "v", CHAIN),
+    ("conv.cu", "if (m >= end) i", "if (m > end) i", CONV),
+    ("pointwise.cu", "taps - 1 - index", "index", CONV),
+    ("pointwise.cu", "rounded(w[(tap", "(w[(tap", CHAIN),
+    ("pointwise.cu", "rounded((pixel[1] - shift) * scale, round)", "0.1f", CHAIN),
+    ("pointwise.cu", "rounded(gates.y > 0 ? four.y : 0, round)", "gates.y * four.y", CHAIN),
     ("pointwise.cu", "z = 0; z < count; z++)", "z = 1; z < count; z++)", CONV),
     ("pointwise.cu", "sum += sums[y * 32", "sum -= sums[y * 32", CONV),
     ("pointwise.cu", "*gate = y + row * y_pitch", "*gate = y + row * dy_pitch", RELU),

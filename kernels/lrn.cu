@@ -16,7 +16,7 @@ __device__ float window_sum(const float* row, int channel, int c, int half, bool
 
 extern "C" __global__ void
 lrn_forward(const float* x, float* y, int pixels, int c, int rows, int half, float k, float alpha,
-            float beta)
+            float beta, int round)
 {
     float* xs = shared_memory();                            // rows × C
     const long long start = static_cast<long long>(blockIdx.x) * rows * c;
@@ -26,7 +26,7 @@ lrn_forward(const float* x, float* y, int pixels, int c, int rows, int half, flo
     for (int at = threadIdx.x; at < count; at += blockDim.x) {
         const int channel = at % c;
         const float s = k + alpha * window_sum(xs + at - channel, channel, c, half, true);
-        y[start + at] = xs[at] * powf(s, -beta);
+        y[start + at] = rounded(xs[at] * powf(s, -beta), round);
     }
 }
 

@@ -38,7 +38,8 @@ static_assert(sizeof(Window) == WINDOW_BYTES, "gpu.WINDOW has the same fields");
 __device__ unsigned index_of_thread() { return blockIdx.x * blockDim.x + threadIdx.x; }
 
 extern "C" __global__ void
-pool_forward(const float* x, float* y, unsigned total, const Window at, int average)
+pool_forward(const float* x, float* y, unsigned total, const Window at, int average,
+             int round)
 {
     const unsigned index = index_of_thread();
     if (index >= total) return;
@@ -51,7 +52,7 @@ pool_forward(const float* x, float* y, unsigned total, const Window at, int aver
             most = value > most || value != value ? value : most;   // a NaN stays
             sum += value;
         }
-    y[index] = average ? sum / (at.kernel * at.kernel) : most;
+    y[index] = average ? rounded(sum / (at.kernel * at.kernel), round) : most;
 }
 
 extern "C" __global__ void
