@@ -325,13 +325,13 @@ def gpu_cases(n):
                partial(rival, "dw"))
     for name, size, c in (("pool1", 55, 64), ("pool2", 27, 192), ("pool5", 13, 256)):
         x = some(n, size, size, c)
-        y = kernels.max_pool_forward(x, 3, 2)
-        bytes_each = 4 * (x.size + y.size)
+        y, place = kernels.max_pool_forward(x, 3, 2)
+        bytes_each = 4 * x.size + 5 * y.size
         rival = partial(torch_pool, n, size, c)
         yield (name + " forward", "GB/s", bytes_each, partial(kernels.max_pool_forward, x, 3, 2),
                partial(rival, False))
-        yield (name + " dx", "GB/s", 2 * bytes_each,
-               partial(kernels.max_pool_backward, y, x, y, 3, 2), partial(rival, True))
+        yield (name + " dx", "GB/s", bytes_each,
+               partial(kernels.max_pool_backward, y, place, x.shape, 3, 2), partial(rival, True))
     x, e, s = some(n, 56, 56, 64), some(n, 4096), some(n, 100_000)
     yield "LRN forward", "GB/s", 8 * x.size, partial(kernels.lrn_forward, x), None
     yield "LRN dx", "GB/s", 12 * x.size, partial(kernels.lrn_backward, x, x), None
@@ -414,7 +414,7 @@ def gpu(options):
 
 def variants(tf32):
     """(file, defines) of every kernel variant that is launched on a GPU with TF32, or without."""
-    yield "pool.cu", (launches.POOL_DEFINE,)
+    yield from (("pool.cu", launches.pool_defines(vec)) for vec in (4, 1))
     yield from ((file, ()) for file in ("lrn.cu", "pointwise.cu", "loss.cu", "sgd.cu"))
     for inner in (0, 1, 3) if tf32 else (0,):
         for filter_gradient, vec, bn in itertools.product(

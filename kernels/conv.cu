@@ -20,6 +20,7 @@
 // products). With INNER = 1 both operands must hold TF32: whoever makes a number rounds it, once.
 
 #define BK 32
+#define SHARES 4u
 #if FILTER
 #define A_PITCH (BM + 8)                    // a[k][m]; 8: the four k of a fragment differ in bank
 #define A_SIZE (BK * A_PITCH)
@@ -335,9 +336,12 @@ struct Product {
 };
 #endif
 
-// Called by gpu.conv_forward, conv_backward_input and conv_backward_filter.
+// Called by gpu.conv_forward, conv_backward_input and conv_backward_filter. With FILTER the blocks
+// of the first row tiles share the tiles of `right` among them and leave the sums of its columns in
+// `sums` (parts · shares, cols).
 extern "C" __global__ void __launch_bounds__(THREADS, VEC == 4 ? 2 : 1)
-conv(const float* x, const float* right, float* y, const float* bias, const Geometry shape)
+conv(const float* x, const float* right, float* y, const float* bias, float* sums,
+     const Geometry shape)
 {
     const long long own = static_cast<long long>(blockIdx.z) * shape.rows * shape.pitch;
     const Result result = {y + own, bias, shape};
@@ -348,6 +352,8 @@ conv(const float* x, const float* right, float* y, const float* bias, const Geom
     float* shared = shared_memory();                        // STAGES × (A_SIZE + B_SIZE)
     const Left left(shape, row0);
     Product product;
+    const unsigned shares = min(gridDim.x, SHARES);
+    float sum = 0;
 
     const auto load = [&](int tile) {
         if (tile < tiles) {
@@ -365,6 +371,11 @@ conv(const float* x, const float* right, float* y, const float* bias, const Geom
         load(tile + STAGES - 1);                            // into the memory of the last one
         const float* a = shared + tile % STAGES * (A_SIZE + B_SIZE);
         product.add(a, a + A_SIZE);
+        if (FILTER && tile % shares == blockIdx.x && threadIdx.x < BN)
+#pragma unroll 8
+            for (int k = 0; k < BK; k++) sum += a[A_SIZE + k * B_PITCH + threadIdx.x];
     }
     product.store(result, row0, col0);
+    if (FILTER && blockIdx.x < shares && threadIdx.x < BN && col0 + threadIdx.x < shape.cols)
+        sums[(blockIdx.z * shares + blockIdx.x) * shape.cols + col0 + threadIdx.x] = sum;
 }

@@ -17,6 +17,7 @@ NULL = np.uint64(0)                     # a pointer to nothing
 BLOCK = 256                             # threads a block of the kernels that take a number each
 BM, BK, STAGES = 128, 32, 3             # the tile of conv.cu, and how many are in flight
 COLUMNS = {0: (128, 64), 1: (128, 96, 64, 32, 16)}          # of a tile, by INNER > 0
+SHARES = 4                              # row tiles whose blocks add up the columns of dy
 LEAST_TILES = 8                         # tiles of BK along the reduction, that a split is worth
 LRN_BYTES = 12 << 10                    # shared memory of a block of lrn.cu, at least a pixel
 
@@ -27,7 +28,6 @@ GEOMETRY = np.dtype([*((name, np.int32) for name in "h w stride pad pixels".spli
                      *((name, DIVISOR) for name in "c kw oh ow".split()),
                      *((name, np.int32) for name in "rows cols depth part pitch relu round".split())])
 WINDOW = np.dtype([(name, np.int32) for name in "h w c oh ow kernel stride pad".split()])
-POOL_DEFINE = "WINDOW_BYTES", WINDOW.itemsize
 
 
 class Cuda:
@@ -196,13 +196,15 @@ def conv_defines(bn, stages, vec, filter_gradient, inner, dilate=1):
             ("GEOMETRY_BYTES", GEOMETRY.itemsize))
 
 
-def _convolve(x, right, y, window, taps, grid, bias=None, relu=False, filter_gradient=False,
-              dilate=1, round=False):
+def _convolve(x, right, y, window, taps, grid, bias=None, relu=False, db=None, dilate=1,
+              round=False):
     """y (rows, cols) = the left operand gathered from x, times right (depth, cols): conv.cu.
 
     window (stride, pad) places the patches of x (N, H, W, C), taps (KH, KW) is their shape, and
-    grid (OH, OW) how many there are. y may be a channel slice.
+    grid (OH, OW) how many there are. y may be a channel slice. With db (cols,), the sums of right's
+    columns, this is the gradient of filters.
     """
+    filter_gradient = db is not None
     _dense(x, right)
     n, h, w, c = x.shape
     (oh, ow), (kh, kw) = grid, taps
@@ -213,15 +215,18 @@ def _convolve(x, right, y, window, taps, grid, bias=None, relu=False, filter_gra
     part = -(-(-(-depth // parts)) // BK) * BK
     parts = -(-depth // part)
     whole = parts == 1                                  # else bias and ReLU wait for the sum
-    into = y if whole else _empty((parts, rows, cols))
+    into, row_tiles = y if whole else _empty((parts, rows, cols)), -(-rows // BM)
+    sums = _empty((parts * min(SHARES, row_tiles), cols)) if filter_gradient else None
     geometry = np.array((
         h, w, *window, pixels, divisor(c), divisor(kw), divisor(oh), divisor(ow),
         rows, cols, depth, part, pitch if whole else cols, relu and whole, round and whole),
         GEOMETRY)
-    _launch("conv.cu", "conv", (-(-rows // BM), -(-cols // bn), parts), (128 if inner else 256,),
-            (x, right, into, bias if whole else None, geometry),
+    _launch("conv.cu", "conv", (row_tiles, -(-cols // bn), parts), (128 if inner else 256,),
+            (x, right, into, bias if whole else None, sums, geometry),
             shared=stages * stage_bytes(bn, filter_gradient),
             defines=conv_defines(bn, stages, vec, filter_gradient, inner, dilate))
+    if filter_gradient:
+        _reduce(sums, db)
     return y if whole else _reduce(into, y, bias, relu, round)
 
 
@@ -262,10 +267,10 @@ def conv_backward_input(dy, w, x_shape, stride=1, pad=0):
 def conv_backward_filter(x, dy, w_shape, stride=1, pad=0):
     """Rows are the numbers of a patch, and the reduction goes over the pixels of dy."""
     kh, kw, c, f = w_shape
-    right = dy.reshape(-1, f)                                       # (N*OH*OW, F)
+    right, db = dy.reshape(-1, f), _empty(f)                        # (N*OH*OW, F)
     dw = _convolve(x, right, _empty((kh, kw, x.shape[3], f)), (stride, pad), (kh, kw),
-                   dy.shape[1:3], filter_gradient=True)
-    return _device.xp.ascontiguousarray(dw[:, :, :c]), column_sums(right)
+                   dy.shape[1:3], db=db)
+    return _device.xp.ascontiguousarray(dw[:, :, :c]), db
 
 
 def column_sums(x):
@@ -288,40 +293,50 @@ def _reduce(parts, y, bias=None, relu=False, round=False):
 
 # ---------------------------------------------------------------------------------- pooling
 
-def _pool(kernel, arrays, x_shape, y_shape, window, *more):
-    """A thread for each number of the last of `arrays`, which it returns."""
+def pool_defines(vec):
+    """The constants of a variant of pool.cu."""
+    return ("WINDOW_BYTES", WINDOW.itemsize), ("VEC", vec)
+
+
+def _pool(kernel, arrays, shapes, window, place=(), more=()):
+    """A thread for each four channels, or for each one, of the second of `arrays`; returns that."""
     _dense(*arrays)
-    at = np.array((*x_shape[1:], *y_shape[1:3], *window), WINDOW)
-    _each("pool.cu", kernel, arrays[-1].size, (*arrays, arrays[-1].size, at, *more), (POOL_DEFINE,))
-    return arrays[-1]
+    _dense(*place, dtype=np.uint8)
+    (_, h, w, c), (_, oh, ow, _) = shapes                           # of x and y
+    vec = 4 if _fits((*arrays, *place), c) else 1
+    at = np.array((h, w, c // vec, oh, ow, *window), WINDOW)
+    total = arrays[1].size // vec
+    _each("pool.cu", kernel, total, (*arrays, *place, total, at, *more), pool_defines(vec))
+    return arrays[1]
 
 
-def _pool_forward(x, window, ceil, average):
+def _pooled(x, kernel, stride, pad=0, ceil=False):
+    """The shape of y."""
     n, h, w, c = x.shape
-    y = _empty((n, output_size(h, *window, ceil), output_size(w, *window, ceil), c))
-    return _pool("pool_forward", (x, y), x.shape, y.shape, window, average, average and _rounds())
+    return n, *(output_size(size, kernel, stride, pad, ceil) for size in (h, w)), c
 
 
 def max_pool_forward(x, kernel, stride, pad=0, ceil=False):
-    """A thread for each number of y."""
-    return _pool_forward(x, (kernel, stride, pad), ceil, average=False)
+    shape = _pooled(x, kernel, stride, pad, ceil)
+    y, place = _empty(shape), _device.xp.empty(shape, np.uint8)
+    _pool("max_pool_forward", (x, y), (x.shape, shape), (kernel, stride, pad), (place,))
+    return y, place
 
 
-def max_pool_backward(dy, x, y, kernel, stride, pad=0):
-    """A thread for each number of dx."""
-    arrays = dy, x, y, _empty(x.shape)
-    return _pool("max_pool_backward", arrays, x.shape, y.shape, (kernel, stride, pad))
+def max_pool_backward(dy, place, x_shape, kernel, stride, pad=0):
+    return _pool("max_pool_backward", (dy, _empty(x_shape)), (x_shape, dy.shape),
+                 (kernel, stride, pad), (place,))
 
 
 def avg_pool_forward(x, kernel, stride):
-    """A thread for each number of y."""
-    return _pool_forward(x, (kernel, stride, 0), ceil=False, average=True)
+    shape = _pooled(x, kernel, stride)
+    return _pool("avg_pool_forward", (x, _empty(shape)), (x.shape, shape), (kernel, stride, 0),
+                 more=(_rounds(),))
 
 
 def avg_pool_backward(dy, x_shape, kernel, stride):
-    """A thread for each number of dx."""
-    arrays = dy, _empty(x_shape)
-    return _pool("avg_pool_backward", arrays, x_shape, dy.shape, (kernel, stride, 0))
+    return _pool("avg_pool_backward", (dy, _empty(x_shape)), (x_shape, dy.shape),
+                 (kernel, stride, 0))
 
 
 # ------------------------------------------------------------------------- normalisation
