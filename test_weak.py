@@ -1854,6 +1854,8 @@ DB = partial(check_convolution, (*floats(np.random.default_rng(0), (3, 9, 9, 8),
 RELU = partial(test_relu_backward_kernel_takes_channel_slices, None, (2, 5, 3, 8))
 CHAIN = lambda: test_tf32_operands_are_rounded_to_nearest(gpu._device, np.random.default_rng(0))
 SUMS = partial(test_column_sums_kernel_agrees_with_its_twin, None, (70, 33))
+LRNS = partial(test_lrn_kernels_agree_with_their_twins, None, 7, (5, 2.0, 1e-4, 0.75),
+               np.random.default_rng(0))
 POOL = partial(test_pooling_kernels_agree_with_their_twins, None, (3, 2, 1, True), 8)
 MISTAKES = [
     ("conv.cu", "i = oi * stride - pad", "i = oi * stride + pad", CONV),
@@ -1865,6 +1867,7 @@ MISTAKES = [
     ("conv.cu", "x + at, valid", "x + at, true", CONV),
     ("conv.cu", "int rows, cols, depth, part; ", "int cols, rows, depth, part; ", CONV),
     ("conv.cu", "int pitch, relu, round; ", "int pitch, relu, round, more; ", CONV),   # not gpu.GEOMETRY's size
+    ("lrn.cu", "root * sqrtf(root)", "root * root", LRNS),
     ("pool.cu", "int h, w, c, oh, ow,", "int h, w, c, oh, ow, more,", POOL),
     ("pool.cu", "!(value.at[e] > most.at[e])", "!(value.at[e] >= most.at[e])", POOL),
     ("pool.cu", "number ? at.place(i, j, oi, oj) : NOWHERE", "at.place(i, j, oi, oj)", POOL),

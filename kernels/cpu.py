@@ -305,6 +305,12 @@ def _window_sum(x, size):
     return total
 
 
+def _power(s, beta):
+    """s^-β, by square roots where β = 3/4: powers take long."""
+    root = np.sqrt(s)
+    return 1 / (root * np.sqrt(root)) if beta == 0.75 else s ** -beta
+
+
 def lrn_forward(x, size=5, k=2.0, alpha=1e-4, beta=0.75):
     """y = x / (k + α Σ x²)^β, the sum over `size` neighbouring channels (size is odd)."""
     y = np.empty_like(x)
@@ -312,7 +318,7 @@ def lrn_forward(x, size=5, k=2.0, alpha=1e-4, beta=0.75):
     def work(start, stop):
         part = x[start:stop]
         scale = k + alpha * _window_sum(part * part, size)
-        np.multiply(part, scale ** -beta, out=y[start:stop])
+        np.multiply(part, _power(scale, beta), out=y[start:stop])
 
     _pool.chunks(len(x), 1, work)
     return y
@@ -325,7 +331,7 @@ def lrn_backward(dy, x, size=5, k=2.0, alpha=1e-4, beta=0.75):
     def work(start, stop):
         part, d = x[start:stop], dy[start:stop]
         scale = k + alpha * _window_sum(part * part, size)
-        power = scale ** -beta
+        power = _power(scale, beta)
         near = _window_sum(d * part * power / scale, size)
         dx[start:stop] = d * power - 2 * alpha * beta * part * near
 

@@ -6,7 +6,8 @@
 //   - arrays are copies between pages that must not be touched; so is shared memory, and it holds
 //     NaN when a block begins;
 //   - an asynchronous copy lands when its thread waits for it; until then its place holds NaN;
-//   - an operand of the tensor cores that nobody rounded to TF32 is an error;
+//   - an operand of the tensor cores that nobody rounded to TF32 is an error, and what they add up
+//     is cut off to a float, not rounded, as hardware does;
 //   - blocks and threads run in ascending, descending or shuffled order: emulate.py compares bits;
 //   - a barrier that not all threads reach, or not all at the same line, is an error.
 #include <csetjmp>
@@ -277,12 +278,15 @@ inline void mma_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[
         lanes[thread % 32][i] = bits;
     }
     warp_barrier(line);
+    for (int i = 0; i < 4; i++) {                           // row g or g + 8, column 2t or 2t + 1
+        double sum = d[i];
 #pragma GCC unroll 8
-    for (int k = 0; k < 8; k++)
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++)                         // row g or g + 8, column 2t or 2t + 1
-            d[i] += __uint_as_float(lanes[g * 4 + k % 4][i / 2 + k / 4 * 2]) *
-                    __uint_as_float(lanes[(2 * t + i % 2) * 4 + k % 4][4 + k / 4]);
+        for (int k = 0; k < 8; k++)
+            sum += double(__uint_as_float(lanes[g * 4 + k % 4][i / 2 + k / 4 * 2])) *
+                   __uint_as_float(lanes[(2 * t + i % 2) * 4 + k % 4][4 + k / 4]);
+        d[i] = sum;
+        if (std::abs(double(d[i])) > std::abs(sum)) d[i] = std::nextafter(d[i], 0.0f);
+    }
 }
 
 // -------------------------------------------------------------------------------- the launch
