@@ -141,15 +141,16 @@ class MaxPool(Layer):
 
     def __init__(self, kernel, stride, pad=0, ceil=False):
         self.kernel, self.stride, self.pad, self.ceil = kernel, stride, pad, ceil
-        self.y = None
+        self.shape = self.place = None
 
     def forward(self, x, now):
-        self.x = x                                                  # (N, H, W, C)
-        self.y = kernels.max_pool_forward(x, self.kernel, self.stride, self.pad, self.ceil)
-        return self.y                                               # (N, OH, OW, C)
+        self.shape = x.shape                                        # (N, H, W, C)
+        y, self.place = kernels.max_pool_forward(x, self.kernel, self.stride, self.pad, self.ceil)
+        return y                                                    # (N, OH, OW, C)
 
     def backward(self, dy):
-        return kernels.max_pool_backward(dy, self.x, self.y, self.kernel, self.stride, self.pad)
+        return kernels.max_pool_backward(dy, self.place, self.shape, self.kernel, self.stride,
+                                         self.pad)                  # (N, H, W, C)
 
 
 class AvgPool(Layer):

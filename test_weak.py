@@ -290,7 +290,7 @@ def test_convolution_agrees_with_scipy_and_its_adjoints(seed):
     (3, 2, 0, False), (3, 2, 0, True), (3, 1, 1, False), (2, 3, 1, True)])
 def test_pooling_agrees_with_a_plain_loop(kernel, stride, pad, ceil, rng):
     x = np.maximum(rng.standard_normal((2, 9, 12, 3)), 0)           # zeros: ties
-    y = kernels.max_pool_forward(x, kernel, stride, pad, ceil)
+    y, place = kernels.max_pool_forward(x, kernel, stride, pad, ceil)
     dy, dx, dmean = rng.standard_normal(y.shape), np.zeros(x.shape), np.zeros(x.shape)
     inside = not pad and not ceil
     mean = kernels.avg_pool_forward(x, kernel, stride) if inside else None
@@ -301,12 +301,13 @@ def test_pooling_agrees_with_a_plain_loop(kernel, stride, pad, ceil, rng):
         values = [x[n, p, q, c] for p, q in window]
         assert y[n, i, j, c] == max(values)
         p, q = window[int(np.argmax(values))]                       # the first of the largest
+        assert place[n, i, j, c] == (p - i * stride + pad) * kernel + q - j * stride + pad
         dx[n, p, q, c] += dy[n, i, j, c]
         if inside:
             assert math.isclose(mean[n, i, j, c], sum(values) / len(values), abs_tol=1e-12)
             for p, q in window:
                 dmean[n, p, q, c] += dy[n, i, j, c] / len(values)
-    np.testing.assert_allclose(kernels.max_pool_backward(dy, x, y, kernel, stride, pad), dx)
+    np.testing.assert_allclose(kernels.max_pool_backward(dy, place, x.shape, kernel, stride, pad), dx)
     if inside:
         np.testing.assert_allclose(kernels.avg_pool_backward(dy, x.shape, kernel, stride), dmean)
 
@@ -325,7 +326,7 @@ def test_results_do_not_depend_on_the_number_of_threads(rng):
     for count in (1, 2, 3, before):
         kernels.set_threads(count)
         y = kernels.conv_forward(x, w, np.zeros(8), 1, 1, relu=True)
-        results.append([y, kernels.relu_backward(dy, y), kernels.max_pool_forward(x, 3, 2),
+        results.append([y, kernels.relu_backward(dy, y), *kernels.max_pool_forward(x, 3, 2),
                         *kernels.conv_backward_filter(x, dy, w.shape, 1, 1)])
     for one in results[1:]:
         for a, b in zip(results[0], one):
@@ -1482,10 +1483,17 @@ def up(*arrays):
 
 def wide(x, before=4, after=8):
     """x on the device as a channel slice of a wider array of NaN, and that array."""
-    (whole,) = up(np.full((*x.shape[:-1], before + x.shape[-1] + after), np.nan))
+    whole, x = up(np.full((*x.shape[:-1], before + x.shape[-1] + after), np.nan), x)
     part = whole[..., before:before + x.shape[-1]]
-    part[...] = up(x)[0]
+    part[...] = x
     return part, whole
+
+
+def made(*arrays):
+    """Arrays of floats as kernels would have made them: rounded to TF32 where they do that."""
+    bits = [x.astype(np.float32).view(np.uint32) for x in arrays]
+    return [((x + 0x1000) & 0xffffe000).view(np.float32).astype(np.float64) for x in bits
+            ] if gpu._rounds() else arrays
 
 
 def floats(rng, *shapes):
@@ -1517,8 +1525,9 @@ def check_convolution(case, error=HALF):
     """All three directions against the float64 twin, writing into a channel slice."""
     x, w, b, *where = case
     k, _, c, f = w.shape
+    (x,) = made(x)
     y = cpu.conv_forward(x, w, b, *where, relu=True)
-    (dy,) = floats(np.random.default_rng(1), y.shape)
+    (dy,) = made(*floats(np.random.default_rng(1), y.shape))
     (xd, wd, bd, dyd), (out, whole) = up(x, w, b, dy), wide(y * 0)
     kernels.conv_forward(xd, wd, bd, *where, relu=True, out=out)
     check_close(out, y, cpu.conv_forward(abs(x), abs(w), abs(b), *where), k * k * c, error)
@@ -1553,11 +1562,35 @@ def test_convolution_over_many_tiles_and_parts_agrees(device, precision, error, 
 
 
 def test_tf32_operands_are_rounded_to_nearest(device, rng):
+    """From photos to gradients nothing is cut off: it would be 2^-11.5 too small, and is not TF32.
+
+    Each result is compared with the twin's of what the kernel was given.
+    """
     kernels.use("gpu", "tf32")
-    x, w = rng.random((1, 16, 16, 32)), rng.random((1, 1, 32, 64))
-    y = kernels.to_host(kernels.conv_forward(*up(x, w, np.zeros(64))))
-    off = y.reshape(-1, 64) / (x.reshape(-1, 32) @ w.reshape(32, 64)) - 1
-    assert abs(off.mean()) < 2.0**-14           # cut off instead, they would be 2^-10.5 too small
+    photos, where = rng.integers(0, 256, (2, 16, 16, 3), np.uint8), (*np.zeros((2, 2), int), [0, 1])
+    w, v, dz, b = floats(rng, (3, 3, 3, 64), (1, 1, 64, 24), (2, 16, 16, 24), (64,))
+
+    def check(y, right, operand=True):
+        y = kernels.to_host(y).astype(np.float64)[..., :right.shape[-1]]
+        assert abs((y * right).sum() / (right * right).sum() - 1) < 2.0**-14
+        assert not operand or np.array_equal(*made(y), y)
+        return y, *up(y)
+
+    wd, vd, dzd, bd = up(w, v, dz, b)
+    x, xd = check(kernels.prepare(photos, *where, 16), cpu.prepare(photos, *where, 16))
+    y, yd = check(kernels.conv_forward(xd, wd, bd, 1, 1, True),
+                  cpu.conv_forward(x, w, b, 1, 1, True))
+    z, zd = check(kernels.conv_forward(yd, vd, bd[:24]), cpu.conv_forward(y, v, b[:24]))
+    dz, dzd = check(kernels.relu_backward(dzd, zd), cpu.relu_backward(dz, z))
+    check(kernels.conv_backward_filter(yd, dzd, v.shape)[0],
+          cpu.conv_backward_filter(y, dz, v.shape)[0], False)
+    dy, dyd = check(kernels.conv_backward_input(dzd, vd, y.shape),
+                    cpu.conv_backward_input(dz, v, y.shape), False)
+    dy, dyd = check(kernels.relu_backward(dyd, yd), cpu.relu_backward(dy, y))
+    check(kernels.conv_backward_filter(xd, dyd, w.shape, 1, 1)[0],
+          cpu.conv_backward_filter(x, dy, w.shape, 1, 1)[0], False)
+    check(kernels.lrn_forward(yd), cpu.lrn_forward(y))
+    check(kernels.avg_pool_forward(yd, 5, 3), cpu.avg_pool_forward(y, 5, 3))
 
 
 @pytest.mark.parametrize("kilobytes", (64, 99))     # compute capability 7.5; 8.6, 8.9 and 12.0
@@ -1567,20 +1600,26 @@ def test_convolution_kernel_fits_into_little_shared_memory(device, kilobytes, mo
     assert gpu.tile(1000, 512, 1000, True, gpu._device)[1] >= 2
 
 
+@pytest.mark.parametrize("channels", (5, 8))
 @pytest.mark.parametrize("window", [
     (3, 2, 0, False), (3, 2, 1, True), (2, 2, 0, True), (3, 1, 1, False), (5, 3, 2, True)])
-def test_pooling_kernels_agree_with_their_twins(device, window):
+def test_pooling_kernels_agree_with_their_twins(device, window, channels):
     rng, inside = np.random.default_rng(7), window[:2]
-    x = rng.integers(-3, 4, (2, 11, 8, 5)).astype(np.float64)       # many ties
-    y, mean = cpu.max_pool_forward(x, *window), cpu.avg_pool_forward(x, *inside)
-    dy, dmean = (rng.integers(-9, 9, like.shape).astype(np.float64) for like in (y, mean))
-    xd, yd, dyd, dmeand = up(x, y, dy, dmean)
-    assert np.array_equal(kernels.to_host(kernels.max_pool_forward(xd, *window)), y)
-    dx = kernels.to_host(kernels.max_pool_backward(dyd, xd, yd, *window[:3]))
-    assert np.array_equal(dx, cpu.max_pool_backward(dy, x, y, *window[:3]))
-    check_close(kernels.avg_pool_forward(xd, *inside), mean, 9, window[0])
-    check_close(kernels.avg_pool_backward(dmeand, x.shape, *inside),
+    x = rng.integers(-3, 4, (2, 11, 8, channels)).astype(np.float64)            # many ties
+    mean = cpu.avg_pool_forward(x, *inside)
+    check_close(kernels.avg_pool_forward(*up(x), *inside), mean, 9, window[0])
+    dmean = rng.integers(-9, 9, mean.shape).astype(np.float64)
+    check_close(kernels.avg_pool_backward(*up(dmean), x.shape, *inside),
                 cpu.avg_pool_backward(dmean, x.shape, *inside), 9, window[0])
+    x[0, 2, 3, 1], x[1] = np.nan, -np.inf
+    y, place = cpu.max_pool_forward(x, *window)
+    yd, placed = kernels.max_pool_forward(*up(x), *window)
+    assert np.array_equal(kernels.to_host(yd), y, equal_nan=True)
+    assert np.isnan(y).any() and np.array_equal(kernels.to_host(placed), place)
+    dy = rng.integers(-9, 9, y.shape).astype(np.float64)
+    dx = kernels.to_host(kernels.max_pool_backward(*up(dy), placed, x.shape, *window[:3]))
+    assert np.array_equal(dx, cpu.max_pool_backward(dy, place, x.shape, *window[:3]))
+    assert dx.sum() == dy[~np.isnan(y)].sum()
 
 
 @pytest.mark.parametrize("channels", (1, 7, 64, 700))
@@ -1618,6 +1657,12 @@ def test_relu_backward_kernel_takes_channel_slices(device, shape):
         dx = kernels.relu_backward(wide(dy, *one)[0], wide(y, *two)[0])
         assert dx.flags.c_contiguous
         assert np.array_equal(kernels.to_host(dx), cpu.relu_backward(dy, y))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (70, 33), (1000, 5)])
+def test_column_sums_kernel_agrees_with_its_twin(device, shape):
+    (x,) = floats(np.random.default_rng(7), shape)
+    check_close(kernels.column_sums(*up(x)), cpu.column_sums(x), cpu.column_sums(abs(x)), len(x))
 
 
 @pytest.mark.parametrize("relu", (False, True))
@@ -1709,22 +1754,40 @@ def test_kernels_refuse_arrays_they_would_misread(device):
 
 # a text of a kernel file, what it is changed to, and the check that must then fail
 CONV = partial(check_convolution, conv_case(12))
+DB = partial(check_convolution, (*floats(np.random.default_rng(0), (3, 9, 9, 8), (1, 1, 8, 4), (4,)),
+                                 1, 0))
 RELU = partial(test_relu_backward_kernel_takes_channel_slices, None, (2, 5, 3, 8))
-POOL = partial(test_pooling_kernels_agree_with_their_twins, None, (3, 2, 1, True))
+CHAIN = lambda: test_tf32_operands_are_rounded_to_nearest(gpu._device, np.random.default_rng(0))
+SUMS = partial(test_column_sums_kernel_agrees_with_its_twin, None, (70, 33))
+LRNS = partial(test_lrn_kernels_agree_with_their_twins, None, 7, (5, 2.0, 1e-4, 0.75),
+               np.random.default_rng(0))
+POOL = partial(test_pooling_kernels_agree_with_their_twins, None, (3, 2, 1, True), 8)
 MISTAKES = [
-    ("conv.cu", "? oi * stride - pad", "? oi * stride + pad", CONV),
-    ("conv.cu", "i % dilate == 0 && j % dilate == 0", "i % dilate == 0", CONV),
+    ("conv.cu", "i = oi * stride - pad", "i = oi * stride + pad", CONV),
+    ("conv.cu", "i % DILATE != 0 || j % DILATE != 0", "i % DILATE != 0", CONV),
     ("conv.cu", "copy_wait<STAGES - 2>();", "copy_wait<STAGES - 1>();", CONV),
     ("conv.cu", "load(tile + STAGES - 1);", "load(tile + STAGES);", CONV),
     ("conv.cu", "        __syncthreads();", "        ;", CONV),
     ("conv.cu", "if (row >= shape.rows || col >= shape.cols)", "if (col >= shape.cols)", CONV),
-    ("conv.cu", "x + at, valid && there", "x + at, there", CONV),
+    ("conv.cu", "x + at, valid", "x + at, true", CONV),
     ("conv.cu", "int rows, cols, depth, part; ", "int cols, rows, depth, part; ", CONV),
-    ("conv.cu", "int pitch, relu; ", "int pitch, relu, more; ", CONV),   # not gpu.GEOMETRY's size
+    ("conv.cu", "int pitch, relu, round; ", "int pitch, relu, round, more; ", CONV),   # not gpu.GEOMETRY's size
+    ("lrn.cu", "root * sqrtf(root)", "root * root", LRNS),
     ("pool.cu", "int h, w, c, oh, ow,", "int h, w, c, oh, ow, more,", POOL),
-    ("pool.cu", "mine && p <= i", "mine && p < i", POOL),
+    ("pool.cu", "!(value.at[e] > most.at[e])", "!(value.at[e] >= most.at[e])", POOL),
+    ("pool.cu", "number ? at.place(i, j, oi, oj) : NOWHERE", "at.place(i, j, oi, oj)", POOL),
+    ("pool.cu", "j + pad - oj * stride;", "j - oj * stride;", POOL),
+    ("pool.cu", "number && !(value", "!(value", POOL),
+    ("conv.cu", "rounded(shape.relu && v < 0 ? 0 : v, shape.round)", "v", CHAIN),
+    ("conv.cu", "tile % shares == blockIdx.x", "tile == blockIdx.x", DB),
+    ("conv.cu", "(blockIdx.z * shares + blockIdx.x) *", "blockIdx.z * shares *", CONV),
+    ("conv.cu", "if (m >= end) i", "if (m > end) i", CONV),
+    ("pointwise.cu", "taps - 1 - index", "index", CONV),
+    ("pointwise.cu", "rounded(w[(tap", "(w[(tap", CHAIN),
+    ("pointwise.cu", "rounded((pixel[1] - shift) * scale, round)", "0.1f", CHAIN),
+    ("pointwise.cu", "rounded(gates.y > 0 ? four.y : 0, round)", "gates.y * four.y", CHAIN),
     ("pointwise.cu", "z = 0; z < count; z++)", "z = 1; z < count; z++)", CONV),
-    ("pointwise.cu", "sum += sums[y * 32", "sum -= sums[y * 32", CONV),
+    ("pointwise.cu", "sum += sums[y * 32", "sum -= sums[y * 32", SUMS),
     ("pointwise.cu", "*gate = y + row * y_pitch", "*gate = y + row * dy_pitch", RELU),
 ]
 

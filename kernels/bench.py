@@ -8,16 +8,18 @@
     python kernels/bench.py ranks           the allreduce of gradients, under mpiexec
     python kernels/bench.py index           captions/s and memory for 10^4 to 10^7 lines of YFCC
     python kernels/bench.py gpu             each CUDA kernel and whole steps, in each precision
-    python kernels/bench.py resources       registers and spills of each kernel; needs no GPU
+    python kernels/bench.py resources       registers, spills, instructions a mma; needs no GPU
 
 Machines are noisy: things that are compared take turns in one run, and medians are printed.
 """
 import bz2
 import ctypes
 import glob
+import importlib.util
 import itertools
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -323,13 +325,13 @@ def gpu_cases(n):
                partial(rival, "dw"))
     for name, size, c in (("pool1", 55, 64), ("pool2", 27, 192), ("pool5", 13, 256)):
         x = some(n, size, size, c)
-        y = kernels.max_pool_forward(x, 3, 2)
-        bytes_each = 4 * (x.size + y.size)
+        y, place = kernels.max_pool_forward(x, 3, 2)
+        bytes_each = 4 * x.size + 5 * y.size
         rival = partial(torch_pool, n, size, c)
         yield (name + " forward", "GB/s", bytes_each, partial(kernels.max_pool_forward, x, 3, 2),
                partial(rival, False))
-        yield (name + " dx", "GB/s", 2 * bytes_each,
-               partial(kernels.max_pool_backward, y, x, y, 3, 2), partial(rival, True))
+        yield (name + " dx", "GB/s", bytes_each,
+               partial(kernels.max_pool_backward, y, place, x.shape, 3, 2), partial(rival, True))
     x, e, s = some(n, 56, 56, 64), some(n, 4096), some(n, 100_000)
     yield "LRN forward", "GB/s", 8 * x.size, partial(kernels.lrn_forward, x), None
     yield "LRN dx", "GB/s", 12 * x.size, partial(kernels.lrn_backward, x, x), None
@@ -416,11 +418,14 @@ def gpu(options):
 
 def variants(tf32):
     """(file, defines) of every kernel variant that is launched on a GPU with TF32, or without."""
-    yield "pool.cu", (launches.POOL_DEFINE,)
+    yield from (("pool.cu", launches.pool_defines(vec)) for vec in (4, 1))
     yield from ((file, ()) for file in ("lrn.cu", "pointwise.cu", "loss.cu", "sgd.cu"))
-    for inner, filter_gradient, vec, bn in itertools.product(
-            (0, 1, 3) if tf32 else (0,), (0, 1), (4, 1), (128, 64)):
-        yield "conv.cu", launches.conv_defines(bn, launches.STAGES, vec, filter_gradient, inner)
+    for inner in (0, 1, 3) if tf32 else (0,):
+        for filter_gradient, vec, bn in itertools.product(
+                (False, True), (4, 1), launches.COLUMNS[inner > 0]):
+            for dilate in (1,) if filter_gradient else (1, 2):
+                yield "conv.cu", launches.conv_defines(
+                    bn, launches.STAGES, vec, filter_gradient, inner, dilate)
 
 
 def compile_for(architecture, file, defines):
@@ -434,7 +439,8 @@ def compile_for(architecture, file, defines):
         nvrtc.compileProgram(program, (
             *launches.options(defines), f"-arch=sm_{architecture}", "-ftz=true",
             "--device-as-default-execution-space", "--ptxas-options=-v"))
-        return nvrtc.getCUBIN(program), nvrtc.getProgramLog(program)
+        # CuPy takes the last byte for the end of a string
+        return nvrtc.getCUBIN(program) + b"\0", nvrtc.getProgramLog(program)
     except nvrtc.NVRTCError:
         raise RuntimeError(f"{file} {defines} for sm_{architecture}: "
                            f"{nvrtc.getProgramLog(program)}") from None
@@ -442,18 +448,53 @@ def compile_for(architecture, file, defines):
         nvrtc.destroyProgram(program)
 
 
+def disassembler():
+    """The path of nvdisasm: $NVDISASM, on PATH, or in the wheel of `triton`; None if not found."""
+    triton = importlib.util.find_spec("triton")
+    path = os.environ.get("NVDISASM") or shutil.which("nvdisasm") or triton and os.path.join(
+        triton.submodule_search_locations[0], "backends", "nvidia", "bin", "nvdisasm")
+    return path if path and os.path.exists(path) else None
+
+
+def instructions_per_mma(cubin):
+    """Instructions in the loop around the tensor cores' products, for each product; or None.
+
+    The loop is the shortest that holds them all, from a label to the branch back to it. What the
+    compiler did not unroll within it counts once.
+    """
+    if not disassembler():
+        return None
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        lines = subprocess.run([disassembler(), "-c", file.name], capture_output=True,
+                               text=True).stdout.splitlines()
+    labels = {line.strip(): at for at, line in enumerate(lines) if line.startswith(".L_")}
+    ends = ((at, re.search(r"BRA.*`\((\.L_\w+)\)", line)) for at, line in enumerate(lines))
+    loops = [[line for line in lines[labels[back[1] + ":"]:at + 1] if re.match(r"\s+/\*", line)]
+             for at, back in ends if back and labels[back[1] + ":"] < at]
+    counts = [(-sum("HMMA" in line for line in loop), len(loop)) for loop in loops]
+    products, whole = min(counts, default=(0, 0))
+    return whole / -products if products else None
+
+
 def resources(options):
-    """Registers a thread, and bytes spilled, of each kernel variant, as NVRTC's ptxas reports."""
-    print(f"{'sm_' + options.architecture:56}{'registers':>10}{'spilled':>9}")
+    """Registers, bytes spilled and instructions a mma of each kernel variant; needs no GPU.
+
+    NVRTC's ptxas reports the first two; the last is counted where a disassembler is found.
+    """
+    print(f"{'sm_' + options.architecture:62}{'registers':>10}{'spilled':>9}{'a mma':>7}")
     for file, defines in variants(int(options.architecture) >= 80):
-        notes = compile_for(options.architecture, file, defines)[1]
+        cubin, notes = compile_for(options.architecture, file, defines)
         label = " ".join(f"{name}={value}" for name, value in defines
                          if not name.endswith("_BYTES"))
+        each = instructions_per_mma(cubin) if file == "conv.cu" else None
         for kernel, note in re.findall(r"Compiling entry function '(\w+)'(.*?Used \d+ registers)",
                                        notes, re.DOTALL):
             spilled = sum(map(int, re.findall(r"(\d+) bytes spill", note)))
             count = re.search(r"Used (\d+) registers", note)[1]
-            print(f"{kernel + ' ' + label:56}{count:>10}{spilled:>9}", flush=True)
+            print(f"{kernel + ' ' + label:62}{count:>10}{spilled:>9}"
+                  + (f"{each:7.1f}" if each else ""), flush=True)
 
 
 class Photos:

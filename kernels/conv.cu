@@ -16,9 +16,11 @@
 // writes its own sums, and `reduce` adds them in a fixed order. So all bits are the same every run.
 //
 // Constants that gpu.py injects: BM, BN, STAGES, VEC (4: sixteen-byte loads, channels and columns
-// must be multiples of 4; 1: any size), FILTER, INNER (0: fmaf; 1: TF32; 3: three TF32 products).
+// must be multiples of 4; 1: any size), FILTER, DILATE, INNER (0: fmaf; 1: TF32; 3: three TF32
+// products). With INNER = 1 both operands must hold TF32: whoever makes a number rounds it, once.
 
 #define BK 32
+#define SHARES 4u
 #if FILTER
 #define A_PITCH (BM + 8)                    // a[k][m]; 8: the four k of a fragment differ in bank
 #define A_SIZE (BK * A_PITCH)
@@ -28,14 +30,21 @@
 #define A_SIZE (BM * A_PITCH)
 #define A_AT(m, k) a[(m) * A_PITCH + (k)]
 #endif
-#define B_PITCH (BN + 8)                    // b[k][n]
+#define B_PITCH (BN + 8)                    // b[place of k][n]
 #define B_SIZE (BK * B_PITCH)
+#if INNER && !FILTER
+#define B_AT(k, n) b[((k) / 8 * 8 + (k) % 2 * 4 + (k) % 8 / 2) * B_PITCH + (n)]    // see Product
+#else
 #define B_AT(k, n) b[(k) * B_PITCH + (n)]
+#endif
 
 #if INNER
-#define THREADS 128                         // 2×2 warps, each 64 × BN/2
-#define ROW_TILES (BM / 32)                 // mma tiles of 16×8 in a warp's part
-#define COL_TILES (BN / 16)
+#define THREADS 128                         // 2×2 warps, or 4×1 where BN is 16
+#define WARPS_BESIDE (BN % 32 ? 1 : 2)
+#define WARP_ROWS (BM / 4 * WARPS_BESIDE)
+#define WARP_COLS (BN / WARPS_BESIDE)
+#define ROW_TILES (WARP_ROWS / 8)           // mma tiles of 8 rows × 16 columns in a warp's part
+#define COL_TILES (WARP_COLS / 16)
 #else
 #define THREADS 256                         // 16×16 threads, each BM/16 × BN/16
 #define ROWS_EACH (BM / 16)
@@ -54,43 +63,49 @@ struct Divisor {
     }
 };
 
+#define OUTSIDE (1 << 28)                   // rows above the image
+
 // The shapes of a product, packed by gpu.py field by field: the image x (pixels, C) that the left
 // operand is gathered from, the grid of its patches, and the matrix y (rows, cols).
 struct Geometry {
     int h, w;                               // of the image
-    int stride, pad, dilate, pixels;        // pixels: of the grid, of all images
+    int stride, pad, pixels;                // pixels: of the grid, of all images
     Divisor c, kw, oh, ow;
     int rows, cols, depth, part;            // part: numbers of k that a block adds
-    int pitch, relu;                        // pitch: numbers from a row of y to the next
+    int pitch, relu, round;                 // pitch: numbers from a row of y to the next
 
-    // pixel m of the grid -> image n (as its first pixel) and the corner of its patch
-    __device__ void pixel(int m, int& first, int& i, int& j) const
+    // pixel m of the grid -> the corner of its patch, and where in x that is; outside the image,
+    // wherever the tap is, from pixel `end` on. With dilation it is its image that is in x there.
+    __device__ void pixel(int m, int end, int& i, int& j, int& corner) const
     {
         int oi, oj;
         const int n = oh.divide(ow.divide(m, oj), oi);
-        first = n * h * w;
-        i = m < pixels ? oi * stride - pad : -(1 << 28);    // outside, wherever the tap is
+        i = oi * stride - pad;
         j = oj * stride - pad;
+        corner = DILATE == 1 ? ((n * h + i) * w + j) * c.d : n * h * w * c.d;
+        if (m >= end) i = -OUTSIDE;
     }
 
-    // k -> tap (p, q) and channel
-    __device__ void tap(int k, int& p, int& q, int& channel) const
+    // k -> tap (p, q) and how much further in x that is, outside if not `valid`; k goes through
+    // the channels first
+    __device__ void tap(int k, bool valid, int& p, int& q, int& further) const
     {
+        int channel;
         p = kw.divide(c.divide(k, channel), q);
+        further = (DILATE == 1 ? (p * w + q) * c.d : 0) + channel;
+        if (!valid) p = 2 * OUTSIDE;
     }
 
-    // where in x pixel (i, j) and a channel are; false where there is a zero instead
-    __device__ bool find(int first, int i, int j, int channel, int& at) const
+    // whether pixel (i, j) is in the image; moves `at` there from its corner if it is dilated
+    __device__ bool find(int i, int j, int& at) const
     {
-        bool inside = true;
-        if (dilate > 1) {
-            inside = i % dilate == 0 && j % dilate == 0;    // a negative one fails below
-            i = i < 0 ? i : i / dilate;
-            j = j < 0 ? j : j / dilate;
+        if (DILATE > 1) {
+            if (i % DILATE != 0 || j % DILATE != 0) return false;
+            i = i < 0 ? i : i / DILATE;
+            j = j < 0 ? j : j / DILATE;
+            at += (i * w + j) * c.d;
         }
-        inside = inside && unsigned(i) < unsigned(h) && unsigned(j) < unsigned(w);
-        at = inside ? (first + i * w + j) * c.d + channel : 0;
-        return inside;
+        return unsigned(i) < unsigned(h) && unsigned(j) < unsigned(w);
     }
 };
 static_assert(sizeof(Geometry) == GEOMETRY_BYTES, "gpu.GEOMETRY has the same fields");
@@ -104,7 +119,7 @@ struct Result {
     __device__ float finish(int col, float v) const
     {
         if (bias) v += bias[col];
-        return shape.relu && v < 0 ? 0 : v;                 // a NaN stays
+        return rounded(shape.relu && v < 0 ? 0 : v, shape.round);           // a NaN stays
     }
 
     // two neighbours in a row
@@ -127,31 +142,29 @@ struct Result {
 // Tile of the left operand, transposed: a thread's rows (p, q, c) stay, the pixels move on.
 struct Left {
     static const int GROUPS = BM / VEC, STEP = THREADS / GROUPS;
-    int p, q, channel;
-    bool there;
+    int p, q, further;
 
     __device__ Left(const Geometry& shape, int row0)
     {
         const int row = row0 + threadIdx.x % GROUPS * VEC;
-        there = row < shape.rows;
-        shape.tap(row, p, q, channel);
+        shape.tap(row, row < shape.rows, p, q, further);
     }
 
     // All lanes of a warp copy from the same pixel at a time. Each lane finds out where one of the
     // tile's pixels is (BK = 32), and the others ask it: the divisions would cost more.
     __device__ void load(float* a, const float* x, const Geometry& shape, int k0, int end) const
     {
-        const int m = threadIdx.x % GROUPS * VEC;
-        int my_first, my_i, my_j;
-        shape.pixel(k0 + threadIdx.x % 32, my_first, my_i, my_j);
+        int my_i, my_j, my_corner;
+        shape.pixel(k0 + threadIdx.x % 32, end, my_i, my_j, my_corner);
+        float* to = &A_AT(threadIdx.x % GROUPS * VEC, threadIdx.x / GROUPS);
 #pragma unroll (BK / STEP < 16 ? BK / STEP : 4)               // 32 copies help nobody
-        for (int k = threadIdx.x / GROUPS; k < BK; k += STEP) {
-            const int first = __shfl_sync(0xffffffffu, my_first, k);
+        for (int r = 0; r < BK / STEP; r++) {
+            const int k = threadIdx.x / GROUPS + r * STEP;
             const int i = __shfl_sync(0xffffffffu, my_i, k);
             const int j = __shfl_sync(0xffffffffu, my_j, k);
-            int at;
-            const bool valid = shape.find(first, i + p, j + q, channel, at);
-            copy_async<4 * VEC>(&A_AT(m, k), x + at, valid && there && k0 + k < end);
+            int at = __shfl_sync(0xffffffffu, my_corner, k) + further;
+            const bool valid = shape.find(i + p, j + q, at);
+            copy_async<4 * VEC>(to + r * STEP * A_PITCH, x + at, valid);
         }
     }
 };
@@ -159,26 +172,27 @@ struct Left {
 // Tile of the left operand: a thread's pixels stay, the taps and channels move on.
 struct Left {
     static const int GROUPS = BK / VEC, STEP = THREADS / GROUPS, COUNT = BM / STEP;
-    int first[COUNT], i[COUNT], j[COUNT];
+    int i[COUNT], j[COUNT], corner[COUNT];
 
     __device__ Left(const Geometry& shape, int row0)
     {
 #pragma unroll
         for (int r = 0; r < COUNT; r++)
-            shape.pixel(row0 + threadIdx.x / GROUPS + r * STEP, first[r], i[r], j[r]);
+            shape.pixel(row0 + threadIdx.x / GROUPS + r * STEP, shape.pixels, i[r], j[r],
+                        corner[r]);
     }
 
     __device__ void load(float* a, const float* x, const Geometry& shape, int k0, int end) const
     {
         const int k = threadIdx.x % GROUPS * VEC;
-        int p, q, channel;
-        shape.tap(k0 + k, p, q, channel);
+        int p, q, further;
+        shape.tap(k0 + k, k0 + k < end, p, q, further);
+        float* to = &A_AT(threadIdx.x / GROUPS, k);
 #pragma unroll
         for (int r = 0; r < COUNT; r++) {
-            int at;
-            const bool valid = shape.find(first[r], i[r] + p, j[r] + q, channel, at);
-            copy_async<4 * VEC>(&A_AT(threadIdx.x / GROUPS + r * STEP, k), x + at,
-                                valid && k0 + k < end);
+            int at = corner[r] + further;
+            const bool valid = shape.find(i[r] + p, j[r] + q, at);
+            copy_async<4 * VEC>(to + r * STEP * A_PITCH, x + at, valid);
         }
     }
 };
@@ -187,12 +201,15 @@ struct Left {
 // Tile of the right operand: rows k0 … k0+BK, columns col0 … col0+BN.
 __device__ void load_right(float* b, const float* right, int k0, int end, int col0, int cols)
 {
-    const int groups = BN / VEC, n = threadIdx.x % groups * VEC;
-#pragma unroll
-    for (int k = threadIdx.x / groups; k < BK; k += THREADS / groups) {
+    constexpr int groups = BN / VEC, fit = THREADS / groups;
+    constexpr int step = fit == 5 ? 4 : fit;                // rows at a time, a divisor of BK
+    const int n = threadIdx.x % groups * VEC, first = threadIdx.x / groups;
+    if (first >= step) return;                              // some threads, if BN is 96
+#pragma unroll (BK / step < 16 ? BK / step : 4)
+    for (int r = 0; r < BK / step; r++) {
+        const int k = first % step + r * step;              // % tells the compiler
         const bool valid = k0 + k < end && col0 + n < cols;
-        const long long at = static_cast<long long>(k0 + k) * cols + col0 + n;
-        copy_async<4 * VEC>(&B_AT(k, n), right + (valid ? at : 0), valid);
+        copy_async<4 * VEC>(&B_AT(k, n), right + ((k0 + k) * cols + col0 + n), valid);
     }
 }
 
@@ -239,46 +256,67 @@ struct Product {
     }
 };
 #else
-// Tensor cores: each warp makes ROW_TILES × COL_TILES products of 16×8, eight k at a time.
+// Tensor cores: each warp makes ROW_TILES × COL_TILES products of 8 rows × 16 columns, eight k at a
+// time. What mma calls a and its rows are `right` and columns here: so neighbours in memory are
+// neighbouring registers, as mma wants them, and one access brings two. For that, columns 2g and
+// 2g+1 are mma's rows g and g + 8, and if not FILTER its k = t and t + 4 are ours 2t and 2t+1,
+// which lie four rows of b apart. No two lanes of a half warp read the same bank.
 struct Product {
-    float y[ROW_TILES][COL_TILES][4] = {};
+    float y[COL_TILES][ROW_TILES][4] = {};
 
-    static __device__ int row() { return threadIdx.x / 64 * (BM / 2) + threadIdx.x % 32 / 4; }
-    static __device__ int col() { return threadIdx.x / 32 % 2 * (BN / 2); }
+    static __device__ int t() { return threadIdx.x % 4; }
+    static __device__ int g() { return threadIdx.x % 32 / 4; }
+    static __device__ int col() { return threadIdx.x / 32 % WARPS_BESIDE * WARP_COLS + 2 * g(); }
+
+    // the row of the tile that is number n of the eight of an mma
+    static __device__ int row(int n)
+    {
+        return threadIdx.x / 32 / WARPS_BESIDE * WARP_ROWS + (FILTER ? n : n / 4 + n % 4 * 2);
+    }
 
     // x = hi + lo, both TF32: together they hold 21 bits of the 24 of a float
     static __device__ void split(float x, unsigned& hi, unsigned& lo)
     {
-        hi = to_tf32(x);
 #if INNER == 3
+        hi = to_tf32(x);
         lo = to_tf32(x - __uint_as_float(hi));
+#else
+        hi = __float_as_uint(x);
 #endif
     }
 
     __device__ void add(const float* a, const float* b)
     {
-        const int t = threadIdx.x % 4, g = threadIdx.x % 32 / 4;
 #pragma unroll
         for (int k = 0; k < BK; k += 8) {
-            unsigned hi[ROW_TILES][4], lo[ROW_TILES][4];
+            unsigned right[COL_TILES][4], rest[COL_TILES][4];
 #pragma unroll
-            for (int i = 0; i < ROW_TILES; i++)
+            for (int n = 0; n < 2 * COL_TILES; n++) {
+                const int i = n / 2, late = n % 2;
+                const float2 two = *reinterpret_cast<const float2*>(
+                    b + (k + t() + 4 * late) * B_PITCH + col() + 16 * i);
+                split(two.x, right[i][2 * late], rest[i][2 * late]);
+                split(two.y, right[i][2 * late + 1], rest[i][2 * late + 1]);
+            }
 #pragma unroll
-                for (int n = 0; n < 4; n++)
-                    split(A_AT(row() + 16 * i + n % 2 * 8, k + t + n / 2 * 4), hi[i][n], lo[i][n]);
-#pragma unroll
-            for (int j = 0; j < COL_TILES; j++) {
-                unsigned right[2], rest[2];
-#pragma unroll
-                for (int n = 0; n < 2; n++)
-                    split(B_AT(k + t + 4 * n, col() + 8 * j + g), right[n], rest[n]);
-#pragma unroll
-                for (int i = 0; i < ROW_TILES; i++) {
-#if INNER == 3
-                    mma_tf32(y[i][j], lo[i], right);            // small terms first
-                    mma_tf32(y[i][j], hi[i], rest);
+            for (int j = 0; j < ROW_TILES; j++) {
+#if FILTER
+                const float2 two = make_float2(A_AT(row(g()) + 8 * j, k + t()),
+                                               A_AT(row(g()) + 8 * j, k + t() + 4));
+#else
+                const float2 two =
+                    *reinterpret_cast<const float2*>(&A_AT(row(g()) + 8 * j, k + 2 * t()));
 #endif
-                    mma_tf32(y[i][j], hi[i], right);
+                unsigned left[2], lo[2];
+                split(two.x, left[0], lo[0]);
+                split(two.y, left[1], lo[1]);
+#pragma unroll
+                for (int i = 0; i < COL_TILES; i++) {
+#if INNER == 3
+                    mma_tf32(y[i][j], right[i], lo);            // small terms first
+                    mma_tf32(y[i][j], rest[i], left);
+#endif
+                    mma_tf32(y[i][j], right[i], left);
                 }
             }
         }
@@ -286,22 +324,24 @@ struct Product {
 
     __device__ void store(const Result& to, int row0, int col0) const
     {
-        const int t = threadIdx.x % 4;
 #pragma unroll
-        for (int i = 0; i < ROW_TILES; i++)
+        for (int i = 0; i < COL_TILES; i++)
 #pragma unroll
-            for (int j = 0; j < COL_TILES; j++) {
-                const int r = row0 + row() + 16 * i, c = col0 + col() + 8 * j + 2 * t;
-                to.store(r, c, y[i][j][0], y[i][j][1]);
-                to.store(r + 8, c, y[i][j][2], y[i][j][3]);
+            for (int j = 0; j < ROW_TILES; j++) {
+                const int r = row0 + 8 * j, c = col0 + col() + 16 * i;
+                to.store(r + row(2 * t()), c, y[i][j][0], y[i][j][2]);
+                to.store(r + row(2 * t() + 1), c, y[i][j][1], y[i][j][3]);
             }
     }
 };
 #endif
 
-// Called by gpu.conv_forward, conv_backward_input and conv_backward_filter.
+// Called by gpu.conv_forward, conv_backward_input and conv_backward_filter. With FILTER the blocks
+// of the first row tiles share the tiles of `right` among them and leave the sums of its columns in
+// `sums` (parts · shares, cols).
 extern "C" __global__ void __launch_bounds__(THREADS, VEC == 4 ? 2 : 1)
-conv(const float* x, const float* right, float* y, const float* bias, const Geometry shape)
+conv(const float* x, const float* right, float* y, const float* bias, float* sums,
+     const Geometry shape)
 {
     const long long own = static_cast<long long>(blockIdx.z) * shape.rows * shape.pitch;
     const Result result = {y + own, bias, shape};
@@ -312,6 +352,8 @@ conv(const float* x, const float* right, float* y, const float* bias, const Geom
     float* shared = shared_memory();                        // STAGES × (A_SIZE + B_SIZE)
     const Left left(shape, row0);
     Product product;
+    const unsigned shares = min(gridDim.x, SHARES);
+    float sum = 0;
 
     const auto load = [&](int tile) {
         if (tile < tiles) {
@@ -329,6 +371,11 @@ conv(const float* x, const float* right, float* y, const float* bias, const Geom
         load(tile + STAGES - 1);                            // into the memory of the last one
         const float* a = shared + tile % STAGES * (A_SIZE + B_SIZE);
         product.add(a, a + A_SIZE);
+        if (FILTER && tile % shares == blockIdx.x && threadIdx.x < BN)
+#pragma unroll 8
+            for (int k = 0; k < BK; k++) sum += a[A_SIZE + k * B_PITCH + threadIdx.x];
     }
     product.store(result, row0, col0);
+    if (FILTER && blockIdx.x < shares && threadIdx.x < BN && col0 + threadIdx.x < shape.cols)
+        sums[(blockIdx.z * shares + blockIdx.x) * shape.cols + col0 + threadIdx.x] = sum;
 }

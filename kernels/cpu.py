@@ -22,6 +22,7 @@ PATCH_BYTES = 9 << 20       # patches one thread multiplies at a time: they stay
 TILE_BYTES = 2 << 20        # … and tiles that Winograd's algorithm multiplies
 POOL_BYTES = 4 << 20        # images one thread pools at a time: fewer would leave Python the limit
 FLAT_CHUNK = 1 << 17        # numbers per chunk of an elementwise pass: the arrays stay in cache
+NOWHERE = 255               # the place of a maximum that is no number
 LANES = 16                  # dropout lanes of 16 bits in one Philox block of four 64-bit words
 
 
@@ -266,7 +267,7 @@ def conv_backward_filter(x, dy, w_shape, stride=1, pad=0):
 # ---------------------------------------------------------------------------------- pooling
 
 def _taps(shape, out_shape, kernel, stride, pad=0):
-    """For each of the window's pixels, in scan order: which outputs have it, and where it is."""
+    """For each of the window's pixels, in scan order: its outputs, where it is, its number."""
     def along(size, out, k):
         first = max(0, -(-(pad - k) // stride))                     # first window that has pixel k
         last = min(out, (size - 1 + pad - k) // stride + 1)
@@ -278,47 +279,49 @@ def _taps(shape, out_shape, kernel, stride, pad=0):
         for q in range(kernel):
             (oi, ii), (oj, ij) = along(shape[0], out_shape[0], p), along(shape[1], out_shape[1], q)
             if oi.stop > oi.start and oj.stop > oj.start:
-                found.append(((slice(None), oi, oj), (slice(None), ii, ij)))
+                found.append(((slice(None), oi, oj), (slice(None), ii, ij), p * kernel + q))
     return found
 
 
 def max_pool_forward(x, kernel, stride, pad=0, ceil=False):
-    """y = maximum over each kernel×kernel window, pixels outside the image left out.
+    """y = maximum over each kernel×kernel window, pixels outside the image left out; and its place.
 
-    x (N, H, W, C) -> (N, OH, OW, C). With `ceil` the last window may hang over the edge.
+    x (N, H, W, C) -> y and place, both (N, OH, OW, C). With `ceil` the last window may hang over
+    the edge. place, uint8, is the maximum's number in the window's scan order, the first's where
+    several tie, and NOWHERE for a NaN; the kernel is at most 15.
     """
     n, h, w, c = x.shape
     y = np.empty((n, output_size(h, kernel, stride, pad, ceil),
                   output_size(w, kernel, stride, pad, ceil), c), x.dtype)
-    taps = _taps(x.shape[1:3], y.shape[1:3], kernel, stride, pad)
+    place, taps = np.empty(y.shape, np.uint8), _taps(x.shape[1:3], y.shape[1:3], kernel, stride, pad)
+    rows, cols = (np.maximum(0, pad - stride * np.arange(size)) for size in y.shape[1:3])
+    first = (rows[:, None] * kernel + cols)[..., None]              # (OH, OW, 1), inside the image
 
     def work(start, stop):
-        part = y[start:stop]
-        part[:] = -np.inf
-        for outs, ins in taps:
+        part, where = y[start:stop], place[start:stop]
+        part[:], where[:] = -np.inf, first
+        for outs, ins, number in taps:
+            larger = np.greater(x[start:stop][ins], part[outs]).view(np.uint8)
+            larger *= np.uint8(number)                              # numbers grow from tap to tap
+            np.maximum(where[outs], larger, out=where[outs])
             np.maximum(part[outs], x[start:stop][ins], out=part[outs])
+        where[np.isnan(part)] = NOWHERE
 
     _pool.chunks(n, _chunk_size(n, x[0].nbytes, POOL_BYTES), work)
-    return y
+    return y, place
 
 
-def max_pool_backward(dy, x, y, kernel, stride, pad=0):
-    """dx: each dy goes to its window's maximum, to the first in scan order where several tie.
-
-    No mask was kept: the maximum is found again by comparing x with y.
-    """
-    dx = np.empty(x.shape, dy.dtype)
-    taps = _taps(x.shape[1:3], y.shape[1:3], kernel, stride, pad)
+def max_pool_backward(dy, place, x_shape, kernel, stride, pad=0):
+    """dx (N, H, W, C), which is x_shape: each dy goes to the place of its window's maximum."""
+    dx = np.zeros(x_shape, dy.dtype)
+    taps = _taps(x_shape[1:3], dy.shape[1:3], kernel, stride, pad)
 
     def work(start, stop):
-        xs, ys, left, part = x[start:stop], y[start:stop], dy[start:stop].copy(), dx[start:stop]
-        part[:] = 0
-        for outs, ins in taps:
-            given = left[outs] * (xs[ins] == ys[outs])
-            part[ins] += given
-            left[outs] -= given                 # exactly zero once it is given away
+        d, where, part = dy[start:stop], place[start:stop], dx[start:stop]
+        for outs, ins, number in taps:
+            part[ins] += d[outs] * (where[outs] == number)
 
-    _pool.chunks(len(x), _chunk_size(len(x), x[0].nbytes, POOL_BYTES), work)
+    _pool.chunks(len(dy), _chunk_size(len(dy), dx[0].nbytes, POOL_BYTES), work)
     return dx
 
 
@@ -326,7 +329,7 @@ def avg_pool_forward(x, kernel, stride):
     """y = mean over each kernel×kernel window, all of which lie inside the image."""
     n, h, w, c = x.shape
     y = np.zeros((n, output_size(h, kernel, stride), output_size(w, kernel, stride), c), x.dtype)
-    for outs, ins in _taps((h, w), y.shape[1:3], kernel, stride):
+    for outs, ins, _ in _taps((h, w), y.shape[1:3], kernel, stride):
         y[outs] += x[ins]
     y /= kernel * kernel
     return y
@@ -336,7 +339,7 @@ def avg_pool_backward(dy, x_shape, kernel, stride):
     """dx (N, H, W, C), which is x_shape: each dy is shared equally among its window's pixels."""
     dx = np.zeros(x_shape, dy.dtype)
     each = dy / (kernel * kernel)
-    for outs, ins in _taps(x_shape[1:3], dy.shape[1:3], kernel, stride):
+    for outs, ins, _ in _taps(x_shape[1:3], dy.shape[1:3], kernel, stride):
         dx[ins] += each[outs]
     return dx
 
@@ -353,6 +356,12 @@ def _window_sum(x, size):
     return total
 
 
+def _power(s, beta):
+    """s^-β, by square roots where β = 3/4: powers take long."""
+    root = np.sqrt(s)
+    return 1 / (root * np.sqrt(root)) if beta == 0.75 else s ** -beta
+
+
 def lrn_forward(x, size=5, k=2.0, alpha=1e-4, beta=0.75):
     """y = x / (k + α Σ x²)^β, the sum over `size` neighbouring channels (size is odd)."""
     y = np.empty_like(x)
@@ -360,7 +369,7 @@ def lrn_forward(x, size=5, k=2.0, alpha=1e-4, beta=0.75):
     def work(start, stop):
         part = x[start:stop]
         scale = k + alpha * _window_sum(part * part, size)
-        np.multiply(part, scale ** -beta, out=y[start:stop])
+        np.multiply(part, _power(scale, beta), out=y[start:stop])
 
     _pool.chunks(len(x), 1, work)
     return y
@@ -373,7 +382,7 @@ def lrn_backward(dy, x, size=5, k=2.0, alpha=1e-4, beta=0.75):
     def work(start, stop):
         part, d = x[start:stop], dy[start:stop]
         scale = k + alpha * _window_sum(part * part, size)
-        power = scale ** -beta
+        power = _power(scale, beta)
         near = _window_sum(d * part * power / scale, size)
         dx[start:stop] = d * power - 2 * alpha * beta * part * near
 

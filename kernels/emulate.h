@@ -6,7 +6,8 @@
 //   - arrays are copies between pages that must not be touched; so is shared memory, and it holds
 //     NaN when a block begins;
 //   - an asynchronous copy lands when its thread waits for it; until then its place holds NaN;
-//   - tensor cores cut the operands off to TF32, so that a missing rounding shows;
+//   - an operand of the tensor cores that nobody rounded to TF32 is an error, and what they add up
+//     is cut off to a float, not rounded, as hardware does;
 //   - blocks and threads run in ascending, descending or shuffled order: emulate.py compares bits;
 //   - a barrier that not all threads reach, or not all at the same line, is an error.
 #include <csetjmp>
@@ -118,6 +119,13 @@ inline void describe(const char* what, int thread, int line)
                            what, blockIdx.x, blockIdx.y, blockIdx.z, thread % blockDim.x,
                            thread / blockDim.x % blockDim.y, thread / blockDim.x / blockDim.y);
     if (line) snprintf(message + n, sizeof message - n, ", line %d", line);
+}
+
+// Ends the launch: this thread has done what a GPU would not mind.
+inline void fail(const char* what, int line)
+{
+    describe(what, current, line);
+    siglongjmp(fault, -1);
 }
 
 // Lets the threads first … last - 1 go on if all of them wait in `state` at one line.
@@ -252,22 +260,33 @@ inline void copy_commit() { emulated::fibers[emulated::current].copies.push_back
 template <int GROUPS>
 inline void copy_wait() { emulated::copies_land(GROUPS); }
 
-inline unsigned to_tf32(float x) { return (__float_as_uint(x) + 0x1000) & 0xffffe000; }
+inline unsigned to_tf32(float x)
+{
+    return x == x ? (__float_as_uint(x) + 0x1000) & 0xffffe000 : 0x7fffffff;
+}
+inline float rounded(float x, int round) { return round ? __uint_as_float(to_tf32(x)) : x; }
 
 inline void mma_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2],
                      int line = __builtin_LINE())
 {
     const int thread = emulated::current, g = thread % 32 / 4, t = thread % 4;
     auto& lanes = exchange_board();
-    for (int i = 0; i < 4; i++) lanes[thread % 32][i] = a[i] & 0xffffe000;
-    for (int i = 0; i < 2; i++) lanes[thread % 32][4 + i] = b[i] & 0xffffe000;
+    for (int i = 0; i < 6; i++) {
+        const unsigned bits = i < 4 ? a[i] : b[i - 4];
+        if (bits & 0x1fff && __uint_as_float(bits) == __uint_as_float(bits))    // a NaN may
+            emulated::fail("an operand of a tensor core that is not rounded to TF32", line);
+        lanes[thread % 32][i] = bits;
+    }
     warp_barrier(line);
+    for (int i = 0; i < 4; i++) {                           // row g or g + 8, column 2t or 2t + 1
+        double sum = d[i];
 #pragma GCC unroll 8
-    for (int k = 0; k < 8; k++)
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++)                         // row g or g + 8, column 2t or 2t + 1
-            d[i] += __uint_as_float(lanes[g * 4 + k % 4][i / 2 + k / 4 * 2]) *
-                    __uint_as_float(lanes[(2 * t + i % 2) * 4 + k % 4][4 + k / 4]);
+        for (int k = 0; k < 8; k++)
+            sum += double(__uint_as_float(lanes[g * 4 + k % 4][i / 2 + k / 4 * 2])) *
+                   __uint_as_float(lanes[(2 * t + i % 2) * 4 + k % 4][4 + k / 4]);
+        d[i] = sum;
+        if (std::abs(double(d[i])) > std::abs(sum)) d[i] = std::nextafter(d[i], 0.0f);
+    }
 }
 
 // -------------------------------------------------------------------------------- the launch
@@ -336,7 +355,7 @@ inline const char* run(int count, const Argument* arguments, const unsigned* gri
                          i + 1, count, (char*)fault_address - arrays[i]->data);
         if ((char*)fault_address >= memory->pages && (char*)fault_address < memory->pages +
             memory->whole) snprintf(what, sizeof what, "an access out of bounds of shared memory");
-        describe(what, current, 0);
+        if (number > 0) describe(what, current, 0);
         wrong = message;
     } else {
         const std::vector<int> turns = arranged(threads, order, 1);

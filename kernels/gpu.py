@@ -16,17 +16,18 @@ INNER = {"fp32": 0, "tf32": 1, "3xtf32": 3}        # the product of conv.cu, by 
 NULL = np.uint64(0)                     # a pointer to nothing
 BLOCK = 256                             # threads a block of the kernels that take a number each
 BM, BK, STAGES = 128, 32, 3             # the tile of conv.cu, and how many are in flight
+COLUMNS = {0: (128, 64), 1: (128, 96, 64, 32, 16)}          # of a tile, by INNER > 0
+SHARES = 4                              # row tiles whose blocks add up the columns of dy
 LEAST_TILES = 8                         # tiles of BK along the reduction, that a split is worth
 LRN_BYTES = 12 << 10                    # shared memory of a block of lrn.cu, at least a pixel
 
 # The structs of conv.cu and pool.cu, field by field. CuPy passes an array of one record by value,
 # and cannot know what the kernel takes: a static_assert there compares the sizes.
 DIVISOR = np.dtype([(name, np.uint32) for name in ("d", "mul", "shift")])
-GEOMETRY = np.dtype([*((name, np.int32) for name in "h w stride pad dilate pixels".split()),
+GEOMETRY = np.dtype([*((name, np.int32) for name in "h w stride pad pixels".split()),
                      *((name, DIVISOR) for name in "c kw oh ow".split()),
-                     *((name, np.int32) for name in "rows cols depth part pitch relu".split())])
+                     *((name, np.int32) for name in "rows cols depth part pitch relu round".split())])
 WINDOW = np.dtype([(name, np.int32) for name in "h w c oh ow kernel stride pad".split()])
-POOL_DEFINE = "WINDOW_BYTES", WINDOW.itemsize
 
 
 class Cuda:
@@ -145,6 +146,11 @@ def _dense(*arrays, dtype=np.float32):
                              f"needed, not {x.dtype} {x.shape} with strides {x.strides}")
 
 
+def _rounds():
+    """Whether what convolutions read is rounded to TF32 by whatever makes it: see conv.cu."""
+    return _precision == "tf32"
+
+
 def _pitch(x):
     """Numbers from a row of x (…, C) to the next; x may be a slice of a wider array's channels."""
     rows = x.reshape(-1, x.shape[-1])               # (rows, C); a copy unless they lie evenly
@@ -183,7 +189,9 @@ def tile(rows, cols, depth, filter_gradient, device):
     on a multiprocessor at a time: parts are chosen so that the waves of blocks are full, against
     what it costs to write the parts and add them.
     """
-    bn = 128 if cols > 64 and device.shared_bytes >= 2 * stage_bytes(128, True) else 64
+    fitting = [bn for bn in COLUMNS[_precision != "fp32"]
+               if device.shared_bytes >= 2 * stage_bytes(bn, True)]
+    bn = min(fitting, key=lambda bn: -(-cols // bn) * (bn + 16))    # 16: what every tile costs
     stages = min(STAGES, device.shared_bytes // stage_bytes(bn, filter_gradient))
     blocks = -(-rows // BM) * -(-cols // bn)
     slots, steps = 2 * device.multiprocessors, -(-depth // BK)
@@ -196,19 +204,22 @@ def tile(rows, cols, depth, filter_gradient, device):
     return bn, stages, min(range(1, max(1, min(steps // LEAST_TILES, 256)) + 1), key=cost)
 
 
-def conv_defines(bn, stages, vec, filter_gradient, inner):
+def conv_defines(bn, stages, vec, filter_gradient, inner, dilate=1):
     """The constants of a variant of conv.cu."""
     return (("BM", BM), ("BN", bn), ("STAGES", stages), ("VEC", vec),
-            ("FILTER", int(filter_gradient)), ("INNER", inner),
+            ("FILTER", int(filter_gradient)), ("INNER", inner), ("DILATE", dilate),
             ("GEOMETRY_BYTES", GEOMETRY.itemsize))
 
 
-def _convolve(x, right, y, window, taps, grid, bias=None, relu=False, filter_gradient=False):
+def _convolve(x, right, y, window, taps, grid, bias=None, relu=False, db=None, dilate=1,
+              round=False):
     """y (rows, cols) = the left operand gathered from x, times right (depth, cols): conv.cu.
 
-    window (stride, pad, dilate) places the patches of x (N, H, W, C), taps (KH, KW) is their
-    shape, and grid (OH, OW) how many there are. y may be a channel slice.
+    window (stride, pad) places the patches of x (N, H, W, C), taps (KH, KW) is their shape, and
+    grid (OH, OW) how many there are. y may be a channel slice. With db (cols,), the sums of right's
+    columns, this is the gradient of filters.
     """
+    filter_gradient = db is not None
     _dense(x, right)
     n, h, w, c = x.shape
     (oh, ow), (kh, kw) = grid, taps
@@ -219,15 +230,33 @@ def _convolve(x, right, y, window, taps, grid, bias=None, relu=False, filter_gra
     part = -(-(-(-depth // parts)) // BK) * BK
     parts = -(-depth // part)
     whole = parts == 1                                  # else bias and ReLU wait for the sum
-    into = y if whole else _empty((parts, rows, cols))
+    into, row_tiles = y if whole else _empty((parts, rows, cols)), -(-rows // BM)
+    sums = _empty((parts * min(SHARES, row_tiles), cols)) if filter_gradient else None
     geometry = np.array((
         h, w, *window, pixels, divisor(c), divisor(kw), divisor(oh), divisor(ow),
-        rows, cols, depth, part, pitch if whole else cols, relu and whole), GEOMETRY)
-    _launch("conv.cu", "conv", (-(-rows // BM), -(-cols // bn), parts), (128 if inner else 256,),
-            (x, right, into, bias if whole else None, geometry),
+        rows, cols, depth, part, pitch if whole else cols, relu and whole, round and whole),
+        GEOMETRY)
+    _launch("conv.cu", "conv", (row_tiles, -(-cols // bn), parts), (128 if inner else 256,),
+            (x, right, into, bias if whole else None, sums, geometry),
             shared=stages * stage_bytes(bn, filter_gradient),
-            defines=conv_defines(bn, stages, vec, filter_gradient, inner))
-    return y if whole else _reduce(into, y, bias, relu)
+            defines=conv_defines(bn, stages, vec, filter_gradient, inner, dilate))
+    if filter_gradient:
+        _reduce(sums, db)
+    return y if whole else _reduce(into, y, bias, relu, round)
+
+
+def _filters(w, channels, turned=False):
+    """w (KH, KW, C, F) as the right operand, (KH*KW*channels, F), or turned round, (KH*KW*F, C).
+
+    A pass that rounds to TF32 where needed, and adds zeros for more channels than C.
+    """
+    kh, kw, c, f = w.shape
+    if not (turned or _rounds() or channels > c):
+        return w.reshape(-1, f)
+    y = _empty((kh * kw * f, c) if turned else (kh * kw * channels, f))
+    _each("pointwise.cu", "filters", y.size, (
+        w, y, y.size, kh * kw, c, f, channels, turned, _rounds()))
+    return y
 
 
 def conv_forward(x, w, b, stride=1, pad=0, relu=False, out=None):
@@ -236,10 +265,8 @@ def conv_forward(x, w, b, stride=1, pad=0, relu=False, out=None):
     kh, kw, c, f = w.shape
     grid = output_size(x.shape[1], kh, stride, pad), output_size(x.shape[2], kw, stride, pad)
     y = _empty((len(x), *grid, f)) if out is None else out
-    if x.shape[3] > c:                                  # photos have a fourth channel, of zeros
-        w = _device.xp.pad(w, ((0, 0), (0, 0), (0, x.shape[3] - c), (0, 0)))
-    right = w.reshape(-1, f)                                        # (KH*KW*C, F)
-    return _convolve(x, right, y, (stride, pad, 1), (kh, kw), grid, b, relu)
+    right = _filters(w, x.shape[3])                     # photos have a fourth channel, of zeros
+    return _convolve(x, right, y, (stride, pad), (kh, kw), grid, b, relu, round=_rounds())
 
 
 def conv_backward_input(dy, w, x_shape, stride=1, pad=0):
@@ -248,17 +275,17 @@ def conv_backward_input(dy, w, x_shape, stride=1, pad=0):
     kh, kw, c, f = w.shape
     if kh != kw:
         raise ValueError(f"filters must be square, not {kh}×{kw}")
-    turned = _device.xp.ascontiguousarray(w[::-1, ::-1].swapaxes(2, 3)).reshape(-1, c)
-    return _convolve(dy, turned, _empty(x_shape), (1, kh - 1 - pad, stride), (kh, kw), x_shape[1:3])
+    return _convolve(dy, _filters(w, c, turned=True), _empty(x_shape), (1, kh - 1 - pad), (kh, kw),
+                     x_shape[1:3], dilate=stride)
 
 
 def conv_backward_filter(x, dy, w_shape, stride=1, pad=0):
     """Rows are the numbers of a patch, and the reduction goes over the pixels of dy."""
     kh, kw, c, f = w_shape
-    right = dy.reshape(-1, f)                                       # (N*OH*OW, F)
-    dw = _convolve(x, right, _empty((kh, kw, x.shape[3], f)), (stride, pad, 1), (kh, kw),
-                   dy.shape[1:3], filter_gradient=True)
-    return _device.xp.ascontiguousarray(dw[:, :, :c]), column_sums(right)
+    right, db = dy.reshape(-1, f), _empty(f)                        # (N*OH*OW, F)
+    dw = _convolve(x, right, _empty((kh, kw, x.shape[3], f)), (stride, pad), (kh, kw),
+                   dy.shape[1:3], db=db)
+    return _device.xp.ascontiguousarray(dw[:, :, :c]), db
 
 
 def column_sums(x):
@@ -272,67 +299,77 @@ def column_sums(x):
     return _reduce(sums, _empty(e))
 
 
-def _reduce(parts, y, bias=None, relu=False):
+def _reduce(parts, y, bias=None, relu=False, round=False):
     """y (…, E) = Σ of the parts (Z, …, E) + bias, then ReLU: a thread for each number of y."""
     _each("pointwise.cu", "reduce", y.size, (parts, y, bias, y.size, parts.size // y.size,
-                                             y.shape[-1], _pitch(y), relu))
+                                             y.shape[-1], _pitch(y), relu, round))
     return y
 
 
 # ---------------------------------------------------------------------------------- pooling
 
-def _pool(kernel, arrays, x_shape, y_shape, window, *more):
-    """A thread for each number of the last of `arrays`, which it returns."""
+def pool_defines(vec):
+    """The constants of a variant of pool.cu."""
+    return ("WINDOW_BYTES", WINDOW.itemsize), ("VEC", vec)
+
+
+def _pool(kernel, arrays, shapes, window, place=(), more=()):
+    """A thread for each four channels, or for each one, of the second of `arrays`; returns that."""
     _dense(*arrays)
-    at = np.array((*x_shape[1:], *y_shape[1:3], *window), WINDOW)
-    _each("pool.cu", kernel, arrays[-1].size, (*arrays, arrays[-1].size, at, *more), (POOL_DEFINE,))
-    return arrays[-1]
+    _dense(*place, dtype=np.uint8)
+    (_, h, w, c), (_, oh, ow, _) = shapes                           # of x and y
+    vec = 4 if _fits((*arrays, *place), c) else 1
+    at = np.array((h, w, c // vec, oh, ow, *window), WINDOW)
+    total = arrays[1].size // vec
+    _each("pool.cu", kernel, total, (*arrays, *place, total, at, *more), pool_defines(vec))
+    return arrays[1]
 
 
-def _pool_forward(x, window, ceil, average):
+def _pooled(x, kernel, stride, pad=0, ceil=False):
+    """The shape of y."""
     n, h, w, c = x.shape
-    y = _empty((n, output_size(h, *window, ceil), output_size(w, *window, ceil), c))
-    return _pool("pool_forward", (x, y), x.shape, y.shape, window, average)
+    return n, *(output_size(size, kernel, stride, pad, ceil) for size in (h, w)), c
 
 
 def max_pool_forward(x, kernel, stride, pad=0, ceil=False):
-    """A thread for each number of y."""
-    return _pool_forward(x, (kernel, stride, pad), ceil, average=False)
+    shape = _pooled(x, kernel, stride, pad, ceil)
+    y, place = _empty(shape), _device.xp.empty(shape, np.uint8)
+    _pool("max_pool_forward", (x, y), (x.shape, shape), (kernel, stride, pad), (place,))
+    return y, place
 
 
-def max_pool_backward(dy, x, y, kernel, stride, pad=0):
-    """A thread for each number of dx."""
-    arrays = dy, x, y, _empty(x.shape)
-    return _pool("max_pool_backward", arrays, x.shape, y.shape, (kernel, stride, pad))
+def max_pool_backward(dy, place, x_shape, kernel, stride, pad=0):
+    return _pool("max_pool_backward", (dy, _empty(x_shape)), (x_shape, dy.shape),
+                 (kernel, stride, pad), (place,))
 
 
 def avg_pool_forward(x, kernel, stride):
-    """A thread for each number of y."""
-    return _pool_forward(x, (kernel, stride, 0), ceil=False, average=True)
+    shape = _pooled(x, kernel, stride)
+    return _pool("avg_pool_forward", (x, _empty(shape)), (x.shape, shape), (kernel, stride, 0),
+                 more=(_rounds(),))
 
 
 def avg_pool_backward(dy, x_shape, kernel, stride):
-    """A thread for each number of dx."""
-    arrays = dy, _empty(x_shape)
-    return _pool("avg_pool_backward", arrays, x_shape, dy.shape, (kernel, stride, 0))
+    return _pool("avg_pool_backward", (dy, _empty(x_shape)), (x_shape, dy.shape),
+                 (kernel, stride, 0))
 
 
 # ------------------------------------------------------------------------- normalisation
 
-def _lrn(kernel, arrays, kept, size, k, alpha, beta):
+def _lrn(kernel, arrays, kept, size, k, alpha, beta, *more):
     """A block for a few pixels, which keeps `kept` numbers a channel in shared memory."""
     _dense(*arrays)
     out, c = arrays[-1], arrays[-1].shape[-1]
     pixels, rows = out.size // c, max(1, LRN_BYTES // (4 * c * kept))
     _launch("lrn.cu", kernel, (-(-pixels // rows),), (BLOCK,), (
-        *arrays, pixels, c, rows, size // 2, float(k), float(alpha), float(beta)),
+        *arrays, pixels, c, rows, size // 2, float(k), float(alpha), float(beta), *more),
             shared=4 * c * rows * kept)
     return out
 
 
 def lrn_forward(x, size=5, k=2.0, alpha=1e-4, beta=0.75):
     """A block for a few pixels."""
-    return _lrn("lrn_forward", (x, _empty(x.shape)), 1, size, k, alpha, beta)
+    return _lrn("lrn_forward", (x, _empty(x.shape)), 1, size, k, alpha, beta, _rounds())
 
 
 def lrn_backward(dy, x, size=5, k=2.0, alpha=1e-4, beta=0.75):
@@ -348,7 +385,7 @@ def prepare(photos, top, left, flip, crop):
     there, places = _device.upload(photos), _device.xp.asarray(np.array((top, left, flip), np.int32))
     y, threads = _empty((len(photos), crop, crop, 4)), 1024
     _launch("pointwise.cu", "prepare", (len(photos),), (threads,),
-            (there, places, y, len(photos), photos.shape[1], crop), shared=16 * threads)
+            (there, places, y, len(photos), photos.shape[1], crop, _rounds()), shared=16 * threads)
     _device.travel.wait_event(_device.xp.cuda.get_current_stream().record())    # `there` was read
     return y
 
@@ -369,7 +406,7 @@ def relu_backward(dy, y):
     dx, pitches = _empty(dy.shape), (_pitch(dy), _pitch(y))
     each = 4 if _fits((dy, y), dx.shape[-1], *pitches) else 1
     _each("pointwise.cu", "relu_backward", dx.size // each, (
-        dy, y, dx, dx.size, dx.shape[-1], *pitches, each))
+        dy, y, dx, dx.size, dx.shape[-1], *pitches, each, _rounds()))
     return dx
 
 

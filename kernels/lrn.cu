@@ -14,9 +14,16 @@ __device__ float window_sum(const float* row, int channel, int c, int half, bool
     return sum;
 }
 
+// s^-β, by square roots where β = 3/4
+__device__ float power(float s, float beta)
+{
+    const float root = sqrtf(s);
+    return beta == 0.75f ? 1 / (root * sqrtf(root)) : powf(s, -beta);
+}
+
 extern "C" __global__ void
 lrn_forward(const float* x, float* y, int pixels, int c, int rows, int half, float k, float alpha,
-            float beta)
+            float beta, int round)
 {
     float* xs = shared_memory();                            // rows × C
     const long long start = static_cast<long long>(blockIdx.x) * rows * c;
@@ -26,7 +33,7 @@ lrn_forward(const float* x, float* y, int pixels, int c, int rows, int half, flo
     for (int at = threadIdx.x; at < count; at += blockDim.x) {
         const int channel = at % c;
         const float s = k + alpha * window_sum(xs + at - channel, channel, c, half, true);
-        y[start + at] = xs[at] * powf(s, -beta);
+        y[start + at] = rounded(xs[at] * power(s, beta), round);
     }
 }
 
@@ -44,7 +51,7 @@ lrn_backward(const float* dy, const float* x, float* dx, int pixels, int c, int 
     for (int at = threadIdx.x; at < count; at += blockDim.x) {
         const int channel = at % c;
         const float s = k + alpha * window_sum(xs + at - channel, channel, c, half, true);
-        own[at] = dy[start + at] * powf(s, -beta);
+        own[at] = dy[start + at] * power(s, beta);
         near[at] = own[at] * xs[at] / s;
     }
     __syncthreads();                                        // all of near is there

@@ -1,5 +1,6 @@
 // Passes over memory: photos to pixels, dropout, ReLU's derivative, sums.
-// Each of them reads and writes every number once; their limit is the memory's bandwidth.
+// Each of them reads and writes every number once; their limit is the memory's bandwidth. With
+// `round` results are rounded to TF32, for the tensor cores that read them: see conv.cu.
 
 typedef unsigned long long Word;
 __device__ unsigned index_of_thread() { return blockIdx.x * blockDim.x + threadIdx.x; }
@@ -9,7 +10,8 @@ __device__ unsigned index_of_thread() { return blockIdx.x * blockDim.x + threadI
 // fourth channel is zero, so that a pixel is one load of 16 bytes. A block takes one photo. The
 // sums are of integers, hence exact whatever their order. Called by gpu.prepare.
 extern "C" __global__ void
-prepare(const unsigned char* photos, const int* places, float* y, int batch, int size, int crop)
+prepare(const unsigned char* photos, const int* places, float* y, int batch, int size, int crop,
+        int round)
 {
     Word* sums = reinterpret_cast<Word*>(shared_memory());
     const int n = blockIdx.x, pixels = crop * crop;
@@ -41,7 +43,8 @@ prepare(const unsigned char* photos, const int* places, float* y, int batch, int
         const int i = at / crop, j = flip ? crop - 1 - at % crop : at % crop;
         const unsigned char* pixel = photo + (i * size + j) * 3;
         reinterpret_cast<float4*>(y)[static_cast<long long>(n) * pixels + at] = make_float4(
-            (pixel[0] - shift) * scale, (pixel[1] - shift) * scale, (pixel[2] - shift) * scale, 0);
+            rounded((pixel[0] - shift) * scale, round), rounded((pixel[1] - shift) * scale, round),
+            rounded((pixel[2] - shift) * scale, round), 0);
     }
 }
 
@@ -90,7 +93,7 @@ dropout(const float* x, float* y, unsigned total, int e, int blocks, unsigned th
 // all three arrays, or 1. Called by gpu.relu_backward.
 extern "C" __global__ void
 relu_backward(const float* dy, const float* y, float* dx, unsigned total, int cols, int dy_pitch,
-              int y_pitch, int each)
+              int y_pitch, int each, int round)
 {
     const unsigned index = index_of_thread() * each;
     if (index >= total) return;
@@ -99,12 +102,29 @@ relu_backward(const float* dy, const float* y, float* dx, unsigned total, int co
     if (each == 4) {
         const float4 four = *reinterpret_cast<const float4*>(d);
         const float4 gates = *reinterpret_cast<const float4*>(gate);
-        *reinterpret_cast<float4*>(dx + index) =
-            make_float4(gates.x > 0 ? four.x : 0, gates.y > 0 ? four.y : 0,
-                        gates.z > 0 ? four.z : 0, gates.w > 0 ? four.w : 0);
+        *reinterpret_cast<float4*>(dx + index) = make_float4(
+            rounded(gates.x > 0 ? four.x : 0, round), rounded(gates.y > 0 ? four.y : 0, round),
+            rounded(gates.z > 0 ? four.z : 0, round), rounded(gates.w > 0 ? four.w : 0, round));
     } else {
-        dx[index] = *gate > 0 ? *d : 0;
+        dx[index] = rounded(*gate > 0 ? *d : 0, round);
     }
+}
+
+// Filters w (taps, C, F) as the right operand of a convolution: y (taps, wide, F), zeros from
+// channel C on, or turned round, y (taps, F, C), the last tap first. Called by gpu._filters.
+extern "C" __global__ void
+filters(const float* w, float* y, unsigned total, int taps, int c, int f, int wide, int turned,
+        int round)
+{
+    const unsigned index = index_of_thread();
+    if (index >= total) return;
+    int tap = index / f / wide, channel = index / f % wide, filter = index % f;
+    if (turned) {
+        tap = taps - 1 - index / c / f;
+        filter = index / c % f;
+        channel = index % c;
+    }
+    y[index] = channel < c ? rounded(w[(tap * c + channel) * f + filter], round) : 0;
 }
 
 // y = Σ_z parts[z] in the order of z, + bias, then with relu max(y, 0), where a NaN stays; parts
@@ -112,7 +132,7 @@ relu_backward(const float* dy, const float* y, float* dx, unsigned total, int co
 // part and stays in place. Called by gpu._reduce.
 extern "C" __global__ void
 reduce(const float* parts, float* y, const float* bias, unsigned total, int count, int cols,
-       int pitch, int relu)
+       int pitch, int relu, int round)
 {
     const unsigned index = index_of_thread();
     if (index >= total) return;
@@ -120,7 +140,8 @@ reduce(const float* parts, float* y, const float* bias, unsigned total, int coun
     float sum = 0;
     for (int z = 0; z < count; z++) sum += parts[static_cast<long long>(z) * total + index];
     if (bias) sum += bias[col];
-    y[static_cast<long long>(index / cols) * pitch + col] = relu && sum < 0 ? 0 : sum;
+    y[static_cast<long long>(index / cols) * pitch + col] =
+        rounded(relu && sum < 0 ? 0 : sum, round);
 }
 
 // parts[z, e] = Σ of x[m, e] over the z-th part of the rows m; x (M, E). A block of 32×8 threads

@@ -3,13 +3,17 @@
 //   forward    y[n, oi, oj, c] = max or mean of x over rows oi·stride - pad … + kernel - 1, …
 //   backward   dx[n, i, j, c] = Σ over the windows that hold (i, j) of what each gives to it
 //
-// One thread makes one number; neighbours in a warp are neighbouring channels, so every access is
-// coalesced. The backward passes gather: no mask is kept and nothing is added atomically. A
-// window's maximum is found again by comparing; where several tie, the first in scan order has it.
-// A window of the maximum may hang over the edge, one of the average may not. Arrays are dense and
-// hold less than 2^31 numbers. Called by gpu.max_pool_forward and its three siblings.
+// One thread makes the numbers of VEC neighbouring channels, 4 or 1; neighbours in a warp follow, so
+// every access is coalesced. The backward passes gather, so nothing is added atomically. A window's
+// maximum leaves its place there, one byte: its number in scan order, the first's where several
+// tie, NOWHERE for a NaN. A window of the maximum may hang over the edge, one of the average may
+// not. Arrays are dense and hold less than 2^31 numbers. Called by gpu._pool.
 
-// The shapes of a pass, packed by gpu.py field by field.
+#define NOWHERE 255
+struct alignas(4 * VEC) Floats { float at[VEC]; };
+struct alignas(VEC) Places { unsigned char at[VEC]; };
+
+// The shapes of a pass, packed by gpu.py field by field; c in units of VEC channels.
 struct Window {
     int h, w, c, oh, ow, kernel, stride, pad;
 
@@ -25,6 +29,12 @@ struct Window {
         n = at / high;
     }
 
+    // number of input pixel (i, j) in window (oi, oj)
+    __device__ int place(int i, int j, int oi, int oj) const
+    {
+        return (i + pad - oi * stride) * kernel + j + pad - oj * stride;
+    }
+
     // first and last + 1 input row (or column) of window o
     __device__ int first(int o) const { return max(0, o * stride - pad); }
     __device__ int last(int o, int size) const { return min(size, o * stride - pad + kernel); }
@@ -38,55 +48,82 @@ static_assert(sizeof(Window) == WINDOW_BYTES, "gpu.WINDOW has the same fields");
 __device__ unsigned index_of_thread() { return blockIdx.x * blockDim.x + threadIdx.x; }
 
 extern "C" __global__ void
-pool_forward(const float* x, float* y, unsigned total, const Window at, int average)
+max_pool_forward(const Floats* x, Floats* y, Places* place, unsigned total, const Window at)
 {
     const unsigned index = index_of_thread();
     if (index >= total) return;
     int n, oi, oj, channel;
     at.decode(index, at.oh, at.ow, n, oi, oj, channel);
-    float most = -INFINITY, sum = 0;
+    Floats most;
+    Places where;
+    for (int e = 0; e < VEC; e++) {
+        most.at[e] = -INFINITY;
+        where.at[e] = at.place(at.first(oi), at.first(oj), oi, oj);
+    }
     for (int i = at.first(oi); i < at.last(oi, at.h); i++)
         for (int j = at.first(oj); j < at.last(oj, at.w); j++) {
-            const float value = x[((n * at.h + i) * at.w + j) * at.c + channel];
-            most = value > most || value != value ? value : most;   // a NaN stays
-            sum += value;
+            const Floats value = x[((n * at.h + i) * at.w + j) * at.c + channel];
+            for (int e = 0; e < VEC; e++) {
+                const bool number = value.at[e] == value.at[e];     // a NaN stays
+                if (number && !(value.at[e] > most.at[e])) continue;
+                most.at[e] = value.at[e];
+                where.at[e] = number ? at.place(i, j, oi, oj) : NOWHERE;
+            }
         }
-    y[index] = average ? sum / (at.kernel * at.kernel) : most;
+    y[index] = most;
+    place[index] = where;
 }
 
 extern "C" __global__ void
-max_pool_backward(const float* dy, const float* x, const float* y, float* dx, unsigned total,
+max_pool_backward(const Floats* dy, Floats* dx, const Places* place, unsigned total,
                   const Window at)
 {
     const unsigned index = index_of_thread();
     if (index >= total) return;
     int n, i, j, channel;
     at.decode(index, at.h, at.w, n, i, j, channel);
-    const float* image = x + n * at.h * at.w * at.c + channel;
-    const float own = x[index];
-    float sum = 0;
+    Floats sum = {};
     for (int oi = at.first_over(i); oi < at.last_over(i, at.oh); oi++)
         for (int oj = at.first_over(j); oj < at.last_over(j, at.ow); oj++) {
             const int pooled = ((n * at.oh + oi) * at.ow + oj) * at.c + channel;
-            bool mine = own == y[pooled];
-            for (int p = at.first(oi); mine && p <= i; p++)         // is there an earlier one?
-                for (int q = at.first(oj); mine && q < (p < i ? at.last(oj, at.w) : j); q++)
-                    mine = image[(p * at.w + q) * at.c] != own;
-            if (mine) sum += dy[pooled];
+            const Floats given = dy[pooled];
+            const Places where = place[pooled];
+            for (int e = 0; e < VEC; e++)
+                if (where.at[e] == at.place(i, j, oi, oj)) sum.at[e] += given.at[e];
         }
     dx[index] = sum;
 }
 
 extern "C" __global__ void
-avg_pool_backward(const float* dy, float* dx, unsigned total, const Window at)
+avg_pool_forward(const Floats* x, Floats* y, unsigned total, const Window at, int round)
+{
+    const unsigned index = index_of_thread();
+    if (index >= total) return;
+    int n, oi, oj, channel;
+    at.decode(index, at.oh, at.ow, n, oi, oj, channel);
+    Floats sum = {};
+    for (int i = at.first(oi); i < at.last(oi, at.h); i++)
+        for (int j = at.first(oj); j < at.last(oj, at.w); j++) {
+            const Floats value = x[((n * at.h + i) * at.w + j) * at.c + channel];
+            for (int e = 0; e < VEC; e++) sum.at[e] += value.at[e];
+        }
+    for (int e = 0; e < VEC; e++)
+        sum.at[e] = rounded(sum.at[e] / (at.kernel * at.kernel), round);
+    y[index] = sum;
+}
+
+extern "C" __global__ void
+avg_pool_backward(const Floats* dy, Floats* dx, unsigned total, const Window at)
 {
     const unsigned index = index_of_thread();
     if (index >= total) return;
     int n, i, j, channel;
     at.decode(index, at.h, at.w, n, i, j, channel);
-    float sum = 0;
+    Floats sum = {};
     for (int oi = at.first_over(i); oi < at.last_over(i, at.oh); oi++)
-        for (int oj = at.first_over(j); oj < at.last_over(j, at.ow); oj++)
-            sum += dy[((n * at.oh + oi) * at.ow + oj) * at.c + channel] / (at.kernel * at.kernel);
+        for (int oj = at.first_over(j); oj < at.last_over(j, at.ow); oj++) {
+            const Floats given = dy[((n * at.oh + oi) * at.ow + oj) * at.c + channel];
+            for (int e = 0; e < VEC; e++) sum.at[e] += given.at[e] / (at.kernel * at.kernel);
+        }
     dx[index] = sum;
 }

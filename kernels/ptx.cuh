@@ -62,6 +62,11 @@ __device__ __forceinline__ unsigned to_tf32(float x)
     return bits;
 }
 
+__device__ __forceinline__ float rounded(float x, int round)
+{
+    return round ? __uint_as_float(to_tf32(x)) : x;
+}
+
 // d += a b by one warp: a is 16×8, b 8×8, d 16×8. With g = lane / 4 and t = lane % 4, a lane holds
 // a: (g, t) (g+8, t) (g, t+4) (g+8, t+4);  b: (t, g) (t+4, g);  d: (g, 2t) (g, 2t+1) (g+8, 2t) …
 __device__ __forceinline__ void mma_tf32(float (&d)[4], const unsigned (&a)[4],
@@ -72,4 +77,6 @@ __device__ __forceinline__ void mma_tf32(float (&d)[4], const unsigned (&a)[4],
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
+#else
+__device__ __forceinline__ float rounded(float x, int) { return x; }        // no TF32 before sm_80
 #endif
