@@ -30,13 +30,10 @@
 #define A_SIZE (BM * A_PITCH)
 #define A_AT(m, k) a[(m) * A_PITCH + (k)]
 #endif
-#define B_PITCH (BN + 8)                    // b[place of k][n]
+#define B_PITCH (BN + 8)                    // b[place of k][n]: see Product
 #define B_SIZE (BK * B_PITCH)
-#if INNER && !FILTER
-#define B_AT(k, n) b[((k) / 8 * 8 + (k) % 2 * 4 + (k) % 8 / 2) * B_PITCH + (n)]    // see Product
-#else
-#define B_AT(k, n) b[(k) * B_PITCH + (n)]
-#endif
+#define B_PLACE(k) (INNER && !FILTER ? (k) / 8 * 8 + (k) % 2 * 4 + (k) % 8 / 2 : (k))
+#define B_AT(k, n) b[B_PLACE(k) * B_PITCH + (n)]
 
 #if INNER
 #define THREADS 128                         // 2×2 warps, or 4×1 where BN is 16
@@ -63,19 +60,18 @@ struct Divisor {
     }
 };
 
-#define OUTSIDE (1 << 28)                   // rows above the image
-
 // The shapes of a product, packed by gpu.py field by field: the image x (pixels, C) that the left
 // operand is gathered from, the grid of its patches, and the matrix y (rows, cols).
 struct Geometry {
+    static const int OUTSIDE = 1 << 28;     // rows above or below the image
     int h, w;                               // of the image
     int stride, pad, pixels;                // pixels: of the grid, of all images
     Divisor c, kw, oh, ow;
     int rows, cols, depth, part;            // part: numbers of k that a block adds
     int pitch, relu, round;                 // pitch: numbers from a row of y to the next
 
-    // pixel m of the grid -> the corner of its patch, and where in x that is; outside the image,
-    // wherever the tap is, from pixel `end` on. With dilation it is its image that is in x there.
+    // pixel m of the grid -> the corner of its patch, and where in x that is (with dilation, where
+    // its image is); outside from pixel `end` on
     __device__ void pixel(int m, int end, int& i, int& j, int& corner) const
     {
         int oi, oj;
@@ -86,8 +82,7 @@ struct Geometry {
         if (m >= end) i = -OUTSIDE;
     }
 
-    // k -> tap (p, q) and how much further in x that is, outside if not `valid`; k goes through
-    // the channels first
+    // k -> tap (p, q), outside if not `valid`, and how much further in x tap and channel are
     __device__ void tap(int k, bool valid, int& p, int& q, int& further) const
     {
         int channel;
@@ -99,13 +94,9 @@ struct Geometry {
     // whether pixel (i, j) is in the image; moves `at` there from its corner if it is dilated
     __device__ bool find(int i, int j, int& at) const
     {
-        if (DILATE > 1) {
-            if (i % DILATE != 0 || j % DILATE != 0) return false;
-            i = i < 0 ? i : i / DILATE;
-            j = j < 0 ? j : j / DILATE;
-            at += (i * w + j) * c.d;
-        }
-        return unsigned(i) < unsigned(h) && unsigned(j) < unsigned(w);
+        if (DILATE > 1) at += (i / DILATE * w + j / DILATE) * c.d;
+        return i % DILATE == 0 && j % DILATE == 0 && unsigned(i) < unsigned(h * DILATE)
+               && unsigned(j) < unsigned(w * DILATE);
     }
 };
 static_assert(sizeof(Geometry) == GEOMETRY_BYTES, "gpu.GEOMETRY has the same fields");
@@ -116,25 +107,18 @@ struct Result {
     const float* bias;                      // (cols,) or null
     const Geometry& shape;
 
-    __device__ float finish(int col, float v) const
-    {
-        if (bias) v += bias[col];
-        return rounded(shape.relu && v < 0 ? 0 : v, shape.round);           // a NaN stays
-    }
-
     // two neighbours in a row
     __device__ void store(int row, int col, float v0, float v1) const
     {
-        if (row >= shape.rows || col >= shape.cols) return;
-        float* at = y + static_cast<long long>(row) * shape.pitch + col;
-        v0 = finish(col, v0);
-        if (col + 1 < shape.cols) v1 = finish(col + 1, v1);
-#if VEC == 4
-        *reinterpret_cast<float2*>(at) = make_float2(v0, v1);
-#else
-        at[0] = v0;
-        if (col + 1 < shape.cols) at[1] = v1;
-#endif
+        float v[] = {v0, v1}, *at = y + static_cast<long long>(row) * shape.pitch + col;
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            if (row >= shape.rows || col + n >= shape.cols) return;
+            if (bias) v[n] += bias[col + n];
+            v[n] = rounded(shape.relu && v[n] < 0 ? 0 : v[n], shape.round);         // a NaN stays
+            if (VEC == 1) at[n] = v[n];
+        }
+        if (VEC == 4) *reinterpret_cast<float2*>(at) = make_float2(v[0], v[1]);
     }
 };
 
@@ -204,7 +188,7 @@ __device__ void load_right(float* b, const float* right, int k0, int end, int co
     constexpr int groups = BN / VEC, fit = THREADS / groups;
     constexpr int step = fit == 5 ? 4 : fit;                // rows at a time, a divisor of BK
     const int n = threadIdx.x % groups * VEC, first = threadIdx.x / groups;
-    if (first >= step) return;                              // some threads, if BN is 96
+    if (fit > step && first >= step) return;                // some threads, if BN is 96
 #pragma unroll (BK / step < 16 ? BK / step : 4)
     for (int r = 0; r < BK / step; r++) {
         const int k = first % step + r * step;              // % tells the compiler
@@ -230,15 +214,12 @@ struct Product {
             for (int i = 0; i < ROWS_EACH; i++) left[i] = A_AT(ty() + 16 * i, k);
 #pragma unroll
             for (int j = 0; j < QUADS_EACH; j++) {
-                const float4 right =
+                const float4 four =
                     *reinterpret_cast<const float4*>(&B_AT(k, 4 * tx() + 64 * j));
+                const float right[] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-                for (int i = 0; i < ROWS_EACH; i++) {
-                    y[i][j][0] = fmaf(left[i], right.x, y[i][j][0]);
-                    y[i][j][1] = fmaf(left[i], right.y, y[i][j][1]);
-                    y[i][j][2] = fmaf(left[i], right.z, y[i][j][2]);
-                    y[i][j][3] = fmaf(left[i], right.w, y[i][j][3]);
-                }
+                for (int n = 0; n < 4 * ROWS_EACH; n++)
+                    y[n / 4][j][n % 4] = fmaf(left[n / 4], right[n % 4], y[n / 4][j][n % 4]);
             }
         }
     }
@@ -277,17 +258,13 @@ struct Product {
     // x = hi + lo, both TF32: together they hold 21 bits of the 24 of a float
     static __device__ void split(float x, unsigned& hi, unsigned& lo)
     {
-#if INNER == 3
-        hi = to_tf32(x);
+        hi = INNER == 3 ? to_tf32(x) : __float_as_uint(x);
         lo = to_tf32(x - __uint_as_float(hi));
-#else
-        hi = __float_as_uint(x);
-#endif
     }
 
     __device__ void add(const float* a, const float* b)
     {
-#pragma unroll
+#pragma unroll (INNER == 3 ? 1 : BK / 8)                        // 1: fewer registers
         for (int k = 0; k < BK; k += 8) {
             unsigned right[COL_TILES][4], rest[COL_TILES][4];
 #pragma unroll
@@ -300,24 +277,23 @@ struct Product {
             }
 #pragma unroll
             for (int j = 0; j < ROW_TILES; j++) {
-#if FILTER
-                const float2 two = make_float2(A_AT(row(g()) + 8 * j, k + t()),
-                                               A_AT(row(g()) + 8 * j, k + t() + 4));
-#else
+                const int r = row(g()) + 8 * j;
                 const float2 two =
-                    *reinterpret_cast<const float2*>(&A_AT(row(g()) + 8 * j, k + 2 * t()));
-#endif
+                    FILTER ? make_float2(A_AT(r, k + t()), A_AT(r, k + t() + 4))
+                           : *reinterpret_cast<const float2*>(&A_AT(r, k + 2 * t()));
                 unsigned left[2], lo[2];
                 split(two.x, left[0], lo[0]);
                 split(two.y, left[1], lo[1]);
+                float sum[COL_TILES][4] = {};                   // mma truncates, + rounds
 #pragma unroll
-                for (int i = 0; i < COL_TILES; i++) {
-#if INNER == 3
-                    mma_tf32(y[i][j], right[i], lo);            // small terms first
-                    mma_tf32(y[i][j], rest[i], left);
-#endif
-                    mma_tf32(y[i][j], right[i], left);
-                }
+                for (int n = INNER == 3 ? 0 : 2; n < 3; n++)    // small terms first
+#pragma unroll
+                    for (int i = 0; i < COL_TILES; i++)
+                        mma_tf32(INNER == 3 ? sum[i] : y[i][j], n == 1 ? rest[i] : right[i],
+                                 n == 0 ? lo : left);
+#pragma unroll
+                for (int n = 0; n < 4 * COL_TILES && INNER == 3; n++)
+                    y[n / 4][j][n % 4] += sum[n / 4][n % 4];
             }
         }
     }

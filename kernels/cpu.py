@@ -240,10 +240,10 @@ def max_pool_forward(x, kernel, stride, pad=0, ceil=False):
     several tie, and NOWHERE for a NaN; the kernel is at most 15.
     """
     n, h, w, c = x.shape
-    y = np.empty((n, output_size(h, kernel, stride, pad, ceil),
-                  output_size(w, kernel, stride, pad, ceil), c), x.dtype)
-    place, taps = np.empty(y.shape, np.uint8), _taps(x.shape[1:3], y.shape[1:3], kernel, stride, pad)
-    rows, cols = (np.maximum(0, pad - stride * np.arange(size)) for size in y.shape[1:3])
+    out = tuple(output_size(size, kernel, stride, pad, ceil) for size in (h, w))
+    y, place = np.empty((n, *out, c), x.dtype), np.empty((n, *out, c), np.uint8)
+    taps = _taps((h, w), out, kernel, stride, pad)
+    rows, cols = (np.maximum(0, pad - stride * np.arange(size)) for size in out)
     first = (rows[:, None] * kernel + cols)[..., None]              # (OH, OW, 1), inside the image
 
     def work(start, stop):

@@ -24,10 +24,12 @@ LRN_BYTES = 12 << 10                    # shared memory of a block of lrn.cu, at
 # The structs of conv.cu and pool.cu, field by field. CuPy passes an array of one record by value,
 # and cannot know what the kernel takes: a static_assert there compares the sizes.
 DIVISOR = np.dtype([(name, np.uint32) for name in ("d", "mul", "shift")])
-GEOMETRY = np.dtype([*((name, np.int32) for name in "h w stride pad pixels".split()),
-                     *((name, DIVISOR) for name in "c kw oh ow".split()),
-                     *((name, np.int32) for name in "rows cols depth part pitch relu round".split())])
+GEOMETRY = np.dtype([
+    *((name, np.int32) for name in "h w stride pad pixels".split()),
+    *((name, DIVISOR) for name in "c kw oh ow".split()),
+    *((name, np.int32) for name in "rows cols depth part pitch relu round".split())])
 WINDOW = np.dtype([(name, np.int32) for name in "h w c oh ow kernel stride pad".split()])
+POOL_DEFINE = "WINDOW_BYTES", WINDOW.itemsize
 
 
 class Cuda:
@@ -107,8 +109,12 @@ def use(device, precision):
 # ------------------------------------------------------------------------- what all launches share
 
 def _launch(file, kernel, grid, block, args, shared=0, defines=()):
-    """Queue a kernel: Python numbers become int32 and float32, None a null pointer."""
-    kinds = {int: np.int32, bool: np.int32, float: np.float32, type(None): lambda _: NULL}
+    """Queue a kernel: Python numbers become int32 and float32, None a null pointer.
+
+    The name of a precision becomes 1 if it is the one in use: with "tf32" a kernel rounds to that.
+    """
+    kinds = {int: np.int32, bool: np.int32, float: np.float32, type(None): lambda _: NULL,
+             str: lambda name: np.int32(name == _precision)}
     _device.launch(file, kernel, defines, grid, block,
                    tuple(kinds.get(type(arg), lambda same: same)(arg) for arg in args), shared)
 
@@ -129,11 +135,6 @@ def _dense(*arrays, dtype=np.float32):
         if x.dtype != dtype or not x.flags.c_contiguous or x.size >= 1 << 31:
             raise ValueError(f"a contiguous {np.dtype(dtype)} array of less than 2^31 numbers is "
                              f"needed, not {x.dtype} {x.shape} with strides {x.strides}")
-
-
-def _rounds():
-    """Whether what convolutions read is rounded to TF32 by whatever makes it: see conv.cu."""
-    return _precision == "tf32"
 
 
 def _pitch(x):
@@ -201,8 +202,7 @@ def _convolve(x, right, y, window, taps, grid, bias=None, relu=False, db=None, d
     """y (rows, cols) = the left operand gathered from x, times right (depth, cols): conv.cu.
 
     window (stride, pad) places the patches of x (N, H, W, C), taps (KH, KW) is their shape, and
-    grid (OH, OW) how many there are. y may be a channel slice. With db (cols,), the sums of right's
-    columns, this is the gradient of filters.
+    grid (OH, OW) how many there are. y may be a channel slice. db (cols,): for filters' gradient.
     """
     filter_gradient = db is not None
     _dense(x, right)
@@ -231,16 +231,13 @@ def _convolve(x, right, y, window, taps, grid, bias=None, relu=False, db=None, d
 
 
 def _filters(w, channels, turned=False):
-    """w (KH, KW, C, F) as the right operand, (KH*KW*channels, F), or turned round, (KH*KW*F, C).
-
-    A pass that rounds to TF32 where needed, and adds zeros for more channels than C.
-    """
+    """w (KH, KW, C, F) as right operand, rounded: (KH*KW*channels, F), or turned, (KH*KW*F, C)."""
     kh, kw, c, f = w.shape
-    if not (turned or _rounds() or channels > c):
+    if not turned and channels == c and _precision != "tf32":
         return w.reshape(-1, f)
-    y = _empty((kh * kw * f, c) if turned else (kh * kw * channels, f))
+    y = _empty((kh * kw * f, c) if turned else (kh * kw * channels, f))     # photos have 4 of 3
     _each("pointwise.cu", "filters", y.size, (
-        w, y, y.size, kh * kw, c, f, channels, turned, _rounds()))
+        w, y, y.size, kh * kw, c, f, channels, turned, "tf32"))
     return y
 
 
@@ -250,8 +247,8 @@ def conv_forward(x, w, b, stride=1, pad=0, relu=False, out=None):
     kh, kw, c, f = w.shape
     grid = output_size(x.shape[1], kh, stride, pad), output_size(x.shape[2], kw, stride, pad)
     y = _empty((len(x), *grid, f)) if out is None else out
-    right = _filters(w, x.shape[3])                     # photos have a fourth channel, of zeros
-    return _convolve(x, right, y, (stride, pad), (kh, kw), grid, b, relu, round=_rounds())
+    return _convolve(x, _filters(w, x.shape[3]), y, (stride, pad), (kh, kw), grid, b, relu,
+                     round=_precision == "tf32")
 
 
 def conv_backward_input(dy, w, x_shape, stride=1, pad=0):
@@ -293,50 +290,42 @@ def _reduce(parts, y, bias=None, relu=False, round=False):
 
 # ---------------------------------------------------------------------------------- pooling
 
-def pool_defines(vec):
-    """The constants of a variant of pool.cu."""
-    return ("WINDOW_BYTES", WINDOW.itemsize), ("VEC", vec)
-
-
-def _pool(kernel, arrays, shapes, window, place=(), more=()):
-    """A thread for each four channels, or for each one, of the second of `arrays`; returns that."""
+def _pool(kernel, arrays, place, shapes, window, *more):
+    """A thread for each four channels of the second of `arrays`, or for each one; returns that."""
     _dense(*arrays)
-    _dense(*place, dtype=np.uint8)
+    if place is not None:
+        _dense(place, dtype=np.uint8)
     (_, h, w, c), (_, oh, ow, _) = shapes                           # of x and y
-    vec = 4 if _fits((*arrays, *place), c) else 1
-    at = np.array((h, w, c // vec, oh, ow, *window), WINDOW)
-    total = arrays[1].size // vec
-    _each("pool.cu", kernel, total, (*arrays, *place, total, at, *more), pool_defines(vec))
+    vec = 4 if _fits(arrays, c) else 1
+    at, total = np.array((h, w, c // vec, oh, ow, *window), WINDOW), arrays[1].size // vec
+    _each("pool.cu", kernel, total, (*arrays, place, total, at, *more),
+          (POOL_DEFINE, ("VEC", vec)))
     return arrays[1]
 
 
-def _pooled(x, kernel, stride, pad=0, ceil=False):
-    """The shape of y."""
+def max_pool_forward(x, kernel, stride, pad=0, ceil=False, average=False):
+    """The maxima and their places, or averages and None."""
     n, h, w, c = x.shape
-    return n, *(output_size(size, kernel, stride, pad, ceil) for size in (h, w)), c
-
-
-def max_pool_forward(x, kernel, stride, pad=0, ceil=False):
-    shape = _pooled(x, kernel, stride, pad, ceil)
-    y, place = _empty(shape), _device.xp.empty(shape, np.uint8)
-    _pool("max_pool_forward", (x, y), (x.shape, shape), (kernel, stride, pad), (place,))
+    shape = n, *(output_size(size, kernel, stride, pad, ceil) for size in (h, w)), c
+    y, place = _empty(shape), None if average else _device.xp.empty(shape, np.uint8)
+    _pool("pool_forward", (x, y), place, (x.shape, shape), (kernel, stride, pad), "tf32")
     return y, place
 
 
 def max_pool_backward(dy, place, x_shape, kernel, stride, pad=0):
-    return _pool("max_pool_backward", (dy, _empty(x_shape)), (x_shape, dy.shape),
-                 (kernel, stride, pad), (place,))
+    """A gather, by the places if there are any."""
+    return _pool("pool_backward", (dy, _empty(x_shape)), place, (x_shape, dy.shape),
+                 (kernel, stride, pad))
 
 
 def avg_pool_forward(x, kernel, stride):
-    shape = _pooled(x, kernel, stride)
-    return _pool("avg_pool_forward", (x, _empty(shape)), (x.shape, shape), (kernel, stride, 0),
-                 more=(_rounds(),))
+    """The same kernel, without places."""
+    return max_pool_forward(x, kernel, stride, average=True)[0]
 
 
 def avg_pool_backward(dy, x_shape, kernel, stride):
-    return _pool("avg_pool_backward", (dy, _empty(x_shape)), (x_shape, dy.shape),
-                 (kernel, stride, 0))
+    """The same kernel, without places."""
+    return max_pool_backward(dy, None, x_shape, kernel, stride)
 
 
 # ------------------------------------------------------------------------- normalisation
@@ -354,7 +343,7 @@ def _lrn(kernel, arrays, kept, size, k, alpha, beta, *more):
 
 def lrn_forward(x, size=5, k=2.0, alpha=1e-4, beta=0.75):
     """A block for a few pixels."""
-    return _lrn("lrn_forward", (x, _empty(x.shape)), 1, size, k, alpha, beta, _rounds())
+    return _lrn("lrn_forward", (x, _empty(x.shape)), 1, size, k, alpha, beta, "tf32")
 
 
 def lrn_backward(dy, x, size=5, k=2.0, alpha=1e-4, beta=0.75):
@@ -371,7 +360,7 @@ def prepare(photos, top, left, flip, crop):
     _dense(photos, dtype=np.uint8)
     y, threads = _empty((len(photos), crop, crop, 4)), 1024
     _launch("pointwise.cu", "prepare", (len(photos),), (threads,),
-            (photos, top, left, flip, y, photos.shape[1], crop, _rounds()), shared=16 * threads)
+            (photos, top, left, flip, y, photos.shape[1], crop, "tf32"), shared=16 * threads)
     return y
 
 
@@ -391,7 +380,7 @@ def relu_backward(dy, y):
     dx, pitches = _empty(dy.shape), (_pitch(dy), _pitch(y))
     each = 4 if _fits((dy, y), dx.shape[-1], *pitches) else 1
     _each("pointwise.cu", "relu_backward", dx.size // each, (
-        dy, y, dx, dx.size, dx.shape[-1], *pitches, each, _rounds()))
+        dy, y, dx, dx.size, dx.shape[-1], *pitches, each, "tf32"))
     return dx
 
 
