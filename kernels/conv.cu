@@ -6,10 +6,9 @@
 //   input gradient   m = input pixel    k = (p, q, f), on dy         n = channel c
 //   filter gradient  m = (p, q, c)      k = output pixel             n = filter f
 //
-// The input gradient is the forward product with other arguments: the image is dy, its pixels
-// `dilate` = stride apart, and the filters are turned round. The filter gradient
-// (FILTER = 1) transposes the left operand. The left operand is gathered from an NHWC image on the
-// way to shared memory, `right` is a plain matrix with k as its row: w (KH*KW*C, F), or dy.
+// The input gradient is the forward product on dy, its pixels DILATE = stride apart, with turned
+// filters. The filter gradient (FILTER = 1) transposes the left operand, which is gathered from an
+// NHWC image on the way to shared memory; `right` is a matrix with k as its row: filters, or dy.
 //
 // A block makes BM×BN numbers of y. It walks along k in tiles of BK, STAGES - 1 of them in flight
 // (copy_async). blockIdx: x = row tile, y = column tile, z = part of k; with several parts each
@@ -20,7 +19,6 @@
 // products). With INNER = 1 both operands must hold TF32: whoever makes a number rounds it, once.
 
 #define BK 32
-#define SHARES 4u
 #if FILTER
 #define A_PITCH (BM + 8)                    // a[k][m]; 8: the four k of a fragment differ in bank
 #define A_SIZE (BK * A_PITCH)
@@ -37,11 +35,9 @@
 
 #if INNER
 #define THREADS 128                         // 2×2 warps, or 4×1 where BN is 16
-#define WARPS_BESIDE (BN % 32 ? 1 : 2)
-#define WARP_ROWS (BM / 4 * WARPS_BESIDE)
-#define WARP_COLS (BN / WARPS_BESIDE)
-#define ROW_TILES (WARP_ROWS / 8)           // mma tiles of 8 rows × 16 columns in a warp's part
-#define COL_TILES (WARP_COLS / 16)
+#define BESIDE (BN % 32 ? 1 : 2)
+#define ROW_TILES (BM / 32 * BESIDE)        // mma tiles of 8 rows × 16 columns in a warp's part
+#define COL_TILES (BN / 16 / BESIDE)
 #else
 #define THREADS 256                         // 16×16 threads, each BM/16 × BN/16
 #define ROWS_EACH (BM / 16)
@@ -214,8 +210,7 @@ struct Product {
             for (int i = 0; i < ROWS_EACH; i++) left[i] = A_AT(ty() + 16 * i, k);
 #pragma unroll
             for (int j = 0; j < QUADS_EACH; j++) {
-                const float4 four =
-                    *reinterpret_cast<const float4*>(&B_AT(k, 4 * tx() + 64 * j));
+                const float4 four = *reinterpret_cast<const float4*>(&B_AT(k, 4 * tx() + 64 * j));
                 const float right[] = {four.x, four.y, four.z, four.w};
 #pragma unroll
                 for (int n = 0; n < 4 * ROWS_EACH; n++)
@@ -247,12 +242,12 @@ struct Product {
 
     static __device__ int t() { return threadIdx.x % 4; }
     static __device__ int g() { return threadIdx.x % 32 / 4; }
-    static __device__ int col() { return threadIdx.x / 32 % WARPS_BESIDE * WARP_COLS + 2 * g(); }
+    static __device__ int col() { return threadIdx.x / 32 % BESIDE * COL_TILES * 16 + 2 * g(); }
 
     // the row of the tile that is number n of the eight of an mma
     static __device__ int row(int n)
     {
-        return threadIdx.x / 32 / WARPS_BESIDE * WARP_ROWS + (FILTER ? n : n / 4 + n % 4 * 2);
+        return threadIdx.x / 32 / BESIDE * ROW_TILES * 8 + (FILTER ? n : n / 4 + n % 4 * 2);
     }
 
     // x = hi + lo, both TF32: together they hold 21 bits of the 24 of a float
@@ -269,18 +264,16 @@ struct Product {
             unsigned right[COL_TILES][4], rest[COL_TILES][4];
 #pragma unroll
             for (int n = 0; n < 2 * COL_TILES; n++) {
-                const int i = n / 2, late = n % 2;
                 const float2 two = *reinterpret_cast<const float2*>(
-                    b + (k + t() + 4 * late) * B_PITCH + col() + 16 * i);
-                split(two.x, right[i][2 * late], rest[i][2 * late]);
-                split(two.y, right[i][2 * late + 1], rest[i][2 * late + 1]);
+                    b + (k + t() + n % 2 * 4) * B_PITCH + col() + n / 2 * 16);
+                split(two.x, right[n / 2][n % 2 * 2], rest[n / 2][n % 2 * 2]);
+                split(two.y, right[n / 2][n % 2 * 2 + 1], rest[n / 2][n % 2 * 2 + 1]);
             }
 #pragma unroll
             for (int j = 0; j < ROW_TILES; j++) {
                 const int r = row(g()) + 8 * j;
-                const float2 two =
-                    FILTER ? make_float2(A_AT(r, k + t()), A_AT(r, k + t() + 4))
-                           : *reinterpret_cast<const float2*>(&A_AT(r, k + 2 * t()));
+                const float2 two = FILTER ? make_float2(A_AT(r, k + t()), A_AT(r, k + t() + 4))
+                                          : *reinterpret_cast<const float2*>(&A_AT(r, k + 2 * t()));
                 unsigned left[2], lo[2];
                 split(two.x, left[0], lo[0]);
                 split(two.y, left[1], lo[1]);
@@ -312,12 +305,11 @@ struct Product {
 };
 #endif
 
-// Called by gpu.conv_forward, conv_backward_input and conv_backward_filter. With FILTER the blocks
-// of the first row tiles share the tiles of `right` among them and leave the sums of its columns in
-// `sums` (parts · shares, cols).
+// Called by gpu._convolve. With FILTER the blocks of the first `shares` row tiles share the tiles
+// of `right` among them and leave the sums of its columns in `sums` (parts · shares, cols).
 extern "C" __global__ void __launch_bounds__(THREADS, VEC == 4 ? 2 : 1)
 conv(const float* x, const float* right, float* y, const float* bias, float* sums,
-     const Geometry shape)
+     int shares, const Geometry shape)
 {
     const long long own = static_cast<long long>(blockIdx.z) * shape.rows * shape.pitch;
     const Result result = {y + own, bias, shape};
@@ -328,7 +320,6 @@ conv(const float* x, const float* right, float* y, const float* bias, float* sum
     float* shared = shared_memory();                        // STAGES × (A_SIZE + B_SIZE)
     const Left left(shape, row0);
     Product product;
-    const unsigned shares = min(gridDim.x, SHARES);
     float sum = 0;
 
     const auto load = [&](int tile) {

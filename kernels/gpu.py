@@ -17,7 +17,6 @@ NULL = np.uint64(0)                     # a pointer to nothing
 BLOCK = 256                             # threads a block of the kernels that take a number each
 BM, BK, STAGES = 128, 32, 3             # the tile of conv.cu, and how many are in flight
 COLUMNS = {0: (128, 64), 1: (128, 96, 64, 32, 16)}          # of a tile, by INNER > 0
-SHARES = 4                              # row tiles whose blocks add up the columns of dy
 LEAST_TILES = 8                         # tiles of BK along the reduction, that a split is worth
 LRN_BYTES = 12 << 10                    # shared memory of a block of lrn.cu, at least a pixel
 
@@ -25,9 +24,8 @@ LRN_BYTES = 12 << 10                    # shared memory of a block of lrn.cu, at
 # and cannot know what the kernel takes: a static_assert there compares the sizes.
 DIVISOR = np.dtype([(name, np.uint32) for name in ("d", "mul", "shift")])
 GEOMETRY = np.dtype([
-    *((name, np.int32) for name in "h w stride pad pixels".split()),
-    *((name, DIVISOR) for name in "c kw oh ow".split()),
-    *((name, np.int32) for name in "rows cols depth part pitch relu round".split())])
+    (name, DIVISOR if name in ("c", "kw", "oh", "ow") else np.int32) for name in
+    "h w stride pad pixels c kw oh ow rows cols depth part pitch relu round".split()])
 WINDOW = np.dtype([(name, np.int32) for name in "h w c oh ow kernel stride pad".split()])
 POOL_DEFINE = "WINDOW_BYTES", WINDOW.itemsize
 
@@ -109,10 +107,7 @@ def use(device, precision):
 # ------------------------------------------------------------------------- what all launches share
 
 def _launch(file, kernel, grid, block, args, shared=0, defines=()):
-    """Queue a kernel: Python numbers become int32 and float32, None a null pointer.
-
-    The name of a precision becomes 1 if it is the one in use: with "tf32" a kernel rounds to that.
-    """
+    """Queue a kernel: numbers become int32 and float32, None null, "tf32" whether that is on."""
     kinds = {int: np.int32, bool: np.int32, float: np.float32, type(None): lambda _: NULL,
              str: lambda name: np.int32(name == _precision)}
     _device.launch(file, kernel, defines, grid, block,
@@ -197,12 +192,11 @@ def conv_defines(bn, stages, vec, filter_gradient, inner, dilate=1):
             ("GEOMETRY_BYTES", GEOMETRY.itemsize))
 
 
-def _convolve(x, right, y, window, taps, grid, bias=None, relu=False, db=None, dilate=1,
-              round=False):
+def _convolve(x, right, y, window, taps, grid, bias=None, relu=False, db=None, round=False):
     """y (rows, cols) = the left operand gathered from x, times right (depth, cols): conv.cu.
 
-    window (stride, pad) places the patches of x (N, H, W, C), taps (KH, KW) is their shape, and
-    grid (OH, OW) how many there are. y may be a channel slice. db (cols,): for filters' gradient.
+    window (stride, pad, dilate) places the patches of x (N, H, W, C), taps (KH, KW) is their
+    shape, and grid (OH, OW) how many there are. y may be a channel slice. db: for dw only.
     """
     filter_gradient = db is not None
     _dense(x, right)
@@ -216,15 +210,16 @@ def _convolve(x, right, y, window, taps, grid, bias=None, relu=False, db=None, d
     parts = -(-depth // part)
     whole = parts == 1                                  # else bias and ReLU wait for the sum
     into, row_tiles = y if whole else _empty((parts, rows, cols)), -(-rows // BM)
-    sums = _empty((parts * min(SHARES, row_tiles), cols)) if filter_gradient else None
+    shares = min(4, row_tiles)                          # row tiles whose blocks sum right's columns
+    sums = _empty((parts * shares, cols)) if filter_gradient else None
     geometry = np.array((
-        h, w, *window, pixels, divisor(c), divisor(kw), divisor(oh), divisor(ow),
+        h, w, *window[:2], pixels, divisor(c), divisor(kw), divisor(oh), divisor(ow),
         rows, cols, depth, part, pitch if whole else cols, relu and whole, round and whole),
         GEOMETRY)
     _launch("conv.cu", "conv", (row_tiles, -(-cols // bn), parts), (128 if inner else 256,),
-            (x, right, into, bias if whole else None, sums, geometry),
+            (x, right, into, bias if whole else None, sums, shares, geometry),
             shared=stages * stage_bytes(bn, filter_gradient),
-            defines=conv_defines(bn, stages, vec, filter_gradient, inner, dilate))
+            defines=conv_defines(bn, stages, vec, filter_gradient, inner, window[2]))
     if filter_gradient:
         _reduce(sums, db)
     return y if whole else _reduce(into, y, bias, relu, round)
@@ -247,7 +242,7 @@ def conv_forward(x, w, b, stride=1, pad=0, relu=False, out=None):
     kh, kw, c, f = w.shape
     grid = output_size(x.shape[1], kh, stride, pad), output_size(x.shape[2], kw, stride, pad)
     y = _empty((len(x), *grid, f)) if out is None else out
-    return _convolve(x, _filters(w, x.shape[3]), y, (stride, pad), (kh, kw), grid, b, relu,
+    return _convolve(x, _filters(w, x.shape[3]), y, (stride, pad, 1), (kh, kw), grid, b, relu,
                      round=_precision == "tf32")
 
 
@@ -257,15 +252,15 @@ def conv_backward_input(dy, w, x_shape, stride=1, pad=0):
     kh, kw, c, f = w.shape
     if kh != kw:
         raise ValueError(f"filters must be square, not {kh}×{kw}")
-    return _convolve(dy, _filters(w, c, turned=True), _empty(x_shape), (1, kh - 1 - pad), (kh, kw),
-                     x_shape[1:3], dilate=stride)
+    return _convolve(dy, _filters(w, c, turned=True), _empty(x_shape), (1, kh - 1 - pad, stride),
+                     (kh, kw), x_shape[1:3])
 
 
 def conv_backward_filter(x, dy, w_shape, stride=1, pad=0):
     """Rows are the numbers of a patch, and the reduction goes over the pixels of dy."""
     kh, kw, c, f = w_shape
     right, db = dy.reshape(-1, f), _empty(f)                        # (N*OH*OW, F)
-    dw = _convolve(x, right, _empty((kh, kw, x.shape[3], f)), (stride, pad), (kh, kw),
+    dw = _convolve(x, right, _empty((kh, kw, x.shape[3], f)), (stride, pad, 1), (kh, kw),
                    dy.shape[1:3], db=db)
     return _device.xp.ascontiguousarray(dw[:, :, :c]), db
 
@@ -293,13 +288,12 @@ def _reduce(parts, y, bias=None, relu=False, round=False):
 def _pool(kernel, arrays, place, shapes, window, *more):
     """A thread for each four channels of the second of `arrays`, or for each one; returns that."""
     _dense(*arrays)
-    if place is not None:
-        _dense(place, dtype=np.uint8)
+    _dense(*(() if place is None else (place,)), dtype=np.uint8)
     (_, h, w, c), (_, oh, ow, _) = shapes                           # of x and y
     vec = 4 if _fits(arrays, c) else 1
     at, total = np.array((h, w, c // vec, oh, ow, *window), WINDOW), arrays[1].size // vec
-    _each("pool.cu", kernel, total, (*arrays, place, total, at, *more),
-          (POOL_DEFINE, ("VEC", vec)))
+    args = *arrays, place, total, at, *more
+    _each("pool.cu", kernel, total, args, (POOL_DEFINE, ("VEC", vec)))
     return arrays[1]
 
 

@@ -5,9 +5,9 @@
 //
 // A thread makes the numbers of VEC neighbouring channels, 4 or 1; the next thread those beside, so
 // every access is coalesced. The backward pass gathers: nothing is added atomically. A maximum
-// leaves its place in the window, one byte: the first's where several tie, NOWHERE for a NaN. A
-// window of the maximum may hang over the edge, one of the average may not. Arrays are dense and
-// hold less than 2^31 numbers. Called by gpu._pool.
+// leaves its `place` in the window, one byte: the first's where several tie, NOWHERE for a NaN;
+// without it this is the average. A window of the maximum may hang over the edge, one of the
+// average may not. Arrays are dense and hold less than 2^31 numbers. Called by gpu._pool.
 
 #define NOWHERE 255
 struct alignas(4 * VEC) Floats { float at[VEC]; };
@@ -47,7 +47,6 @@ static_assert(sizeof(Window) == WINDOW_BYTES, "gpu.WINDOW has the same fields");
 
 __device__ unsigned index_of_thread() { return blockIdx.x * blockDim.x + threadIdx.x; }
 
-// The maximum, or the average where there is no `place` to leave the maximum's.
 extern "C" __global__ void
 pool_forward(const Floats* x, Floats* y, Places* place, unsigned total, const Window at, int round)
 {
@@ -57,21 +56,18 @@ pool_forward(const Floats* x, Floats* y, Places* place, unsigned total, const Wi
     at.decode(index, at.oh, at.ow, n, oi, oj, channel);
     Floats most, sum = {};
     Places where;
-    for (int e = 0; e < VEC; e++) {
-        most.at[e] = -INFINITY;
-        where.at[e] = at.place(at.first(oi), at.first(oj), oi, oj);
-    }
+    bool first = true;
     for (int i = at.first(oi); i < at.last(oi, at.h); i++)
         for (int j = at.first(oj); j < at.last(oj, at.w); j++) {
             const Floats value = x[((n * at.h + i) * at.w + j) * at.c + channel];
             for (int e = 0; e < VEC; e++) {
                 const float v = value.at[e];
                 sum.at[e] += v;
-                if (v > most.at[e] || v != v) {                     // a NaN stays
-                    most.at[e] = v;
-                    where.at[e] = v == v ? at.place(i, j, oi, oj) : NOWHERE;
-                }
+                if (!(first || v > most.at[e] || v != v)) continue; // a NaN stays
+                most.at[e] = v;
+                where.at[e] = v == v ? at.place(i, j, oi, oj) : NOWHERE;
             }
+            first = false;
         }
     for (int e = 0; e < VEC; e++)
         sum.at[e] = rounded(sum.at[e] / (at.kernel * at.kernel), round);
