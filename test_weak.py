@@ -307,7 +307,8 @@ def test_pooling_agrees_with_a_plain_loop(kernel, stride, pad, ceil, rng):
             assert math.isclose(mean[n, i, j, c], sum(values) / len(values), abs_tol=1e-12)
             for p, q in window:
                 dmean[n, p, q, c] += dy[n, i, j, c] / len(values)
-    np.testing.assert_allclose(kernels.max_pool_backward(dy, place, x.shape, kernel, stride, pad), dx)
+    found = kernels.max_pool_backward(dy, place, x.shape, kernel, stride, pad)
+    np.testing.assert_allclose(found, dx)
     if inside:
         np.testing.assert_allclose(kernels.avg_pool_backward(dy, x.shape, kernel, stride), dmean)
 
@@ -1493,7 +1494,7 @@ def made(*arrays):
     """Arrays of floats as kernels would have made them: rounded to TF32 where they do that."""
     bits = [x.astype(np.float32).view(np.uint32) for x in arrays]
     return [((x + 0x1000) & 0xffffe000).view(np.float32).astype(np.float64) for x in bits
-            ] if gpu._rounds() else arrays
+            ] if gpu._precision == "tf32" else arrays
 
 
 def floats(rng, *shapes):
@@ -1591,6 +1592,15 @@ def test_tf32_operands_are_rounded_to_nearest(device, rng):
           cpu.conv_backward_filter(x, dy, w.shape, 1, 1)[0], False)
     check(kernels.lrn_forward(yd), cpu.lrn_forward(y))
     check(kernels.avg_pool_forward(yd, 5, 3), cpu.avg_pool_forward(y, 5, 3))
+
+
+def test_long_sums_in_3xtf32_are_those_of_floats(device, rng):
+    """Tensor cores truncate: 2,000 sums in them would lose 2^-24 of all each time."""
+    x, w = rng.random((1, 4, 4, 8192), np.float32), rng.random((1, 1, 8192, 16), np.float32)
+    kernels.use("gpu", "3xtf32")
+    y = kernels.to_host(kernels.conv_forward(*up(x, w, np.zeros(16)))).reshape(-1, 16)
+    right = x.reshape(-1, 8192).astype(np.float64) @ w[0, 0]
+    assert abs(y / right - 1).max() < 2.0**-19
 
 
 @pytest.mark.parametrize("kilobytes", (64, 99))     # compute capability 7.5; 8.6, 8.9 and 12.0
@@ -1754,33 +1764,46 @@ def test_kernels_refuse_arrays_they_would_misread(device):
 
 # a text of a kernel file, what it is changed to, and the check that must then fail
 CONV = partial(check_convolution, conv_case(12))
-DB = partial(check_convolution, (*floats(np.random.default_rng(0), (3, 9, 9, 8), (1, 1, 8, 4), (4,)),
-                                 1, 0))
+def in_precision(precision, check):
+    """A check on the device in use, in another precision than fp32."""
+    return lambda: (kernels.use(gpu._device, precision), check())
+
+
+TF32 = in_precision("tf32", partial(check_convolution, conv_case(12), 2.0**-11))
+TF32X3 = in_precision("3xtf32", partial(check_convolution, conv_case(12), 4 * HALF))
+DB = partial(check_convolution, (
+    *floats(np.random.default_rng(0), (3, 9, 9, 8), (1, 1, 8, 4), (4,)), 1, 0))
 RELU = partial(test_relu_backward_kernel_takes_channel_slices, None, (2, 5, 3, 8))
 CHAIN = lambda: test_tf32_operands_are_rounded_to_nearest(gpu._device, np.random.default_rng(0))
 SUMS = partial(test_column_sums_kernel_agrees_with_its_twin, None, (70, 33))
+LONG = lambda: test_long_sums_in_3xtf32_are_those_of_floats(gpu._device, np.random.default_rng(0))
 LRNS = partial(test_lrn_kernels_agree_with_their_twins, None, 7, (5, 2.0, 1e-4, 0.75),
                np.random.default_rng(0))
 POOL = partial(test_pooling_kernels_agree_with_their_twins, None, (3, 2, 1, True), 8)
 MISTAKES = [
     ("conv.cu", "i = oi * stride - pad", "i = oi * stride + pad", CONV),
-    ("conv.cu", "i % DILATE != 0 || j % DILATE != 0", "i % DILATE != 0", CONV),
+    ("conv.cu", "i % DILATE == 0 && j % DILATE == 0", "i % DILATE == 0", CONV),
     ("conv.cu", "copy_wait<STAGES - 2>();", "copy_wait<STAGES - 1>();", CONV),
     ("conv.cu", "load(tile + STAGES - 1);", "load(tile + STAGES);", CONV),
     ("conv.cu", "        __syncthreads();", "        ;", CONV),
-    ("conv.cu", "if (row >= shape.rows || col >= shape.cols)", "if (col >= shape.cols)", CONV),
+    ("conv.cu", "if (row >= shape.rows || col", "if (col", CONV),
     ("conv.cu", "x + at, valid", "x + at, true", CONV),
     ("conv.cu", "int rows, cols, depth, part; ", "int cols, rows, depth, part; ", CONV),
-    ("conv.cu", "int pitch, relu, round; ", "int pitch, relu, round, more; ", CONV),   # not gpu.GEOMETRY's size
-    ("lrn.cu", "root * sqrtf(root)", "root * root", LRNS),
+    ("conv.cu", "int pitch, relu, round; ", "int pitch, relu, round, more; ", CONV),    # the size
+    ("lrn.cu", "sqrtf(s) * sqrtf(sqrtf(s))", "s", LRNS),
     ("pool.cu", "int h, w, c, oh, ow,", "int h, w, c, oh, ow, more,", POOL),
-    ("pool.cu", "!(value.at[e] > most.at[e])", "!(value.at[e] >= most.at[e])", POOL),
-    ("pool.cu", "number ? at.place(i, j, oi, oj) : NOWHERE", "at.place(i, j, oi, oj)", POOL),
+    ("pool.cu", "v > most.at[e] ||", "v >= most.at[e] ||", POOL),
+    ("pool.cu", "first = false;", "first = j % 2;", POOL),
+    ("pool.cu", "v == v ? at.place(i, j, oi, oj) : NOWHERE", "at.place(i, j, oi, oj)", POOL),
     ("pool.cu", "j + pad - oj * stride;", "j - oj * stride;", POOL),
-    ("pool.cu", "number && !(value", "!(value", POOL),
-    ("conv.cu", "rounded(shape.relu && v < 0 ? 0 : v, shape.round)", "v", CHAIN),
+    ("pool.cu", "|| v != v", "", POOL),
+    ("conv.cu", "rounded(shape.relu && v[n] < 0 ? 0 : v[n], shape.round)", "v[n]", CHAIN),
     ("conv.cu", "tile % shares == blockIdx.x", "tile == blockIdx.x", DB),
     ("conv.cu", "(blockIdx.z * shares + blockIdx.x) *", "blockIdx.z * shares *", CONV),
+    ("conv.cu", "B_PLACE(k) (INNER && !FILTER", "B_PLACE(k) (0", TF32),
+    ("conv.cu", "rest[i] : right[i]", "right[i] : right[i]", TF32X3),
+    ("conv.cu", "n == 0 ? lo : left", "left", TF32X3),
+    ("conv.cu", "mma_tf32(INNER == 3 ? sum[i] : y[i][j]", "mma_tf32(y[i][j]", LONG),
     ("conv.cu", "if (m >= end) i", "if (m > end) i", CONV),
     ("pointwise.cu", "taps - 1 - index", "index", CONV),
     ("pointwise.cu", "rounded(w[(tap", "(w[(tap", CHAIN),
@@ -1831,7 +1854,7 @@ def test_kernels_compile_for(architecture):
     """
     pytest.importorskip("cupy")
     few = [gpu.conv_defines(*constants) for constants in (
-        (128, 3, 1, 0, 0), (64, 3, 4, 0, 1), (64, 3, 4, 1, 3))]
+        (128, 3, 1, 0, 0), (96, 3, 4, 0, 1), (32, 3, 4, 1, 3))]
     chosen = [variant for variant in bench.variants(architecture != "75")
               if architecture == "75" or variant[0] != "conv.cu" or variant[1] in few]
     with ThreadPoolExecutor() as pool:

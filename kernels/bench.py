@@ -418,7 +418,7 @@ def gpu(options):
 
 def variants(tf32):
     """(file, defines) of every kernel variant that is launched on a GPU with TF32, or without."""
-    yield from (("pool.cu", launches.pool_defines(vec)) for vec in (4, 1))
+    yield from (("pool.cu", (launches.POOL_DEFINE, ("VEC", vec))) for vec in (4, 1))
     yield from ((file, ()) for file in ("lrn.cu", "pointwise.cu", "loss.cu", "sgd.cu"))
     for inner in (0, 1, 3) if tf32 else (0,):
         for filter_gradient, vec, bn in itertools.product(

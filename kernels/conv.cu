@@ -6,10 +6,9 @@
 //   input gradient   m = input pixel    k = (p, q, f), on dy         n = channel c
 //   filter gradient  m = (p, q, c)      k = output pixel             n = filter f
 //
-// The input gradient is the forward product with other arguments: the image is dy, its pixels
-// `dilate` = stride apart, and the filters are turned round. The filter gradient
-// (FILTER = 1) transposes the left operand. The left operand is gathered from an NHWC image on the
-// way to shared memory, `right` is a plain matrix with k as its row: w (KH*KW*C, F), or dy.
+// The input gradient is the forward product on dy, its pixels DILATE = stride apart, with turned
+// filters. The filter gradient (FILTER = 1) transposes the left operand, which is gathered from an
+// NHWC image on the way to shared memory; `right` is a matrix with k as its row: filters, or dy.
 //
 // A block makes BM×BN numbers of y. It walks along k in tiles of BK, STAGES - 1 of them in flight
 // (copy_async). blockIdx: x = row tile, y = column tile, z = part of k; with several parts each
@@ -20,7 +19,6 @@
 // products). With INNER = 1 both operands must hold TF32: whoever makes a number rounds it, once.
 
 #define BK 32
-#define SHARES 4u
 #if FILTER
 #define A_PITCH (BM + 8)                    // a[k][m]; 8: the four k of a fragment differ in bank
 #define A_SIZE (BK * A_PITCH)
@@ -30,21 +28,16 @@
 #define A_SIZE (BM * A_PITCH)
 #define A_AT(m, k) a[(m) * A_PITCH + (k)]
 #endif
-#define B_PITCH (BN + 8)                    // b[place of k][n]
+#define B_PITCH (BN + 8)                    // b[place of k][n]: see Product
 #define B_SIZE (BK * B_PITCH)
-#if INNER && !FILTER
-#define B_AT(k, n) b[((k) / 8 * 8 + (k) % 2 * 4 + (k) % 8 / 2) * B_PITCH + (n)]    // see Product
-#else
-#define B_AT(k, n) b[(k) * B_PITCH + (n)]
-#endif
+#define B_PLACE(k) (INNER && !FILTER ? (k) / 8 * 8 + (k) % 2 * 4 + (k) % 8 / 2 : (k))
+#define B_AT(k, n) b[B_PLACE(k) * B_PITCH + (n)]
 
 #if INNER
 #define THREADS 128                         // 2×2 warps, or 4×1 where BN is 16
-#define WARPS_BESIDE (BN % 32 ? 1 : 2)
-#define WARP_ROWS (BM / 4 * WARPS_BESIDE)
-#define WARP_COLS (BN / WARPS_BESIDE)
-#define ROW_TILES (WARP_ROWS / 8)           // mma tiles of 8 rows × 16 columns in a warp's part
-#define COL_TILES (WARP_COLS / 16)
+#define BESIDE (BN % 32 ? 1 : 2)
+#define ROW_TILES (BM / 32 * BESIDE)        // mma tiles of 8 rows × 16 columns in a warp's part
+#define COL_TILES (BN / 16 / BESIDE)
 #else
 #define THREADS 256                         // 16×16 threads, each BM/16 × BN/16
 #define ROWS_EACH (BM / 16)
@@ -63,19 +56,18 @@ struct Divisor {
     }
 };
 
-#define OUTSIDE (1 << 28)                   // rows above the image
-
 // The shapes of a product, packed by gpu.py field by field: the image x (pixels, C) that the left
 // operand is gathered from, the grid of its patches, and the matrix y (rows, cols).
 struct Geometry {
+    static const int OUTSIDE = 1 << 28;     // rows above or below the image
     int h, w;                               // of the image
     int stride, pad, pixels;                // pixels: of the grid, of all images
     Divisor c, kw, oh, ow;
     int rows, cols, depth, part;            // part: numbers of k that a block adds
     int pitch, relu, round;                 // pitch: numbers from a row of y to the next
 
-    // pixel m of the grid -> the corner of its patch, and where in x that is; outside the image,
-    // wherever the tap is, from pixel `end` on. With dilation it is its image that is in x there.
+    // pixel m of the grid -> the corner of its patch, and where in x that is (with dilation, where
+    // its image is); outside from pixel `end` on
     __device__ void pixel(int m, int end, int& i, int& j, int& corner) const
     {
         int oi, oj;
@@ -86,8 +78,7 @@ struct Geometry {
         if (m >= end) i = -OUTSIDE;
     }
 
-    // k -> tap (p, q) and how much further in x that is, outside if not `valid`; k goes through
-    // the channels first
+    // k -> tap (p, q), outside if not `valid`, and how much further in x tap and channel are
     __device__ void tap(int k, bool valid, int& p, int& q, int& further) const
     {
         int channel;
@@ -99,13 +90,9 @@ struct Geometry {
     // whether pixel (i, j) is in the image; moves `at` there from its corner if it is dilated
     __device__ bool find(int i, int j, int& at) const
     {
-        if (DILATE > 1) {
-            if (i % DILATE != 0 || j % DILATE != 0) return false;
-            i = i < 0 ? i : i / DILATE;
-            j = j < 0 ? j : j / DILATE;
-            at += (i * w + j) * c.d;
-        }
-        return unsigned(i) < unsigned(h) && unsigned(j) < unsigned(w);
+        if (DILATE > 1) at += (i / DILATE * w + j / DILATE) * c.d;
+        return i % DILATE == 0 && j % DILATE == 0 && unsigned(i) < unsigned(h * DILATE)
+               && unsigned(j) < unsigned(w * DILATE);
     }
 };
 static_assert(sizeof(Geometry) == GEOMETRY_BYTES, "gpu.GEOMETRY has the same fields");
@@ -116,25 +103,18 @@ struct Result {
     const float* bias;                      // (cols,) or null
     const Geometry& shape;
 
-    __device__ float finish(int col, float v) const
-    {
-        if (bias) v += bias[col];
-        return rounded(shape.relu && v < 0 ? 0 : v, shape.round);           // a NaN stays
-    }
-
     // two neighbours in a row
     __device__ void store(int row, int col, float v0, float v1) const
     {
-        if (row >= shape.rows || col >= shape.cols) return;
-        float* at = y + static_cast<long long>(row) * shape.pitch + col;
-        v0 = finish(col, v0);
-        if (col + 1 < shape.cols) v1 = finish(col + 1, v1);
-#if VEC == 4
-        *reinterpret_cast<float2*>(at) = make_float2(v0, v1);
-#else
-        at[0] = v0;
-        if (col + 1 < shape.cols) at[1] = v1;
-#endif
+        float v[] = {v0, v1}, *at = y + static_cast<long long>(row) * shape.pitch + col;
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            if (row >= shape.rows || col + n >= shape.cols) return;
+            if (bias) v[n] += bias[col + n];
+            v[n] = rounded(shape.relu && v[n] < 0 ? 0 : v[n], shape.round);         // a NaN stays
+            if (VEC == 1) at[n] = v[n];
+        }
+        if (VEC == 4) *reinterpret_cast<float2*>(at) = make_float2(v[0], v[1]);
     }
 };
 
@@ -204,7 +184,7 @@ __device__ void load_right(float* b, const float* right, int k0, int end, int co
     constexpr int groups = BN / VEC, fit = THREADS / groups;
     constexpr int step = fit == 5 ? 4 : fit;                // rows at a time, a divisor of BK
     const int n = threadIdx.x % groups * VEC, first = threadIdx.x / groups;
-    if (first >= step) return;                              // some threads, if BN is 96
+    if (fit > step && first >= step) return;                // some threads, if BN is 96
 #pragma unroll (BK / step < 16 ? BK / step : 4)
     for (int r = 0; r < BK / step; r++) {
         const int k = first % step + r * step;              // % tells the compiler
@@ -230,15 +210,11 @@ struct Product {
             for (int i = 0; i < ROWS_EACH; i++) left[i] = A_AT(ty() + 16 * i, k);
 #pragma unroll
             for (int j = 0; j < QUADS_EACH; j++) {
-                const float4 right =
-                    *reinterpret_cast<const float4*>(&B_AT(k, 4 * tx() + 64 * j));
+                const float4 four = *reinterpret_cast<const float4*>(&B_AT(k, 4 * tx() + 64 * j));
+                const float right[] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-                for (int i = 0; i < ROWS_EACH; i++) {
-                    y[i][j][0] = fmaf(left[i], right.x, y[i][j][0]);
-                    y[i][j][1] = fmaf(left[i], right.y, y[i][j][1]);
-                    y[i][j][2] = fmaf(left[i], right.z, y[i][j][2]);
-                    y[i][j][3] = fmaf(left[i], right.w, y[i][j][3]);
-                }
+                for (int n = 0; n < 4 * ROWS_EACH; n++)
+                    y[n / 4][j][n % 4] = fmaf(left[n / 4], right[n % 4], y[n / 4][j][n % 4]);
             }
         }
     }
@@ -266,58 +242,51 @@ struct Product {
 
     static __device__ int t() { return threadIdx.x % 4; }
     static __device__ int g() { return threadIdx.x % 32 / 4; }
-    static __device__ int col() { return threadIdx.x / 32 % WARPS_BESIDE * WARP_COLS + 2 * g(); }
+    static __device__ int col() { return threadIdx.x / 32 % BESIDE * COL_TILES * 16 + 2 * g(); }
 
     // the row of the tile that is number n of the eight of an mma
     static __device__ int row(int n)
     {
-        return threadIdx.x / 32 / WARPS_BESIDE * WARP_ROWS + (FILTER ? n : n / 4 + n % 4 * 2);
+        return threadIdx.x / 32 / BESIDE * ROW_TILES * 8 + (FILTER ? n : n / 4 + n % 4 * 2);
     }
 
     // x = hi + lo, both TF32: together they hold 21 bits of the 24 of a float
     static __device__ void split(float x, unsigned& hi, unsigned& lo)
     {
-#if INNER == 3
-        hi = to_tf32(x);
+        hi = INNER == 3 ? to_tf32(x) : __float_as_uint(x);
         lo = to_tf32(x - __uint_as_float(hi));
-#else
-        hi = __float_as_uint(x);
-#endif
     }
 
     __device__ void add(const float* a, const float* b)
     {
-#pragma unroll
+#pragma unroll (INNER == 3 ? 1 : BK / 8)                        // 1: fewer registers
         for (int k = 0; k < BK; k += 8) {
             unsigned right[COL_TILES][4], rest[COL_TILES][4];
 #pragma unroll
             for (int n = 0; n < 2 * COL_TILES; n++) {
-                const int i = n / 2, late = n % 2;
                 const float2 two = *reinterpret_cast<const float2*>(
-                    b + (k + t() + 4 * late) * B_PITCH + col() + 16 * i);
-                split(two.x, right[i][2 * late], rest[i][2 * late]);
-                split(two.y, right[i][2 * late + 1], rest[i][2 * late + 1]);
+                    b + (k + t() + n % 2 * 4) * B_PITCH + col() + n / 2 * 16);
+                split(two.x, right[n / 2][n % 2 * 2], rest[n / 2][n % 2 * 2]);
+                split(two.y, right[n / 2][n % 2 * 2 + 1], rest[n / 2][n % 2 * 2 + 1]);
             }
 #pragma unroll
             for (int j = 0; j < ROW_TILES; j++) {
-#if FILTER
-                const float2 two = make_float2(A_AT(row(g()) + 8 * j, k + t()),
-                                               A_AT(row(g()) + 8 * j, k + t() + 4));
-#else
-                const float2 two =
-                    *reinterpret_cast<const float2*>(&A_AT(row(g()) + 8 * j, k + 2 * t()));
-#endif
+                const int r = row(g()) + 8 * j;
+                const float2 two = FILTER ? make_float2(A_AT(r, k + t()), A_AT(r, k + t() + 4))
+                                          : *reinterpret_cast<const float2*>(&A_AT(r, k + 2 * t()));
                 unsigned left[2], lo[2];
                 split(two.x, left[0], lo[0]);
                 split(two.y, left[1], lo[1]);
+                float sum[COL_TILES][4] = {};                   // mma truncates, + rounds
 #pragma unroll
-                for (int i = 0; i < COL_TILES; i++) {
-#if INNER == 3
-                    mma_tf32(y[i][j], right[i], lo);            // small terms first
-                    mma_tf32(y[i][j], rest[i], left);
-#endif
-                    mma_tf32(y[i][j], right[i], left);
-                }
+                for (int n = INNER == 3 ? 0 : 2; n < 3; n++)    // small terms first
+#pragma unroll
+                    for (int i = 0; i < COL_TILES; i++)
+                        mma_tf32(INNER == 3 ? sum[i] : y[i][j], n == 1 ? rest[i] : right[i],
+                                 n == 0 ? lo : left);
+#pragma unroll
+                for (int n = 0; n < 4 * COL_TILES && INNER == 3; n++)
+                    y[n / 4][j][n % 4] += sum[n / 4][n % 4];
             }
         }
     }
@@ -336,12 +305,11 @@ struct Product {
 };
 #endif
 
-// Called by gpu.conv_forward, conv_backward_input and conv_backward_filter. With FILTER the blocks
-// of the first row tiles share the tiles of `right` among them and leave the sums of its columns in
-// `sums` (parts · shares, cols).
+// Called by gpu._convolve. With FILTER the blocks of the first `shares` row tiles share the tiles
+// of `right` among them and leave the sums of its columns in `sums` (parts · shares, cols).
 extern "C" __global__ void __launch_bounds__(THREADS, VEC == 4 ? 2 : 1)
 conv(const float* x, const float* right, float* y, const float* bias, float* sums,
-     const Geometry shape)
+     int shares, const Geometry shape)
 {
     const long long own = static_cast<long long>(blockIdx.z) * shape.rows * shape.pitch;
     const Result result = {y + own, bias, shape};
@@ -352,7 +320,6 @@ conv(const float* x, const float* right, float* y, const float* bias, float* sum
     float* shared = shared_memory();                        // STAGES × (A_SIZE + B_SIZE)
     const Left left(shape, row0);
     Product product;
-    const unsigned shares = min(gridDim.x, SHARES);
     float sum = 0;
 
     const auto load = [&](int tile) {

@@ -22,7 +22,6 @@ PATCH_BYTES = 9 << 20       # patches one thread multiplies at a time: they stay
 TILE_BYTES = 2 << 20        # … and tiles that Winograd's algorithm multiplies
 POOL_BYTES = 4 << 20        # images one thread pools at a time: fewer would leave Python the limit
 FLAT_CHUNK = 1 << 17        # numbers per chunk of an elementwise pass: the arrays stay in cache
-NOWHERE = 255               # the place of a maximum that is no number
 LANES = 16                  # dropout lanes of 16 bits in one Philox block of four 64-bit words
 
 
@@ -286,26 +285,25 @@ def _taps(shape, out_shape, kernel, stride, pad=0):
 def max_pool_forward(x, kernel, stride, pad=0, ceil=False):
     """y = maximum over each kernel×kernel window, pixels outside the image left out; and its place.
 
-    x (N, H, W, C) -> y and place, both (N, OH, OW, C). With `ceil` the last window may hang over
-    the edge. place, uint8, is the maximum's number in the window's scan order, the first's where
-    several tie, and NOWHERE for a NaN; the kernel is at most 15.
+    x (N, H, W, C) -> y and place, uint8, both (N, OH, OW, C). With `ceil` the last window may hang
+    over the edge. place is the maximum's number p·kernel + q in the window, the first's where
+    several tie, and 255 for a NaN; the kernel is at most 15.
     """
     n, h, w, c = x.shape
-    y = np.empty((n, output_size(h, kernel, stride, pad, ceil),
-                  output_size(w, kernel, stride, pad, ceil), c), x.dtype)
-    place, taps = np.empty(y.shape, np.uint8), _taps(x.shape[1:3], y.shape[1:3], kernel, stride, pad)
-    rows, cols = (np.maximum(0, pad - stride * np.arange(size)) for size in y.shape[1:3])
+    out = tuple(output_size(size, kernel, stride, pad, ceil) for size in (h, w))
+    y, place = np.empty((n, *out, c), x.dtype), np.empty((n, *out, c), np.uint8)
+    rows, cols = (np.maximum(0, pad - stride * np.arange(size)) for size in out)
     first = (rows[:, None] * kernel + cols)[..., None]              # (OH, OW, 1), inside the image
 
     def work(start, stop):
         part, where = y[start:stop], place[start:stop]
         part[:], where[:] = -np.inf, first
-        for outs, ins, number in taps:
+        for outs, ins, number in _taps((h, w), out, kernel, stride, pad):
             larger = np.greater(x[start:stop][ins], part[outs]).view(np.uint8)
             larger *= np.uint8(number)                              # numbers grow from tap to tap
             np.maximum(where[outs], larger, out=where[outs])
             np.maximum(part[outs], x[start:stop][ins], out=part[outs])
-        where[np.isnan(part)] = NOWHERE
+        where[np.isnan(part)] = 255
 
     _pool.chunks(n, _chunk_size(n, x[0].nbytes, POOL_BYTES), work)
     return y, place
@@ -314,12 +312,10 @@ def max_pool_forward(x, kernel, stride, pad=0, ceil=False):
 def max_pool_backward(dy, place, x_shape, kernel, stride, pad=0):
     """dx (N, H, W, C), which is x_shape: each dy goes to the place of its window's maximum."""
     dx = np.zeros(x_shape, dy.dtype)
-    taps = _taps(x_shape[1:3], dy.shape[1:3], kernel, stride, pad)
 
     def work(start, stop):
-        d, where, part = dy[start:stop], place[start:stop], dx[start:stop]
-        for outs, ins, number in taps:
-            part[ins] += d[outs] * (where[outs] == number)
+        for outs, ins, number in _taps(x_shape[1:3], dy.shape[1:3], kernel, stride, pad):
+            dx[start:stop][ins] += dy[start:stop][outs] * (place[start:stop][outs] == number)
 
     _pool.chunks(len(dy), _chunk_size(len(dy), dx[0].nbytes, POOL_BYTES), work)
     return dx

@@ -17,17 +17,17 @@ NULL = np.uint64(0)                     # a pointer to nothing
 BLOCK = 256                             # threads a block of the kernels that take a number each
 BM, BK, STAGES = 128, 32, 3             # the tile of conv.cu, and how many are in flight
 COLUMNS = {0: (128, 64), 1: (128, 96, 64, 32, 16)}          # of a tile, by INNER > 0
-SHARES = 4                              # row tiles whose blocks add up the columns of dy
 LEAST_TILES = 8                         # tiles of BK along the reduction, that a split is worth
 LRN_BYTES = 12 << 10                    # shared memory of a block of lrn.cu, at least a pixel
 
 # The structs of conv.cu and pool.cu, field by field. CuPy passes an array of one record by value,
 # and cannot know what the kernel takes: a static_assert there compares the sizes.
 DIVISOR = np.dtype([(name, np.uint32) for name in ("d", "mul", "shift")])
-GEOMETRY = np.dtype([*((name, np.int32) for name in "h w stride pad pixels".split()),
-                     *((name, DIVISOR) for name in "c kw oh ow".split()),
-                     *((name, np.int32) for name in "rows cols depth part pitch relu round".split())])
+GEOMETRY = np.dtype([
+    (name, DIVISOR if name in ("c", "kw", "oh", "ow") else np.int32) for name in
+    "h w stride pad pixels c kw oh ow rows cols depth part pitch relu round".split()])
 WINDOW = np.dtype([(name, np.int32) for name in "h w c oh ow kernel stride pad".split()])
+POOL_DEFINE = "WINDOW_BYTES", WINDOW.itemsize
 
 
 class Cuda:
@@ -122,8 +122,9 @@ def use(device, precision):
 # ------------------------------------------------------------------------- what all launches share
 
 def _launch(file, kernel, grid, block, args, shared=0, defines=()):
-    """Queue a kernel: Python numbers become int32 and float32, None a null pointer."""
-    kinds = {int: np.int32, bool: np.int32, float: np.float32, type(None): lambda _: NULL}
+    """Queue a kernel: numbers become int32 and float32, None null, "tf32" whether that is on."""
+    kinds = {int: np.int32, bool: np.int32, float: np.float32, type(None): lambda _: NULL,
+             str: lambda name: np.int32(name == _precision)}
     _device.launch(file, kernel, defines, grid, block,
                    tuple(kinds.get(type(arg), lambda same: same)(arg) for arg in args), shared)
 
@@ -144,11 +145,6 @@ def _dense(*arrays, dtype=np.float32):
         if x.dtype != dtype or not x.flags.c_contiguous or x.size >= 1 << 31:
             raise ValueError(f"a contiguous {np.dtype(dtype)} array of less than 2^31 numbers is "
                              f"needed, not {x.dtype} {x.shape} with strides {x.strides}")
-
-
-def _rounds():
-    """Whether what convolutions read is rounded to TF32 by whatever makes it: see conv.cu."""
-    return _precision == "tf32"
 
 
 def _pitch(x):
@@ -211,13 +207,11 @@ def conv_defines(bn, stages, vec, filter_gradient, inner, dilate=1):
             ("GEOMETRY_BYTES", GEOMETRY.itemsize))
 
 
-def _convolve(x, right, y, window, taps, grid, bias=None, relu=False, db=None, dilate=1,
-              round=False):
+def _convolve(x, right, y, window, taps, grid, bias=None, relu=False, db=None, round=False):
     """y (rows, cols) = the left operand gathered from x, times right (depth, cols): conv.cu.
 
-    window (stride, pad) places the patches of x (N, H, W, C), taps (KH, KW) is their shape, and
-    grid (OH, OW) how many there are. y may be a channel slice. With db (cols,), the sums of right's
-    columns, this is the gradient of filters.
+    window (stride, pad, dilate) places the patches of x (N, H, W, C), taps (KH, KW) is their
+    shape, and grid (OH, OW) how many there are. y may be a channel slice. db: for dw only.
     """
     filter_gradient = db is not None
     _dense(x, right)
@@ -231,31 +225,29 @@ def _convolve(x, right, y, window, taps, grid, bias=None, relu=False, db=None, d
     parts = -(-depth // part)
     whole = parts == 1                                  # else bias and ReLU wait for the sum
     into, row_tiles = y if whole else _empty((parts, rows, cols)), -(-rows // BM)
-    sums = _empty((parts * min(SHARES, row_tiles), cols)) if filter_gradient else None
+    shares = min(4, row_tiles)                          # row tiles whose blocks sum right's columns
+    sums = _empty((parts * shares, cols)) if filter_gradient else None
     geometry = np.array((
-        h, w, *window, pixels, divisor(c), divisor(kw), divisor(oh), divisor(ow),
+        h, w, *window[:2], pixels, divisor(c), divisor(kw), divisor(oh), divisor(ow),
         rows, cols, depth, part, pitch if whole else cols, relu and whole, round and whole),
         GEOMETRY)
     _launch("conv.cu", "conv", (row_tiles, -(-cols // bn), parts), (128 if inner else 256,),
-            (x, right, into, bias if whole else None, sums, geometry),
+            (x, right, into, bias if whole else None, sums, shares, geometry),
             shared=stages * stage_bytes(bn, filter_gradient),
-            defines=conv_defines(bn, stages, vec, filter_gradient, inner, dilate))
+            defines=conv_defines(bn, stages, vec, filter_gradient, inner, window[2]))
     if filter_gradient:
         _reduce(sums, db)
     return y if whole else _reduce(into, y, bias, relu, round)
 
 
 def _filters(w, channels, turned=False):
-    """w (KH, KW, C, F) as the right operand, (KH*KW*channels, F), or turned round, (KH*KW*F, C).
-
-    A pass that rounds to TF32 where needed, and adds zeros for more channels than C.
-    """
+    """w (KH, KW, C, F) as right operand, rounded: (KH*KW*channels, F), or turned, (KH*KW*F, C)."""
     kh, kw, c, f = w.shape
-    if not (turned or _rounds() or channels > c):
+    if not turned and channels == c and _precision != "tf32":
         return w.reshape(-1, f)
-    y = _empty((kh * kw * f, c) if turned else (kh * kw * channels, f))
+    y = _empty((kh * kw * f, c) if turned else (kh * kw * channels, f))     # photos have 4 of 3
     _each("pointwise.cu", "filters", y.size, (
-        w, y, y.size, kh * kw, c, f, channels, turned, _rounds()))
+        w, y, y.size, kh * kw, c, f, channels, turned, "tf32"))
     return y
 
 
@@ -265,8 +257,8 @@ def conv_forward(x, w, b, stride=1, pad=0, relu=False, out=None):
     kh, kw, c, f = w.shape
     grid = output_size(x.shape[1], kh, stride, pad), output_size(x.shape[2], kw, stride, pad)
     y = _empty((len(x), *grid, f)) if out is None else out
-    right = _filters(w, x.shape[3])                     # photos have a fourth channel, of zeros
-    return _convolve(x, right, y, (stride, pad), (kh, kw), grid, b, relu, round=_rounds())
+    return _convolve(x, _filters(w, x.shape[3]), y, (stride, pad, 1), (kh, kw), grid, b, relu,
+                     round=_precision == "tf32")
 
 
 def conv_backward_input(dy, w, x_shape, stride=1, pad=0):
@@ -275,15 +267,15 @@ def conv_backward_input(dy, w, x_shape, stride=1, pad=0):
     kh, kw, c, f = w.shape
     if kh != kw:
         raise ValueError(f"filters must be square, not {kh}×{kw}")
-    return _convolve(dy, _filters(w, c, turned=True), _empty(x_shape), (1, kh - 1 - pad), (kh, kw),
-                     x_shape[1:3], dilate=stride)
+    return _convolve(dy, _filters(w, c, turned=True), _empty(x_shape), (1, kh - 1 - pad, stride),
+                     (kh, kw), x_shape[1:3])
 
 
 def conv_backward_filter(x, dy, w_shape, stride=1, pad=0):
     """Rows are the numbers of a patch, and the reduction goes over the pixels of dy."""
     kh, kw, c, f = w_shape
     right, db = dy.reshape(-1, f), _empty(f)                        # (N*OH*OW, F)
-    dw = _convolve(x, right, _empty((kh, kw, x.shape[3], f)), (stride, pad), (kh, kw),
+    dw = _convolve(x, right, _empty((kh, kw, x.shape[3], f)), (stride, pad, 1), (kh, kw),
                    dy.shape[1:3], db=db)
     return _device.xp.ascontiguousarray(dw[:, :, :c]), db
 
@@ -308,50 +300,41 @@ def _reduce(parts, y, bias=None, relu=False, round=False):
 
 # ---------------------------------------------------------------------------------- pooling
 
-def pool_defines(vec):
-    """The constants of a variant of pool.cu."""
-    return ("WINDOW_BYTES", WINDOW.itemsize), ("VEC", vec)
-
-
-def _pool(kernel, arrays, shapes, window, place=(), more=()):
-    """A thread for each four channels, or for each one, of the second of `arrays`; returns that."""
+def _pool(kernel, arrays, place, shapes, window, *more):
+    """A thread for each four channels of the second of `arrays`, or for each one; returns that."""
     _dense(*arrays)
-    _dense(*place, dtype=np.uint8)
+    _dense(*(() if place is None else (place,)), dtype=np.uint8)
     (_, h, w, c), (_, oh, ow, _) = shapes                           # of x and y
-    vec = 4 if _fits((*arrays, *place), c) else 1
-    at = np.array((h, w, c // vec, oh, ow, *window), WINDOW)
-    total = arrays[1].size // vec
-    _each("pool.cu", kernel, total, (*arrays, *place, total, at, *more), pool_defines(vec))
+    vec = 4 if _fits(arrays, c) else 1
+    at, total = np.array((h, w, c // vec, oh, ow, *window), WINDOW), arrays[1].size // vec
+    args = *arrays, place, total, at, *more
+    _each("pool.cu", kernel, total, args, (POOL_DEFINE, ("VEC", vec)))
     return arrays[1]
 
 
-def _pooled(x, kernel, stride, pad=0, ceil=False):
-    """The shape of y."""
+def max_pool_forward(x, kernel, stride, pad=0, ceil=False, average=False):
+    """The maxima and their places, or averages and None."""
     n, h, w, c = x.shape
-    return n, *(output_size(size, kernel, stride, pad, ceil) for size in (h, w)), c
-
-
-def max_pool_forward(x, kernel, stride, pad=0, ceil=False):
-    shape = _pooled(x, kernel, stride, pad, ceil)
-    y, place = _empty(shape), _device.xp.empty(shape, np.uint8)
-    _pool("max_pool_forward", (x, y), (x.shape, shape), (kernel, stride, pad), (place,))
+    shape = n, *(output_size(size, kernel, stride, pad, ceil) for size in (h, w)), c
+    y, place = _empty(shape), None if average else _device.xp.empty(shape, np.uint8)
+    _pool("pool_forward", (x, y), place, (x.shape, shape), (kernel, stride, pad), "tf32")
     return y, place
 
 
 def max_pool_backward(dy, place, x_shape, kernel, stride, pad=0):
-    return _pool("max_pool_backward", (dy, _empty(x_shape)), (x_shape, dy.shape),
-                 (kernel, stride, pad), (place,))
+    """A gather, by the places if there are any."""
+    return _pool("pool_backward", (dy, _empty(x_shape)), place, (x_shape, dy.shape),
+                 (kernel, stride, pad))
 
 
 def avg_pool_forward(x, kernel, stride):
-    shape = _pooled(x, kernel, stride)
-    return _pool("avg_pool_forward", (x, _empty(shape)), (x.shape, shape), (kernel, stride, 0),
-                 more=(_rounds(),))
+    """The same kernel, without places."""
+    return max_pool_forward(x, kernel, stride, average=True)[0]
 
 
 def avg_pool_backward(dy, x_shape, kernel, stride):
-    return _pool("avg_pool_backward", (dy, _empty(x_shape)), (x_shape, dy.shape),
-                 (kernel, stride, 0))
+    """The same kernel, without places."""
+    return max_pool_backward(dy, None, x_shape, kernel, stride)
 
 
 # ------------------------------------------------------------------------- normalisation
@@ -369,7 +352,7 @@ def _lrn(kernel, arrays, kept, size, k, alpha, beta, *more):
 
 def lrn_forward(x, size=5, k=2.0, alpha=1e-4, beta=0.75):
     """A block for a few pixels."""
-    return _lrn("lrn_forward", (x, _empty(x.shape)), 1, size, k, alpha, beta, _rounds())
+    return _lrn("lrn_forward", (x, _empty(x.shape)), 1, size, k, alpha, beta, "tf32")
 
 
 def lrn_backward(dy, x, size=5, k=2.0, alpha=1e-4, beta=0.75):
@@ -385,7 +368,7 @@ def prepare(photos, top, left, flip, crop):
     there, places = _device.upload(photos), _device.xp.asarray(np.array((top, left, flip), np.int32))
     y, threads = _empty((len(photos), crop, crop, 4)), 1024
     _launch("pointwise.cu", "prepare", (len(photos),), (threads,),
-            (there, places, y, len(photos), photos.shape[1], crop, _rounds()), shared=16 * threads)
+            (there, places, y, len(photos), photos.shape[1], crop, "tf32"), shared=16 * threads)
     _device.travel.wait_event(_device.xp.cuda.get_current_stream().record())    # `there` was read
     return y
 
@@ -406,7 +389,7 @@ def relu_backward(dy, y):
     dx, pitches = _empty(dy.shape), (_pitch(dy), _pitch(y))
     each = 4 if _fits((dy, y), dx.shape[-1], *pitches) else 1
     _each("pointwise.cu", "relu_backward", dx.size // each, (
-        dy, y, dx, dx.size, dx.shape[-1], *pitches, each, _rounds()))
+        dy, y, dx, dx.size, dx.shape[-1], *pitches, each, "tf32"))
     return dx
 
 

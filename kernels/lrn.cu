@@ -14,11 +14,9 @@ __device__ float window_sum(const float* row, int channel, int c, int half, bool
     return sum;
 }
 
-// s^-β, by square roots where β = 3/4
-__device__ float power(float s, float beta)
+__device__ float power(float s, float beta)                // s^-β, by roots where β = 3/4
 {
-    const float root = sqrtf(s);
-    return beta == 0.75f ? 1 / (root * sqrtf(root)) : powf(s, -beta);
+    return beta == 0.75f ? 1 / (sqrtf(s) * sqrtf(sqrtf(s))) : powf(s, -beta);
 }
 
 extern "C" __global__ void

@@ -3,11 +3,11 @@
 //   forward    y[n, oi, oj, c] = max or mean of x over rows oi·stride - pad … + kernel - 1, …
 //   backward   dx[n, i, j, c] = Σ over the windows that hold (i, j) of what each gives to it
 //
-// One thread makes the numbers of VEC neighbouring channels, 4 or 1; neighbours in a warp follow, so
-// every access is coalesced. The backward passes gather, so nothing is added atomically. A window's
-// maximum leaves its place there, one byte: its number in scan order, the first's where several
-// tie, NOWHERE for a NaN. A window of the maximum may hang over the edge, one of the average may
-// not. Arrays are dense and hold less than 2^31 numbers. Called by gpu._pool.
+// A thread makes the numbers of VEC neighbouring channels, 4 or 1; the next thread those beside, so
+// every access is coalesced. The backward pass gathers: nothing is added atomically. A maximum
+// leaves its `place` in the window, one byte: the first's where several tie, NOWHERE for a NaN;
+// without it this is the average. A window of the maximum may hang over the edge, one of the
+// average may not. Arrays are dense and hold less than 2^31 numbers. Called by gpu._pool.
 
 #define NOWHERE 255
 struct alignas(4 * VEC) Floats { float at[VEC]; };
@@ -29,7 +29,7 @@ struct Window {
         n = at / high;
     }
 
-    // number of input pixel (i, j) in window (oi, oj)
+    // number of input pixel (i, j) in window (oi, oj), in scan order
     __device__ int place(int i, int j, int oi, int oj) const
     {
         return (i + pad - oi * stride) * kernel + j + pad - oj * stride;
@@ -48,35 +48,35 @@ static_assert(sizeof(Window) == WINDOW_BYTES, "gpu.WINDOW has the same fields");
 __device__ unsigned index_of_thread() { return blockIdx.x * blockDim.x + threadIdx.x; }
 
 extern "C" __global__ void
-max_pool_forward(const Floats* x, Floats* y, Places* place, unsigned total, const Window at)
+pool_forward(const Floats* x, Floats* y, Places* place, unsigned total, const Window at, int round)
 {
     const unsigned index = index_of_thread();
     if (index >= total) return;
     int n, oi, oj, channel;
     at.decode(index, at.oh, at.ow, n, oi, oj, channel);
-    Floats most;
+    Floats most, sum = {};
     Places where;
-    for (int e = 0; e < VEC; e++) {
-        most.at[e] = -INFINITY;
-        where.at[e] = at.place(at.first(oi), at.first(oj), oi, oj);
-    }
+    bool first = true;
     for (int i = at.first(oi); i < at.last(oi, at.h); i++)
         for (int j = at.first(oj); j < at.last(oj, at.w); j++) {
             const Floats value = x[((n * at.h + i) * at.w + j) * at.c + channel];
             for (int e = 0; e < VEC; e++) {
-                const bool number = value.at[e] == value.at[e];     // a NaN stays
-                if (number && !(value.at[e] > most.at[e])) continue;
-                most.at[e] = value.at[e];
-                where.at[e] = number ? at.place(i, j, oi, oj) : NOWHERE;
+                const float v = value.at[e];
+                sum.at[e] += v;
+                if (!(first || v > most.at[e] || v != v)) continue; // a NaN stays
+                most.at[e] = v;
+                where.at[e] = v == v ? at.place(i, j, oi, oj) : NOWHERE;
             }
+            first = false;
         }
-    y[index] = most;
-    place[index] = where;
+    for (int e = 0; e < VEC; e++)
+        sum.at[e] = rounded(sum.at[e] / (at.kernel * at.kernel), round);
+    y[index] = place ? most : sum;
+    if (place) place[index] = where;
 }
 
 extern "C" __global__ void
-max_pool_backward(const Floats* dy, Floats* dx, const Places* place, unsigned total,
-                  const Window at)
+pool_backward(const Floats* dy, Floats* dx, const Places* place, unsigned total, const Window at)
 {
     const unsigned index = index_of_thread();
     if (index >= total) return;
@@ -87,43 +87,10 @@ max_pool_backward(const Floats* dy, Floats* dx, const Places* place, unsigned to
         for (int oj = at.first_over(j); oj < at.last_over(j, at.ow); oj++) {
             const int pooled = ((n * at.oh + oi) * at.ow + oj) * at.c + channel;
             const Floats given = dy[pooled];
-            const Places where = place[pooled];
+            const Places where = place ? place[pooled] : Places{};
             for (int e = 0; e < VEC; e++)
-                if (where.at[e] == at.place(i, j, oi, oj)) sum.at[e] += given.at[e];
-        }
-    dx[index] = sum;
-}
-
-extern "C" __global__ void
-avg_pool_forward(const Floats* x, Floats* y, unsigned total, const Window at, int round)
-{
-    const unsigned index = index_of_thread();
-    if (index >= total) return;
-    int n, oi, oj, channel;
-    at.decode(index, at.oh, at.ow, n, oi, oj, channel);
-    Floats sum = {};
-    for (int i = at.first(oi); i < at.last(oi, at.h); i++)
-        for (int j = at.first(oj); j < at.last(oj, at.w); j++) {
-            const Floats value = x[((n * at.h + i) * at.w + j) * at.c + channel];
-            for (int e = 0; e < VEC; e++) sum.at[e] += value.at[e];
-        }
-    for (int e = 0; e < VEC; e++)
-        sum.at[e] = rounded(sum.at[e] / (at.kernel * at.kernel), round);
-    y[index] = sum;
-}
-
-extern "C" __global__ void
-avg_pool_backward(const Floats* dy, Floats* dx, unsigned total, const Window at)
-{
-    const unsigned index = index_of_thread();
-    if (index >= total) return;
-    int n, i, j, channel;
-    at.decode(index, at.h, at.w, n, i, j, channel);
-    Floats sum = {};
-    for (int oi = at.first_over(i); oi < at.last_over(i, at.oh); oi++)
-        for (int oj = at.first_over(j); oj < at.last_over(j, at.ow); oj++) {
-            const Floats given = dy[((n * at.oh + oi) * at.ow + oj) * at.c + channel];
-            for (int e = 0; e < VEC; e++) sum.at[e] += given.at[e] / (at.kernel * at.kernel);
+                if (!place) sum.at[e] += given.at[e] / (at.kernel * at.kernel);
+                else if (where.at[e] == at.place(i, j, oi, oj)) sum.at[e] += given.at[e];
         }
     dx[index] = sum;
 }
