@@ -1725,10 +1725,13 @@ def tiny_googlenet(k, dropout):
         ("drop", model.Dropout(dropout)), ("output", model.Output(32, k))])
 
 
+@pytest.mark.parametrize("precision, error", [("fp32", 1e-5), ("tf32", 0.2)])   # ReLUs flip
 @pytest.mark.parametrize("build", [model.small, tiny_googlenet])
 @pytest.mark.parametrize("classes", [None, np.array([0, 1, 4, 6, 7], np.int32)],
                          ids=["all", "gathered"])
-def test_step_on_a_device_is_the_float64_twins(device, build, classes, rng, monkeypatch):
+def test_step_on_a_device_is_the_float64_twins(device, precision, error, build, classes, rng,
+                                               monkeypatch):
+    kernels.use(device, precision)
     if EMULATOR:
         monkeypatch.setattr(EMULATOR, "orders", range(1))   # other tests look for races
     where = np.array([0, 4, 8]), np.array([8, 2, 0]), np.array([1, 0, 1], bool)
@@ -1751,7 +1754,7 @@ def test_step_on_a_device_is_the_float64_twins(device, build, classes, rng, monk
         x = kernels.to_host(x)[..., :3].astype(np.float64)
         kernels.use("cpu")
     for key, y in found[1].items():
-        assert np.linalg.norm(found[0][key] - y) < 1e-5 * np.linalg.norm(y), key
+        assert np.linalg.norm(found[0][key] - y) < error * np.linalg.norm(y), key
 
 
 def test_kernels_refuse_arrays_they_would_misread(device):

@@ -187,7 +187,8 @@ def tile(rows, cols, depth, filter_gradient, device):
     """
     fitting = [bn for bn in COLUMNS[_precision != "fp32"]
                if device.shared_bytes >= 2 * stage_bytes(bn, True)]
-    bn = min(fitting, key=lambda bn: -(-cols // bn) * (bn + 16))    # 16: what every tile costs
+    each = 65 if _precision == "fp32" else 16           # what a tile costs, in columns
+    bn = min(fitting, key=lambda bn: -(-cols // bn) * (bn + each))
     stages = min(STAGES, device.shared_bytes // stage_bytes(bn, filter_gradient))
     blocks = -(-rows // BM) * -(-cols // bn)
     slots, steps = 2 * device.multiprocessors, -(-depth // BK)
