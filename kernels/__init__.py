@@ -54,8 +54,9 @@ def _find(device, number):
         count, why = cupy.cuda.runtime.getDeviceCount(), "there is none"
     except ImportError:
         count, why = 0, "CuPy is not installed"
-    except Exception as error:          # no driver, or one that is too old, and many more
-        count, why = 0, error
+    except Exception as error:          # no driver, no device, and many more
+        old = "InsufficientDriver" in str(error)
+        count, why = 0, "its driver is missing or too old" if old else error
     if count and ranks.joined.size > 1:
         ranks.joined.check_gpus(count)
     try:
