@@ -78,11 +78,10 @@ def share_machine(options, ranks):
     if options.workers is None:
         options.workers = min(8, max(1, (os.cpu_count() or 1) // count))
     if ranks.size > 1:
-        print(f"ranks: {ranks.size}, {count} of them on this machine; each takes its part of "
-              f"--batch {options.batch}", flush=True)
+        print(f"ranks: {ranks.size}, {count} on this machine; they share --batch {options.batch}",
+              flush=True)
     if options.batch < ranks.size:
-        raise ValueError(f"--batch {options.batch} is less than the {ranks.size} ranks; each of "
-                         "them needs a photo a step")
+        raise ValueError(f"--batch {options.batch} is less than the {ranks.size} ranks: give more")
 
 
 # ---------------------------------------------------------------------------------- options
@@ -91,40 +90,27 @@ def make_parser():
     """All options; the defaults of --batch, --dropout and --lr depend on the network."""
     parser = console.Parser(description=console.summary(__doc__), epilog="Without --images and "
                             "--captions, a picture set is drawn and trained on.")
-    _add_what(parser)
-    _add_how(parser)
-    return parser
-
-
-def _add_what(parser):
-    """Options of the data and of the model."""
     add = parser.add_argument_group("data").add_argument
     add("--images", type=os.path.abspath, metavar="DIR", help="folder of the captions' photos")
-    add("--captions", type=os.path.abspath, metavar="FILE", help="one of the formats, also .gz and "
-        ".bz2; if not given photo.txt beside photo.jpg, or else the sub-folders' names")
+    add("--captions", type=os.path.abspath, metavar="FILE", help="also .gz or .bz2; if not given "
+        "photo.txt beside photo.jpg, or else the sub-folders' names")
     add("--format", choices=data.FORMATS, help="of the captions; recognised if not given")
     add("--words", type=number(int, 1), default=data.WORDS, help="K, the size of the dictionary")
     add("--stop-words", type=number(int, 0), default=data.STOP_WORDS,
         help="the most frequent words, left out; for a few thousand captions use 30 to 100")
     add("--valid", type=number(float, 0, below=1), default=0.1, help="part of photos held out")
     add("--crop", choices=("center", "random"), default="random", help="random: mirrored, too")
-    add("--sampling", choices=("class", "image"), default="class",
-        help="draw a word, then its photo; or a photo with all its words")
+    add("--sampling", choices=("class", "image"), default="class", help="draw a word, then its "
+        "photo; or a photo with all its words")
     add = parser.add_argument_group("model").add_argument
-    add("--network", choices=tuple(model.NETWORKS), default="small",
-        help="small: 64x64 pixels, for CPUs; the others: 224x224")
-    add("--loss", choices=tuple(model.LOSSES), default="softmax",
-        help="multi-class logistic (eq. 2), or one-versus-all (eq. 1)")
+    add("--network", choices=model.NETWORKS, default="small", help="small: 64x64 pixels, for CPUs")
+    add("--loss", choices=model.LOSSES, default="softmax", help="the paper's equation 2, or 1")
     add("--targets", choices=("all", "batch", "sampled"), default="all",
         help="words that a step scores: all, those of its batch, or those and --negatives others")
     add("--negatives", type=number(int, 1), help=f"of --targets sampled; if not given {NEGATIVES}")
     add("--dropout", type=number(float, 0, below=1), help="rate; if not given the network's")
-    add("--from", type=os.path.abspath, metavar="RUN", help="begin with the weights of a trained "
-        "run, and with its words' that both dictionaries have (fine-tuning)")
-
-
-def _add_how(parser):
-    """Options of training and of running."""
+    add("--from", type=os.path.abspath, metavar="RUN", help="begin with a trained run's weights, "
+        "and those of the words that both dictionaries have (fine-tuning)")
     add = parser.add_argument_group("training").add_argument
     add("--batch", type=number(int, 1), help="photos a step; if not given the network's")
     add("--lr", type=number(float, above=0), help="first learning rate; if not given the network's")
@@ -141,51 +127,41 @@ def _add_how(parser):
     add("--out", metavar="DIR", help="folder of the run; if not given runs/ and the images' name")
     add("--resume", action="store_true", help="go on with the run in --out, with its options")
     add("--device", choices=kernels.DEVICES, default="auto", help="where to compute")
-    add("--precision", choices=kernels.PRECISIONS,
-        help="of products on a GPU; if not given tf32 where it has tensor cores for that")
+    add("--precision", choices=kernels.PRECISIONS, help="on a GPU; if not given tf32 if it has it")
     add("--workers", type=number(int, 0, console.MOST_THREADS), help="threads that decode photos, "
-        "and processes that read captions; if not given one a core; 0: none, for whole tracebacks")
+        "processes that read captions; if not given one a core; 0: none, for whole tracebacks")
     add("--threads", type=number(int, 1, console.MOST_THREADS), help="that compute, on the CPU")
+    return parser
 
 
 def parse(arguments=None):
     """The options, and the checkpoint to go on with or None; ValueError for what cannot be."""
     parser, checkpoint = make_parser(), None
     options = parser.parse_args(arguments)
-    if options.captions and not options.images and not options.resume:
-        raise ValueError("--captions goes with --images, the photos' folder (without both, a "
-                         "picture set is drawn)")
     drawn = not options.images and not options.resume
-    if drawn:
-        parser.set_defaults(**DRAWN)
-        options = parser.parse_args(arguments)
+    if drawn and options.captions:
+        raise ValueError("--captions goes with --images, the photos' folder; without both, a set "
+                         "is drawn")
     out = options.out or os.path.join("runs", os.path.basename(options.images or "drawn"))
     path = os.path.join(out, "model.npz")
+    defaults = {"drawn": drawn, **(DRAWN if drawn else {})}
     if options.resume:
         checkpoint = model.load(path)
-        options, drawn = merge_options(parser, arguments, checkpoint[2]["options"], out)
+        defaults = checkpoint[2]["options"]
     elif os.path.exists(path):
-        raise ValueError(f"{path} holds a trained model; go on with --resume, or choose another "
-                         "--out")
-    options.out, options.drawn = out, drawn
-    if drawn:
-        vars(options).update(data.drawn_sources(out))
-    options.captions = options.captions or options.images
-    return complete_options(options), checkpoint
-
-
-def merge_options(parser, arguments, stored, out):
-    """A stored run's options and those given now; ValueError where they may not differ."""
-    stored = vars(parser.parse_args([])) | stored                   # with newer options
-    parser.set_defaults(**stored)
-    options = parser.parse_args(arguments)
+        raise ValueError(f"{path} holds a trained model; use --resume, or choose another --out")
+    parser.set_defaults(**defaults)
+    options, stored = parser.parse_args(arguments), vars(parser.parse_args([]))
     changed = [f"--{key.replace('_', '-')} ({stored[key]}, now {value})"
                for key, value in vars(options).items()
                if key not in HARMLESS and stored[key] != value]
-    if changed:
+    if options.resume and changed:
         raise ValueError(f"the run in {out} began with other options: {', '.join(changed)}; "
                          "leave them out, or choose another --out")
-    return options, stored["drawn"]
+    options.out, options.captions = out, options.captions or options.images
+    if options.drawn:
+        vars(options).update(data.drawn_sources(out))
+    return complete_options(options), checkpoint
 
 
 def complete_options(options):
@@ -198,15 +174,13 @@ def complete_options(options):
         if getattr(options, name) is None:
             setattr(options, name, getattr(model.NETWORKS[options.network], name))
     if options.lr < options.min_lr:
-        raise ValueError(f"--lr {options.lr:g} is below --min-lr {options.min_lr:g}, where "
-                         "training stops; lower --min-lr")
-    if options.negatives and options.targets != "sampled":
-        raise ValueError("--negatives goes with --targets sampled")
+        raise ValueError(f"--lr {options.lr:g} is below --min-lr {options.min_lr:g}: lower that")
     if options.targets == "sampled":
         options.negatives = options.negatives or NEGATIVES
+    elif options.negatives:
+        raise ValueError("--negatives goes with --targets sampled")
     if options.targets == "batch" and options.batch == 1:
-        raise ValueError("--targets batch compares a photo's words with those of the batch's other "
-                         "photos; use --batch 2 or more")
+        raise ValueError("--targets batch compares a batch's photos; use --batch 2 or more")
     return options
 
 
@@ -221,8 +195,7 @@ def lock_folder(out):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return lock
     except BlockingIOError:
-        raise ValueError(f"another run is using {out}; wait for it, or choose another --out"
-                         ) from None
+        raise ValueError(f"another run is using {out}; choose another --out") from None
     except OSError as error:
         raise ValueError(f"--out {out}: {error.strerror}; choose another") from None
 
@@ -240,8 +213,8 @@ def read_captions(options, ranks=several.Alone()):
     try:
         index = data.Index(folder)
     except OSError:
-        raise RuntimeError(f"the first rank's {folder} is not to be seen here; put --out, the "
-                           "captions and the photos on a disk that all machines share") from None
+        raise RuntimeError(f"the first rank's {folder} is not to be seen here; put --out and the "
+                           "photos on a disk that all machines share") from None
     options.format = index.facts["fingerprint"]["format"]
     describe_index(index, options)
     if not ranks.rank:
@@ -255,11 +228,11 @@ def describe_index(index, options):
     print(f"captions: {facts['captions']:,} as {options.format}, {len(index):,} photos "
           f"({index.held_out:,} held out), {found:,} words, "
           f"{index.labels / max(1, len(index)):.2f} a photo", flush=True)
-    for fact, what in (("bad_lines", "lines are no captions"),
-                       ("refused", "names are absolute or leave --images: refused"),
-                       ("without_words", "photos have no word of the dictionary"),
-                       ("emoji", "have emoji or other pictures among the words, which do not count")
-                       ):
+    for fact, what in (
+            ("bad_lines", "lines are no captions"),
+            ("refused", "names are absolute or leave --images: refused"),
+            ("without_words", "photos have no word of the dictionary"),
+            ("emoji", "have emoji or other pictures among the words, which do not count")):
         if facts[fact]:
             print(f"captions: {facts[fact]:,} {what}")
     if found < options.words:
