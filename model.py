@@ -35,28 +35,25 @@ class Layer:
     """What all layers share."""
 
     needs_dx = True                     # the first layer's dx is nobody's input
-    names = ()                          # names of the parameters; gradients are d + name
+    shapes = {}                         # of the parameters, by name; gradients are d + name
     parts = ()                          # the networks that the layer is made of, if it is
     x = None                            # what is kept for the backward pass
 
     def init(self, rng):
-        """Draw the first weights."""
+        """First weights, of variance 2 / fan-in: ReLU layers keep the scale (He 2015, eq. 10)."""
+        if self.shapes:
+            shape = self.shapes["w"]
+            std = np.sqrt(2 / np.prod(shape[:-1]))
+            self.w = rng.standard_normal(shape, np.float32) * np.float32(std)
+            self.b = np.zeros(shape[-1], np.float32)
 
 
 class Conv(Layer):
     """y = relu(x * w + b), a convolution with stride and zero padding."""
 
-    names = "w", "b"
-
     def __init__(self, c, f, kernel, stride=1, pad=0, relu=True):
         self.shapes = {"w": (kernel, kernel, c, f), "b": (f,)}
         self.stride, self.pad, self.relu = stride, pad, relu
-        self.y = None
-
-    def init(self, rng):
-        shape = self.shapes["w"]
-        self.w = he_normal(rng, shape, fan_in=np.prod(shape[:3]))
-        self.b = np.zeros(shape[3], np.float32)
 
     def forward(self, x, now, out=None):
         self.x = x                                                  # (N, H, W, C)
@@ -78,15 +75,9 @@ class Conv(Layer):
 class Linear(Layer):
     """y = relu(x w + b), or without the ReLU."""
 
-    names = "w", "b"
-
     def __init__(self, d, e, relu=True):
         self.shapes, self.relu = {"w": (d, e), "b": (e,)}, relu
-        self.y = self.dw = None         # dw is kept: new memory would cost page faults
-
-    def init(self, rng):
-        d, e = self.shapes["w"]
-        self.w, self.b = he_normal(rng, (d, e), fan_in=d), np.zeros(e, np.float32)
+        self.dw = None                  # is kept: new memory would cost page faults
 
     def forward(self, x, now):
         self.x = x                                                  # (N, D)
@@ -108,8 +99,6 @@ class Output(Layer):
     With the classes of a batch in the pass, only their rows are gathered and get a gradient, so
     that a step's time does not depend on K (paper, §3: SGD over targets).
     """
-
-    names = "w", "b"
 
     def __init__(self, e, k):
         self.shapes = {"w": (k, e), "b": (k,)}
@@ -141,7 +130,6 @@ class MaxPool(Layer):
 
     def __init__(self, kernel, stride, pad=0, ceil=False):
         self.kernel, self.stride, self.pad, self.ceil = kernel, stride, pad, ceil
-        self.shape = self.place = None
 
     def forward(self, x, now):
         self.shape = x.shape                                        # (N, H, W, C)
@@ -186,7 +174,6 @@ class Dropout(Layer):
 
     def __init__(self, rate):
         self.rate = rate
-        self.counter = None
 
     def init(self, rng):
         self.stream = int(rng.integers(1 << 32))                    # its own stream of masks
@@ -295,7 +282,7 @@ class Network:
     def parameters(self):
         """(path, layer, attribute) of everything learned, e.g. ("conv1.w", conv1, "w")."""
         return [(f"{path}.{name}", layer, name) for path, layer in self.walk()
-                for name in layer.names]
+                for name in layer.shapes]
 
     def state(self):
         """{path: array} of everything learned, as NumPy arrays."""
@@ -452,11 +439,6 @@ NETWORKS = {
     "googlenet": Recipe(googlenet, size=256, crop=224, batch=32, dropout=0.4, lr=0.01),
     "small": Recipe(small, size=72, crop=64, batch=64, dropout=0.2, lr=0.02),
 }
-
-
-def he_normal(rng, shape, fan_in):
-    """Gaussian weights of variance 2 / fan_in: ReLU layers keep the scale (He 2015, eq. 10)."""
-    return rng.standard_normal(shape, np.float32) * np.float32(np.sqrt(2 / fan_in))
 
 
 # ---------------------------------------------------------------------------------- losses

@@ -65,9 +65,10 @@ def main():
     try:
         with Interrupt() as interrupt:
             finished = run.train(interrupt)
-        return run.finish(finished)
+        run.finish(finished)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; {run.say_kept()}") from None
+    return 0 if finished else 130
 
 
 def share_machine(options, ranks):
@@ -279,6 +280,7 @@ class Run:
         self.plateau = model.Plateau(options.lr, options.epochs_per_lr, options.min_lr)
         self.step = self.epoch = 0
         self.log, self.saved = [], None         # a row an epoch; the step of the checkpoint
+        self.path, self.saved_at = os.path.join(options.out, "model.npz"), time.monotonic()
         self.empty = 0                          # steps without a photo since the last good one
         self.begin_epoch()
         self.loader = data.Loader(options.images, index.name, len(index), self.size,
@@ -317,10 +319,8 @@ class Run:
             raise ValueError(f"--from: that run is of --network {facts['options']['network']}")
         _, mine, theirs = np.intersect1d(self.index.dictionary, words, return_indices=True)
         for path, layer, name in self.net.parameters():
-            if isinstance(layer, model.Output):
-                getattr(layer, name)[mine] = kernels.to_device(weights[path][theirs])
-            else:
-                setattr(layer, name, kernels.to_device(weights[path]))
+            to, of = (mine, theirs) if isinstance(layer, model.Output) else (..., ...)
+            getattr(layer, name)[to] = kernels.to_device(weights[path][of])
         print(f"beginning with the weights of {source}, and {len(mine):,} of its {len(words):,} "
               "words", flush=True)
 
@@ -350,7 +350,7 @@ class Run:
 
     def train(self, interrupt):
         """Train until the rate is below --min-lr or --epochs are over; False if interrupted."""
-        options, saved = self.options, time.monotonic()
+        options = self.options
         batches = data.batches(
             self.loader, self.index, options.seed, self.step, options.batch, options.sampling,
             self.part, self.size - self.crop, options.crop == "random",
@@ -358,14 +358,13 @@ class Run:
             negatives=options.negatives or 0)
         while not self.is_over():
             self.loader.waited = self.ranks.waited = 0.0
-            progress = console.Progress(
-                f"epoch {self.epoch + 1}", self.steps * options.batch, "images", sys.stdout,
-                done=self.done * options.batch)
+            progress = console.Progress(f"epoch {self.epoch + 1}", self.steps * options.batch,
+                                        "images", sys.stdout, self.done * options.batch)
             while self.done < self.steps:
                 batch = next(batches)
                 good, stop, due = self.ranks.allreduce(     # what all ranks must do alike
                     [batch.labels.weights.any(), interrupt.asked,
-                     time.monotonic() - saved > SAVE_SECONDS])
+                     time.monotonic() - self.saved_at > SAVE_SECONDS])
                 self.step, self.done = self.step + 1, self.done + 1
                 self.empty = 0 if good else self.empty + 1
                 if good:
@@ -377,9 +376,7 @@ class Run:
                     return False
                 if due:
                     self.save()
-                    saved = time.monotonic()
             self.end_epoch(progress)
-            saved = time.monotonic()
         return True
 
     def begin_epoch(self):
@@ -414,7 +411,7 @@ class Run:
     def begin_allreduce(self, layer):
         """Begin to sum the layer's gradients over the ranks."""
         for _, one in model.walk("", layer):
-            for name in one.names:
+            for name in one.shapes:
                 self.ranks.begin_allreduce(getattr(one, "d" + name))
 
     def give_up(self, when):
@@ -426,20 +423,19 @@ class Run:
     def sum_losses(self):
         """The loss of this rank's rows, summed over the epoch's steps; a GPU is waited for."""
         loss = float(kernels.to_host(self.losses).sum())
-        self.check_loss(loss, self.step)
+        self.check_loss(loss)
         return loss
 
-    def check_loss(self, loss, step, what="the loss is", most=math.inf):
+    def check_loss(self, loss, what="the loss is", most=math.inf):
         """RuntimeError if the loss is not a number, or not below `most`."""
         if not loss < most:
-            raise RuntimeError(f"{what} {loss:.4g} at step {step:,}: {self.say_kept()}; lower --lr "
-                               f"({self.plateau.rate:g})")
+            raise RuntimeError(f"{what} {loss:.4g} at step {self.step:,}: {self.say_kept()}; lower "
+                               f"--lr ({self.plateau.rate:g})")
 
     def say_kept(self):
         """What of this run is on the disk."""
-        path = os.path.join(self.options.out, "model.npz")
-        return "nothing was saved yet" if self.saved is None else (
-            f"{path} is of step {self.saved:,}")
+        return f"{self.path} is of step {self.saved:,}" if self.saved is not None else (
+            "nothing was saved yet")
 
     def describe(self, progress):
         """The mean loss since the last time, what is waited for, and the time to the run's end."""
@@ -474,7 +470,7 @@ class Run:
         if result:
             # ten times the loss of guessing, which one-versus-all has for each word of a photo
             words = 1 if self.options.loss == "softmax" else self.index.labels / len(self.index)
-            self.check_loss(result["loss"], self.step, "training diverges, the held-out loss is",
+            self.check_loss(result["loss"], "training diverges, the held-out loss is",
                             10 * words * math.log(1 + len(self.index.dictionary)))
             line += (f"held-out loss {result['loss']:.4f}, precision@10 "
                      f"{result['precision@10']:.4f}, AUC {result['auc']:.4f}, ")
@@ -493,8 +489,7 @@ class Run:
         print(line, flush=True)
 
     def validate(self):
-        """Metrics on the fixed held-out photos, of which each rank takes a part; None without any.
-        """
+        """Metrics on the held-out photos, of which each rank takes a part; None without any."""
         mine = self.held_out[self.ranks.part(len(self.held_out))]
         features, found = evaluation.extract_features(self.net, self.loader, mine, self.crop)
         parts = [part for part in self.ranks.gather((kernels.to_host(features), found)) if part[1]]
@@ -526,19 +521,19 @@ class Run:
                  "counts": self.index.photo_counts().tolist(), "training": self.index.training,
                  "skipped": self.gather_skipped()}
         if not all(np.isfinite(w).all() for w in self.net.state().values()):
-            self.check_loss(math.nan, self.step, "a weight is")     # the last update diverged
-        path = os.path.join(self.options.out, "model.npz")
-        for left in range(RETRIES * last, -1, -1) if not self.ranks.rank else ():
+            self.check_loss(math.nan, "a weight is")                # the last update diverged
+        for wait in [RETRY_SECONDS] * RETRIES * last + [0] if not self.ranks.rank else ():
             try:
-                model.save(path, self.net, self.optimiser, facts, self.index.dictionary)
+                model.save(self.path, self.net, self.optimiser, facts, self.index.dictionary)
                 self.saved = self.step
                 break
             except OSError as error:
-                print(f"step {self.step:,} is not saved: {error.strerror or error}; {path} needs "
-                      f"{self.bytes / 1e6:,.0f} MB, free some space" + f": trying again every "
-                      f"{RETRY_SECONDS} s" * (left > 0), file=sys.stderr, flush=True)
-            time.sleep(RETRY_SECONDS * (left > 0))
+                print(f"step {self.step:,} is not saved: {error.strerror or error}; {self.path} "
+                      f"needs {self.bytes / 1e6:,.0f} MB, free some space"
+                      + f": trying again in {wait} s" * (wait > 0), file=sys.stderr, flush=True)
+                time.sleep(wait)
         self.saved = self.ranks.broadcast(self.saved)
+        self.saved_at = time.monotonic()
 
     def gather_skipped(self):
         """{name: what is wrong} of the photos that any rank skipped; complete on the first rank."""
@@ -569,10 +564,9 @@ class Run:
                   file=sys.stderr)
 
     def finish(self, finished):
-        """Save, draw the pictures, and say what was learned and what to try next; exit status."""
+        """Save, draw the pictures, and say what was learned and what to try next."""
         out = self.options.out
-        if self.ranks.broadcast(self.saved != self.step
-                                or not os.path.exists(os.path.join(out, "model.npz"))):
+        if self.ranks.broadcast(self.saved != self.step or not os.path.exists(self.path)):
             self.save(last=True)
         self.write_files()
         if finished and (result := self.validate()):
@@ -580,11 +574,8 @@ class Run:
         self.say_doubles()
         if skipped := self.gather_skipped():
             name, why = next(iter(skipped.items()))
-            print(f"skipped {len(skipped):,} photos, e.g. {name}: {why}; all are in "
-                  f"{out}/skipped.txt")
+            print(f"skipped {len(skipped):,} photos, e.g. {name}: {why}; all: {out}/skipped.txt")
         self.loader.close()
-        if self.ranks.rank:
-            return 0 if finished else 130
         files = [name for name in sorted(os.listdir(out)) if name.endswith((".png", ".txt"))]
         print(", ".join([self.say_kept(), "log.jsonl", *files]))
         if self.saved != self.step:
@@ -592,19 +583,17 @@ class Run:
         photo = self.loader.folder.find(self.index.name(min(self.loader.digests, default=0)))
         print(f"next: python eval.py tag --model {out} {photo!r}" if self.is_over() else
               f"next: python weak.py --resume --out {out}")
-        return 0 if finished else 130
 
     def say_doubles(self):
         """Held-out photos whose very bytes were trained on make a score too good: name them."""
         digests = [row for part in self.ranks.gather(self.loader.digests) for row in part.items()]
-        first = self.index.held_out             # training photo
+        first, name = self.index.held_out, self.index.name          # first training photo
         trained = {digest: photo for photo, digest in digests if photo >= first}
-        doubles = [(photo, trained[digest]) for photo, digest in digests
+        doubles = [f"{name(photo)} = {name(trained[digest])}" for photo, digest in digests
                    if photo < first and digest in trained]
         if doubles:
-            names = ", ".join(" = ".join(map(self.index.name, pair)) for pair in doubles[:3])
-            print(f"{len(doubles):,} held-out photos are byte-identical to training photos: "
-                  f"{names}{', …' if len(doubles) > 3 else ''}")
+            print(f"{len(doubles):,} held-out photos are byte-identical to training photos:",
+                  ", ".join(doubles[:3]) + ", …" * (len(doubles) > 3))
 
 
 # --------------------------------------------------------------------------- the drawn set
