@@ -112,10 +112,9 @@ class Output(Layer):
 
     def forward(self, x, now):
         self.x, self.classes = x, now.classes                       # (N, E)
-        self.used, b = self.w, self.b
-        if now.classes is not None:
-            self.used, b = self.w[now.classes], self.b[now.classes]
-        return kernels.matmul(x, self.used.T, bias=b)               # (N, K), or (N, C)
+        rows = slice(None) if now.classes is None else now.classes
+        self.used = self.w[rows]
+        return kernels.matmul(x, self.used.T, bias=self.b[rows])    # (N, K), or (N, C)
 
     def backward(self, ds):
         # s = e wᵀ + b, so dw = dsᵀ e and de = ds w
@@ -503,10 +502,6 @@ class SGD:
             kernels.sgd(getattr(layer, name), self.v[path], getattr(layer, "d" + name), rate,
                         self.momentum, self.decay if name == "w" else 0,
                         getattr(layer, "classes", None))
-
-    def load(self, state):
-        """Take the velocities of `state`, {path: array}."""
-        self.v = {path: kernels.to_device(v) for path, v in state.items()}
 
 
 class Plateau:

@@ -19,6 +19,7 @@ import sys
 import time
 import warnings
 import zlib
+from functools import partial
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # while the rest is imported
@@ -258,8 +259,8 @@ class Interrupt:
     def ask(self, one, _):
         if self.asked and one in (signal.SIGINT, signal.SIGTERM):
             raise KeyboardInterrupt
-        again, self.asked = self.asked, True    # printing may bring the next one
-        if not again:
+        if not self.asked:
+            self.asked = True                   # printing may bring the next one
             print("\nstopping after this step, and saving; once more to stop at once", flush=True)
 
     def __exit__(self, *_):
@@ -302,7 +303,7 @@ class Run:
             raise ValueError("the captions have changed since this run began, and with them the "
                              "dictionary; choose another --out")
         self.net.load(weights)
-        self.optimiser.load(velocities)
+        self.optimiser.v = {path: kernels.to_device(v) for path, v in velocities.items()}
         self.step, self.epoch, self.log = (facts[key] for key in ("step", "epoch", "log"))
         self.done, self.good, losses = facts["losses"]
         self.losses = kernels.to_device(np.array(losses)[self.part])
@@ -650,7 +651,7 @@ class Dice:
         """One of the things: all alike, or the i-th with a chance of 1/(i + zipf), i from 0."""
         weights = 1 / (np.arange(len(things)) + zipf) if zipf else np.ones(len(things))
         ends = np.cumsum(weights / weights.sum())
-        return list(things)[min(len(things) - 1, int(np.searchsorted(ends, self.real())))]
+        return list(things)[np.searchsorted(ends[:-1], self.real())]
 
 
 def draw_scene(seed, n, size=96):
@@ -676,14 +677,10 @@ def draw_shape(draw, shape, left, top, wide, colour, dice):
     """A box, oval, arc or polygon with points in a unit box, in its own colour or in a shade."""
     kind, *numbers = shape.split()
     fill = numbers.pop() if numbers[-1][0] == "#" else shade(colour, dice)
-    numbers = [float(number) for number in numbers]
-    spots = [(left + wide * x, top + wide * y) for x, y in zip(numbers[::2], numbers[1::2])]
-    if kind == "poly":
-        draw.polygon(spots, fill)
-    elif kind == "arc":
-        draw.pieslice(spots, 180, 360, fill)
-    else:
-        (draw.ellipse if kind == "oval" else draw.rectangle)(spots, fill)
+    spots = np.array(numbers, float).reshape(-1, 2) * wide + (left, top)        # (points, 2)
+    kinds = {"box": draw.rectangle, "oval": draw.ellipse, "poly": draw.polygon,
+             "arc": partial(draw.pieslice, start=180, end=360)}
+    kinds[kind](spots.ravel().tolist(), fill=fill)
 
 
 def shade(colour, dice):
