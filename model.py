@@ -47,6 +47,11 @@ class Layer:
             self.w = rng.standard_normal(shape, np.float32) * np.float32(std)
             self.b = np.zeros(shape[-1], np.float32)
 
+    def walk(self, path):
+        """(path, layer) of itself, or else of all the layers that it is made of, in order."""
+        inner = [row for part in self.parts for row in part.walk(f"{path}.")]
+        return inner or [(path, self)]
+
 
 class Conv(Layer):
     """y = relu(x * w + b), a convolution with stride and zero padding."""
@@ -64,12 +69,11 @@ class Conv(Layer):
         # y = max(x * w + b, 0), so dy counts where y > 0; x * w + b is linear in x, w and b
         if self.relu:
             dy = kernels.relu_backward(dy, self.y)
-        self.dw, self.db = kernels.conv_backward_filter(self.x, dy, self.w.shape,
-                                                        self.stride, self.pad)
+        window = self.stride, self.pad
+        self.dw, self.db = kernels.conv_backward_filter(self.x, dy, self.w.shape, *window)
         if not self.needs_dx:
             return None
-        return kernels.conv_backward_input(dy, self.w, self.x.shape,
-                                           self.stride, self.pad)   # (N, H, W, C)
+        return kernels.conv_backward_input(dy, self.w, self.x.shape, *window)   # (N, H, W, C)
 
 
 class Linear(Layer):
@@ -234,7 +238,6 @@ class Head(Layer):
     def __init__(self, *rows):
         self.branch = Network(rows, True)
         self.parts = [self.branch]
-        self.s = self.ds = None
 
     def forward(self, x, now):
         self.s = None if now.step is None else self.branch.forward(x, now)      # (N, K), or (N, C)
@@ -249,15 +252,6 @@ class Head(Layer):
 
 # --------------------------------------------------------------------------------- networks
 
-def walk(name, layer):
-    """(path, layer) of a layer that has no parts, or else of all those within it, in order."""
-    if not layer.parts:
-        yield name, layer
-    for part in layer.parts:
-        for inner, one in part.layers.items():
-            yield from walk(f"{name}.{inner}", one)
-
-
 class Network:
     """Layers one after the other, by name: rows of (name, layer)."""
 
@@ -266,15 +260,15 @@ class Network:
         self.first, self.output = rows[0][1], rows[-1][1]
         self.first.needs_dx = needs_dx
 
-    def walk(self):
-        """(path, layer) of all layers that have no parts, first to last."""
-        return [row for name, layer in self.layers.items() for row in walk(name, layer)]
+    def walk(self, before=""):
+        """(path, layer) of all layers that have no parts, first to last; what paths begin with."""
+        return [row for name, layer in self.layers.items() for row in layer.walk(before + name)]
 
     def init(self, seed):
         """First weights, each layer's from a counter of its own: a larger K changes no other."""
         for name, layer in self.layers.items():
             rng = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(name.encode())]))
-            for _, one in walk(name, layer):
+            for _, one in layer.walk(name):
                 one.init(rng)
         return self.load(self.state())
 
@@ -313,10 +307,7 @@ class Network:
         return x
 
     def backward(self, dy, done=lambda layer: None):
-        """Every layer's gradients, last to first; returns the first layer's dx if it is needed.
-
-        done(layer) is called as soon as a layer's gradients are there.
-        """
+        """All gradients, last layer first, each told to done(layer); the first dx if needed."""
         for layer in reversed(self.layers.values()):
             dy = layer.backward(dy)
             done(layer)

@@ -244,10 +244,7 @@ def describe_index(index, options):
 # --------------------------------------------------------------------------------- training
 
 class Interrupt:
-    """A polite way to end sets `asked`, so that the step ends first; a second Ctrl-C ends all.
-
-    Polite are Ctrl-C, kill, the terminal that was closed, and the reader of what is printed, gone.
-    """
+    """Ctrl-C, kill, a lost terminal or reader set `asked`: the step ends first; twice ends all."""
 
     asked = False
 
@@ -392,10 +389,7 @@ class Run:
                 or self.options.epochs is not None and self.epoch >= self.options.epochs)
 
     def train_step(self, batch):
-        """Forward, loss, backward, update: one step of SGD on one batch.
-
-        With several ranks: of this rank's rows, and the update is by the sum of all gradients.
-        """
+        """Forward, loss, backward, update: a step of SGD, by the sum of all ranks' gradients."""
         options, labels = self.options, batch.labels
         if options.targets == "batch" and options.loss == "softmax":
             labels = labels._replace(chance=None)       # as in the paper, whose estimate is biased
@@ -411,7 +405,7 @@ class Run:
 
     def begin_allreduce(self, layer):
         """Begin to sum the layer's gradients over the ranks."""
-        for _, one in model.walk("", layer):
+        for _, one in layer.walk(""):
             for name in one.shapes:
                 self.ranks.begin_allreduce(getattr(one, "d" + name))
 
@@ -561,8 +555,7 @@ class Run:
             filters = evaluation.filters_picture(kernels.to_host(self.net.first.w))
             evaluation.save_image(filters, f"{out}/filters.png")
         except OSError as error:
-            print(f"{', '.join(texts)} or pictures not written: {error.strerror or error}",
-                  file=sys.stderr)
+            print(f"{out}: text or picture not written: {error.strerror or error}", file=sys.stderr)
 
     def finish(self, finished):
         """Save, draw the pictures, and say what was learned and what to try next."""
@@ -710,8 +703,8 @@ def write_caption(dice, seen, place):
         text += f" {'#' if dice.real() < 0.4 else ''}{dice.one(FILLERS, zipf=1)}"
     if dice.real() < 0.25:
         text += f" {int(dice.real(1, 2016))}"
-    return (text.strip() or "IMG " + str(int(dice.real(1, 9999)))).capitalize() + "!" * (
-        dice.real() < 0.1)
+    text = text.strip() or f"IMG {int(dice.real(1, 9999))}"
+    return text.capitalize() + "!" * (dice.real() < 0.1)
 
 
 def draw_set(folder, seed):

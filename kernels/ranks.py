@@ -126,7 +126,7 @@ def join():
         try:
             found = Ranks()
         except ImportError:
-            raise RuntimeError("mpiexec needs mpi4py here: pip install mpi4py") from None
+            raise RuntimeError("several ranks need mpi4py: pip install mpi4py") from None
         if several and found.size == 1:
             raise RuntimeError("this mpiexec is not of the MPI that mpi4py uses; call that one's, "
                                "such as the one of `pip install mpich`")
