@@ -261,7 +261,7 @@ class Network:
         self.first.needs_dx = needs_dx
 
     def walk(self, before=""):
-        """(path, layer) of all layers that have no parts, first to last; what paths begin with."""
+        """(path, layer) of all layers that have no parts, first to last; `before` is their path."""
         return [row for name, layer in self.layers.items() for row in layer.walk(before + name)]
 
     def init(self, seed):

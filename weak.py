@@ -90,10 +90,9 @@ def share_machine(options, ranks):
 
 def make_parser():
     """All options; the defaults of --batch, --dropout and --lr depend on the network."""
-    parser = console.Parser(description=console.summary(__doc__), epilog="Without --images and "
-                            "--captions, a picture set is drawn and trained on.")
+    parser = console.Parser(description=console.summary(__doc__))
     add = parser.add_argument_group("data").add_argument
-    add("--images", type=os.path.abspath, metavar="DIR", help="folder of the captions' photos")
+    add("--images", type=os.path.abspath, metavar="DIR", help="photos' folder; else a set is drawn")
     add("--captions", type=os.path.abspath, metavar="FILE", help="also .gz or .bz2; if not given "
         "photo.txt beside photo.jpg, or else the sub-folders' names")
     add("--format", choices=data.FORMATS, help="of the captions; recognised if not given")
@@ -142,8 +141,7 @@ def parse(arguments=None):
     options = parser.parse_args(arguments)
     drawn = not options.images and not options.resume
     if drawn and options.captions:
-        raise ValueError("--captions goes with --images, the photos' folder; without both, a set "
-                         "is drawn")
+        raise ValueError("--captions goes with --images, the folder that its photos are in")
     out = options.out or os.path.join("runs", os.path.basename(options.images or "drawn"))
     path = os.path.join(out, "model.npz")
     defaults = {"drawn": drawn, **(DRAWN if drawn else {})}
@@ -297,8 +295,7 @@ class Run:
     def restore(self, weights, velocities, facts, words):
         """Go on exactly where the checkpoint was written."""
         if words != self.index.dictionary:
-            raise ValueError("the captions have changed since this run began, and with them the "
-                             "dictionary; choose another --out")
+            raise ValueError("the captions, and so the dictionary, changed; choose another --out")
         self.net.load(weights)
         self.optimiser.v = {path: kernels.to_device(v) for path, v in velocities.items()}
         self.step, self.epoch, self.log = (facts[key] for key in ("step", "epoch", "log"))
@@ -319,8 +316,7 @@ class Run:
         for path, layer, name in self.net.parameters():
             to, of = (mine, theirs) if isinstance(layer, model.Output) else (..., ...)
             getattr(layer, name)[to] = kernels.to_device(weights[path][of])
-        print(f"beginning with the weights of {source}, and {len(mine):,} of its {len(words):,} "
-              "words", flush=True)
+        print(f"beginning with {source}, and {len(mine):,} of its {len(words):,} words", flush=True)
 
     def check_space(self):
         """Say what a checkpoint and a GPU must hold, and refuse to start where they cannot."""
@@ -328,7 +324,7 @@ class Run:
         self.bytes = 2 * weights                # of a checkpoint
         disk, gpu = shutil.disk_usage(self.options.out).free, kernels.memory()
         print(f"{self.options.network}: {weights // 4:,} parameters; a checkpoint takes "
-              f"{2 * weights / 1e6:,.0f} MB of {disk / 1e9:,.1f} GB free", flush=True)
+              f"{self.bytes / 1e6:,.0f} MB of {disk / 1e9:,.1f} GB free", flush=True)
         if disk < 4 * weights:
             raise ValueError(f"{self.options.out} has {disk / 1e6:,.0f} MB free, and saving needs "
                              f"{4 * weights / 1e6:,.0f}; free some, or choose another --out")
@@ -429,8 +425,9 @@ class Run:
 
     def say_kept(self):
         """What of this run is on the disk."""
-        return f"{self.path} is of step {self.saved:,}" if self.saved is not None else (
-            "nothing was saved yet")
+        if self.saved is None:
+            return "nothing was saved yet"
+        return f"{self.path} is of step {self.saved:,}"
 
     def describe(self, progress):
         """The mean loss since the last time, what is waited for, and the time to the run's end."""
