@@ -83,7 +83,7 @@ def share_machine(options, ranks):
         print(f"ranks: {ranks.size}, {count} on this machine; they share --batch {options.batch}",
               flush=True)
     if options.batch < ranks.size:
-        raise ValueError(f"--batch {options.batch} is less than the {ranks.size} ranks: give more")
+        raise ValueError(f"--batch {options.batch} is less than the {ranks.size} ranks: raise it")
 
 
 # ---------------------------------------------------------------------------------- options

@@ -81,7 +81,7 @@ class Ranks(Alone):
             raise RuntimeError(f"{self.local_size} ranks on a machine with {count} GPUs: start one "
                                "for each, or use --device cpu")
         if not nccl.available:
-            raise RuntimeError("ranks on GPUs need NCCL: pip install nvidia-nccl-cu12")
+            raise RuntimeError("GPU ranks need NCCL: pip install nvidia-nccl-cu12, or --device cpu")
 
     def begin_allreduce(self, x):
         if isinstance(x, np.ndarray):
