@@ -35,28 +35,30 @@ class Layer:
     """What all layers share."""
 
     needs_dx = True                     # the first layer's dx is nobody's input
-    names = ()                          # names of the parameters; gradients are d + name
+    shapes = {}                         # of the parameters, by name; gradients are d + name
     parts = ()                          # the networks that the layer is made of, if it is
     x = None                            # what is kept for the backward pass
 
     def init(self, rng):
-        """Draw the first weights."""
+        """First weights, of variance 2 / fan-in: ReLU layers keep the scale (He 2015, eq. 10)."""
+        if self.shapes:
+            shape = self.shapes["w"]
+            std = np.sqrt(2 / np.prod(shape[:-1]))
+            self.w = rng.standard_normal(shape, np.float32) * np.float32(std)
+            self.b = np.zeros(shape[-1], np.float32)
+
+    def walk(self, path):
+        """(path, layer) of itself, or else of all the layers that it is made of, in order."""
+        inner = [row for part in self.parts for row in part.walk(f"{path}.")]
+        return inner or [(path, self)]
 
 
 class Conv(Layer):
     """y = relu(x * w + b), a convolution with stride and zero padding."""
 
-    names = "w", "b"
-
     def __init__(self, c, f, kernel, stride=1, pad=0, relu=True):
         self.shapes = {"w": (kernel, kernel, c, f), "b": (f,)}
         self.stride, self.pad, self.relu = stride, pad, relu
-        self.y = None
-
-    def init(self, rng):
-        shape = self.shapes["w"]
-        self.w = he_normal(rng, shape, fan_in=np.prod(shape[:3]))
-        self.b = np.zeros(shape[3], np.float32)
 
     def forward(self, x, now, out=None):
         self.x = x                                                  # (N, H, W, C)
@@ -67,26 +69,19 @@ class Conv(Layer):
         # y = max(x * w + b, 0), so dy counts where y > 0; x * w + b is linear in x, w and b
         if self.relu:
             dy = kernels.relu_backward(dy, self.y)
-        self.dw, self.db = kernels.conv_backward_filter(self.x, dy, self.w.shape,
-                                                        self.stride, self.pad)
+        window = self.stride, self.pad
+        self.dw, self.db = kernels.conv_backward_filter(self.x, dy, self.w.shape, *window)
         if not self.needs_dx:
             return None
-        return kernels.conv_backward_input(dy, self.w, self.x.shape,
-                                           self.stride, self.pad)   # (N, H, W, C)
+        return kernels.conv_backward_input(dy, self.w, self.x.shape, *window)   # (N, H, W, C)
 
 
 class Linear(Layer):
     """y = relu(x w + b), or without the ReLU."""
 
-    names = "w", "b"
-
     def __init__(self, d, e, relu=True):
         self.shapes, self.relu = {"w": (d, e), "b": (e,)}, relu
-        self.y = self.dw = None         # dw is kept: new memory would cost page faults
-
-    def init(self, rng):
-        d, e = self.shapes["w"]
-        self.w, self.b = he_normal(rng, (d, e), fan_in=d), np.zeros(e, np.float32)
+        self.dw = None                  # is kept: new memory would cost page faults
 
     def forward(self, x, now):
         self.x = x                                                  # (N, D)
@@ -109,8 +104,6 @@ class Output(Layer):
     that a step's time does not depend on K (paper, §3: SGD over targets).
     """
 
-    names = "w", "b"
-
     def __init__(self, e, k):
         self.shapes = {"w": (k, e), "b": (k,)}
         self.dw = self.classes = None
@@ -123,10 +116,9 @@ class Output(Layer):
 
     def forward(self, x, now):
         self.x, self.classes = x, now.classes                       # (N, E)
-        self.used, b = self.w, self.b
-        if now.classes is not None:
-            self.used, b = self.w[now.classes], self.b[now.classes]
-        return kernels.matmul(x, self.used.T, bias=b)               # (N, K), or (N, C)
+        rows = slice(None) if now.classes is None else now.classes
+        self.used = self.w[rows]
+        return kernels.matmul(x, self.used.T, bias=self.b[rows])    # (N, K), or (N, C)
 
     def backward(self, ds):
         # s = e wᵀ + b, so dw = dsᵀ e and de = ds w
@@ -141,7 +133,6 @@ class MaxPool(Layer):
 
     def __init__(self, kernel, stride, pad=0, ceil=False):
         self.kernel, self.stride, self.pad, self.ceil = kernel, stride, pad, ceil
-        self.shape = self.place = None
 
     def forward(self, x, now):
         self.shape = x.shape                                        # (N, H, W, C)
@@ -186,7 +177,6 @@ class Dropout(Layer):
 
     def __init__(self, rate):
         self.rate = rate
-        self.counter = None
 
     def init(self, rng):
         self.stream = int(rng.integers(1 << 32))                    # its own stream of masks
@@ -248,7 +238,6 @@ class Head(Layer):
     def __init__(self, *rows):
         self.branch = Network(rows, True)
         self.parts = [self.branch]
-        self.s = self.ds = None
 
     def forward(self, x, now):
         self.s = None if now.step is None else self.branch.forward(x, now)      # (N, K), or (N, C)
@@ -263,15 +252,6 @@ class Head(Layer):
 
 # --------------------------------------------------------------------------------- networks
 
-def walk(name, layer):
-    """(path, layer) of a layer that has no parts, or else of all those within it, in order."""
-    if not layer.parts:
-        yield name, layer
-    for part in layer.parts:
-        for inner, one in part.layers.items():
-            yield from walk(f"{name}.{inner}", one)
-
-
 class Network:
     """Layers one after the other, by name: rows of (name, layer)."""
 
@@ -280,22 +260,22 @@ class Network:
         self.first, self.output = rows[0][1], rows[-1][1]
         self.first.needs_dx = needs_dx
 
-    def walk(self):
-        """(path, layer) of all layers that have no parts, first to last."""
-        return [row for name, layer in self.layers.items() for row in walk(name, layer)]
+    def walk(self, before=""):
+        """(path, layer) of all layers that have no parts, first to last; `before` is their path."""
+        return [row for name, layer in self.layers.items() for row in layer.walk(before + name)]
 
     def init(self, seed):
         """First weights, each layer's from a counter of its own: a larger K changes no other."""
         for name, layer in self.layers.items():
             rng = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(name.encode())]))
-            for _, one in walk(name, layer):
+            for _, one in layer.walk(name):
                 one.init(rng)
         return self.load(self.state())
 
     def parameters(self):
         """(path, layer, attribute) of everything learned, e.g. ("conv1.w", conv1, "w")."""
         return [(f"{path}.{name}", layer, name) for path, layer in self.walk()
-                for name in layer.names]
+                for name in layer.shapes]
 
     def state(self):
         """{path: array} of everything learned, as NumPy arrays."""
@@ -327,10 +307,7 @@ class Network:
         return x
 
     def backward(self, dy, done=lambda layer: None):
-        """Every layer's gradients, last to first; returns the first layer's dx if it is needed.
-
-        done(layer) is called as soon as a layer's gradients are there.
-        """
+        """All gradients, last layer first, each told to done(layer); the first dx if needed."""
         for layer in reversed(self.layers.values()):
             dy = layer.backward(dy)
             done(layer)
@@ -454,11 +431,6 @@ NETWORKS = {
 }
 
 
-def he_normal(rng, shape, fan_in):
-    """Gaussian weights of variance 2 / fan_in: ReLU layers keep the scale (He 2015, eq. 10)."""
-    return rng.standard_normal(shape, np.float32) * np.float32(np.sqrt(2 / fan_in))
-
-
 # ---------------------------------------------------------------------------------- losses
 # loss(s, labels) -> each row's part of ℓ, (N,), and ∂ℓ/∂s in the memory of s, (N, C). The labels
 # (data.Labels) say which columns of s are targets, what each row weighs, and which words, if not
@@ -521,10 +493,6 @@ class SGD:
             kernels.sgd(getattr(layer, name), self.v[path], getattr(layer, "d" + name), rate,
                         self.momentum, self.decay if name == "w" else 0,
                         getattr(layer, "classes", None))
-
-    def load(self, state):
-        """Take the velocities of `state`, {path: array}."""
-        self.v = {path: kernels.to_device(v) for path, v in state.items()}
 
 
 class Plateau:

@@ -1362,7 +1362,7 @@ def test_drawn_set_is_drawn_trained_and_evaluated(train, monkeypatch):
     out = train("--epochs", 1, "--epoch-size", 256)
     lines = open("runs/drawn/drawn/captions.tsv").read()
     assert len(lines.splitlines()) == 300 and "#" in lines and len(weak.SHAPES) >= 12
-    assert "precision@10" in out
+    assert "precision@10" in out and "is finished" in train("--resume")
     one, two = weak.draw_scene(0, 5), weak.draw_scene(0, 5)
     assert one[1] == two[1] and np.array_equal(np.asarray(one[0]), np.asarray(two[0]))
     assert weak.draw_scene(0, 6)[1] != one[1]

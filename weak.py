@@ -19,6 +19,7 @@ import sys
 import time
 import warnings
 import zlib
+from functools import partial
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # while the rest is imported
@@ -65,9 +66,10 @@ def main():
     try:
         with Interrupt() as interrupt:
             finished = run.train(interrupt)
-        return run.finish(finished)
+        run.finish(finished)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; {run.say_kept()}") from None
+    return 0 if finished else 130
 
 
 def share_machine(options, ranks):
@@ -78,53 +80,38 @@ def share_machine(options, ranks):
     if options.workers is None:
         options.workers = min(8, max(1, (os.cpu_count() or 1) // count))
     if ranks.size > 1:
-        print(f"ranks: {ranks.size}, {count} of them on this machine; each takes its part of "
-              f"--batch {options.batch}", flush=True)
+        print(f"ranks: {ranks.size}, {count} on this machine; they share --batch {options.batch}",
+              flush=True)
     if options.batch < ranks.size:
-        raise ValueError(f"--batch {options.batch} is less than the {ranks.size} ranks; each of "
-                         "them needs a photo a step")
+        raise ValueError(f"--batch {options.batch} is less than the {ranks.size} ranks: raise it")
 
 
 # ---------------------------------------------------------------------------------- options
 
 def make_parser():
     """All options; the defaults of --batch, --dropout and --lr depend on the network."""
-    parser = console.Parser(description=console.summary(__doc__), epilog="Without --images and "
-                            "--captions, a picture set is drawn and trained on.")
-    _add_what(parser)
-    _add_how(parser)
-    return parser
-
-
-def _add_what(parser):
-    """Options of the data and of the model."""
+    parser = console.Parser(description=console.summary(__doc__))
     add = parser.add_argument_group("data").add_argument
-    add("--images", type=os.path.abspath, metavar="DIR", help="folder of the captions' photos")
-    add("--captions", type=os.path.abspath, metavar="FILE", help="one of the formats, also .gz and "
-        ".bz2; if not given photo.txt beside photo.jpg, or else the sub-folders' names")
+    add("--images", type=os.path.abspath, metavar="DIR", help="photos' folder; else a set is drawn")
+    add("--captions", type=os.path.abspath, metavar="FILE", help="also .gz or .bz2; if not given "
+        "photo.txt beside photo.jpg, or else the sub-folders' names")
     add("--format", choices=data.FORMATS, help="of the captions; recognised if not given")
     add("--words", type=number(int, 1), default=data.WORDS, help="K, the size of the dictionary")
     add("--stop-words", type=number(int, 0), default=data.STOP_WORDS,
         help="the most frequent words, left out; for a few thousand captions use 30 to 100")
     add("--valid", type=number(float, 0, below=1), default=0.1, help="part of photos held out")
     add("--crop", choices=("center", "random"), default="random", help="random: mirrored, too")
-    add("--sampling", choices=("class", "image"), default="class",
-        help="draw a word, then its photo; or a photo with all its words")
+    add("--sampling", choices=("class", "image"), default="class", help="draw a word, then its "
+        "photo; or a photo with all its words")
     add = parser.add_argument_group("model").add_argument
-    add("--network", choices=tuple(model.NETWORKS), default="small",
-        help="small: 64x64 pixels, for CPUs; the others: 224x224")
-    add("--loss", choices=tuple(model.LOSSES), default="softmax",
-        help="multi-class logistic (eq. 2), or one-versus-all (eq. 1)")
+    add("--network", choices=model.NETWORKS, default="small", help="small: 64x64 pixels, for CPUs")
+    add("--loss", choices=model.LOSSES, default="softmax", help="the paper's equation 2, or 1")
     add("--targets", choices=("all", "batch", "sampled"), default="all",
         help="words that a step scores: all, those of its batch, or those and --negatives others")
     add("--negatives", type=number(int, 1), help=f"of --targets sampled; if not given {NEGATIVES}")
     add("--dropout", type=number(float, 0, below=1), help="rate; if not given the network's")
-    add("--from", type=os.path.abspath, metavar="RUN", help="begin with the weights of a trained "
-        "run, and with its words' that both dictionaries have (fine-tuning)")
-
-
-def _add_how(parser):
-    """Options of training and of running."""
+    add("--from", type=os.path.abspath, metavar="RUN", help="begin with a trained run's weights, "
+        "and those of the words that both dictionaries have (fine-tuning)")
     add = parser.add_argument_group("training").add_argument
     add("--batch", type=number(int, 1), help="photos a step; if not given the network's")
     add("--lr", type=number(float, above=0), help="first learning rate; if not given the network's")
@@ -141,51 +128,40 @@ def _add_how(parser):
     add("--out", metavar="DIR", help="folder of the run; if not given runs/ and the images' name")
     add("--resume", action="store_true", help="go on with the run in --out, with its options")
     add("--device", choices=kernels.DEVICES, default="auto", help="where to compute")
-    add("--precision", choices=kernels.PRECISIONS,
-        help="of products on a GPU; if not given tf32 where it has tensor cores for that")
+    add("--precision", choices=kernels.PRECISIONS, help="on a GPU; if not given tf32 if it has it")
     add("--workers", type=number(int, 0, console.MOST_THREADS), help="threads that decode photos, "
-        "and processes that read captions; if not given one a core; 0: none, for whole tracebacks")
+        "processes that read captions; if not given one a core; 0: none, for whole tracebacks")
     add("--threads", type=number(int, 1, console.MOST_THREADS), help="that compute, on the CPU")
+    return parser
 
 
 def parse(arguments=None):
     """The options, and the checkpoint to go on with or None; ValueError for what cannot be."""
     parser, checkpoint = make_parser(), None
     options = parser.parse_args(arguments)
-    if options.captions and not options.images and not options.resume:
-        raise ValueError("--captions goes with --images, the photos' folder (without both, a "
-                         "picture set is drawn)")
     drawn = not options.images and not options.resume
-    if drawn:
-        parser.set_defaults(**DRAWN)
-        options = parser.parse_args(arguments)
+    if drawn and options.captions:
+        raise ValueError("--captions goes with --images, the folder that its photos are in")
     out = options.out or os.path.join("runs", os.path.basename(options.images or "drawn"))
     path = os.path.join(out, "model.npz")
+    defaults = {"drawn": drawn, **(DRAWN if drawn else {})}
     if options.resume:
         checkpoint = model.load(path)
-        options, drawn = merge_options(parser, arguments, checkpoint[2]["options"], out)
+        defaults = checkpoint[2]["options"]
     elif os.path.exists(path):
-        raise ValueError(f"{path} holds a trained model; go on with --resume, or choose another "
-                         "--out")
-    options.out, options.drawn = out, drawn
-    if drawn:
-        vars(options).update(data.drawn_sources(out))
-    options.captions = options.captions or options.images
-    return complete_options(options), checkpoint
-
-
-def merge_options(parser, arguments, stored, out):
-    """A stored run's options and those given now; ValueError where they may not differ."""
-    stored = vars(parser.parse_args([])) | stored                   # with newer options
-    parser.set_defaults(**stored)
-    options = parser.parse_args(arguments)
+        raise ValueError(f"{path} holds a trained model; use --resume, or choose another --out")
+    parser.set_defaults(**defaults)
+    options, stored = parser.parse_args(arguments), vars(parser.parse_args([]))
     changed = [f"--{key.replace('_', '-')} ({stored[key]}, now {value})"
                for key, value in vars(options).items()
                if key not in HARMLESS and stored[key] != value]
-    if changed:
+    if options.resume and changed:
         raise ValueError(f"the run in {out} began with other options: {', '.join(changed)}; "
                          "leave them out, or choose another --out")
-    return options, stored["drawn"]
+    options.out, options.captions = out, options.captions or options.images
+    if options.drawn:
+        vars(options).update(data.drawn_sources(out))
+    return complete_options(options), checkpoint
 
 
 def complete_options(options):
@@ -198,15 +174,13 @@ def complete_options(options):
         if getattr(options, name) is None:
             setattr(options, name, getattr(model.NETWORKS[options.network], name))
     if options.lr < options.min_lr:
-        raise ValueError(f"--lr {options.lr:g} is below --min-lr {options.min_lr:g}, where "
-                         "training stops; lower --min-lr")
-    if options.negatives and options.targets != "sampled":
-        raise ValueError("--negatives goes with --targets sampled")
+        raise ValueError(f"--lr {options.lr:g} is below --min-lr {options.min_lr:g}: lower that")
     if options.targets == "sampled":
         options.negatives = options.negatives or NEGATIVES
+    elif options.negatives:
+        raise ValueError("--negatives goes with --targets sampled")
     if options.targets == "batch" and options.batch == 1:
-        raise ValueError("--targets batch compares a photo's words with those of the batch's other "
-                         "photos; use --batch 2 or more")
+        raise ValueError("--targets batch compares a batch's photos; use --batch 2 or more")
     return options
 
 
@@ -221,8 +195,7 @@ def lock_folder(out):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return lock
     except BlockingIOError:
-        raise ValueError(f"another run is using {out}; wait for it, or choose another --out"
-                         ) from None
+        raise ValueError(f"another run is using {out}; choose another --out") from None
     except OSError as error:
         raise ValueError(f"--out {out}: {error.strerror}; choose another") from None
 
@@ -240,8 +213,8 @@ def read_captions(options, ranks=several.Alone()):
     try:
         index = data.Index(folder)
     except OSError:
-        raise RuntimeError(f"the first rank's {folder} is not to be seen here; put --out, the "
-                           "captions and the photos on a disk that all machines share") from None
+        raise RuntimeError(f"the first rank's {folder} is not to be seen here; put --out and the "
+                           "photos on a disk that all machines share") from None
     options.format = index.facts["fingerprint"]["format"]
     describe_index(index, options)
     if not ranks.rank:
@@ -255,11 +228,11 @@ def describe_index(index, options):
     print(f"captions: {facts['captions']:,} as {options.format}, {len(index):,} photos "
           f"({index.held_out:,} held out), {found:,} words, "
           f"{index.labels / max(1, len(index)):.2f} a photo", flush=True)
-    for fact, what in (("bad_lines", "lines are no captions"),
-                       ("refused", "names are absolute or leave --images: refused"),
-                       ("without_words", "photos have no word of the dictionary"),
-                       ("emoji", "have emoji or other pictures among the words, which do not count")
-                       ):
+    for fact, what in (
+            ("bad_lines", "lines are no captions"),
+            ("refused", "names are absolute or leave --images: refused"),
+            ("without_words", "photos have no word of the dictionary"),
+            ("emoji", "have emoji or other pictures among the words, which do not count")):
         if facts[fact]:
             print(f"captions: {facts[fact]:,} {what}")
     if found < options.words:
@@ -269,10 +242,7 @@ def describe_index(index, options):
 # --------------------------------------------------------------------------------- training
 
 class Interrupt:
-    """A polite way to end sets `asked`, so that the step ends first; a second Ctrl-C ends all.
-
-    Polite are Ctrl-C, kill, the terminal that was closed, and the reader of what is printed, gone.
-    """
+    """Ctrl-C, kill, a lost terminal or reader set `asked`: the step ends first; twice ends all."""
 
     asked = False
 
@@ -284,8 +254,8 @@ class Interrupt:
     def ask(self, one, _):
         if self.asked and one in (signal.SIGINT, signal.SIGTERM):
             raise KeyboardInterrupt
-        again, self.asked = self.asked, True    # printing may bring the next one
-        if not again:
+        if not self.asked:
+            self.asked = True                   # printing may bring the next one
             print("\nstopping after this step, and saving; once more to stop at once", flush=True)
 
     def __exit__(self, *_):
@@ -306,6 +276,7 @@ class Run:
         self.plateau = model.Plateau(options.lr, options.epochs_per_lr, options.min_lr)
         self.step = self.epoch = 0
         self.log, self.saved = [], None         # a row an epoch; the step of the checkpoint
+        self.path, self.saved_at = os.path.join(options.out, "model.npz"), time.monotonic()
         self.empty = 0                          # steps without a photo since the last good one
         self.begin_epoch()
         self.loader = data.Loader(options.images, index.name, len(index), self.size,
@@ -324,10 +295,9 @@ class Run:
     def restore(self, weights, velocities, facts, words):
         """Go on exactly where the checkpoint was written."""
         if words != self.index.dictionary:
-            raise ValueError("the captions have changed since this run began, and with them the "
-                             "dictionary; choose another --out")
+            raise ValueError("the captions, and so the dictionary, changed; choose another --out")
         self.net.load(weights)
-        self.optimiser.load(velocities)
+        self.optimiser.v = {path: kernels.to_device(v) for path, v in velocities.items()}
         self.step, self.epoch, self.log = (facts[key] for key in ("step", "epoch", "log"))
         self.done, self.good, losses = facts["losses"]
         self.losses = kernels.to_device(np.array(losses)[self.part])
@@ -344,12 +314,9 @@ class Run:
             raise ValueError(f"--from: that run is of --network {facts['options']['network']}")
         _, mine, theirs = np.intersect1d(self.index.dictionary, words, return_indices=True)
         for path, layer, name in self.net.parameters():
-            if isinstance(layer, model.Output):
-                getattr(layer, name)[mine] = kernels.to_device(weights[path][theirs])
-            else:
-                setattr(layer, name, kernels.to_device(weights[path]))
-        print(f"beginning with the weights of {source}, and {len(mine):,} of its {len(words):,} "
-              "words", flush=True)
+            to, of = (mine, theirs) if isinstance(layer, model.Output) else (..., ...)
+            getattr(layer, name)[to] = kernels.to_device(weights[path][of])
+        print(f"beginning with {source}, and {len(mine):,} of its {len(words):,} words", flush=True)
 
     def check_space(self):
         """Say what a checkpoint and a GPU must hold, and refuse to start where they cannot."""
@@ -357,7 +324,7 @@ class Run:
         self.bytes = 2 * weights                # of a checkpoint
         disk, gpu = shutil.disk_usage(self.options.out).free, kernels.memory()
         print(f"{self.options.network}: {weights // 4:,} parameters; a checkpoint takes "
-              f"{2 * weights / 1e6:,.0f} MB of {disk / 1e9:,.1f} GB free", flush=True)
+              f"{self.bytes / 1e6:,.0f} MB of {disk / 1e9:,.1f} GB free", flush=True)
         if disk < 4 * weights:
             raise ValueError(f"{self.options.out} has {disk / 1e6:,.0f} MB free, and saving needs "
                              f"{4 * weights / 1e6:,.0f}; free some, or choose another --out")
@@ -377,7 +344,7 @@ class Run:
 
     def train(self, interrupt):
         """Train until the rate is below --min-lr or --epochs are over; False if interrupted."""
-        options, saved = self.options, time.monotonic()
+        options = self.options
         batches = data.batches(
             self.loader, self.index, options.seed, self.step, options.batch, options.sampling,
             self.part, self.size - self.crop, options.crop == "random",
@@ -385,14 +352,13 @@ class Run:
             negatives=options.negatives or 0)
         while not self.is_over():
             self.loader.waited = self.ranks.waited = 0.0
-            progress = console.Progress(
-                f"epoch {self.epoch + 1}", self.steps * options.batch, "images", sys.stdout,
-                done=self.done * options.batch)
+            progress = console.Progress(f"epoch {self.epoch + 1}", self.steps * options.batch,
+                                        "images", sys.stdout, self.done * options.batch)
             while self.done < self.steps:
                 batch = next(batches)
                 good, stop, due = self.ranks.allreduce(     # what all ranks must do alike
                     [batch.labels.weights.any(), interrupt.asked,
-                     time.monotonic() - saved > SAVE_SECONDS])
+                     time.monotonic() - self.saved_at > SAVE_SECONDS])
                 self.step, self.done = self.step + 1, self.done + 1
                 self.empty = 0 if good else self.empty + 1
                 if good:
@@ -404,9 +370,7 @@ class Run:
                     return False
                 if due:
                     self.save()
-                    saved = time.monotonic()
             self.end_epoch(progress)
-            saved = time.monotonic()
         return True
 
     def begin_epoch(self):
@@ -421,10 +385,7 @@ class Run:
                 or self.options.epochs is not None and self.epoch >= self.options.epochs)
 
     def train_step(self, batch):
-        """Forward, loss, backward, update: one step of SGD on one batch.
-
-        With several ranks: of this rank's rows, and the update is by the sum of all gradients.
-        """
+        """Forward, loss, backward, update: a step of SGD, by the sum of all ranks' gradients."""
         options, labels = self.options, batch.labels
         if options.targets == "batch" and options.loss == "softmax":
             labels = labels._replace(chance=None)       # as in the paper, whose estimate is biased
@@ -440,8 +401,8 @@ class Run:
 
     def begin_allreduce(self, layer):
         """Begin to sum the layer's gradients over the ranks."""
-        for _, one in model.walk("", layer):
-            for name in one.names:
+        for _, one in layer.walk(""):
+            for name in one.shapes:
                 self.ranks.begin_allreduce(getattr(one, "d" + name))
 
     def give_up(self, when):
@@ -453,20 +414,20 @@ class Run:
     def sum_losses(self):
         """The loss of this rank's rows, summed over the epoch's steps; a GPU is waited for."""
         loss = float(kernels.to_host(self.losses).sum())
-        self.check_loss(loss, self.step)
+        self.check_loss(loss)
         return loss
 
-    def check_loss(self, loss, step, what="the loss is", most=math.inf):
+    def check_loss(self, loss, what="the loss is", most=math.inf):
         """RuntimeError if the loss is not a number, or not below `most`."""
         if not loss < most:
-            raise RuntimeError(f"{what} {loss:.4g} at step {step:,}: {self.say_kept()}; lower --lr "
-                               f"({self.plateau.rate:g})")
+            raise RuntimeError(f"{what} {loss:.4g} at step {self.step:,}: {self.say_kept()}; lower "
+                               f"--lr ({self.plateau.rate:g})")
 
     def say_kept(self):
         """What of this run is on the disk."""
-        path = os.path.join(self.options.out, "model.npz")
-        return "nothing was saved yet" if self.saved is None else (
-            f"{path} is of step {self.saved:,}")
+        if self.saved is None:
+            return "nothing was saved yet"
+        return f"{self.path} is of step {self.saved:,}"
 
     def describe(self, progress):
         """The mean loss since the last time, what is waited for, and the time to the run's end."""
@@ -501,7 +462,7 @@ class Run:
         if result:
             # ten times the loss of guessing, which one-versus-all has for each word of a photo
             words = 1 if self.options.loss == "softmax" else self.index.labels / len(self.index)
-            self.check_loss(result["loss"], self.step, "training diverges, the held-out loss is",
+            self.check_loss(result["loss"], "training diverges, the held-out loss is",
                             10 * words * math.log(1 + len(self.index.dictionary)))
             line += (f"held-out loss {result['loss']:.4f}, precision@10 "
                      f"{result['precision@10']:.4f}, AUC {result['auc']:.4f}, ")
@@ -520,8 +481,7 @@ class Run:
         print(line, flush=True)
 
     def validate(self):
-        """Metrics on the fixed held-out photos, of which each rank takes a part; None without any.
-        """
+        """Metrics on the held-out photos, of which each rank takes a part; None without any."""
         mine = self.held_out[self.ranks.part(len(self.held_out))]
         features, found = evaluation.extract_features(self.net, self.loader, mine, self.crop)
         parts = [part for part in self.ranks.gather((kernels.to_host(features), found)) if part[1]]
@@ -553,19 +513,19 @@ class Run:
                  "counts": self.index.photo_counts().tolist(), "training": self.index.training,
                  "skipped": self.gather_skipped()}
         if not all(np.isfinite(w).all() for w in self.net.state().values()):
-            self.check_loss(math.nan, self.step, "a weight is")     # the last update diverged
-        path = os.path.join(self.options.out, "model.npz")
-        for left in range(RETRIES * last, -1, -1) if not self.ranks.rank else ():
+            self.check_loss(math.nan, "a weight is")                # the last update diverged
+        for wait in [RETRY_SECONDS] * RETRIES * last + [0] if not self.ranks.rank else ():
             try:
-                model.save(path, self.net, self.optimiser, facts, self.index.dictionary)
+                model.save(self.path, self.net, self.optimiser, facts, self.index.dictionary)
                 self.saved = self.step
                 break
             except OSError as error:
-                print(f"step {self.step:,} is not saved: {error.strerror or error}; {path} needs "
-                      f"{self.bytes / 1e6:,.0f} MB, free some space" + f": trying again every "
-                      f"{RETRY_SECONDS} s" * (left > 0), file=sys.stderr, flush=True)
-            time.sleep(RETRY_SECONDS * (left > 0))
+                print(f"step {self.step:,} is not saved: {error.strerror or error}; {self.path} "
+                      f"needs {self.bytes / 1e6:,.0f} MB, free some space"
+                      + f": trying again in {wait} s" * (wait > 0), file=sys.stderr, flush=True)
+                time.sleep(wait)
         self.saved = self.ranks.broadcast(self.saved)
+        self.saved_at = time.monotonic()
 
     def gather_skipped(self):
         """{name: what is wrong} of the photos that any rank skipped; complete on the first rank."""
@@ -592,14 +552,12 @@ class Run:
             filters = evaluation.filters_picture(kernels.to_host(self.net.first.w))
             evaluation.save_image(filters, f"{out}/filters.png")
         except OSError as error:
-            print(f"{', '.join(texts)} or pictures not written: {error.strerror or error}",
-                  file=sys.stderr)
+            print(f"{out}: text or picture not written: {error.strerror or error}", file=sys.stderr)
 
     def finish(self, finished):
-        """Save, draw the pictures, and say what was learned and what to try next; exit status."""
+        """Save, draw the pictures, and say what was learned and what to try next."""
         out = self.options.out
-        if self.ranks.broadcast(self.saved != self.step
-                                or not os.path.exists(os.path.join(out, "model.npz"))):
+        if self.ranks.broadcast(self.saved != self.step or not os.path.exists(self.path)):
             self.save(last=True)
         self.write_files()
         if finished and (result := self.validate()):
@@ -607,11 +565,8 @@ class Run:
         self.say_doubles()
         if skipped := self.gather_skipped():
             name, why = next(iter(skipped.items()))
-            print(f"skipped {len(skipped):,} photos, e.g. {name}: {why}; all are in "
-                  f"{out}/skipped.txt")
+            print(f"skipped {len(skipped):,} photos, e.g. {name}: {why}; all: {out}/skipped.txt")
         self.loader.close()
-        if self.ranks.rank:
-            return 0 if finished else 130
         files = [name for name in sorted(os.listdir(out)) if name.endswith((".png", ".txt"))]
         print(", ".join([self.say_kept(), "log.jsonl", *files]))
         if self.saved != self.step:
@@ -619,19 +574,17 @@ class Run:
         photo = self.loader.folder.find(self.index.name(min(self.loader.digests, default=0)))
         print(f"next: python eval.py tag --model {out} {photo!r}" if self.is_over() else
               f"next: python weak.py --resume --out {out}")
-        return 0 if finished else 130
 
     def say_doubles(self):
         """Held-out photos whose very bytes were trained on make a score too good: name them."""
         digests = [row for part in self.ranks.gather(self.loader.digests) for row in part.items()]
-        first = self.index.held_out             # training photo
+        first, name = self.index.held_out, self.index.name          # first training photo
         trained = {digest: photo for photo, digest in digests if photo >= first}
-        doubles = [(photo, trained[digest]) for photo, digest in digests
+        doubles = [f"{name(photo)} = {name(trained[digest])}" for photo, digest in digests
                    if photo < first and digest in trained]
         if doubles:
-            names = ", ".join(" = ".join(map(self.index.name, pair)) for pair in doubles[:3])
-            print(f"{len(doubles):,} held-out photos are byte-identical to training photos: "
-                  f"{names}{', …' if len(doubles) > 3 else ''}")
+            print(f"{len(doubles):,} held-out photos are byte-identical to training photos:",
+                  ", ".join(doubles[:3]) + ", …" * (len(doubles) > 3))
 
 
 # --------------------------------------------------------------------------- the drawn set
@@ -688,7 +641,7 @@ class Dice:
         """One of the things: all alike, or the i-th with a chance of 1/(i + zipf), i from 0."""
         weights = 1 / (np.arange(len(things)) + zipf) if zipf else np.ones(len(things))
         ends = np.cumsum(weights / weights.sum())
-        return list(things)[min(len(things) - 1, int(np.searchsorted(ends, self.real())))]
+        return list(things)[np.searchsorted(ends[:-1], self.real())]
 
 
 def draw_scene(seed, n, size=96):
@@ -714,14 +667,10 @@ def draw_shape(draw, shape, left, top, wide, colour, dice):
     """A box, oval, arc or polygon with points in a unit box, in its own colour or in a shade."""
     kind, *numbers = shape.split()
     fill = numbers.pop() if numbers[-1][0] == "#" else shade(colour, dice)
-    numbers = [float(number) for number in numbers]
-    spots = [(left + wide * x, top + wide * y) for x, y in zip(numbers[::2], numbers[1::2])]
-    if kind == "poly":
-        draw.polygon(spots, fill)
-    elif kind == "arc":
-        draw.pieslice(spots, 180, 360, fill)
-    else:
-        (draw.ellipse if kind == "oval" else draw.rectangle)(spots, fill)
+    spots = np.array(numbers, float).reshape(-1, 2) * wide + (left, top)        # (points, 2)
+    kinds = {"box": draw.rectangle, "oval": draw.ellipse, "poly": draw.polygon,
+             "arc": partial(draw.pieslice, start=180, end=360)}
+    kinds[kind](spots.ravel().tolist(), fill=fill)
 
 
 def shade(colour, dice):
@@ -751,8 +700,8 @@ def write_caption(dice, seen, place):
         text += f" {'#' if dice.real() < 0.4 else ''}{dice.one(FILLERS, zipf=1)}"
     if dice.real() < 0.25:
         text += f" {int(dice.real(1, 2016))}"
-    return (text.strip() or "IMG " + str(int(dice.real(1, 9999)))).capitalize() + "!" * (
-        dice.real() < 0.1)
+    text = text.strip() or f"IMG {int(dice.real(1, 9999))}"
+    return text.capitalize() + "!" * (dice.real() < 0.1)
 
 
 def draw_set(folder, seed):

@@ -42,10 +42,9 @@ class Alone:
     def wait(self):
         """Until all sums that were begun are there; `waited` counts the seconds."""
 
-    def fail(self, status, line=""):
+    def fail(self, status, line):
         """End the job with this exit status and one line that says why."""
-        if line:
-            print(line, file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
         sys.exit(status)
 
 
@@ -79,11 +78,10 @@ class Ranks(Alone):
         """RuntimeError, with the remedy, unless every rank has a GPU and a way to the others."""
         from cupy.cuda import nccl              # CuPy does not import it by itself
         if self.local_size > count:
-            raise RuntimeError(f"{self.local_size} ranks on a machine with {count} GPUs: start a "
-                               "rank for each GPU, or use --device cpu")
+            raise RuntimeError(f"{self.local_size} ranks on a machine with {count} GPUs: start one "
+                               "for each, or use --device cpu")
         if not nccl.available:
-            raise RuntimeError("several ranks on GPUs need NCCL: pip install nvidia-nccl-cu12, or "
-                               "use --device cpu")
+            raise RuntimeError("GPU ranks need NCCL: pip install nvidia-nccl-cu12, or --device cpu")
 
     def begin_allreduce(self, x):
         if isinstance(x, np.ndarray):
@@ -107,7 +105,7 @@ class Ranks(Alone):
         self.running.clear()
         self.waited += time.monotonic() - started
 
-    def fail(self, status, line=""):
+    def fail(self, status, line):
         if self.rank:                           # what fails everywhere is told once, by the first
             time.sleep(GRACE)
             line = f"rank {self.rank} of {self.size}: {line}"
@@ -120,10 +118,7 @@ joined = Alone()                        # what this process is part of
 
 
 def join():
-    """Join the other ranks of an mpiexec; returns an Alone where there are none.
-
-    RuntimeError where there are others and mpi4py is missing, or is of another MPI.
-    """
+    """Join the other ranks of an mpiexec, if any; RuntimeError if mpi4py is not fit for that."""
     global joined
     launched = "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"                   # how many launchers started
     several = any(int(os.environ.get(name, 0)) > 1 for name in launched)
@@ -131,8 +126,7 @@ def join():
         try:
             found = Ranks()
         except ImportError:
-            raise RuntimeError("mpiexec started several ranks, and mpi4py is not installed: "
-                               "pip install mpi4py") from None
+            raise RuntimeError("several ranks need mpi4py: pip install mpi4py") from None
         if several and found.size == 1:
             raise RuntimeError("this mpiexec is not of the MPI that mpi4py uses; call that one's, "
                                "such as the one of `pip install mpich`")
