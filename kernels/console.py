@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 import traceback
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
 from . import ranks
 
@@ -53,15 +53,13 @@ def number(kind, low=-math.inf, high=math.inf, above=-math.inf, below=math.inf):
     limits = {"at least": low, "at most": high, "above": above, "below": below}
 
     def read(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not a {'whole ' * (kind is int)}number") from None
+        value = kind(text)                      # argparse says what is no number, and of which kind
         if not (low <= value <= high and above < value < below):
             raise argparse.ArgumentTypeError(f"{text}: it must be " + " and ".join(
                 f"{word} {limit:,}" for word, limit in limits.items() if math.isfinite(limit)))
         return value
+
+    read.__name__ = "whole number" if kind is int else "number"
     return read
 
 
@@ -103,7 +101,7 @@ class Screen:
             self.stream.flush()
 
 
-class Progress:
+class Progress(AbstractContextManager):
     """Counts work, and now and then shows how far it is, with the time left and its rate.
 
     On a terminal the line is written over itself twice a second; elsewhere a line comes every ten
@@ -118,11 +116,8 @@ class Progress:
         self.started = self.shown = time.monotonic()
         self.done = self.before = done
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, *_):
-        self.close()
+        self.screen.write("")                   # clears the line on a terminal
 
     def seconds(self):
         """Since the start."""
@@ -155,10 +150,6 @@ class Progress:
             while len(text) >= width > 0:       # the least important is last
                 text = text.rpartition(", ")[0] or text[:width - 1]
         self.screen.write(text, progress=True)
-
-    def close(self):
-        """Clear the line on a terminal."""
-        self.screen.write("")
 
 
 def say_skipped(skipped, count, unit="photos"):
@@ -195,11 +186,7 @@ def whole_file(path, mode="wb", **how):
 
 def without_nan(value):
     """The value for JSON, which lacks NaN and infinity: null instead."""
-    if isinstance(value, dict):
-        return {key: without_nan(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)
 
 
 def write_json(path, thing):
