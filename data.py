@@ -437,18 +437,16 @@ def check_photos(folder, index, most=2000):
     """
     find = Folder(folder).find
     paths = {name: find(name) for name in map(index.name, range(min(len(index), most)))}
-    other = {name: path for name, path in paths.items() if path != os.path.join(folder, name)}
+    other = [f"{name} is {path}" for name, path in paths.items()
+             if path != os.path.join(folder, name)]
     gone = [name for name, path in paths.items() if not os.path.exists(path)]
     if len(gone) == len(paths) and not any(
             os.path.exists(find(index.name(i))) for i in range(most, len(index))):
-        raise ValueError(f"none of the photos that the captions name is in {folder}: they name "
-                         f"{gone[0]!r}, and it has {next(walk_files(folder), 'nothing')!r}; "
-                         "check --images")
-    for name, path in itertools.islice(other.items(), 1):
-        print(f"photos: {len(other):,} of {len(paths):,} have another name or place, e.g. {name} "
-              f"is {path}")
-    if gone:
-        print(f"photos: {len(gone):,} of {len(paths):,} are not there, e.g. {gone[0]}")
+        raise ValueError(f"none of the captions' photos, as {gone[0]!r}, is in {folder}, which has "
+                         f"{next(walk_files(folder), 'nothing')!r}; check --images")
+    for some, what in (other, "have another name or place"), (gone, "are not there"):
+        if some:
+            print(f"photos: {len(some):,} of {len(paths):,} {what}, e.g. {some[0]}")
 
 
 class Listed:
@@ -625,35 +623,32 @@ def fingerprint(path, kind, text, dictionary):
 
 def _write_index(work, path, text, kind, dictionary, processes):
     """Write records of all words, choose the dictionary, group the records; returns facts."""
-    counts, facts = Counter(), dict.fromkeys(("captions", "bad_lines", "refused", "emoji", "words"),
-                                             0) | {"refused_names": []}
+    counts, facts, away = Counter(), Counter(), []
     size, paths = os.path.getsize(path), [f"{work}/{i:03}.records" for i in range(BUCKETS)]
     processes = 0 if size < SMALL_FILE else processes
     function = functools.partial(record_block, kind=kind, text=text)
     with ExitStack() as stack, Progress("reading captions", size >> 20, "MB") as progress:
         files = [stack.enter_context(open(record, "wb")) for record in paths]
-        for some, found, records in _map(function, blocks(path, kind, progress), processes):
+        for some, names, found, records in _map(function, blocks(path, kind, progress), processes):
+            facts.update(some)
+            away = (away + names)[:100]
             counts.update(found)
             if len(counts) > MOST_COUNTED:      # drop the rarest, so that memory is bounded
                 most = sorted(counts.values())[-MOST_COUNTED // 2 - 1]
                 counts = Counter({word: n for word, n in counts.items() if n > most})
-            facts = {key: value + some[key] for key, value in facts.items()}
-            facts["refused_names"] = facts["refused_names"][:100]
             for file, record in zip(files, records):
                 file.write(record)
-    for name in facts["refused_names"][:1] if not facts["words"] else ():
-        raise ValueError(f"captions: {path} names photos by paths that are absolute or lead out of "
-                         f"--images, e.g. {name!r}; name them by their paths below it")
     if not facts["words"]:
-        raise ValueError(f"captions: {path} has no word of a photo, read as {kind}; --format may be "
-                         f"one of {', '.join(FORMATS)}")
+        why = f"it names {away[0]!r}; name them by their paths below --images" if away else (
+            f"read as {kind}; --format may be one of {', '.join(FORMATS)}")
+        raise ValueError(f"captions: {path} has no word of a photo: {why}")
     dictionary = dictionary or choose_words(counts, text)
     write_json(f"{work}/words.json", dictionary)
-    facts |= _group(work, paths, dictionary, text, processes)
+    facts.update(_group(work, paths, dictionary, text, processes))
     _invert(work, len(dictionary), facts["held_out"])
     for record in paths:
         os.remove(record)
-    return facts
+    return {**facts, "refused_names": away}
 
 
 def _map(function, items, processes):
@@ -692,9 +687,9 @@ def _begin_process():
 def record_block(block, kind, text):
     """Cut one block of captions into words.
 
-    Returns facts, the counts of its training words, and a record for each of the 256 files: names,
-    how many words each photo has, and the words. As their classes are not known yet, words are
-    hashes of 64 bits; two of 10^7 words share one with a probability of 3·10⁻⁶.
+    Returns facts, the names refused, the counts of its training words, and a record for each of
+    the 256 files: names, how many words each photo has, and the words. As their classes are not
+    known yet, words are hashes of 64 bits: two of 10^7 share one with a probability of 3·10⁻⁶.
     """
     pairs, bad = parse(block, kind)
     away = dict.fromkeys(name for name, _ in pairs if refused(name))
@@ -712,17 +707,22 @@ def record_block(block, kind, text):
     train = (hashes >= text.valid * 2**32)[owners]
     counts = np.bincount(tokens[train], minlength=len(words)).tolist()
     order = np.argsort(hashes >> 24, kind="stable")                 # photos by file
-    rank = np.argsort(order)                    # where each photo stands in that order
-    labels = np.sort(rank[owners] * len(words) + tokens)            # np.unique is much slower
-    photo, word = np.divmod(labels[np.diff(labels, prepend=-1) > 0], len(words))
-    names, sizes = [names[i] for i in order], np.bincount(photo, minlength=len(names))
+    names, sizes, distinct = _distinct(names, owners, tokens, len(words), order)
     ends = np.searchsorted(hashes[order] >> 24, np.arange(BUCKETS + 1))
-    records = [pickle.dumps((names[a:b], sizes[a:b], codes[word[c:d]])) for (a, b), (c, d) in zip(
-        itertools.pairwise(ends), itertools.pairwise(np.searchsorted(photo, ends)))]
+    places = np.append(0, np.cumsum(sizes))[ends]
+    records = [pickle.dumps((names[a:b], sizes[a:b], codes[distinct[c:d]]))
+               for (a, b), (c, d) in zip(*map(itertools.pairwise, (ends, places)))]
     emoji = sum(not text.isascii() and bool(EMOJI.search(text)) for _, text in pairs)
     facts = {"captions": len(pairs), "bad_lines": bad, "refused": len(away), "emoji": emoji,
-             "words": len(tokens), "refused_names": list(away)}
-    return facts, {word: n for word, n in zip(words, counts) if n}, records
+             "words": len(tokens)}
+    return facts, list(away), {word: n for word, n in zip(words, counts) if n}, records
+
+
+def _distinct(names, owners, words, k, order):
+    """Names in that order, how many of k words each has, and the words; owners: whose they are."""
+    labels = np.sort(np.argsort(order)[owners] * k + words)         # np.unique is much slower
+    photos, words = np.divmod(labels[np.diff(labels, prepend=-1) > 0], k)
+    return [names[i] for i in order], np.bincount(photos, minlength=len(names)), words
 
 
 def hash_all(texts, size):
@@ -737,12 +737,12 @@ def _group(work, records, dictionary, text, processes):
     classes = np.argsort(codes)
     call = functools.partial(group_records, codes=codes[classes], classes=classes, valid=text.valid)
     paths = [f"{work}/{name}.npy" for name in ("names", "words", "name_ends", "word_ends")]
-    facts, lengths = {"held_out": 0, "without_words": 0}, [0, 0, 0, 0]
+    facts, lengths = Counter(), [0, 0, 0, 0]
     with Progress("grouping captions", BUCKETS, "parts") as progress:
         for some, names, words, name_ends, word_ends in _map(call, records, processes):
             columns = names, words, name_ends + lengths[0], word_ends + lengths[1]
             lengths = list(map(_append, paths, columns, lengths))
-            facts = {key: value + some[key] for key, value in facts.items()}
+            facts.update(some)
             progress.tick()
     return facts
 
@@ -773,16 +773,13 @@ def group_records(path, codes, classes, valid):
     names, hashes = list(photos), np.concatenate(hashes)
     held = hash_all(names, 4) < valid * 2**32
     order = np.argsort(~held, kind="stable")
-    rank = np.argsort(order)                    # where each photo stands in that order
     place = np.minimum(np.searchsorted(codes, hashes), len(codes) - 1)
     known = codes[place] == hashes
-    photo = np.repeat(rank[np.array(owners, int)], np.concatenate(sizes))[known]
-    labels = np.sort(photo * len(codes) + classes[place[known]])
-    photo, words = np.divmod(labels[np.diff(labels, prepend=-1) > 0], len(codes))
-    sizes = np.bincount(photo, minlength=len(names))
+    owners = np.repeat(np.array(owners, int), np.concatenate(sizes))[known]
+    names, sizes, words = _distinct(names, owners, classes[place[known]], len(codes), order)
     used = np.flatnonzero(sizes)
     facts = {"held_out": int(held[order[used]].sum()), "without_words": len(names) - len(used)}
-    names = [names[i] for i in order[used]]
+    names = [names[i] for i in used]
     return (facts, np.frombuffer(b"".join(names), np.uint8), words.astype(np.int32),
             np.cumsum([len(name) for name in names], dtype=np.int64), np.cumsum(sizes[used]))
 
@@ -837,12 +834,10 @@ def _folder_lines(folder):
              for name in list_photos(folder)}
     beside = any(map(os.path.isfile, paths.values()))
     for name, path in paths.items():
-        text = os.path.dirname(name)
-        if beside:
-            text = ""
-            if os.path.isfile(path):
-                with open(path, encoding="utf-8-sig", errors="replace") as file:
-                    text = file.read()
+        text = "" if beside else os.path.dirname(name)
+        if os.path.isfile(path):
+            with open(path, encoding="utf-8-sig", errors="replace") as file:
+                text = file.read()
         yield json.dumps({"file_name": name, "caption": text}) + "\n"
 
 
@@ -947,6 +942,7 @@ def _csv_pairs(stream, path):
         raise ValueError(f"captions: the first line of {path} names no columns `image,caption`")
     delimiter, photo, texts = _csv_header(header)
     width = header.count(delimiter) + 1
+    more = width if texts[-1] == width - 1 else None    # columns by commas that nobody quoted
     read = functools.partial(csv.reader, delimiter=delimiter, skipinitialspace=True)
     for line in lines:
         part = [line]
@@ -954,12 +950,10 @@ def _csv_pairs(stream, path):
             part.append(next(lines, ""))
         closed = "".join(part).count('"') % 2 == 0
         for row in read(part) if closed else [next(read([line]), []) for line in part]:
-            if len(row) > width and texts[-1] == width - 1:
-                row[width - 1:] = [delimiter.join(row[width - 1:])]     # a comma nobody quoted
-            if row:
-                good = len(row) > max(photo, texts[0])
-                yield (row[photo], " ".join(row[i] for i in texts if i < len(row))) if good else (
-                    "", "")
+            if len(row) > max(photo, texts[0]):
+                yield row[photo], " ".join([*(row[i] for i in texts if i < len(row)), *row[more:]])
+            elif row:
+                yield "", ""
 
 
 def _coco_pairs(stream, path):
