@@ -29,6 +29,7 @@ import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -123,12 +124,10 @@ class Text(NamedTuple):
 def choose_words(counts, text):
     """The K most frequent words after the stop words: a word's place in the list is its class."""
     ranked = sorted(sorted(counts), key=counts.get, reverse=True)
-    if not ranked:
-        raise ValueError(f"all photos are held out (--valid {text.valid:g}); lower --valid")
     words = ranked[text.stop_words:text.stop_words + text.words]
     if not words:
-        raise ValueError(f"the training captions have {len(ranked)} different words and "
-                         f"--stop-words {text.stop_words} leaves none; lower --stop-words")
+        raise ValueError(f"of {len(ranked)} words of training captions --stop-words "
+                         f"{text.stop_words} leaves none; lower --stop-words or --valid")
     return words
 
 
@@ -138,10 +137,8 @@ class Index:
 
     def __init__(self, folder):
         self.folder = folder
-        with open(f"{folder}/index.json") as file:
-            self.facts = json.load(file)
-        with open(f"{folder}/words.json") as file:
-            self.dictionary = json.load(file)
+        self.facts, self.dictionary = (
+            json.loads(Path(folder, name).read_bytes()) for name in ("index.json", "words.json"))
         self.held_out = self.facts["held_out"]
         for name in COLUMNS:
             setattr(self, "_" + name, np.load(f"{folder}/{name}.npy", mmap_mode="r"))
@@ -308,17 +305,16 @@ class Gone(ValueError):
 def decode(path, size, square=True):
     """A photo as uint8 (size, size, 3), rescaled to a square (paper, §3), and its content's hash.
 
-    Any mode becomes RGB, the camera's orientation is applied. ValueError says what is wrong. If
-    not `square`, the photo keeps its shape, and its longer side is of that size.
+    It becomes RGB and is turned as the camera was; ValueError says what is wrong. If not `square`,
+    it keeps its shape, and its longer side is of that size.
     """
     warnings.filterwarnings("ignore", module="PIL", append=True)    # in all threads at once
     try:
         if os.path.exists(path) and not os.path.isfile(path):
             raise OSError("not a file")         # a pipe would keep us waiting
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size > LARGEST:
-                raise OSError("too large for a photo")
-            content = file.read()
+        if os.path.getsize(path) > LARGEST:
+            raise OSError("too large for a photo")
+        content = Path(path).read_bytes()
         if not content:
             raise OSError("zero bytes")
         image = Image.open(io.BytesIO(content), formats=PICTURES)
@@ -377,9 +373,8 @@ def list_photos(folder):
 class Folder:
     """Finds photos below a folder: under their names, or nearly, in whatever sub-folder they are.
 
-    A name of the YFCC100M table, hash/id.jpg, is also looked for as id.jpg and, as that set is
-    stored, as abc/def/abcdef….jpg by its hash; all others in a map of the first MOST files, with
-    letters of either case, and at last with another ending or none.
+    A name of the YFCC100M table, hash/id.jpg, may be id.jpg or, as that set is stored,
+    abc/def/abcdef….jpg; others are nearly the same but for case and ending, of MOST files.
     """
 
     MOST = 2_000_000
@@ -571,12 +566,11 @@ def build_index(path, folder, text, kind=None, dictionary=None, processes=0):
         facts = _write_index(work, path, text, kind, dictionary, processes)
         facts |= {"fingerprint": origin, "files": checksums(work, flush=True)}
         write_json(f"{work}/index.json", facts)
-    except BaseException:                       # the disk may be full
+        if there:                               # never half of an index, whenever this is killed
+            os.rename(folder, f"{work}/old")
+        os.rename(work, folder)
+    finally:                                    # the disk may be full
         shutil.rmtree(work, ignore_errors=True)
-        raise
-    if there:                                   # never half of an index, whenever this is killed
-        os.rename(folder, f"{work}/old")
-    os.rename(work, folder)
     shutil.rmtree(f"{folder}/old", ignore_errors=True)
     return Index(folder)
 
@@ -806,16 +800,9 @@ def _invert(work, k, held, size=2_000_000):
 # === formats of captions ==========================================================================
 @contextmanager
 def open_captions(path):
-    """The captions as (stream, file): the stream unpacks gzip and bzip2, told by content.
-
-    Of a folder of photos, they are made here as JSON lines.
-    """
+    """The captions as (stream, file): the stream unpacks gzip and bzip2, told by content."""
     try:
-        if os.path.isdir(path):
-            file = io.BytesIO("".join(_folder_lines(path)).encode())
-            yield file, file
-            return
-        with open(path, "rb") as file:
+        with _folder_captions(path) if os.path.isdir(path) else open(path, "rb") as file:
             magic = file.read(3)
             if not magic:
                 raise ValueError(f"captions: {path} is empty; it needs lines of photo<TAB>caption")
@@ -828,17 +815,14 @@ def open_captions(path):
         raise ValueError(f"captions: cannot read {path}: {error.strerror or error}") from None
 
 
-def _folder_lines(folder):
-    """JSON lines of photo.txt beside each photo.jpg, or else of the names of the sub-folders."""
-    paths = {name: os.path.join(folder, os.path.splitext(name)[0] + ".txt")
-             for name in list_photos(folder)}
-    beside = any(map(os.path.isfile, paths.values()))
-    for name, path in paths.items():
-        text = "" if beside else os.path.dirname(name)
-        if os.path.isfile(path):
-            with open(path, encoding="utf-8-sig", errors="replace") as file:
-                text = file.read()
-        yield json.dumps({"file_name": name, "caption": text}) + "\n"
+def _folder_captions(folder):
+    """A folder of photos as JSON lines: photo.txt by each photo.jpg, or names of sub-folders."""
+    paths = {name: Path(folder, name).with_suffix(".txt") for name in list_photos(folder)}
+    texts = {name: path.read_text("utf-8-sig", "replace")
+             for name, path in paths.items() if path.is_file()}
+    rows = ({"file_name": name, "caption": texts.get(name, "") if texts else os.path.dirname(name)}
+            for name in paths)
+    return io.BytesIO("".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def recognise(path):
@@ -863,8 +847,7 @@ def recognise(path):
     found = re.split("[,;|]", line)
     if len(found) > 1 and text.count("\t") < text.count("\n") / 2:
         raise ValueError(f"captions: {path} has the columns {', '.join(found)[:200]}, and needs "
-                         f"one of {', '.join(NAME_KEYS)}, and some of {', '.join(TEXT_KEYS)}; or "
-                         "lines of photo<TAB>caption")
+                         f"one of {', '.join(NAME_KEYS)}, and some of {', '.join(TEXT_KEYS)}")
     return "tsv"
 
 
@@ -922,13 +905,13 @@ def _key(name):
 
 
 def _csv_header(line):
-    """(delimiter, column of the photo, columns of text) of a CSV header, or None."""
+    """(delimiter, column of the photo, columns of text, width) of a CSV header, or None."""
     for delimiter in (",", "\t", ";", "|"):
         names = list(map(_key, line.split(delimiter)))
         photo = next((names.index(key) for key in NAME_KEYS if key in names), None)
         texts = [i for i, name in enumerate(names) if name in TEXT_KEYS]
-        if len(names) > 1 and photo is not None and texts:
-            return delimiter, photo, texts
+        if photo is not None and texts:
+            return delimiter, photo, texts, len(names)
     return None
 
 
@@ -940,8 +923,7 @@ def _csv_pairs(stream, path):
         header = next(lines, "")
     if not _csv_header(header):
         raise ValueError(f"captions: the first line of {path} names no columns `image,caption`")
-    delimiter, photo, texts = _csv_header(header)
-    width = header.count(delimiter) + 1
+    delimiter, photo, texts, width = _csv_header(header)
     more = width if texts[-1] == width - 1 else None    # columns by commas that nobody quoted
     read = functools.partial(csv.reader, delimiter=delimiter, skipinitialspace=True)
     for line in lines:
@@ -963,8 +945,8 @@ def _coco_pairs(stream, path):
         rows = list(table if isinstance(table, list) else table.get("annotations", []))
         images = [] if isinstance(table, list) else list(table["images"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"captions: {path} is neither COCO captions with `images` and "
-                         "`annotations`, nor JSON with an object with `file_name` a line") from None
+        raise ValueError(f"captions: {path} is neither COCO with `images` and `annotations`, "
+                         "nor lines of JSON with `file_name`") from None
     images = [image for image in images if isinstance(image, dict)]
     names = {str(image["id"]): image for image in images if {"id", "file_name"} <= image.keys()}
     for row in rows:

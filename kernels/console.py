@@ -175,10 +175,9 @@ def whole_file(path, mode="wb", **how):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
+    finally:
+        with suppress(FileNotFoundError):       # it is there still where something went wrong
             os.remove(beside)
-        raise
     folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
     os.fsync(folder)                            # the new name itself reaches the disk
     os.close(folder)
@@ -224,9 +223,8 @@ def guarded(work):
         _fail(1, error)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        full = error.errno == errno.ENOSPC
-        _fail(1, f"{where}{error.strerror or error}"
-              + "; free some space, or choose another place" * full)
+        what = "; free some space, or choose another place" * (error.errno == errno.ENOSPC)
+        _fail(1, f"{where}{error.strerror or error}{what}")
     except Exception:                           # a mistake of this program
         if ranks.joined.size == 1:
             raise
