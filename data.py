@@ -60,6 +60,9 @@ NO_TEXT = (                     # what files hold at a place that are no caption
     (0, b"PAR1", "a Parquet table; save it as CSV, e.g. by pandas' read_parquet and to_csv"),
     (257, b"ustar", "an archive; unpack it"), (0, b"SQLite", "a database; save its table as CSV"))
 LARGEST = 256 << 20             # bytes of a plausible photo
+MOST_FILES = 2_000_000          # of a folder, known by nearly their names
+AHEAD = 2                       # batches of photos under way besides the one in use
+DIGESTS = 500_000               # photos whose contents are remembered
 MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")   # of this machine, bytes
 PICTURES = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 NAME_KEYS = ("file_name", "filename", "image", "image_name", "photo", "file", "path", "name",
@@ -90,7 +93,7 @@ class _Letters(dict):
         if category[0] in "PSZC" or category == "No":
             return " "
         script = unicodedata.name(c, "").partition(" ")[0]
-        if script in ("LATIN", "GREEK", "CYRILLIC") and c not in self.KEEP:
+        if script in ("LATIN", "GREEK", "CYRILLIC") and c not in self.KEEP:     # others' are vowels
             c = "".join(part for part in unicodedata.normalize("NFD", c)
                         if not unicodedata.combining(part))
         return c
@@ -102,10 +105,7 @@ _ASCII_GONE = bytes(code for code in range(128) if _LETTERS[code] is None)
 
 
 def words_of(caption):
-    """The words of one caption (paper, §3: text): lower-case, without accents, no digits alone.
-
-    Accents go from Latin, Greek and Cyrillic letters only: in other scripts marks are vowels.
-    """
+    """The words of one caption (paper, §3: text): lower-case, without accents, no digits alone."""
     text = caption.lower()
     if text.isascii():                          # many times faster than by characters
         text = text.encode().translate(_ASCII, _ASCII_GONE).decode()
@@ -126,8 +126,7 @@ def choose_words(counts, text):
     ranked = sorted(sorted(counts), key=counts.get, reverse=True)
     words = ranked[text.stop_words:text.stop_words + text.words]
     if not words:
-        raise ValueError(f"of {len(ranked)} words of training captions --stop-words "
-                         f"{text.stop_words} leaves none; lower --stop-words or --valid")
+        raise ValueError(f"none of {len(ranked)} words is left; lower --stop-words or --valid")
     return words
 
 
@@ -150,8 +149,7 @@ class Index:
 
     def name(self, photo):
         """The photo's name below the images folder."""
-        letters = _take(self._names, self._name_ends, photo).tobytes()
-        return letters.decode("utf-8", "surrogateescape")
+        return bytes(_take(self._names, self._name_ends, photo)).decode("utf-8", "surrogateescape")
 
     def words(self, photo):
         """The classes of a photo's words, ascending."""
@@ -249,9 +247,8 @@ class Draws:
         To the words of the whole batch, "sampled" adds `negatives`: one drawn uniformly from each
         of as many runs of classes. The chance is that of a class where one row does not carry it:
         another of the B rows does, with probability 1 - (1 - share)^(B-1), or its run gave it.
-        share (K,): see Index.share.
         """
-        words = pad_rows([self.targets[row] for row in self.rows])  # (N, T)
+        words = pad_rows([self.targets[row] for row in self.rows])  # (N, T); share: (K,)
         if targets == "all":
             return Labels(words, self.weights, share)
         k, count = len(share), min(negatives, len(share)) if targets == "sampled" else 0
@@ -305,8 +302,7 @@ class Gone(ValueError):
 def decode(path, size, square=True):
     """A photo as uint8 (size, size, 3), rescaled to a square (paper, §3), and its content's hash.
 
-    It becomes RGB and is turned as the camera was; ValueError says what is wrong. If not `square`,
-    it keeps its shape, and its longer side is of that size.
+    RGB, turned as the camera was; if not `square`, the longer side has that size. ValueError: why.
     """
     warnings.filterwarnings("ignore", module="PIL", append=True)    # in all threads at once
     try:
@@ -351,8 +347,7 @@ def refused(name):
 
 def is_picture(path):
     """True for the name of a picture file, by its ending."""
-    kinds = Image.registered_extensions()                           # {".jpg": "JPEG", …}
-    return kinds.get(os.path.splitext(path)[1].lower()) in PICTURES
+    return Image.registered_extensions().get(os.path.splitext(path)[1].lower()) in PICTURES
 
 
 def walk_files(folder):
@@ -374,10 +369,8 @@ class Folder:
     """Finds photos below a folder: under their names, or nearly, in whatever sub-folder they are.
 
     A name of the YFCC100M table, hash/id.jpg, may be id.jpg or, as that set is stored,
-    abc/def/abcdef….jpg; others are nearly the same but for case and ending, of MOST files.
+    abc/def/abcdef….jpg; others are nearly the same but for case and ending, of MOST_FILES.
     """
-
-    MOST = 2_000_000
 
     def __init__(self, folder):
         self.folder, self.real = folder, os.path.realpath(folder)
@@ -392,8 +385,8 @@ class Folder:
             code, ending = name[:HASH], os.path.splitext(name)[1]
             names += [name[HASH + 1:], f"{code[:3]}/{code[3:6]}/{code}{ending}"]
         paths = [os.path.join(self.folder, name) for name in names]
-        near = itertools.chain.from_iterable(map(self._find_near, names))       # if need be
-        return next(filter(os.path.exists, itertools.chain(paths, near)), paths[0])
+        found = itertools.chain(paths, self._find_near(names))      # which looks only if need be
+        return next(filter(os.path.exists, found), paths[0])
 
     def check(self, path):
         """The path; ValueError if links lead from it out of the folder."""
@@ -401,18 +394,18 @@ class Folder:
             raise ValueError("a link that leads out of the images folder")
         return path
 
-    def _find_near(self, name):
-        """Paths of files with that name but for the folder, for case and ending; the best first."""
+    def _find_near(self, names):
+        """Paths of files with a name but for the folder, for case and ending; the best first."""
         with self.lock:                         # one thread makes the map, the others wait
             if self.map is None:
                 self.map = defaultdict(list)    # {stem in lower case: paths}
-                for path in itertools.islice(walk_files(self.folder), self.MOST):
+                for path in itertools.islice(walk_files(self.folder), MOST_FILES):
                     self.map[_base(os.path.splitext(path)[0]).casefold()].append(path)
-        base, low = _base(name), _base(name).casefold()
-        return sorted({path for stem in (low, os.path.splitext(low)[0])
-                       for path in self.map.get(stem, ())
-                       if _base(path) == base or is_picture(path)},
-                      key=lambda path: (_base(path) != base, _base(path).casefold() != low, path))
+        for base in map(_base, names):
+            low = base.casefold()
+            near = [(_base(path) != base, _base(path).casefold() != low, path)
+                    for stem in {low, os.path.splitext(low)[0]} for path in self.map.get(stem, ())]
+            yield from (path for other, _, path in sorted(near) if not other or is_picture(path))
 
 
 def _base(path):
@@ -426,11 +419,8 @@ def drawn_sources(run):
 
 
 def check_photos(folder, index, most=2000):
-    """Say how many photos have other names or are not there; ValueError if none is.
-
-    Of many photos, the first are examined: their order is a random one.
-    """
-    find = Folder(folder).find
+    """Say how many of `most` photos have other names or are not there; ValueError if none is."""
+    find = Folder(folder).find                  # their order is a random one
     paths = {name: find(name) for name in map(index.name, range(min(len(index), most)))}
     other = [f"{name} is {path}" for name, path in paths.items()
              if path != os.path.join(folder, name)]
@@ -458,22 +448,17 @@ class Listed:
 class Loader(AbstractContextManager):
     """Decodes photos in threads, some batches ahead, and keeps some in a quarter of the memory.
 
-    folder: where the photos are; name(i): the name of photo i; photos: how many there are; share:
-    how many loaders this machine has; empty(shape) makes the memory of a batch. With 0 workers
-    photos are decoded here, for whole tracebacks. `skipped` maps a photo's name to what is wrong,
-    `digests` its number to the hash of its content.
+    name(i): the name of photo i of `photos`; share: how many loaders this machine has; empty(shape)
+    makes a batch's memory. With 0 workers photos are decoded here, for whole tracebacks. `skipped`
+    maps a photo's name to what is wrong, `digests` its number to the hash of its content.
     """
 
-    AHEAD = 2                                   # batches under way besides the one in use
-    DIGESTS = 500_000                           # photos whose contents are remembered
-
     def __init__(self, folder, name, photos, size, workers=0, share=1, empty=host_empty):
-        self.empty = empty
         self.folder, self.name, self.shape = Folder(folder), name, (size, size, 3)
         self.room = min(photos, MEMORY // 4 // share // (3 * size * size))
         self.workers, self.pool = workers, ThreadPoolExecutor(workers or 1)
         self.kept, self.broken, self.skipped, self.digests = {}, {}, {}, {}
-        self.waited = 0.0
+        self.waited, self.empty = 0.0, empty
 
     def close(self, *_):
         """End the threads."""
@@ -482,13 +467,10 @@ class Loader(AbstractContextManager):
     __exit__ = close
 
     def batches(self, plans):
-        """(plan, photos uint8 (N, S, S, 3)) for each plan, in order; rows of weight 0 are blank.
-
-        A plan has `photos`, and `retry(row)`, which gives another photo or None.
-        """
+        """(plan, uint8 (N, S, S, 3), blank where a weight is 0) of each plan: Listed or Draws."""
         plans, running = iter(plans), deque()
         while True:
-            for plan in itertools.islice(plans, self.AHEAD + 1 - len(running)):
+            for plan in itertools.islice(plans, AHEAD + 1 - len(running)):
                 pixels, fills = self.empty((len(plan.photos), *self.shape)), []
                 for row, photo in enumerate(plan.photos):
                     fill = functools.partial(self._fill, plan, row, pixels[row])
@@ -503,7 +485,7 @@ class Loader(AbstractContextManager):
                 self.skipped.update(broken)
                 if photo is not None and self.skipped:              # it may have come back
                     self.skipped.pop(self.name(photo), None)
-                if photo is not None and len(self.digests) < self.DIGESTS:
+                if photo is not None and len(self.digests) < DIGESTS:
                     self.digests[photo] = digest
             self.waited += time.monotonic() - started
             yield plan, pixels
@@ -519,10 +501,7 @@ class Loader(AbstractContextManager):
                 progress.tick(len(plan.photos))
 
     def _fill(self, plan, row, out):
-        """Write the row's photo, or another one in its place, into `out` (S, S, 3).
-
-        Returns the photo, its digest, and {name: what is wrong} of those that cannot be read.
-        """
+        """Write the row's photo or another into `out` (S, S, 3): it, its digest, {unread: why}."""
         photo, broken = plan.photos[row], {}
         while photo is not None:
             name = self.name(photo)
@@ -546,16 +525,12 @@ class Loader(AbstractContextManager):
 
 # === building the index ===========================================================================
 def build_index(path, folder, text, kind=None, dictionary=None, processes=0):
-    """The index of a captions file in `folder`, from its cache if nothing changed.
-
-    dictionary: the words, of a trained model; if None, they are chosen. Returns an Index.
-    """
+    """The Index of a captions file, kept in `folder`; dictionary: its words, or chosen if None."""
     kind = kind or recognise(path)
     if (index := cached_index(path, folder, text, kind, dictionary)) is not None:
         return index
     origin = fingerprint(path, kind, text, dictionary)
-    there = os.listdir(folder) if os.path.isdir(folder) else []
-    if not {*FILES, "index.json", "old"}.issuperset(there):
+    if os.path.isdir(folder) and not {*FILES, "index.json"}.issuperset(os.listdir(folder)):
         raise ValueError(f"{folder} holds other things than an index; move them away")
     work = folder + ".part"
     if os.path.isdir(work):
@@ -566,12 +541,10 @@ def build_index(path, folder, text, kind=None, dictionary=None, processes=0):
         facts = _write_index(work, path, text, kind, dictionary, processes)
         facts |= {"fingerprint": origin, "files": checksums(work, flush=True)}
         write_json(f"{work}/index.json", facts)
-        if there:                               # never half of an index, whenever this is killed
-            os.rename(folder, f"{work}/old")
+        shutil.rmtree(folder, ignore_errors=True)       # what is left of it if killed, is noticed
         os.rename(work, folder)
     finally:                                    # the disk may be full
         shutil.rmtree(work, ignore_errors=True)
-    shutil.rmtree(f"{folder}/old", ignore_errors=True)
     return Index(folder)
 
 
@@ -640,8 +613,6 @@ def _write_index(work, path, text, kind, dictionary, processes):
     write_json(f"{work}/words.json", dictionary)
     facts.update(_group(work, paths, dictionary, text, processes))
     _invert(work, len(dictionary), facts["held_out"])
-    for record in paths:
-        os.remove(record)
     return {**facts, "refused_names": away}
 
 
@@ -661,8 +632,7 @@ def _map(function, items, processes):
                     yield running.popleft().result()
             yield from (future.result() for future in running)
     except BrokenExecutor:
-        raise RuntimeError("an indexing process died, perhaps for lack of memory; "
-                           "try --workers 0") from None
+        raise RuntimeError("an indexing process died (of memory?); try --workers 0") from None
     finally:
         os.environ["PYTHONSAFEPATH"] = before
 
@@ -679,25 +649,23 @@ def _begin_process():
 
 
 def record_block(block, kind, text):
-    """Cut one block of captions into words.
+    """Facts of a block of captions, the names refused, the counts of training words, and records.
 
-    Returns facts, the names refused, the counts of its training words, and a record for each of
-    the 256 files: names, how many words each photo has, and the words. As their classes are not
-    known yet, words are hashes of 64 bits: two of 10^7 share one with a probability of 3·10⁻⁶.
+    A record for each of the 256 files: names, how many words each photo has, and the words. As
+    classes are not known yet, these are hashes of 64 bits; two of 10^7 are equal by 3·10⁻⁶.
     """
     pairs, bad = parse(block, kind)
     away = dict.fromkeys(name for name, _ in pairs if refused(name))
     photos, words = (defaultdict(itertools.count().__next__) for _ in range(2))     # numbers
-    owners, sizes, tokens = [], [], []
+    owners, tokens = [], []                     # of each word
     for name, caption in pairs:
         if name not in away:
             found = words_of(caption)
-            owners.append(photos[name])
-            sizes.append(len(found))
+            owners += itertools.repeat(photos[name], len(found))
             tokens += map(words.__getitem__, found)
     names = [name.encode("utf-8", "surrogateescape") for name in photos]
     hashes, codes = hash_all(names, 4), hash_all(map(str.encode, words), 8)
-    owners, tokens = np.repeat(np.array(owners, int), np.array(sizes, int)), np.array(tokens, int)
+    owners, tokens = np.array(owners, int), np.array(tokens, int)
     train = (hashes >= text.valid * 2**32)[owners]
     counts = np.bincount(tokens[train], minlength=len(words)).tolist()
     order = np.argsort(hashes >> 24, kind="stable")                 # photos by file
@@ -752,10 +720,10 @@ def _append(path, values, length):
 
 
 def group_records(path, codes, classes, valid):
-    """One file of records grouped by photo, held-out photos first, photos without words left out.
+    """Facts of a file of records, which goes, photos' names and words, and where each one's end.
 
-    codes (K,): the hashes of the dictionary's words, ascending; classes (K,): whose they are.
-    Returns facts, the letters of the names, the words, and where either ends for each photo.
+    Held-out photos come first, those without words are left out. codes (K,): the hashes of the
+    dictionary's words, ascending; classes (K,): whose they are.
     """
     photos, owners, sizes, hashes = defaultdict(itertools.count().__next__), [], [], []
     with open(path, "rb") as file:
@@ -764,6 +732,7 @@ def group_records(path, codes, classes, valid):
             owners += map(photos.__getitem__, names)
             sizes.append(some_sizes)
             hashes.append(some_hashes)
+    os.remove(path)
     names, hashes = list(photos), np.concatenate(hashes)
     held = hash_all(names, 4) < valid * 2**32
     order = np.argsort(~held, kind="stable")
@@ -809,10 +778,8 @@ def open_captions(path):
             file.seek(0)
             yield (gzip.open(file) if magic[:2] == b"\x1f\x8b" else
                    bz2.open(file) if magic == b"BZh" else file), file
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"captions: {path} is damaged ({error}); fetch it again") from None
-    except OSError as error:
-        raise ValueError(f"captions: cannot read {path}: {error.strerror or error}") from None
+    except (EOFError, zlib.error, OSError) as error:
+        raise ValueError(f"captions: {path} is damaged or not to be read ({error})") from None
 
 
 def _folder_captions(folder):
@@ -883,15 +850,10 @@ def _tsv_pair(line):
     return (stem if mark and number.isdigit() else name) if tab else "", caption
 
 
-def _json_pair(line):
-    try:
-        return _row_pair(json.loads(line))
-    except (ValueError, RecursionError):
-        return "", ""
-
-
-def _row_pair(row):
-    """Photo and text of a JSON object; all of TEXT_KEYS count."""
+def _json_pair(row):
+    """Photo and text of a JSON object, or of a line with one; all of TEXT_KEYS count."""
+    with suppress(ValueError, RecursionError):
+        row = json.loads(row) if isinstance(row, str) else row
     row = {_key(key): value for key, value in row.items()} if isinstance(row, dict) else {}
     name = next((row[key] for key in NAME_KEYS if key in row), None)
     texts = [row[key] for key in TEXT_KEYS if key in row]
@@ -924,7 +886,7 @@ def _csv_pairs(stream, path):
     if not _csv_header(header):
         raise ValueError(f"captions: the first line of {path} names no columns `image,caption`")
     delimiter, photo, texts, width = _csv_header(header)
-    more = width if texts[-1] == width - 1 else None    # columns by commas that nobody quoted
+    more = width if texts[-1] == width - 1 else sys.maxsize     # columns of commas nobody quoted
     read = functools.partial(csv.reader, delimiter=delimiter, skipinitialspace=True)
     for line in lines:
         part = [line]
@@ -945,25 +907,21 @@ def _coco_pairs(stream, path):
         rows = list(table if isinstance(table, list) else table.get("annotations", []))
         images = [] if isinstance(table, list) else list(table["images"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"captions: {path} is neither COCO with `images` and `annotations`, "
-                         "nor lines of JSON with `file_name`") from None
+        raise ValueError(f"captions: {path} is neither COCO nor lines with a file_name") from None
     images = [image for image in images if isinstance(image, dict)]
     names = {str(image["id"]): image for image in images if {"id", "file_name"} <= image.keys()}
     for row in rows:
         row = row if isinstance(row, dict) else {}                  # counted as a bad line
         if images:
             row = names.get(str(row.get("image_id")), {}) | {"caption": row.get("caption")}
-        yield _row_pair(row)
+        yield _json_pair(row)
     for image in images:
-        yield from (_row_pair({**image, "caption": sentence["raw"]})
+        yield from (_json_pair({**image, "caption": sentence["raw"]})
                     for sentence in image.get("sentences", ()))
 
 
 def _yfcc_pair(line):
-    """A line of the YFCC100M table: title, description and tags; None for a video.
-
-    Where the table has the photo's hash, its name is hash/id.jpg, for `Folder` to find either.
-    """
+    """hash/id.jpg, or id.jpg, and title, description and tags of a YFCC100M line; None: a video."""
     columns = line.split("\t")
     url = 0 if len(columns) < 23 else next(     # the place of the page's address tells the others
         (i for i in (13, 14, 15) if columns[i].startswith("http")), 0)

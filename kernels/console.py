@@ -102,10 +102,9 @@ class Screen:
 
 
 class Progress(AbstractContextManager):
-    """Counts work, and now and then shows how far it is, with the time left and its rate.
+    """Counts work, and shows how far it is, with the time left and its rate.
 
-    On a terminal the line is written over itself twice a second; elsewhere a line comes every ten
-    seconds.
+    A terminal's line is written over itself twice a second; elsewhere one comes every ten seconds.
     """
 
     def __init__(self, what, total, unit="photos", stream=None, done=0):
@@ -142,14 +141,11 @@ class Progress(AbstractContextManager):
                  f"{duration(self.left())} left", f"{self.rate():.3g}/s",
                  note() if callable(note) else note]
         text = ", ".join(filter(None, parts))
-        if not self.terminal:
-            self.screen.write(text + "\n")
-            return
-        with suppress(OSError):
+        with suppress(OSError):                 # no terminal
             width = os.get_terminal_size(self.screen.fileno()).columns or 80
             while len(text) >= width > 0:       # the least important is last
                 text = text.rpartition(", ")[0] or text[:width - 1]
-        self.screen.write(text, progress=True)
+        self.screen.write(text + "\n" * (not self.terminal), progress=self.terminal)
 
 
 def say_skipped(skipped, count, unit="photos"):
@@ -164,10 +160,7 @@ def say_skipped(skipped, count, unit="photos"):
 
 @contextmanager
 def whole_file(path, mode="wb", **how):
-    """A file to write that takes its name at the end of the block, or leaves nothing behind.
-
-    It is written beside `path`, flushed and renamed: whatever happens, `path` is whole.
-    """
+    """A file written beside `path` that takes its name, whole, at the end, or leaves nothing."""
     beside = f"{path}.part"
     try:
         with open(beside, mode, **how) as file:
@@ -215,12 +208,10 @@ def guarded(work):
         sys.exit(work())
     except KeyboardInterrupt as stop:
         _fail(130, str(stop) or "interrupted")
-    except ValueError as error:
-        _fail(2, error)
+    except (ValueError, RuntimeError) as error:
+        _fail(2 if isinstance(error, ValueError) else 1, error)
     except MemoryError:
         _fail(1, "there is not enough memory; lower --batch, --words or --limit")
-    except RuntimeError as error:
-        _fail(1, error)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         what = "; free some space, or choose another place" * (error.errno == errno.ENOSPC)
