@@ -539,8 +539,9 @@ def build_index(path, folder, text, kind=None, dictionary=None, processes=0):
     try:
         os.makedirs(work)
         facts = _write_index(work, path, text, kind, dictionary, processes)
-        facts |= {"fingerprint": origin, "files": checksums(work, flush=True)}
+        facts |= {"fingerprint": origin, "files": checksums(work)}
         write_json(f"{work}/index.json", facts)
+        os.sync()                               # all of it reaches the disk before its name
         shutil.rmtree(folder, ignore_errors=True)       # what is left of it if killed, is noticed
         os.rename(work, folder)
     finally:                                    # the disk may be full
@@ -563,16 +564,10 @@ def cached_index(path, folder, text, kind, dictionary=None):
     return None
 
 
-def checksums(folder, flush=False):
-    """{name: [size, CRC-32]} of an index's files, which reach the disk before if `flush`."""
-    found = {}
-    for name in FILES:
-        with open(f"{folder}/{name}", "rb") as file:
-            if flush:
-                os.fsync(file.fileno())
-            content = np.memmap(file, np.uint8, "r")
-            found[name] = [len(content), zlib.crc32(content)]
-    return found
+def checksums(folder):
+    """{name: [size, CRC-32]} of an index's files."""
+    contents = {name: np.memmap(f"{folder}/{name}", np.uint8, "r") for name in FILES}
+    return {name: [len(content), zlib.crc32(content)] for name, content in contents.items()}
 
 
 def fingerprint(path, kind, text, dictionary):
@@ -606,9 +601,8 @@ def _write_index(work, path, text, kind, dictionary, processes):
             for file, record in zip(files, records):
                 file.write(record)
     if not facts["words"]:
-        why = f"it names {away[0]!r}; name them by their paths below --images" if away else (
-            f"read as {kind}; --format may be one of {', '.join(FORMATS)}")
-        raise ValueError(f"captions: {path} has no word of a photo: {why}")
+        why = f"not {away[0]!r}; name them by their paths in --images" if away else "see --format"
+        raise ValueError(f"captions: {path}, read as {kind}, has no word of a photo: {why}")
     dictionary = dictionary or choose_words(counts, text)
     write_json(f"{work}/words.json", dictionary)
     facts.update(_group(work, paths, dictionary, text, processes))
@@ -720,7 +714,7 @@ def _append(path, values, length):
 
 
 def group_records(path, codes, classes, valid):
-    """Facts of a file of records, which goes, photos' names and words, and where each one's end.
+    """Facts of a file of records, which it removes, photos' names and words, and their ends.
 
     Held-out photos come first, those without words are left out. codes (K,): the hashes of the
     dictionary's words, ascending; classes (K,): whose they are.
@@ -930,9 +924,8 @@ def _yfcc_pair(line):
     if columns[-1].strip() == "1":
         return None
     first = int(url == 15 or (url == 14 and len(columns[1]) < HASH))        # a line number
-    name = f"{columns[first]}.{columns[-2] or 'jpg'}"
-    if len(columns[first + 1]) == HASH:
-        name = f"{columns[first + 1]}/{name}"
+    folder = f"{columns[first + 1]}/" * (len(columns[first + 1]) == HASH)
+    name = f"{folder}{columns[first]}.{columns[-2] or 'jpg'}"
     # + and %xx: quoted-printable is the same with =, and Python decodes that eight times as fast
     text = " ".join(columns[url - 7:url - 4]).replace("+", " ").replace("=", "=3D")
     text = binascii.a2b_qp(text.replace("%", "=").encode("utf-8", "surrogateescape"))

@@ -102,10 +102,7 @@ class Screen:
 
 
 class Progress(AbstractContextManager):
-    """Counts work, and shows how far it is, with the time left and its rate.
-
-    A terminal's line is written over itself twice a second; elsewhere one comes every ten seconds.
-    """
+    """Counts work, and shows how far it is: on a terminal twice a second, else every 10 seconds."""
 
     def __init__(self, what, total, unit="photos", stream=None, done=0):
         self.what, self.total, self.unit = what, total, unit
@@ -141,7 +138,7 @@ class Progress(AbstractContextManager):
                  f"{duration(self.left())} left", f"{self.rate():.3g}/s",
                  note() if callable(note) else note]
         text = ", ".join(filter(None, parts))
-        with suppress(OSError):                 # no terminal
+        with suppress(OSError, ValueError):     # no terminal
             width = os.get_terminal_size(self.screen.fileno()).columns or 80
             while len(text) >= width > 0:       # the least important is last
                 text = text.rpartition(", ")[0] or text[:width - 1]
