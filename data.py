@@ -306,13 +306,12 @@ def decode(path, size, square=True):
     """
     warnings.filterwarnings("ignore", module="PIL", append=True)    # in all threads at once
     try:
-        if os.path.exists(path) and not os.path.isfile(path):
+        length = os.path.getsize(path)
+        if not os.path.isfile(path):
             raise OSError("not a file")         # a pipe would keep us waiting
-        if os.path.getsize(path) > LARGEST:
-            raise OSError("too large for a photo")
+        if not 0 < length <= LARGEST:
+            raise OSError("too large for a photo" if length else "zero bytes")
         content = Path(path).read_bytes()
-        if not content:
-            raise OSError("zero bytes")
         image = Image.open(io.BytesIO(content), formats=PICTURES)
         image.draft("RGB", (size, size))        # JPEG: decode at a fraction of the size
         image = _to_rgb(ImageOps.exif_transpose(image))
@@ -366,10 +365,9 @@ def list_photos(folder):
 
 
 class Folder:
-    """Finds photos below a folder: under their names, or nearly, in whatever sub-folder they are.
+    """Finds photos below a folder: by their names or, but for case and ending, in sub-folders.
 
-    A name of the YFCC100M table, hash/id.jpg, may be id.jpg or, as that set is stored,
-    abc/def/abcdef….jpg; others are nearly the same but for case and ending, of MOST_FILES.
+    A YFCC100M name, hash/id.jpg, may be id.jpg or, as that set is stored, abc/def/abcdef….jpg.
     """
 
     def __init__(self, folder):
@@ -552,15 +550,14 @@ def build_index(path, folder, text, kind=None, dictionary=None, processes=0):
 def cached_index(path, folder, text, kind, dictionary=None):
     """The index in `folder` if it was built from this captions file with these options, or None."""
     origin = fingerprint(path, kind, text, dictionary)
-    if not os.path.isdir(folder):
-        return None
-    with suppress(Exception):                   # a damaged file raises anything
-        index = Index(folder)
-        if index.facts["fingerprint"] != origin:
-            return None
-        if index.facts["files"] == checksums(folder):
-            return index
-    print(f"the index in {folder} is damaged: making it again", file=sys.stderr, flush=True)
+    if os.path.isdir(folder):
+        with suppress(Exception):               # a damaged file raises anything
+            index = Index(folder)
+            if index.facts["fingerprint"] != origin:
+                return None
+            if index.facts["files"] == checksums(folder):
+                return index
+        print(f"the index in {folder} is damaged: making it again", file=sys.stderr, flush=True)
     return None
 
 
@@ -668,9 +665,8 @@ def record_block(block, kind, text):
     places = np.append(0, np.cumsum(sizes))[ends]
     records = [pickle.dumps((names[a:b], sizes[a:b], codes[distinct[c:d]]))
                for (a, b), (c, d) in zip(*map(itertools.pairwise, (ends, places)))]
-    emoji = sum(not text.isascii() and bool(EMOJI.search(text)) for _, text in pairs)
-    facts = {"captions": len(pairs), "bad_lines": bad, "refused": len(away), "emoji": emoji,
-             "words": len(tokens)}
+    facts = {"captions": len(pairs), "bad_lines": bad, "refused": len(away), "words": len(tokens),
+             "emoji": sum(not text.isascii() and bool(EMOJI.search(text)) for _, text in pairs)}
     return facts, list(away), {word: n for word, n in zip(words, counts) if n}, records
 
 
@@ -906,9 +902,8 @@ def _coco_pairs(stream, path):
     names = {str(image["id"]): image for image in images if {"id", "file_name"} <= image.keys()}
     for row in rows:
         row = row if isinstance(row, dict) else {}                  # counted as a bad line
-        if images:
-            row = names.get(str(row.get("image_id")), {}) | {"caption": row.get("caption")}
-        yield _json_pair(row)
+        image = names.get(str(row.get("image_id")), {}) | {"caption": row.get("caption")}
+        yield _json_pair(image if images else row)
     for image in images:
         yield from (_json_pair({**image, "caption": sentence["raw"]})
                     for sentence in image.get("sentences", ()))

@@ -67,10 +67,8 @@ def number(kind, low=-math.inf, high=math.inf, above=-math.inf, below=math.inf):
 
 def duration(seconds):
     """Seconds as a person says them."""
-    seconds = int(seconds)
-    if seconds < 120:
-        return f"{seconds} s"
-    return f"{seconds // 60} min" if seconds < 7200 else f"{seconds // 3600} h"
+    size, unit = (1, "s") if seconds < 120 else (60, "min") if seconds < 7200 else (3600, "h")
+    return f"{int(seconds) // size} {unit}"
 
 
 class Screen:
@@ -180,9 +178,8 @@ def without_nan(value):
 
 def write_json(path, thing):
     """A thing as a JSON file, or on standard output where path is "-"."""
-    text = json.dumps(without_nan(thing), indent=1) + "\n"
     with nullcontext(sys.stdout) if path == "-" else whole_file(path, "w") as file:
-        file.write(text)
+        file.write(json.dumps(without_nan(thing), indent=1) + "\n")
 
 
 # ------------------------------------------------------------------------------- the way out
@@ -214,8 +211,6 @@ def guarded(work):
         what = "; free some space, or choose another place" * (error.errno == errno.ENOSPC)
         _fail(1, f"{where}{error.strerror or error}{what}")
     except Exception:                           # a mistake of this program
-        if ranks.joined.size == 1:
-            raise
         _fail(1, traceback.format_exc())        # the other ranks must not wait for this one
 
 
