@@ -29,6 +29,7 @@ import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -59,6 +60,9 @@ NO_TEXT = (                     # what files hold at a place that are no caption
     (0, b"PAR1", "a Parquet table; save it as CSV, e.g. by pandas' read_parquet and to_csv"),
     (257, b"ustar", "an archive; unpack it"), (0, b"SQLite", "a database; save its table as CSV"))
 LARGEST = 256 << 20             # bytes of a plausible photo
+MOST_FILES = 2_000_000          # of a folder, known by nearly their names
+AHEAD = 2                       # batches of photos under way besides the one in use
+DIGESTS = 500_000               # photos whose contents are remembered
 MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")   # of this machine, bytes
 PICTURES = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 NAME_KEYS = ("file_name", "filename", "image", "image_name", "photo", "file", "path", "name",
@@ -89,7 +93,7 @@ class _Letters(dict):
         if category[0] in "PSZC" or category == "No":
             return " "
         script = unicodedata.name(c, "").partition(" ")[0]
-        if script in ("LATIN", "GREEK", "CYRILLIC") and c not in self.KEEP:
+        if script in ("LATIN", "GREEK", "CYRILLIC") and c not in self.KEEP:     # others' are vowels
             c = "".join(part for part in unicodedata.normalize("NFD", c)
                         if not unicodedata.combining(part))
         return c
@@ -101,10 +105,7 @@ _ASCII_GONE = bytes(code for code in range(128) if _LETTERS[code] is None)
 
 
 def words_of(caption):
-    """The words of one caption (paper, §3: text): lower-case, without accents, no digits alone.
-
-    Accents go from Latin, Greek and Cyrillic letters only: in other scripts marks are vowels.
-    """
+    """The words of one caption (paper, §3: text): lower-case, without accents, no digits alone."""
     text = caption.lower()
     if text.isascii():                          # many times faster than by characters
         text = text.encode().translate(_ASCII, _ASCII_GONE).decode()
@@ -123,12 +124,9 @@ class Text(NamedTuple):
 def choose_words(counts, text):
     """The K most frequent words after the stop words: a word's place in the list is its class."""
     ranked = sorted(sorted(counts), key=counts.get, reverse=True)
-    if not ranked:
-        raise ValueError(f"all photos are held out (--valid {text.valid:g}); lower --valid")
     words = ranked[text.stop_words:text.stop_words + text.words]
     if not words:
-        raise ValueError(f"the training captions have {len(ranked)} different words and "
-                         f"--stop-words {text.stop_words} leaves none; lower --stop-words")
+        raise ValueError(f"none of {len(ranked)} words is left; lower --stop-words or --valid")
     return words
 
 
@@ -138,10 +136,8 @@ class Index:
 
     def __init__(self, folder):
         self.folder = folder
-        with open(f"{folder}/index.json") as file:
-            self.facts = json.load(file)
-        with open(f"{folder}/words.json") as file:
-            self.dictionary = json.load(file)
+        self.facts, self.dictionary = (
+            json.loads(Path(folder, name).read_bytes()) for name in ("index.json", "words.json"))
         self.held_out = self.facts["held_out"]
         for name in COLUMNS:
             setattr(self, "_" + name, np.load(f"{folder}/{name}.npy", mmap_mode="r"))
@@ -153,8 +149,7 @@ class Index:
 
     def name(self, photo):
         """The photo's name below the images folder."""
-        letters = _take(self._names, self._name_ends, photo).tobytes()
-        return letters.decode("utf-8", "surrogateescape")
+        return bytes(_take(self._names, self._name_ends, photo)).decode("utf-8", "surrogateescape")
 
     def words(self, photo):
         """The classes of a photo's words, ascending."""
@@ -252,9 +247,8 @@ class Draws:
         To the words of the whole batch, "sampled" adds `negatives`: one drawn uniformly from each
         of as many runs of classes. The chance is that of a class where one row does not carry it:
         another of the B rows does, with probability 1 - (1 - share)^(B-1), or its run gave it.
-        share (K,): see Index.share.
         """
-        words = pad_rows([self.targets[row] for row in self.rows])  # (N, T)
+        words = pad_rows([self.targets[row] for row in self.rows])  # (N, T); share: (K,)
         if targets == "all":
             return Labels(words, self.weights, share)
         k, count = len(share), min(negatives, len(share)) if targets == "sampled" else 0
@@ -308,19 +302,16 @@ class Gone(ValueError):
 def decode(path, size, square=True):
     """A photo as uint8 (size, size, 3), rescaled to a square (paper, §3), and its content's hash.
 
-    Any mode becomes RGB, the camera's orientation is applied. ValueError says what is wrong. If
-    not `square`, the photo keeps its shape, and its longer side is of that size.
+    RGB, turned as the camera was; if not `square`, the longer side has that size. ValueError: why.
     """
     warnings.filterwarnings("ignore", module="PIL", append=True)    # in all threads at once
     try:
-        if os.path.exists(path) and not os.path.isfile(path):
+        length = os.path.getsize(path)
+        if not os.path.isfile(path):
             raise OSError("not a file")         # a pipe would keep us waiting
-        with open(path, "rb") as file:
-            if os.fstat(file.fileno()).st_size > LARGEST:
-                raise OSError("too large for a photo")
-            content = file.read()
-        if not content:
-            raise OSError("zero bytes")
+        if not 0 < length <= LARGEST:
+            raise OSError("too large for a photo" if length else "zero bytes")
+        content = Path(path).read_bytes()
         image = Image.open(io.BytesIO(content), formats=PICTURES)
         image.draft("RGB", (size, size))        # JPEG: decode at a fraction of the size
         image = _to_rgb(ImageOps.exif_transpose(image))
@@ -355,8 +346,7 @@ def refused(name):
 
 def is_picture(path):
     """True for the name of a picture file, by its ending."""
-    kinds = Image.registered_extensions()                           # {".jpg": "JPEG", …}
-    return kinds.get(os.path.splitext(path)[1].lower()) in PICTURES
+    return Image.registered_extensions().get(os.path.splitext(path)[1].lower()) in PICTURES
 
 
 def walk_files(folder):
@@ -375,14 +365,10 @@ def list_photos(folder):
 
 
 class Folder:
-    """Finds photos below a folder: under their names, or nearly, in whatever sub-folder they are.
+    """Finds photos below a folder: by their names or, but for case and ending, in sub-folders.
 
-    A name of the YFCC100M table, hash/id.jpg, is also looked for as id.jpg and, as that set is
-    stored, as abc/def/abcdef….jpg by its hash; all others in a map of the first MOST files, with
-    letters of either case, and at last with another ending or none.
+    A YFCC100M name, hash/id.jpg, may be id.jpg or, as that set is stored, abc/def/abcdef….jpg.
     """
-
-    MOST = 2_000_000
 
     def __init__(self, folder):
         self.folder, self.real = folder, os.path.realpath(folder)
@@ -397,8 +383,8 @@ class Folder:
             code, ending = name[:HASH], os.path.splitext(name)[1]
             names += [name[HASH + 1:], f"{code[:3]}/{code[3:6]}/{code}{ending}"]
         paths = [os.path.join(self.folder, name) for name in names]
-        near = itertools.chain.from_iterable(map(self._find_near, names))       # if need be
-        return next(filter(os.path.exists, itertools.chain(paths, near)), paths[0])
+        found = itertools.chain(paths, self._find_near(names))      # which looks only if need be
+        return next(filter(os.path.exists, found), paths[0])
 
     def check(self, path):
         """The path; ValueError if links lead from it out of the folder."""
@@ -406,18 +392,18 @@ class Folder:
             raise ValueError("a link that leads out of the images folder")
         return path
 
-    def _find_near(self, name):
-        """Paths of files with that name but for the folder, for case and ending; the best first."""
+    def _find_near(self, names):
+        """Paths of files with a name but for the folder, for case and ending; the best first."""
         with self.lock:                         # one thread makes the map, the others wait
             if self.map is None:
                 self.map = defaultdict(list)    # {stem in lower case: paths}
-                for path in itertools.islice(walk_files(self.folder), self.MOST):
+                for path in itertools.islice(walk_files(self.folder), MOST_FILES):
                     self.map[_base(os.path.splitext(path)[0]).casefold()].append(path)
-        base, low = _base(name), _base(name).casefold()
-        return sorted({path for stem in (low, os.path.splitext(low)[0])
-                       for path in self.map.get(stem, ())
-                       if _base(path) == base or is_picture(path)},
-                      key=lambda path: (_base(path) != base, _base(path).casefold() != low, path))
+        for base in map(_base, names):
+            low = base.casefold()
+            near = [(_base(path) != base, _base(path).casefold() != low, path)
+                    for stem in {low, os.path.splitext(low)[0]} for path in self.map.get(stem, ())]
+            yield from (path for other, _, path in sorted(near) if not other or is_picture(path))
 
 
 def _base(path):
@@ -431,24 +417,19 @@ def drawn_sources(run):
 
 
 def check_photos(folder, index, most=2000):
-    """Say how many photos have other names or are not there; ValueError if none is.
-
-    Of many photos, the first are examined: their order is a random one.
-    """
-    find = Folder(folder).find
+    """Say how many of `most` photos have other names or are not there; ValueError if none is."""
+    find = Folder(folder).find                  # their order is a random one
     paths = {name: find(name) for name in map(index.name, range(min(len(index), most)))}
-    other = {name: path for name, path in paths.items() if path != os.path.join(folder, name)}
+    other = [f"{name} is {path}" for name, path in paths.items()
+             if path != os.path.join(folder, name)]
     gone = [name for name, path in paths.items() if not os.path.exists(path)]
     if len(gone) == len(paths) and not any(
             os.path.exists(find(index.name(i))) for i in range(most, len(index))):
-        raise ValueError(f"none of the photos that the captions name is in {folder}: they name "
-                         f"{gone[0]!r}, and it has {next(walk_files(folder), 'nothing')!r}; "
-                         "check --images")
-    for name, path in itertools.islice(other.items(), 1):
-        print(f"photos: {len(other):,} of {len(paths):,} have another name or place, e.g. {name} "
-              f"is {path}")
-    if gone:
-        print(f"photos: {len(gone):,} of {len(paths):,} are not there, e.g. {gone[0]}")
+        raise ValueError(f"none of the captions' photos, as {gone[0]!r}, is in {folder}, which has "
+                         f"{next(walk_files(folder), 'nothing')!r}; check --images")
+    for some, what in (other, "have another name or place"), (gone, "are not there"):
+        if some:
+            print(f"photos: {len(some):,} of {len(paths):,} {what}, e.g. {some[0]}")
 
 
 class Listed:
@@ -465,22 +446,17 @@ class Listed:
 class Loader(AbstractContextManager):
     """Decodes photos in threads, some batches ahead, and keeps some in a quarter of the memory.
 
-    folder: where the photos are; name(i): the name of photo i; photos: how many there are; share:
-    how many loaders this machine has; empty(shape) makes the memory of a batch. With 0 workers
-    photos are decoded here, for whole tracebacks. `skipped` maps a photo's name to what is wrong,
-    `digests` its number to the hash of its content.
+    name(i): the name of photo i of `photos`; share: how many loaders this machine has; empty(shape)
+    makes a batch's memory. With 0 workers photos are decoded here, for whole tracebacks. `skipped`
+    maps a photo's name to what is wrong, `digests` its number to the hash of its content.
     """
 
-    AHEAD = 2                                   # batches under way besides the one in use
-    DIGESTS = 500_000                           # photos whose contents are remembered
-
     def __init__(self, folder, name, photos, size, workers=0, share=1, empty=host_empty):
-        self.empty = empty
         self.folder, self.name, self.shape = Folder(folder), name, (size, size, 3)
         self.room = min(photos, MEMORY // 4 // share // (3 * size * size))
         self.workers, self.pool = workers, ThreadPoolExecutor(workers or 1)
         self.kept, self.broken, self.skipped, self.digests = {}, {}, {}, {}
-        self.waited = 0.0
+        self.waited, self.empty = 0.0, empty
 
     def close(self, *_):
         """End the threads."""
@@ -489,13 +465,10 @@ class Loader(AbstractContextManager):
     __exit__ = close
 
     def batches(self, plans):
-        """(plan, photos uint8 (N, S, S, 3)) for each plan, in order; rows of weight 0 are blank.
-
-        A plan has `photos`, and `retry(row)`, which gives another photo or None.
-        """
+        """(plan, uint8 (N, S, S, 3), blank where a weight is 0) of each plan: Listed or Draws."""
         plans, running = iter(plans), deque()
         while True:
-            for plan in itertools.islice(plans, self.AHEAD + 1 - len(running)):
+            for plan in itertools.islice(plans, AHEAD + 1 - len(running)):
                 pixels, fills = self.empty((len(plan.photos), *self.shape)), []
                 for row, photo in enumerate(plan.photos):
                     fill = functools.partial(self._fill, plan, row, pixels[row])
@@ -510,7 +483,7 @@ class Loader(AbstractContextManager):
                 self.skipped.update(broken)
                 if photo is not None and self.skipped:              # it may have come back
                     self.skipped.pop(self.name(photo), None)
-                if photo is not None and len(self.digests) < self.DIGESTS:
+                if photo is not None and len(self.digests) < DIGESTS:
                     self.digests[photo] = digest
             self.waited += time.monotonic() - started
             yield plan, pixels
@@ -526,10 +499,7 @@ class Loader(AbstractContextManager):
                 progress.tick(len(plan.photos))
 
     def _fill(self, plan, row, out):
-        """Write the row's photo, or another one in its place, into `out` (S, S, 3).
-
-        Returns the photo, its digest, and {name: what is wrong} of those that cannot be read.
-        """
+        """Write the row's photo or another into `out` (S, S, 3): it, its digest, {unread: why}."""
         photo, broken = plan.photos[row], {}
         while photo is not None:
             name = self.name(photo)
@@ -553,16 +523,12 @@ class Loader(AbstractContextManager):
 
 # === building the index ===========================================================================
 def build_index(path, folder, text, kind=None, dictionary=None, processes=0):
-    """The index of a captions file in `folder`, from its cache if nothing changed.
-
-    dictionary: the words, of a trained model; if None, they are chosen. Returns an Index.
-    """
+    """The Index of a captions file, kept in `folder`; dictionary: its words, or chosen if None."""
     kind = kind or recognise(path)
     if (index := cached_index(path, folder, text, kind, dictionary)) is not None:
         return index
     origin = fingerprint(path, kind, text, dictionary)
-    there = os.listdir(folder) if os.path.isdir(folder) else []
-    if not {*FILES, "index.json", "old"}.issuperset(there):
+    if os.path.isdir(folder) and not {*FILES, "index.json"}.issuperset(os.listdir(folder)):
         raise ValueError(f"{folder} holds other things than an index; move them away")
     work = folder + ".part"
     if os.path.isdir(work):
@@ -571,43 +537,34 @@ def build_index(path, folder, text, kind=None, dictionary=None, processes=0):
     try:
         os.makedirs(work)
         facts = _write_index(work, path, text, kind, dictionary, processes)
-        facts |= {"fingerprint": origin, "files": checksums(work, flush=True)}
+        facts |= {"fingerprint": origin, "files": checksums(work)}
         write_json(f"{work}/index.json", facts)
-    except BaseException:                       # the disk may be full
+        os.sync()                               # all of it reaches the disk before its name
+        shutil.rmtree(folder, ignore_errors=True)       # what is left of it if killed, is noticed
+        os.rename(work, folder)
+    finally:                                    # the disk may be full
         shutil.rmtree(work, ignore_errors=True)
-        raise
-    if there:                                   # never half of an index, whenever this is killed
-        os.rename(folder, f"{work}/old")
-    os.rename(work, folder)
-    shutil.rmtree(f"{folder}/old", ignore_errors=True)
     return Index(folder)
 
 
 def cached_index(path, folder, text, kind, dictionary=None):
     """The index in `folder` if it was built from this captions file with these options, or None."""
     origin = fingerprint(path, kind, text, dictionary)
-    if not os.path.isdir(folder):
-        return None
-    with suppress(Exception):                   # a damaged file raises anything
-        index = Index(folder)
-        if index.facts["fingerprint"] != origin:
-            return None
-        if index.facts["files"] == checksums(folder):
-            return index
-    print(f"the index in {folder} is damaged: making it again", file=sys.stderr, flush=True)
+    if os.path.isdir(folder):
+        with suppress(Exception):               # a damaged file raises anything
+            index = Index(folder)
+            if index.facts["fingerprint"] != origin:
+                return None
+            if index.facts["files"] == checksums(folder):
+                return index
+        print(f"the index in {folder} is damaged: making it again", file=sys.stderr, flush=True)
     return None
 
 
-def checksums(folder, flush=False):
-    """{name: [size, CRC-32]} of an index's files, which reach the disk before if `flush`."""
-    found = {}
-    for name in FILES:
-        with open(f"{folder}/{name}", "rb") as file:
-            if flush:
-                os.fsync(file.fileno())
-            content = np.memmap(file, np.uint8, "r")
-            found[name] = [len(content), zlib.crc32(content)]
-    return found
+def checksums(folder):
+    """{name: [size, CRC-32]} of an index's files."""
+    contents = {name: np.memmap(f"{folder}/{name}", np.uint8, "r") for name in FILES}
+    return {name: [len(content), zlib.crc32(content)] for name, content in contents.items()}
 
 
 def fingerprint(path, kind, text, dictionary):
@@ -625,35 +582,29 @@ def fingerprint(path, kind, text, dictionary):
 
 def _write_index(work, path, text, kind, dictionary, processes):
     """Write records of all words, choose the dictionary, group the records; returns facts."""
-    counts, facts = Counter(), dict.fromkeys(("captions", "bad_lines", "refused", "emoji", "words"),
-                                             0) | {"refused_names": []}
+    counts, facts, away = Counter(), Counter(), []
     size, paths = os.path.getsize(path), [f"{work}/{i:03}.records" for i in range(BUCKETS)]
     processes = 0 if size < SMALL_FILE else processes
     function = functools.partial(record_block, kind=kind, text=text)
     with ExitStack() as stack, Progress("reading captions", size >> 20, "MB") as progress:
         files = [stack.enter_context(open(record, "wb")) for record in paths]
-        for some, found, records in _map(function, blocks(path, kind, progress), processes):
+        for some, names, found, records in _map(function, blocks(path, kind, progress), processes):
+            facts.update(some)
+            away = (away + names)[:100]
             counts.update(found)
             if len(counts) > MOST_COUNTED:      # drop the rarest, so that memory is bounded
                 most = sorted(counts.values())[-MOST_COUNTED // 2 - 1]
                 counts = Counter({word: n for word, n in counts.items() if n > most})
-            facts = {key: value + some[key] for key, value in facts.items()}
-            facts["refused_names"] = facts["refused_names"][:100]
             for file, record in zip(files, records):
                 file.write(record)
-    for name in facts["refused_names"][:1] if not facts["words"] else ():
-        raise ValueError(f"captions: {path} names photos by paths that are absolute or lead out of "
-                         f"--images, e.g. {name!r}; name them by their paths below it")
     if not facts["words"]:
-        raise ValueError(f"captions: {path} has no word of a photo, read as {kind}; --format may be "
-                         f"one of {', '.join(FORMATS)}")
+        why = f"not {away[0]!r}; name them by their paths in --images" if away else "see --format"
+        raise ValueError(f"captions: {path}, read as {kind}, has no word of a photo: {why}")
     dictionary = dictionary or choose_words(counts, text)
     write_json(f"{work}/words.json", dictionary)
-    facts |= _group(work, paths, dictionary, text, processes)
+    facts.update(_group(work, paths, dictionary, text, processes))
     _invert(work, len(dictionary), facts["held_out"])
-    for record in paths:
-        os.remove(record)
-    return facts
+    return {**facts, "refused_names": away}
 
 
 def _map(function, items, processes):
@@ -672,8 +623,7 @@ def _map(function, items, processes):
                     yield running.popleft().result()
             yield from (future.result() for future in running)
     except BrokenExecutor:
-        raise RuntimeError("an indexing process died, perhaps for lack of memory; "
-                           "try --workers 0") from None
+        raise RuntimeError("an indexing process died (of memory?); try --workers 0") from None
     finally:
         os.environ["PYTHONSAFEPATH"] = before
 
@@ -690,39 +640,41 @@ def _begin_process():
 
 
 def record_block(block, kind, text):
-    """Cut one block of captions into words.
+    """Facts of a block of captions, the names refused, the counts of training words, and records.
 
-    Returns facts, the counts of its training words, and a record for each of the 256 files: names,
-    how many words each photo has, and the words. As their classes are not known yet, words are
-    hashes of 64 bits; two of 10^7 words share one with a probability of 3·10⁻⁶.
+    A record for each of the 256 files: names, how many words each photo has, and the words. As
+    classes are not known yet, these are hashes of 64 bits; two of 10^7 are equal by 3·10⁻⁶.
     """
     pairs, bad = parse(block, kind)
     away = dict.fromkeys(name for name, _ in pairs if refused(name))
     photos, words = (defaultdict(itertools.count().__next__) for _ in range(2))     # numbers
-    owners, sizes, tokens = [], [], []
+    owners, tokens = [], []                     # of each word
     for name, caption in pairs:
         if name not in away:
             found = words_of(caption)
-            owners.append(photos[name])
-            sizes.append(len(found))
+            owners += itertools.repeat(photos[name], len(found))
             tokens += map(words.__getitem__, found)
     names = [name.encode("utf-8", "surrogateescape") for name in photos]
     hashes, codes = hash_all(names, 4), hash_all(map(str.encode, words), 8)
-    owners, tokens = np.repeat(np.array(owners, int), np.array(sizes, int)), np.array(tokens, int)
+    owners, tokens = np.array(owners, int), np.array(tokens, int)
     train = (hashes >= text.valid * 2**32)[owners]
     counts = np.bincount(tokens[train], minlength=len(words)).tolist()
     order = np.argsort(hashes >> 24, kind="stable")                 # photos by file
-    rank = np.argsort(order)                    # where each photo stands in that order
-    labels = np.sort(rank[owners] * len(words) + tokens)            # np.unique is much slower
-    photo, word = np.divmod(labels[np.diff(labels, prepend=-1) > 0], len(words))
-    names, sizes = [names[i] for i in order], np.bincount(photo, minlength=len(names))
+    names, sizes, distinct = _distinct(names, owners, tokens, len(words), order)
     ends = np.searchsorted(hashes[order] >> 24, np.arange(BUCKETS + 1))
-    records = [pickle.dumps((names[a:b], sizes[a:b], codes[word[c:d]])) for (a, b), (c, d) in zip(
-        itertools.pairwise(ends), itertools.pairwise(np.searchsorted(photo, ends)))]
-    emoji = sum(not text.isascii() and bool(EMOJI.search(text)) for _, text in pairs)
-    facts = {"captions": len(pairs), "bad_lines": bad, "refused": len(away), "emoji": emoji,
-             "words": len(tokens), "refused_names": list(away)}
-    return facts, {word: n for word, n in zip(words, counts) if n}, records
+    places = np.append(0, np.cumsum(sizes))[ends]
+    records = [pickle.dumps((names[a:b], sizes[a:b], codes[distinct[c:d]]))
+               for (a, b), (c, d) in zip(*map(itertools.pairwise, (ends, places)))]
+    facts = {"captions": len(pairs), "bad_lines": bad, "refused": len(away), "words": len(tokens),
+             "emoji": sum(not text.isascii() and bool(EMOJI.search(text)) for _, text in pairs)}
+    return facts, list(away), {word: n for word, n in zip(words, counts) if n}, records
+
+
+def _distinct(names, owners, words, k, order):
+    """Names in that order, how many of k words each has, and the words; owners: whose they are."""
+    labels = np.sort(np.argsort(order)[owners] * k + words)         # np.unique is much slower
+    photos, words = np.divmod(labels[np.diff(labels, prepend=-1) > 0], k)
+    return [names[i] for i in order], np.bincount(photos, minlength=len(names)), words
 
 
 def hash_all(texts, size):
@@ -737,12 +689,12 @@ def _group(work, records, dictionary, text, processes):
     classes = np.argsort(codes)
     call = functools.partial(group_records, codes=codes[classes], classes=classes, valid=text.valid)
     paths = [f"{work}/{name}.npy" for name in ("names", "words", "name_ends", "word_ends")]
-    facts, lengths = {"held_out": 0, "without_words": 0}, [0, 0, 0, 0]
+    facts, lengths = Counter(), [0, 0, 0, 0]
     with Progress("grouping captions", BUCKETS, "parts") as progress:
         for some, names, words, name_ends, word_ends in _map(call, records, processes):
             columns = names, words, name_ends + lengths[0], word_ends + lengths[1]
             lengths = list(map(_append, paths, columns, lengths))
-            facts = {key: value + some[key] for key, value in facts.items()}
+            facts.update(some)
             progress.tick()
     return facts
 
@@ -758,10 +710,10 @@ def _append(path, values, length):
 
 
 def group_records(path, codes, classes, valid):
-    """One file of records grouped by photo, held-out photos first, photos without words left out.
+    """Facts of a file of records, which it removes, photos' names and words, and their ends.
 
-    codes (K,): the hashes of the dictionary's words, ascending; classes (K,): whose they are.
-    Returns facts, the letters of the names, the words, and where either ends for each photo.
+    Held-out photos come first, those without words are left out. codes (K,): the hashes of the
+    dictionary's words, ascending; classes (K,): whose they are.
     """
     photos, owners, sizes, hashes = defaultdict(itertools.count().__next__), [], [], []
     with open(path, "rb") as file:
@@ -770,19 +722,17 @@ def group_records(path, codes, classes, valid):
             owners += map(photos.__getitem__, names)
             sizes.append(some_sizes)
             hashes.append(some_hashes)
+    os.remove(path)
     names, hashes = list(photos), np.concatenate(hashes)
     held = hash_all(names, 4) < valid * 2**32
     order = np.argsort(~held, kind="stable")
-    rank = np.argsort(order)                    # where each photo stands in that order
     place = np.minimum(np.searchsorted(codes, hashes), len(codes) - 1)
     known = codes[place] == hashes
-    photo = np.repeat(rank[np.array(owners, int)], np.concatenate(sizes))[known]
-    labels = np.sort(photo * len(codes) + classes[place[known]])
-    photo, words = np.divmod(labels[np.diff(labels, prepend=-1) > 0], len(codes))
-    sizes = np.bincount(photo, minlength=len(names))
+    owners = np.repeat(np.array(owners, int), np.concatenate(sizes))[known]
+    names, sizes, words = _distinct(names, owners, classes[place[known]], len(codes), order)
     used = np.flatnonzero(sizes)
     facts = {"held_out": int(held[order[used]].sum()), "without_words": len(names) - len(used)}
-    names = [names[i] for i in order[used]]
+    names = [names[i] for i in used]
     return (facts, np.frombuffer(b"".join(names), np.uint8), words.astype(np.int32),
             np.cumsum([len(name) for name in names], dtype=np.int64), np.cumsum(sizes[used]))
 
@@ -809,41 +759,27 @@ def _invert(work, k, held, size=2_000_000):
 # === formats of captions ==========================================================================
 @contextmanager
 def open_captions(path):
-    """The captions as (stream, file): the stream unpacks gzip and bzip2, told by content.
-
-    Of a folder of photos, they are made here as JSON lines.
-    """
+    """The captions as (stream, file): the stream unpacks gzip and bzip2, told by content."""
     try:
-        if os.path.isdir(path):
-            file = io.BytesIO("".join(_folder_lines(path)).encode())
-            yield file, file
-            return
-        with open(path, "rb") as file:
+        with _folder_captions(path) if os.path.isdir(path) else open(path, "rb") as file:
             magic = file.read(3)
             if not magic:
                 raise ValueError(f"captions: {path} is empty; it needs lines of photo<TAB>caption")
             file.seek(0)
             yield (gzip.open(file) if magic[:2] == b"\x1f\x8b" else
                    bz2.open(file) if magic == b"BZh" else file), file
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"captions: {path} is damaged ({error}); fetch it again") from None
-    except OSError as error:
-        raise ValueError(f"captions: cannot read {path}: {error.strerror or error}") from None
+    except (EOFError, zlib.error, OSError) as error:
+        raise ValueError(f"captions: {path} is damaged or not to be read ({error})") from None
 
 
-def _folder_lines(folder):
-    """JSON lines of photo.txt beside each photo.jpg, or else of the names of the sub-folders."""
-    paths = {name: os.path.join(folder, os.path.splitext(name)[0] + ".txt")
-             for name in list_photos(folder)}
-    beside = any(map(os.path.isfile, paths.values()))
-    for name, path in paths.items():
-        text = os.path.dirname(name)
-        if beside:
-            text = ""
-            if os.path.isfile(path):
-                with open(path, encoding="utf-8-sig", errors="replace") as file:
-                    text = file.read()
-        yield json.dumps({"file_name": name, "caption": text}) + "\n"
+def _folder_captions(folder):
+    """A folder of photos as JSON lines: photo.txt by each photo.jpg, or names of sub-folders."""
+    paths = {name: Path(folder, name).with_suffix(".txt") for name in list_photos(folder)}
+    texts = {name: path.read_text("utf-8-sig", "replace")
+             for name, path in paths.items() if path.is_file()}
+    rows = ({"file_name": name, "caption": texts.get(name, "") if texts else os.path.dirname(name)}
+            for name in paths)
+    return io.BytesIO("".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def recognise(path):
@@ -868,8 +804,7 @@ def recognise(path):
     found = re.split("[,;|]", line)
     if len(found) > 1 and text.count("\t") < text.count("\n") / 2:
         raise ValueError(f"captions: {path} has the columns {', '.join(found)[:200]}, and needs "
-                         f"one of {', '.join(NAME_KEYS)}, and some of {', '.join(TEXT_KEYS)}; or "
-                         "lines of photo<TAB>caption")
+                         f"one of {', '.join(NAME_KEYS)}, and some of {', '.join(TEXT_KEYS)}")
     return "tsv"
 
 
@@ -905,15 +840,10 @@ def _tsv_pair(line):
     return (stem if mark and number.isdigit() else name) if tab else "", caption
 
 
-def _json_pair(line):
-    try:
-        return _row_pair(json.loads(line))
-    except (ValueError, RecursionError):
-        return "", ""
-
-
-def _row_pair(row):
-    """Photo and text of a JSON object; all of TEXT_KEYS count."""
+def _json_pair(row):
+    """Photo and text of a JSON object, or of a line with one; all of TEXT_KEYS count."""
+    with suppress(ValueError, RecursionError):
+        row = json.loads(row) if isinstance(row, str) else row
     row = {_key(key): value for key, value in row.items()} if isinstance(row, dict) else {}
     name = next((row[key] for key in NAME_KEYS if key in row), None)
     texts = [row[key] for key in TEXT_KEYS if key in row]
@@ -927,13 +857,13 @@ def _key(name):
 
 
 def _csv_header(line):
-    """(delimiter, column of the photo, columns of text) of a CSV header, or None."""
+    """(delimiter, column of the photo, columns of text, width) of a CSV header, or None."""
     for delimiter in (",", "\t", ";", "|"):
         names = list(map(_key, line.split(delimiter)))
         photo = next((names.index(key) for key in NAME_KEYS if key in names), None)
         texts = [i for i, name in enumerate(names) if name in TEXT_KEYS]
-        if len(names) > 1 and photo is not None and texts:
-            return delimiter, photo, texts
+        if photo is not None and texts:
+            return delimiter, photo, texts, len(names)
     return None
 
 
@@ -945,8 +875,8 @@ def _csv_pairs(stream, path):
         header = next(lines, "")
     if not _csv_header(header):
         raise ValueError(f"captions: the first line of {path} names no columns `image,caption`")
-    delimiter, photo, texts = _csv_header(header)
-    width = header.count(delimiter) + 1
+    delimiter, photo, texts, width = _csv_header(header)
+    more = width if texts[-1] == width - 1 else sys.maxsize     # columns of commas nobody quoted
     read = functools.partial(csv.reader, delimiter=delimiter, skipinitialspace=True)
     for line in lines:
         part = [line]
@@ -954,12 +884,10 @@ def _csv_pairs(stream, path):
             part.append(next(lines, ""))
         closed = "".join(part).count('"') % 2 == 0
         for row in read(part) if closed else [next(read([line]), []) for line in part]:
-            if len(row) > width and texts[-1] == width - 1:
-                row[width - 1:] = [delimiter.join(row[width - 1:])]     # a comma nobody quoted
-            if row:
-                good = len(row) > max(photo, texts[0])
-                yield (row[photo], " ".join(row[i] for i in texts if i < len(row))) if good else (
-                    "", "")
+            if len(row) > max(photo, texts[0]):
+                yield row[photo], " ".join([*(row[i] for i in texts if i < len(row)), *row[more:]])
+            elif row:
+                yield "", ""
 
 
 def _coco_pairs(stream, path):
@@ -969,25 +897,20 @@ def _coco_pairs(stream, path):
         rows = list(table if isinstance(table, list) else table.get("annotations", []))
         images = [] if isinstance(table, list) else list(table["images"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"captions: {path} is neither COCO captions with `images` and "
-                         "`annotations`, nor JSON with an object with `file_name` a line") from None
+        raise ValueError(f"captions: {path} is neither COCO nor lines with a file_name") from None
     images = [image for image in images if isinstance(image, dict)]
     names = {str(image["id"]): image for image in images if {"id", "file_name"} <= image.keys()}
     for row in rows:
         row = row if isinstance(row, dict) else {}                  # counted as a bad line
-        if images:
-            row = names.get(str(row.get("image_id")), {}) | {"caption": row.get("caption")}
-        yield _row_pair(row)
+        image = names.get(str(row.get("image_id")), {}) | {"caption": row.get("caption")}
+        yield _json_pair(image if images else row)
     for image in images:
-        yield from (_row_pair({**image, "caption": sentence["raw"]})
+        yield from (_json_pair({**image, "caption": sentence["raw"]})
                     for sentence in image.get("sentences", ()))
 
 
 def _yfcc_pair(line):
-    """A line of the YFCC100M table: title, description and tags; None for a video.
-
-    Where the table has the photo's hash, its name is hash/id.jpg, for `Folder` to find either.
-    """
+    """hash/id.jpg, or id.jpg, and title, description and tags of a YFCC100M line; None: a video."""
     columns = line.split("\t")
     url = 0 if len(columns) < 23 else next(     # the place of the page's address tells the others
         (i for i in (13, 14, 15) if columns[i].startswith("http")), 0)
@@ -996,9 +919,8 @@ def _yfcc_pair(line):
     if columns[-1].strip() == "1":
         return None
     first = int(url == 15 or (url == 14 and len(columns[1]) < HASH))        # a line number
-    name = f"{columns[first]}.{columns[-2] or 'jpg'}"
-    if len(columns[first + 1]) == HASH:
-        name = f"{columns[first + 1]}/{name}"
+    folder = f"{columns[first + 1]}/" * (len(columns[first + 1]) == HASH)
+    name = f"{folder}{columns[first]}.{columns[-2] or 'jpg'}"
     # + and %xx: quoted-printable is the same with =, and Python decodes that eight times as fast
     text = " ".join(columns[url - 7:url - 4]).replace("+", " ").replace("=", "=3D")
     text = binascii.a2b_qp(text.replace("%", "=").encode("utf-8", "surrogateescape"))

@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 import traceback
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 
 from . import ranks
 
@@ -53,15 +53,13 @@ def number(kind, low=-math.inf, high=math.inf, above=-math.inf, below=math.inf):
     limits = {"at least": low, "at most": high, "above": above, "below": below}
 
     def read(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not a {'whole ' * (kind is int)}number") from None
+        value = kind(text)                      # argparse says what is no number, and of which kind
         if not (low <= value <= high and above < value < below):
             raise argparse.ArgumentTypeError(f"{text}: it must be " + " and ".join(
                 f"{word} {limit:,}" for word, limit in limits.items() if math.isfinite(limit)))
         return value
+
+    read.__name__ = "whole number" if kind is int else "number"
     return read
 
 
@@ -69,10 +67,8 @@ def number(kind, low=-math.inf, high=math.inf, above=-math.inf, below=math.inf):
 
 def duration(seconds):
     """Seconds as a person says them."""
-    seconds = int(seconds)
-    if seconds < 120:
-        return f"{seconds} s"
-    return f"{seconds // 60} min" if seconds < 7200 else f"{seconds // 3600} h"
+    size, unit = (1, "s") if seconds < 120 else (60, "min") if seconds < 7200 else (3600, "h")
+    return f"{int(seconds) // size} {unit}"
 
 
 class Screen:
@@ -103,12 +99,8 @@ class Screen:
             self.stream.flush()
 
 
-class Progress:
-    """Counts work, and now and then shows how far it is, with the time left and its rate.
-
-    On a terminal the line is written over itself twice a second; elsewhere a line comes every ten
-    seconds.
-    """
+class Progress(AbstractContextManager):
+    """Counts work, and shows how far it is: on a terminal twice a second, else every 10 seconds."""
 
     def __init__(self, what, total, unit="photos", stream=None, done=0):
         self.what, self.total, self.unit = what, total, unit
@@ -118,11 +110,8 @@ class Progress:
         self.started = self.shown = time.monotonic()
         self.done = self.before = done
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, *_):
-        self.close()
+        self.screen.write("")                   # clears the line on a terminal
 
     def seconds(self):
         """Since the start."""
@@ -147,18 +136,11 @@ class Progress:
                  f"{duration(self.left())} left", f"{self.rate():.3g}/s",
                  note() if callable(note) else note]
         text = ", ".join(filter(None, parts))
-        if not self.terminal:
-            self.screen.write(text + "\n")
-            return
-        with suppress(OSError):
+        with suppress(OSError, ValueError):     # no terminal
             width = os.get_terminal_size(self.screen.fileno()).columns or 80
             while len(text) >= width > 0:       # the least important is last
                 text = text.rpartition(", ")[0] or text[:width - 1]
-        self.screen.write(text, progress=True)
-
-    def close(self):
-        """Clear the line on a terminal."""
-        self.screen.write("")
+        self.screen.write(text + "\n" * (not self.terminal), progress=self.terminal)
 
 
 def say_skipped(skipped, count, unit="photos"):
@@ -173,10 +155,7 @@ def say_skipped(skipped, count, unit="photos"):
 
 @contextmanager
 def whole_file(path, mode="wb", **how):
-    """A file to write that takes its name at the end of the block, or leaves nothing behind.
-
-    It is written beside `path`, flushed and renamed: whatever happens, `path` is whole.
-    """
+    """A file written beside `path` that takes its name, whole, at the end, or leaves nothing."""
     beside = f"{path}.part"
     try:
         with open(beside, mode, **how) as file:
@@ -184,10 +163,9 @@ def whole_file(path, mode="wb", **how):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
+    finally:
+        with suppress(FileNotFoundError):       # it is there still where something went wrong
             os.remove(beside)
-        raise
     folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
     os.fsync(folder)                            # the new name itself reaches the disk
     os.close(folder)
@@ -195,18 +173,13 @@ def whole_file(path, mode="wb", **how):
 
 def without_nan(value):
     """The value for JSON, which lacks NaN and infinity: null instead."""
-    if isinstance(value, dict):
-        return {key: without_nan(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)
 
 
 def write_json(path, thing):
     """A thing as a JSON file, or on standard output where path is "-"."""
-    text = json.dumps(without_nan(thing), indent=1) + "\n"
     with nullcontext(sys.stdout) if path == "-" else whole_file(path, "w") as file:
-        file.write(text)
+        file.write(json.dumps(without_nan(thing), indent=1) + "\n")
 
 
 # ------------------------------------------------------------------------------- the way out
@@ -229,20 +202,15 @@ def guarded(work):
         sys.exit(work())
     except KeyboardInterrupt as stop:
         _fail(130, str(stop) or "interrupted")
-    except ValueError as error:
-        _fail(2, error)
+    except (ValueError, RuntimeError) as error:
+        _fail(2 if isinstance(error, ValueError) else 1, error)
     except MemoryError:
         _fail(1, "there is not enough memory; lower --batch, --words or --limit")
-    except RuntimeError as error:
-        _fail(1, error)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        full = error.errno == errno.ENOSPC
-        _fail(1, f"{where}{error.strerror or error}"
-              + "; free some space, or choose another place" * full)
+        what = "; free some space, or choose another place" * (error.errno == errno.ENOSPC)
+        _fail(1, f"{where}{error.strerror or error}{what}")
     except Exception:                           # a mistake of this program
-        if ranks.joined.size == 1:
-            raise
         _fail(1, traceback.format_exc())        # the other ranks must not wait for this one
 
 
