@@ -539,7 +539,9 @@ def build_index(path, folder, text, kind=None, dictionary=None, processes=0):
         facts = _write_index(work, path, text, kind, dictionary, processes)
         facts |= {"fingerprint": origin, "files": checksums(work)}
         write_json(f"{work}/index.json", facts)
-        os.sync()                               # all of it reaches the disk before its name
+        for name in FILES:                      # all of it reaches the disk before its name
+            with open(f"{work}/{name}", "rb") as file:
+                os.fsync(file.fileno())
         shutil.rmtree(folder, ignore_errors=True)       # what is left of it if killed, is noticed
         os.rename(work, folder)
     finally:                                    # the disk may be full
