@@ -19,7 +19,7 @@ from numpy.lib.stride_tricks import as_strided
 from .philox import DROPOUT, philox
 
 PATCH_BYTES = 9 << 20       # patches one thread multiplies at a time: they stay in a 32 MB L3 cache
-TILE_BYTES = 2 << 20        # … and tiles that Winograd's algorithm multiplies
+TILE_BYTES = 1 << 20        # … and tiles that Winograd's algorithm multiplies
 POOL_BYTES = 4 << 20        # images one thread pools at a time: fewer would leave Python the limit
 FLAT_CHUNK = 1 << 17        # numbers per chunk of an elementwise pass: the arrays stay in cache
 LANES = 16                  # dropout lanes of 16 bits in one Philox block of four 64-bit words
