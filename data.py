@@ -600,7 +600,11 @@ def _write_index(work, path, text, kind, dictionary, processes):
             for file, record in zip(files, records):
                 file.write(record)
     if not facts["words"]:
-        why = f"not {away[0]!r}; name them by their paths in --images" if away else "see --format"
+        why = "see --format"
+        if os.path.isdir(path):
+            why = "it needs photo.txt beside photo.jpg; or name a file by --captions"
+        if away:
+            why = f"names like {away[0]!r} lead out of --images; give photos' paths below it"
         raise ValueError(f"captions: {path}, read as {kind}, has no word of a photo: {why}")
     dictionary = dictionary or choose_words(counts, text)
     write_json(f"{work}/words.json", dictionary)

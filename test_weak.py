@@ -1379,7 +1379,7 @@ BAD = {
     "captions torn gzip": ([*GIVEN, "torn.gz"], "damaged"),
     "captions in Excel": ([*GIVEN, "sheet"], "zip archive or an Excel workbook"),
     "captions of odd columns": ([*GIVEN, "odd"], "the columns who, what, and needs one"),
-    "captions of absolute names": ([*GIVEN, "absolute"], "'/a.jpg'; name them by their paths"),
+    "captions of absolute names": ([*GIVEN, "absolute"], "'/a.jpg' lead out of --images"),
     "rate too low": ([*GIVEN, "captions.tsv", "--lr", 1e-9], "below --min-lr"),
     "batch too large": ([*GIVEN, "captions.tsv", "--stop-words", 5, "--batch", 10**7],
                         "does not fit into this machine's memory"),
