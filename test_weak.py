@@ -1170,7 +1170,7 @@ def test_rank_that_dies_ends_the_job_and_leaves_the_checkpoint_whole(what, statu
 
 
 @pytest.mark.parametrize("options, line", [
-    (["--batch", 1], "--batch 1 is less than the 2 ranks"), (["--batch", "many"], "'many' is not"),
+    (["--batch", 1], "--batch 1 is less than the 2 ranks"), (["--batch", "many"], "number value: 'many'"),
     (["--lr", -1], "above 0")])
 def test_bad_options_are_told_once_whatever_the_ranks(options, line, mine):
     done = run(*mine, *options, ranks=2, expect=2)
