@@ -17,7 +17,7 @@ import numpy as np
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 ORDERS = ("ascending", "descending", "shuffled")
-FLAGS = ("-std=c++17", "-O2", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-w",
+FLAGS = ("-std=c++17", "-O1", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-w",
          "-U_FORTIFY_SOURCE", "-fsanitize=alignment", "-fsanitize-undefined-trap-on-error")
 
 
