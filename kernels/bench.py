@@ -299,16 +299,23 @@ def ranks(options):
               f"{size / seconds / 1e9:.2f} GB/s", flush=True)
 
 
+def some(*shape):
+    """A random array on the device."""
+    return kernels.to_device(np.random.default_rng(0).standard_normal(shape, np.float32))
+
+
 def gpu_cases(n):
     """(name, what counts, operations or bytes, our call, PyTorch's call) of each CUDA kernel.
 
-    PyTorch's call is made by a function of (torch, a function that draws a tensor like an array).
+    PyTorch's call is made by a function of torch.
     """
-    rng = np.random.default_rng(0)
+    yield from convolution_cases(n)
+    yield from pooling_cases(n)
+    yield from pointwise_cases(n)
 
-    def some(*shape):
-        return kernels.to_device(rng.standard_normal(shape, np.float32))
 
+def convolution_cases(n):
+    """The convolutions of AlexNet."""
     for name, size, c, f, k, stride, pad in ALEXNET:
         x, w, b = some(n, size, size, c + c % 2), some(k, k, c, f), some(f)
         y = kernels.conv_forward(x, w, b, stride, pad)
@@ -323,6 +330,10 @@ def gpu_cases(n):
         yield (name + " dw, db", "TFLOP/s", work,
                partial(kernels.conv_backward_filter, x, y, w.shape, stride, pad),
                partial(rival, "dw"))
+
+
+def pooling_cases(n):
+    """The pooling of AlexNet."""
     for name, size, c in (("pool1", 55, 64), ("pool2", 27, 192), ("pool5", 13, 256)):
         x = some(n, size, size, c)
         y, place = kernels.max_pool_forward(x, 3, 2)
@@ -332,6 +343,10 @@ def gpu_cases(n):
                partial(rival, False))
         yield (name + " dx", "GB/s", bytes_each,
                partial(kernels.max_pool_backward, y, place, x.shape, 3, 2), partial(rival, True))
+
+
+def pointwise_cases(n):
+    """What is bound by memory."""
     x, e, s = some(n, 56, 56, 64), some(n, 4096), some(n, 100_000)
     yield "LRN forward", "GB/s", 8 * x.size, partial(kernels.lrn_forward, x), None
     yield "LRN dx", "GB/s", 12 * x.size, partial(kernels.lrn_backward, x, x), None
@@ -342,7 +357,7 @@ def gpu_cases(n):
            partial(kernels.softmax_loss, s, targets, weights), None)
     w, v, dw = (some(9216, 4096) for _ in range(3))
     yield "update of fc6", "GB/s", 20 * w.size, partial(kernels.sgd, w, v, dw, .1, .9, 5e-4), None
-    photos = rng.integers(0, 256, (n, 256, 256, 3), np.uint8)
+    photos = np.random.default_rng(0).integers(0, 256, (n, 256, 256, 3), np.uint8)
     yield ("photos, copied and prepared", "GB/s", photos.size + 16 * n * 224 * 224,
            partial(kernels.prepare, photos, *data.centre(n, 32), 224), None)
 
@@ -383,9 +398,7 @@ def gpu(options):
         print("PyTorch is not installed: no comparison")
     run = partial(timed, rounds=options.rounds, sync=cupy.cuda.Device().synchronize)
     # random numbers, since a GPU draws less power, and runs faster, on ones
-    rng = np.random.default_rng(0)
-    big, half = (kernels.to_device(rng.standard_normal((size, size), np.float32))
-                 for size in (8192, 16384))
+    big, half = some(8192, 8192), some(16384, 16384)
     other = cupy.empty_like(half)
     (seconds,) = run(lambda: cupy.copyto(other, half), burst=10)
     bandwidth = 2 * half.nbytes / seconds / 1e9

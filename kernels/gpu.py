@@ -1,8 +1,8 @@
 """The operations as CUDA kernels: how each is launched, with its geometry beside the launch.
 
 Same names and arguments as the NumPy twins in cpu.py. The .cu files are compiled by NVRTC through
-CuPy when they are first needed. `Cuda` is the GPU; in tests on machines without one standin.py is
-what it finds as CuPy. Arrays are float32 and NHWC. Where a
+CuPy when they are first needed. `Cuda` is the GPU; in tests on machines without one emulate_cupy.py
+is what it finds as CuPy. Arrays are float32 and NHWC. Where a
 channel slice of a wider array will do, a kernel takes its pitch: the numbers from row to row.
 """
 import os
@@ -366,7 +366,8 @@ def lrn_backward(dy, x, size=5, k=2.0, alpha=1e-4, beta=0.75):
 def prepare(photos, top, left, flip, crop):
     """A block for each photo; the result has a fourth channel of zeros."""
     _dense(photos, dtype=np.uint8)
-    there, places = _device.upload(photos), _device.xp.asarray(np.array((top, left, flip), np.int32))
+    there = _device.upload(photos)
+    places = _device.xp.asarray(np.array((top, left, flip), np.int32))          # (3, N)
     y, threads = _empty((len(photos), crop, crop, 4)), 1024
     _launch("pointwise.cu", "prepare", (len(photos),), (threads,),
             (there, places, y, len(photos), photos.shape[1], crop, "tf32"), shared=16 * threads)

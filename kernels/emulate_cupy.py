@@ -222,7 +222,8 @@ def installed(emulator, **limits):
             "MaxSharedMemoryPerBlockOptin": limits.shared}))
     contents = {
         "cupy": dict(ndarray=ndarray, array=array, asarray=array, asnumpy=asnumpy,
-                     RawModule=functools.partial(RawModule, emulator, current), cuda=SimpleNamespace(**cuda), __getattr__=from_numpy,
+                     RawModule=functools.partial(RawModule, emulator, current),
+                     cuda=SimpleNamespace(**cuda), __getattr__=from_numpy,
                      get_default_memory_pool=lambda: SimpleNamespace(free_bytes=lambda: 0),
                      _core=SimpleNamespace(_routines_linalg=mock.Mock())),
         "cupy.cuda": cuda, "cupy.cuda.nccl": dict(available=True),
