@@ -41,6 +41,7 @@ from kernels.philox import DRAWS, NEGATIVES, philox
 
 STOP_WORDS = 500                # the most frequent words, left out (paper, §3)
 WORDS = 1000                    # K: 1,000, 10,000 or 100,000 in the paper
+POSITIVES = "drawn", "all", "balanced"
 ATTEMPTS = 8                    # photos tried for a drawn word before its row counts nothing
 
 BUCKETS = 256                   # files of records, by the first byte of the name's hash
@@ -163,10 +164,22 @@ class Index:
         """N_k, the number of training photos of each word, (K,)."""
         return np.diff(self._photo_ends, prepend=0)
 
-    def share(self, sampling):
-        """The share of the training rows that carry each word, (K,): one word a row by class."""
-        k = len(self.dictionary)
-        return np.full(k, 1 / k) if sampling == "class" else self.photo_counts() / self.training
+    def share(self, sampling, positives="drawn"):
+        """The share of the training rows that have each word as a target, (K,)."""
+        k, counts = len(self.dictionary), self.photo_counts()
+        if sampling == "image":
+            return counts / self.training
+        if positives == "drawn":
+            return np.full(k, 1 / k)
+        share = np.zeros(k)
+        for start in range(self.held_out, len(self), 1_000_000):    # bounded memory
+            ends = self._word_ends[max(0, start - 1):start + 1_000_000].astype(int)
+            sizes = np.diff(ends, prepend=0)[start > 0:]
+            words = self._words[ends[-1] - sizes.sum():ends[-1]]
+            photos = np.repeat(np.arange(len(sizes)), sizes)
+            chance = np.bincount(photos, 1 / (k * counts[words]))   # of each photo to be drawn
+            share += np.bincount(words, chance[photos], k)
+        return share
 
 
 def _take(values, ends, i):
@@ -181,6 +194,7 @@ class Labels(NamedTuple):
     share: np.ndarray               # (K,) share of the training rows that carry each word
     classes: np.ndarray = None      # int32 (C,) words that are scored, ascending; None: all K
     chance: np.ndarray = None       # (C,) of each to be scored where a row does not carry it
+    parts: np.ndarray = None        # (N, T) of a row's weight that its targets have; None: each all
 
 
 class Batch(NamedTuple):
@@ -193,13 +207,14 @@ class Batch(NamedTuple):
 
 
 def batches(loader, index, seed, start, count, sampling="class", part=slice(None), spare=0,
-            random=True, **scored):
+            random=True, positives="drawn", **scored):
     """The Batch of each step from `start` on, without end.
 
     count: rows of a whole batch, `part` those of them that are made here; spare: pixels that a
     crop leaves out; random: crops and mirroring; scored: what Draws.labels takes.
     """
-    draws = (Draws(index, seed, step, count, sampling, part) for step in itertools.count(start))
+    draws = (Draws(index, seed, step, count, sampling, part, positives)
+             for step in itertools.count(start))
     for draw, photos in loader.batches(draws):
         yield Batch(photos, *draw.crops(spare, random), draw.labels(**scored))
 
@@ -207,20 +222,28 @@ def batches(loader, index, seed, start, count, sampling="class", part=slice(None
 class Draws:
     """The photos and labels of one step, a pure function of (seed, step, row, attempt).
 
-    Sampling by class: a word uniformly, then one of its photos uniformly; that word is the row's
-    only target (paper, §3: class balancing). By image: a photo uniformly, with all its words.
+    Sampling by class: a word uniformly, then one of its photos uniformly; the drawn word is the
+    row's only target (paper, §3: class balancing). By image: a photo uniformly, with all its words.
+    Positives other than "drawn" make all words of a photo targets by class, too: "all" alike, and
+    "balanced" with the chance that each of them was the one drawn, which is (1/N_k) / Σ_j 1/N_j
+    over the photo's words. That is the mean of the drawn word's loss, given the photo: so the
+    gradient has the same expectation, and no larger variance (Rao and Blackwell).
+
     Row i of attempt a takes the block of Philox counter (i, step, a, DRAWS): word, photo, crop
-    and flip. A photo that cannot be read is replaced by another of its word. part: a rank's rows.
+    and flip. With one target, a photo that cannot be read is replaced by another of its word.
+    part: a rank's rows.
     """
 
-    def __init__(self, index, seed, step, count, sampling="class", part=slice(None)):
+    def __init__(self, index, seed, step, count, sampling="class", part=slice(None),
+                 positives="drawn"):
         self.index, self.seed, self.step, self.sampling = index, seed, step, sampling
+        self.positives = positives if sampling == "class" else "all"
         self.count, self.rows = count, range(count)[part]
         raw = philox(seed, (0, step, 0, DRAWS), 4 * count).reshape(count, 4)
         self.words = [_below(r, len(index.dictionary)) for r in raw[:, 0]]
         self.everyone = [self._photo(i, raw[i, 1]) for i in range(count)]
         self.photos, self.pixels = self.everyone[part], raw[part, 2]
-        self.targets = [[word] for word in self.words] if sampling == "class" else [
+        self.targets = [[word] for word in self.words] if self.positives == "drawn" else [
             index.words(photo) for photo in self.everyone]
         self.attempts = np.zeros(len(self.rows), int)
         self.weights = np.full(len(self.rows), 1 / count, np.float32)
@@ -234,7 +257,7 @@ class Draws:
     def retry(self, row):
         """Another photo for the row of `photos`, or None once it counts nothing."""
         self.attempts[row] += 1
-        if self.sampling == "image" or self.attempts[row] >= ATTEMPTS:
+        if self.positives != "drawn" or self.attempts[row] >= ATTEMPTS:
             self.weights[row] = 0
             return None
         counter = self.rows[row], self.step, int(self.attempts[row]), DRAWS
@@ -249,8 +272,12 @@ class Draws:
         another of the B rows does, with probability 1 - (1 - share)^(B-1), or its run gave it.
         """
         words = pad_rows([self.targets[row] for row in self.rows])  # (N, T); share: (K,)
+        parts = None
+        if self.positives == "balanced":
+            parts = np.where(words < 0, 0, 1 / self.index.photo_counts()[words])
+            parts /= parts.sum(axis=1, keepdims=True)
         if targets == "all":
-            return Labels(words, self.weights, share)
+            return Labels(words, self.weights, share, parts=parts)
         k, count = len(share), min(negatives, len(share)) if targets == "sampled" else 0
         ends = np.arange(count + 1) * k // max(1, count)
         runs = np.diff(ends)
@@ -260,7 +287,7 @@ class Draws:
         absent = (1 - share[classes]) ** (self.count - 1)           # from the other rows
         if count:
             absent *= 1 - 1 / runs[np.searchsorted(ends, classes, side="right") - 1]
-        return Labels(columns(words, classes), self.weights, share, classes, 1 - absent)
+        return Labels(columns(words, classes), self.weights, share, classes, 1 - absent, parts)
 
     def crops(self, spare, random):
         """top, left (N,) and flip (N,): random ones, or the centre (paper, §3)."""

@@ -443,7 +443,8 @@ def softmax(s, labels):
     the sum over some is an unbiased estimate of that over all (sampled softmax).
     """
     shift = None if labels.chance is None else -np.log(labels.chance)
-    return kernels.softmax_loss(s, labels.targets, labels.weights, shift)
+    parts = np.ones(labels.targets.shape) if labels.parts is None else labels.parts
+    return kernels.softmax_loss(s, labels.targets, labels.weights[:, None] * parts, shift)
 
 
 def one_vs_all(s, labels):

@@ -436,7 +436,7 @@ def test_loss_gradient_is_numerical(loss, rng):
 def test_losses_survive_large_scores_and_words_of_every_photo():
     s = np.array([[1e4, -1e4, 0]], np.float32)
     for weight in (1, 0):                       # 0: a row that does not count
-        losses, ds = kernels.softmax_loss(s.copy(), np.array([[1]], np.int32), np.array([weight]))
+        losses, ds = kernels.softmax_loss(s.copy(), np.array([[1]], np.int32), np.array([[weight]]))
         assert losses == [2e4 * weight] and ds.tolist() == [[weight, -weight, 0]]
     s = np.array([[1e4, -1e4, 0, -3e38, 7]], np.float32)
     labels = data.Labels(np.array([[1, 4]], np.int32), np.ones(1), np.array([.5, .5, .5, .5, 1]))
@@ -760,6 +760,34 @@ def test_draws_by_image_are_uniform_over_photos_with_all_words(index):
     for photo, row in zip(draw.photos, draw.labels(index.share("image")).targets):
         assert [word for word in row if word >= 0] == list(index.words(photo))
     assert draw.retry(0) is None and draw.weights[0] == 0
+
+
+def test_balanced_positives_have_the_gradient_of_the_drawn_word_on_average(index, rng):
+    s, share = 2 * rng.standard_normal((len(index), 30)), index.share("class")
+    means, spreads = [], []
+    for positives in ("drawn", "balanced", "all"):
+        steps = []
+        for step in range(600):
+            draw = data.Draws(index, 3, step, 64, positives=positives)
+            ds = np.zeros_like(s)
+            np.add.at(ds, draw.photos, model.softmax(s[draw.photos].copy(), draw.labels(share))[1])
+            steps.append(ds)
+        means.append(np.mean(steps, axis=0))
+        spreads.append(np.var(steps, axis=0).sum())
+    error = np.sqrt(spreads[0] / 600)
+    assert np.linalg.norm(means[1] - means[0]) < 2 * error < np.linalg.norm(means[2] - means[0])
+    assert spreads[1] < 0.9 * spreads[0]
+
+
+@pytest.mark.parametrize("sampling, positives", [("class", "drawn"), ("class", "all"),
+                                                 ("image", "drawn")])
+def test_share_is_how_often_a_word_is_a_target(index, sampling, positives):
+    counts = np.zeros(30)
+    for step in range(400):
+        for row in data.Draws(index, 3, step, 64, sampling, positives=positives).targets:
+            counts[row] += 1
+    share = index.share(sampling, positives)
+    assert (abs(counts - 25600 * share) < 5 * np.sqrt(25600 * share)).all()
 
 
 def test_draws_are_a_function_of_seed_step_row_and_attempt(index):
@@ -1704,7 +1732,10 @@ def test_loss_kernels_agree_with_their_twins(device, name, vectors, n, k, rng):
     s[0, 0] = 3e38 if name == "softmax_loss" else 3e4               # exp of it overflows
     targets = np.array([[0, -1, k - 1 if k > 1 else -1]] * n, np.int32)
     targets[-1] = -1                            # a photo that could not be read
-    labels = targets, np.where(np.arange(n) < n - 1, 0.25, 0), *rng.uniform(0.01, 3, (vectors, k))
+    weights = np.where(np.arange(n) < n - 1, 0.25, 0)
+    if name == "softmax_loss":
+        weights = weights[:, None] * (1, 9, 0.5)                    # of each target
+    labels = targets, weights, *rng.uniform(0.01, 3, (vectors, k))
     losses, ds = getattr(kernels, name)(*up(s), *labels)
     expected, right = getattr(cpu, name)(s.astype(np.float64), *labels)
     assert losses.shape == (n,) and kernels.to_host(losses) == pytest.approx(expected, rel=1e-5)

@@ -103,6 +103,8 @@ def make_parser():
     add("--crop", choices=("center", "random"), default="random", help="random: mirrored, too")
     add("--sampling", choices=("class", "image"), default="class", help="draw a word, then its "
         "photo; or a photo with all its words")
+    add("--positives", choices=data.POSITIVES, default="drawn", help="of a photo drawn by class: "
+        "the drawn word, or all its words, each of the same weight or balanced as the drawn ones")
     add = parser.add_argument_group("model").add_argument
     add("--network", choices=model.NETWORKS, default="small", help="small: 64x64 pixels, for CPUs")
     add("--loss", choices=model.LOSSES, default="softmax", help="the paper's equation 2, or 1")
@@ -173,6 +175,10 @@ def complete_options(options):
     for name in ("batch", "dropout", "lr"):
         if getattr(options, name) is None:
             setattr(options, name, getattr(model.NETWORKS[options.network], name))
+    if options.positives != "drawn" and options.sampling == "image":
+        raise ValueError("--positives goes with --sampling class: by image all words are targets")
+    if options.positives == "balanced" and options.loss != "softmax":
+        raise ValueError("--positives balanced goes with --loss softmax")
     if options.lr < options.min_lr:
         raise ValueError(f"--lr {options.lr:g} is below --min-lr {options.min_lr:g}: lower that")
     if options.targets == "sampled":
@@ -347,8 +353,8 @@ class Run:
         options = self.options
         batches = data.batches(
             self.loader, self.index, options.seed, self.step, options.batch, options.sampling,
-            self.part, self.size - self.crop, options.crop == "random",
-            share=self.index.share(options.sampling), targets=options.targets,
+            self.part, self.size - self.crop, options.crop == "random", options.positives,
+            share=self.index.share(options.sampling, options.positives), targets=options.targets,
             negatives=options.negatives or 0)
         while not self.is_over():
             self.loader.waited = self.ranks.waited = 0.0

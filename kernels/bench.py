@@ -352,7 +352,7 @@ def pointwise_cases(n):
     yield "LRN dx", "GB/s", 12 * x.size, partial(kernels.lrn_backward, x, x), None
     yield "ReLU dx", "GB/s", 12 * x.size, partial(kernels.relu_backward, x, x), None
     yield "dropout", "GB/s", 8 * e.size, partial(kernels.dropout, e, 0.5, 0, 1, 2), None
-    targets, weights = np.zeros((n, 1), np.int32), np.full(n, 1 / n, np.float32)
+    targets, weights = np.zeros((n, 1), np.int32), np.full((n, 1), 1 / n, np.float32)
     yield ("loss, K = 100,000", "GB/s", 12 * s.size,
            partial(kernels.softmax_loss, s, targets, weights), None)
     w, v, dw = (some(9216, 4096) for _ in range(3))

@@ -467,17 +467,17 @@ def _positives(targets):
 
 
 def softmax_loss(s, targets, weights, shift=None):
-    """ℓ = - Σ_n weights[n] Σ_{k in targets[n]} log p_nk, with p_nk = exp s_nk / Σ_k' exp s_nk'.
+    """ℓ = - Σ_n Σ_t weights[n,t] log p_nk, with k = targets[n,t], p_nk = exp s_nk / Σ_k' exp s_nk'.
 
     The multi-class logistic loss (eq. 2 with weights 1/N). s (N, K) becomes the gradient,
-    ∂ℓ/∂s_nk = weights[n] (|targets[n]| p_nk - [k in targets[n]]), since ∂ log Σ exp s / ∂s_k = p_k.
-    targets int32 (N, T), padded with -1; weights (N,), zero for a row that does not count.
+    ∂ℓ/∂s_nk = (Σ_t weights[n,t]) p_nk - weights[n,t] for targets, since ∂ log Σ exp s / ∂s_k = p_k.
+    targets int32 (N, T), padded with -1; weights (N, T), zero for a row that does not count.
     shift (K,), if given, is added to the scores of all but a row's targets: the logarithm of how
     many classes each of them stands for. Returns each row's part of ℓ, (N,) float64, and the
     gradient, in the memory of s.
     """
     rows, words = _positives(targets)
-    count = np.bincount(rows, minlength=len(s)).astype(s.dtype)     # |targets[n]|
+    weights = weights[targets >= 0]                                 # in the order of rows
     if shift is not None:
         s += shift.astype(s.dtype)
         s[rows, words] -= shift[words].astype(s.dtype)
@@ -486,9 +486,9 @@ def softmax_loss(s, targets, weights, shift=None):
     np.exp(s, out=s)
     total = s.sum(axis=1, keepdims=True)                            # (N, 1), at least 1
     log_p = picked - np.log(total[rows, 0])
-    s *= (weights * count)[:, None].astype(s.dtype) / total
-    s[rows, words] -= weights[rows].astype(s.dtype)
-    return np.bincount(rows, -weights[rows] * log_p, len(s)), s
+    s *= np.bincount(rows, weights, len(s))[:, None].astype(s.dtype) / total
+    s[rows, words] -= weights.astype(s.dtype)
+    return np.bincount(rows, -weights * log_p, len(s)), s
 
 
 def one_vs_all_loss(s, targets, weights, positive, negative):
@@ -497,7 +497,7 @@ def one_vs_all_loss(s, targets, weights, positive, negative):
     The one-versus-all logistic loss (eq. 1 with positive 1/N_k and negative 1/(N - N_k)); y_nk
     says whether k is in targets[n]. s (N, K) becomes the gradient, weights[n] times
     negative[k] σ(s) for y = 0 and -positive[k] σ(-s) for y = 1, since ∂ log(1 + exp s) / ∂s = σ(s).
-    positive, negative (K,); the other arguments and what is returned as in softmax_loss.
+    positive, negative (K,), weights (N,); the rest, and what is returned, as in softmax_loss.
     """
     rows, words = _positives(targets)
     s[rows, words] *= -1                        # both terms are now log(1 + exp s)

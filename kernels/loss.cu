@@ -1,7 +1,7 @@
 // The two losses over rows of K scores, K up to millions; a block takes a row.
 //
-//   multi-class logistic (eq. 2)   ℓ_n = -w_n Σ_{k in targets} log p_nk,  p_nk = exp s_nk / Σ exp s
-//                                  ∂ℓ/∂s_nk = w_n (T_n p_nk - [k in targets]),  T_n of them
+//   multi-class logistic (eq. 2)   ℓ_n = -Σ_{k in targets} w_nk log p_nk,  p_nk = exp s_nk / Σ exp s
+//                                  ∂ℓ/∂s_nk = (Σ_k w_nk) p_nk - w_nk,  w_nk 0 but for targets
 //   one-versus-all (eq. 1)         ℓ_n = w_n Σ_k (y_nk a_k log(1 + exp -s_nk)
 //                                                 + (1 - y_nk) b_k log(1 + exp s_nk))
 //                                  ∂ℓ/∂s_nk = w_n (y_nk -a_k σ(-s_nk) + (1 - y_nk) b_k σ(s_nk))
@@ -20,7 +20,7 @@ __device__ void join(float& most, float& sum, float other_most, float other_sum)
 }
 
 // One pass finds the maximum and the sum of exponentials together, a second one writes the
-// gradient. `shift`, if there is one, is added to all scores but the targets'.
+// gradient. `shift`, if there is one, is added to all scores but the targets'. weights (N, T).
 extern "C" __global__ void
 softmax_loss(float* s, const int* targets, const float* weights, const float* shift, float* losses,
              int k, int slots)
@@ -29,6 +29,7 @@ softmax_loss(float* s, const int* targets, const float* weights, const float* sh
     const int n = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float* row = s + static_cast<long long>(n) * k;
     const int* mine = targets + static_cast<long long>(n) * slots;
+    weights += static_cast<long long>(n) * slots;
 
     if (shift) {
         for (int col = threadIdx.x; col < k; col += blockDim.x) row[col] += shift[col];
@@ -54,21 +55,20 @@ softmax_loss(float* s, const int* targets, const float* weights, const float* sh
     for (int other = 1; other < blockDim.x / 32; other++)   // all threads, in the same order
         join(most, sum, shared[other], shared[32 + other]);
 
-    int count = 0;
-    float loss = 0;
+    float weight = 0, loss = 0;
     for (int slot = 0; slot < slots; slot++)
         if (mine[slot] >= 0) {
-            count++;
-            if (threadIdx.x == 0) loss += logf(sum) - (row[mine[slot]] - most);
+            weight += weights[slot];
+            if (threadIdx.x == 0) loss += weights[slot] * (logf(sum) - (row[mine[slot]] - most));
         }
-    if (threadIdx.x == 0) losses[n] = weights[n] * loss;
+    if (threadIdx.x == 0) losses[n] = loss;
     __syncthreads();                                        // the targets' scores have been read
-    const float scale = weights[n] * count / sum;
+    const float scale = weight / sum;
     for (int col = threadIdx.x; col < k; col += blockDim.x)
         row[col] = expf(row[col] - most) * scale;
     __syncthreads();                                        // the products are there
     for (int slot = threadIdx.x; slot < slots; slot += blockDim.x)
-        if (mine[slot] >= 0) row[mine[slot]] -= weights[n];
+        if (mine[slot] >= 0) row[mine[slot]] -= weights[slot];
 }
 
 // One pass: each score gives its term and its derivative. Nothing overflows, for exp is taken of
