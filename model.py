@@ -59,6 +59,7 @@ class Conv(Layer):
     def __init__(self, c, f, kernel, stride=1, pad=0, relu=True):
         self.shapes = {"w": (kernel, kernel, c, f), "b": (f,)}
         self.stride, self.pad, self.relu = stride, pad, relu
+        self.dw = self.db = None        # SGD says where they are to go
 
     def forward(self, x, now, out=None):
         self.x = x                                                  # (N, H, W, C)
@@ -70,7 +71,8 @@ class Conv(Layer):
         if self.relu:
             dy = kernels.relu_backward(dy, self.y)
         window = self.stride, self.pad
-        self.dw, self.db = kernels.conv_backward_filter(self.x, dy, self.w.shape, *window)
+        self.dw, self.db = kernels.conv_backward_filter(self.x, dy, self.w.shape, *window,
+                                                        out=(self.dw, self.db))
         if not self.needs_dx:
             return None
         return kernels.conv_backward_input(dy, self.w, self.x.shape, *window)   # (N, H, W, C)
@@ -81,7 +83,7 @@ class Linear(Layer):
 
     def __init__(self, d, e, relu=True):
         self.shapes, self.relu = {"w": (d, e), "b": (e,)}, relu
-        self.dw = None                  # is kept: new memory would cost page faults
+        self.dw = self.db = None        # SGD says where they are to go
 
     def forward(self, x, now):
         self.x = x                                                  # (N, D)
@@ -93,7 +95,7 @@ class Linear(Layer):
         if self.relu:
             dy = kernels.relu_backward(dy, self.y)
         self.dw = kernels.matmul(self.x.T, dy, out=self.dw)         # (D, E)
-        self.db = kernels.column_sums(dy)                           # (E,)
+        self.db = kernels.column_sums(dy, out=self.db)              # (E,)
         return kernels.matmul(dy, self.w.T) if self.needs_dx else None          # (N, D)
 
 
@@ -122,7 +124,7 @@ class Output(Layer):
 
     def backward(self, ds):
         # s = e wᵀ + b, so dw = dsᵀ e and de = ds w
-        same = self.dw is not None and len(self.dw) == ds.shape[1]
+        same = self.dw is not None and len(self.dw) == ds.shape[1]  # new memory costs page faults
         self.dw = kernels.matmul(ds.T, self.x, out=self.dw if same else None)   # (K, E)
         self.db = kernels.column_sums(ds)                           # (K,)
         return kernels.matmul(ds, self.used)                        # (N, E)
@@ -480,20 +482,33 @@ def training_loss(net, s, labels, loss):
 class SGD:
     """v ← μ v + dw + λ w; w ← w - η v. The decay λ is for weights, not for biases.
 
-    Of an output layer that was given the classes of a batch, only their rows move: the others keep
-    weights and velocities, as if no time had passed for them.
+    The weights of all layers become parts of one array, and so do biases, velocities and gradients:
+    a step is one pass. Output layers stay apart. Of one that was given the classes of a batch, only
+    their rows move: the others keep weights and velocities, as if no time had passed for them.
     """
 
     def __init__(self, net, momentum, decay):
-        self.net, self.momentum, self.decay = net, momentum, decay
-        self.v = {path: kernels.to_device(np.zeros(layer.shapes[name], getattr(layer, name).dtype))
-                  for path, layer, name in net.parameters()}
+        self.momentum, self.decay, self.v, self.passes = momentum, {"w": decay, "b": 0}, {}, []
+        self.outputs = [row for row in net.parameters() if isinstance(row[1], Output)]
+        for name in self.decay:
+            rows = [row for row in net.parameters() if row[2] == name and row not in self.outputs]
+            w = np.concatenate([getattr(layer, name).reshape(-1) for _, layer, _ in rows])
+            v, dw, end = np.zeros_like(w), np.empty_like(w), 0
+            for path, layer, _ in rows:
+                shape, end, start = layer.shapes[name], end + getattr(layer, name).size, end
+                self.v[path] = v[start:end].reshape(shape)
+                setattr(layer, name, w[start:end].reshape(shape))
+                setattr(layer, "d" + name, dw[start:end].reshape(shape))
+            filters = [layer.w for _, layer, _ in rows if name == "w" and isinstance(layer, Conv)]
+            self.passes.append((w, v, dw, self.decay[name], filters))
+        self.v |= {path: np.zeros_like(getattr(layer, name)) for path, layer, name in self.outputs}
 
     def step(self, rate):
-        for path, layer, name in self.net.parameters():
+        for w, v, dw, decay, filters in self.passes:
+            kernels.sgd(w, v, dw, rate, self.momentum, decay, filters=filters)
+        for path, layer, name in self.outputs:
             kernels.sgd(getattr(layer, name), self.v[path], getattr(layer, "d" + name), rate,
-                        self.momentum, self.decay if name == "w" else 0,
-                        getattr(layer, "classes", None))
+                        self.momentum, self.decay[name], layer.classes)
 
 
 class Plateau:

@@ -278,6 +278,10 @@ class Run:
         recipe = model.NETWORKS[options.network]
         self.size, self.crop = recipe.size, recipe.crop
         self.net = recipe.build(len(index.dictionary), options.dropout).init(options.seed)
+        if checkpoint:
+            self.net.load(checkpoint[0])
+        elif source := getattr(options, "from"):
+            self.begin_from(source)
         self.optimiser = model.SGD(self.net, options.momentum, options.weight_decay)
         self.plateau = model.Plateau(options.lr, options.epochs_per_lr, options.min_lr)
         self.step = self.epoch = 0
@@ -288,9 +292,7 @@ class Run:
         self.loader = data.Loader(options.images, index.name, len(index), self.size,
                                   options.workers, ranks.local_size, kernels.host_empty)
         if checkpoint:
-            self.restore(*checkpoint)
-        elif source := getattr(options, "from"):
-            self.begin_from(source)
+            self.restore(*checkpoint[1:])
         self.epoch_size = options.epoch_size or min(EPOCH, max(LEAST_EPOCH, index.training))
         self.steps = -(-self.epoch_size // options.batch)           # per epoch
         most = min(VALIDATED, max(100, evaluation.BLOCK // len(index.dictionary)), index.held_out)
@@ -298,12 +300,12 @@ class Run:
         self.check_space()
         self.write_files()
 
-    def restore(self, weights, velocities, facts, words):
+    def restore(self, velocities, facts, words):
         """Go on exactly where the checkpoint was written."""
         if words != self.index.dictionary:
             raise ValueError("the captions, and so the dictionary, changed; choose another --out")
-        self.net.load(weights)
-        self.optimiser.v = {path: kernels.to_device(v) for path, v in velocities.items()}
+        for path, v in velocities.items():
+            self.optimiser.v[path][...] = kernels.to_device(v)
         self.step, self.epoch, self.log = (facts[key] for key in ("step", "epoch", "log"))
         self.done, self.good, losses = facts["losses"]
         self.losses = kernels.to_device(np.array(losses)[self.part])

@@ -306,12 +306,13 @@ struct Product {
 #endif
 
 // Called by gpu._convolve. With FILTER the blocks of the first `shares` row tiles share the tiles
-// of `right` among them and leave the sums of its columns in `sums` (parts · shares, cols).
+// of `right` among them and leave the sums of its columns in `sums` (shares, cols); several parts,
+// each `shares` rows longer for that, are `sums` themselves.
 extern "C" __global__ void __launch_bounds__(THREADS, VEC == 4 ? 2 : 1)
 conv(const float* x, const float* right, float* y, const float* bias, float* sums,
      int shares, const Geometry shape)
 {
-    const long long own = static_cast<long long>(blockIdx.z) * shape.rows * shape.pitch;
+    const long long own = static_cast<long long>(blockIdx.z) * (shape.rows + shares) * shape.pitch;
     const Result result = {y + own, bias, shape};
     const int row0 = blockIdx.x * BM, col0 = blockIdx.y * BN;
     const int begin = blockIdx.z * shape.part, end = min(shape.depth, begin + shape.part);
@@ -344,5 +345,6 @@ conv(const float* x, const float* right, float* y, const float* bias, float* sum
     }
     product.store(result, row0, col0);
     if (FILTER && blockIdx.x < shares && threadIdx.x < BN && col0 + threadIdx.x < shape.cols)
-        sums[(blockIdx.z * shares + blockIdx.x) * shape.cols + col0 + threadIdx.x] = sum;
+        sums[own + ((sums == y ? shape.rows : 0) + blockIdx.x) * shape.cols + col0 + threadIdx.x] =
+            sum;
 }

@@ -9,6 +9,7 @@ Chunks belong to threads by number and partial sums are added in a fixed order, 
 result depend on the number of threads and on nothing else.
 """
 import ctypes
+import functools
 import glob
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -225,11 +226,11 @@ def conv_backward_input(dy, w, x_shape, stride=1, pad=0):
     return dx
 
 
-def conv_backward_filter(x, dy, w_shape, stride=1, pad=0):
+def conv_backward_filter(x, dy, w_shape, stride=1, pad=0, out=(None, None)):
     """dw[p,q,c,f] = Σ_{n,i,j} x[n, i·stride+p-pad, j·stride+q-pad, c] · dy[n,i,j,f]; db = Σ dy.
 
-    x (N, H, W, C), dy (N, OH, OW, F) -> dw (KH, KW, C, F), which is w_shape, and db (F,). By
-    Winograd's algorithm dw = Gᵀ [(Bᵀ x B) ⊙ (A dy Aᵀ)] G, summed over the tiles.
+    x (N, H, W, C), dy (N, OH, OW, F) -> dw (KH, KW, C, F), which is w_shape, and db (F,), in the
+    arrays `out` if given. By Winograd's algorithm dw = Gᵀ [(Bᵀ x B) ⊙ (A dy Aᵀ)] G, summed over the tiles.
     """
     n, oh, ow, f = dy.shape
     tiles, rows = _is_winograd(w_shape, stride, pad), int(np.prod(w_shape[:3]))
@@ -255,12 +256,14 @@ def conv_backward_filter(x, dy, w_shape, stride=1, pad=0):
         return dw, db
 
     parts = [part for part in _pool.run(partial) if part[0] is not None]
-    dw, db = parts[0]
-    for more_dw, more_db in parts[1:]:
-        dw += more_dw
-        db += more_db
+    dw, db = (functools.reduce(np.add, part) for part in zip(*parts))
     dw = _FILTER.T.astype(x.dtype) @ dw.reshape(36, -1) if tiles else dw
-    return dw.reshape(w_shape), db
+    return _put(dw.reshape(w_shape), out[0]), _put(db, out[1])
+
+
+def _put(result, out):
+    """The result, in `out` if there is one."""
+    return result if out is None else np.copyto(out, result) or out
 
 
 # ---------------------------------------------------------------------------------- pooling
@@ -399,9 +402,9 @@ def relu_backward(dy, y):
     return dx
 
 
-def column_sums(x):
-    """y[e] = Σ_m x[m, e]: (M, E) -> (E,)."""
-    return x.sum(axis=0)
+def column_sums(x, out=None):
+    """y[e] = Σ_m x[m, e]: (M, E) -> (E,), into `out` if given."""
+    return x.sum(axis=0, out=out)
 
 
 def dropout(x, rate, seed, step, layer, row=0):
@@ -511,10 +514,11 @@ def one_vs_all_loss(s, targets, weights, positive, negative):
     return losses, s
 
 
-def sgd(w, v, dw, rate, momentum, decay, rows=None):
+def sgd(w, v, dw, rate, momentum, decay, rows=None, filters=()):
     """v ← momentum·v + dw + decay·w, then w ← w - rate·v, in place and in one pass.
 
     With rows (R,), none twice, only w[rows] and v[rows] move, by dw (R, …); all others stay.
+    filters: the parts of w that convolutions use next; a GPU prepares them all at once.
     """
     if rows is not None:
         part_w, part_v = w[rows], v[rows]                           # copies, (R, …)

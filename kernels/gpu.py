@@ -5,6 +5,7 @@ CuPy when they are first needed. `Cuda` is the GPU; in tests on machines without
 is what it finds as CuPy. Arrays are float32 and NHWC. Where a
 channel slice of a wider array will do, a kernel takes its pitch: the numbers from row to row.
 """
+import functools
 import os
 
 import numpy as np
@@ -105,15 +106,16 @@ def options(defines):
 
 _device = None                          # a Cuda
 _precision = "fp32"
+_trained = None                         # the Filters of the network that sgd updates
 
 
 def use(device, precision):
     """Compute on `device` from now on; RuntimeError if it has not the precision asked for."""
-    global _device, _precision
+    global _device, _precision, _trained
     if precision != "fp32" and not device.tf32:
         raise RuntimeError(f"--precision {precision}: {device.name} has no TF32 tensor cores; use "
                            "--precision fp32")
-    _device, _precision = device, precision
+    _device, _precision, _trained = device, precision, None
     linalg = device.xp._core._routines_linalg
     linalg.set_compute_type(np.float32, linalg.COMPUTE_TYPE_TF32 if precision == "tf32"
                             else linalg.COMPUTE_TYPE_FP32)
@@ -121,12 +123,14 @@ def use(device, precision):
 
 # ------------------------------------------------------------------------- what all launches share
 
+KINDS = {int: np.int32, bool: np.int32, float: np.float32, type(None): lambda _: NULL,
+         str: lambda name: np.int32(name == _precision)}            # how a kernel gets them
+
+
 def _launch(file, kernel, grid, block, args, shared=0, defines=()):
     """Queue a kernel: numbers become int32 and float32, None null, "tf32" whether that is on."""
-    kinds = {int: np.int32, bool: np.int32, float: np.float32, type(None): lambda _: NULL,
-             str: lambda name: np.int32(name == _precision)}
-    _device.launch(file, kernel, defines, grid, block,
-                   tuple(kinds.get(type(arg), lambda same: same)(arg) for arg in args), shared)
+    args = tuple(KINDS[type(arg)](arg) if type(arg) in KINDS else arg for arg in args)
+    _device.launch(file, kernel, defines, grid, block, args, shared)
 
 
 def _each(file, kernel, total, args, defines=()):
@@ -149,6 +153,8 @@ def _dense(*arrays, dtype=np.float32):
 
 def _pitch(x):
     """Numbers from a row of x (…, C) to the next; x may be a slice of a wider array's channels."""
+    if x.flags.c_contiguous and x.dtype == np.float32 and x.size < 1 << 31:
+        return x.shape[-1]
     rows = x.reshape(-1, x.shape[-1])               # (rows, C); a copy unless they lie evenly
     evenly = _address(rows) == _address(x) and (x.shape[-1] == 1 or rows.strides[1] == x.itemsize)
     if x.dtype != np.float32 or x.size >= 1 << 31 or not evenly:
@@ -208,48 +214,95 @@ def conv_defines(bn, stages, vec, filter_gradient, inner, dilate=1):
             ("GEOMETRY_BYTES", GEOMETRY.itemsize))
 
 
-def _convolve(x, right, y, window, taps, grid, bias=None, relu=False, db=None, round=False):
+@functools.cache
+def _plan(device, precision, shape, window, taps, grid, cols, pitch, vec, filter_gradient, relu):
+    """How a convolution is launched, once for each of its shapes: see _convolve.
+
+    Its grid, threads, shared bytes, defines and geometry, and how many rows y has and how many of
+    its row tiles share the sums of right's columns.
+    """
+    (n, h, w, c), (kh, kw), (oh, ow) = shape, taps, grid
+    pixels, patch, inner = n * oh * ow, kh * kw * c, INNER[precision]
+    rows, depth = (patch, pixels) if filter_gradient else (pixels, patch)
+    bn, stages, parts = tile(rows, cols, depth, filter_gradient, device)
+    part = -(-(-(-depth // parts)) // BK) * BK
+    parts, row_tiles = -(-depth // part), -(-rows // BM)
+    whole = parts == 1                                  # else bias and ReLU wait for the sum
+    geometry = np.array((
+        h, w, *window[:2], pixels, divisor(c), divisor(kw), divisor(oh), divisor(ow), rows, cols,
+        depth, part, pitch if whole else cols, relu and whole,
+        whole and not filter_gradient and precision == "tf32"), GEOMETRY)
+    defines = conv_defines(bn, stages, vec, filter_gradient, inner, window[2])
+    return ((row_tiles, -(-cols // bn), parts), (128 if inner else 256,),
+            stages * stage_bytes(bn, filter_gradient), defines, geometry, rows,
+            min(4, row_tiles) if filter_gradient else 0)
+
+
+def _convolve(x, right, y, window, taps, grid, bias=None, relu=False, db=None):
     """y (rows, cols) = the left operand gathered from x, times right (depth, cols): conv.cu.
 
     window (stride, pad, dilate) places the patches of x (N, H, W, C), taps (KH, KW) is their
     shape, and grid (OH, OW) how many there are. y may be a channel slice. db: for dw only.
     """
-    filter_gradient = db is not None
     _dense(x, right)
-    n, h, w, c = x.shape
-    (oh, ow), (kh, kw) = grid, taps
-    pixels, patch, cols, pitch = n * oh * ow, kh * kw * c, y.shape[-1], _pitch(y)
-    rows, depth = (patch, pixels) if filter_gradient else (pixels, patch)
-    inner, vec = INNER[_precision], 4 if _fits((x, right, y), c, cols, pitch) else 1
-    bn, stages, parts = tile(rows, cols, depth, filter_gradient, _device)
-    part = -(-(-(-depth // parts)) // BK) * BK
-    parts = -(-depth // part)
-    whole = parts == 1                                  # else bias and ReLU wait for the sum
-    into, row_tiles = y if whole else _empty((parts, rows, cols)), -(-rows // BM)
-    shares = min(4, row_tiles)                          # row tiles whose blocks sum right's columns
-    sums = _empty((parts * shares, cols)) if filter_gradient else None
-    geometry = np.array((
-        h, w, *window[:2], pixels, divisor(c), divisor(kw), divisor(oh), divisor(ow),
-        rows, cols, depth, part, pitch if whole else cols, relu and whole, round and whole),
-        GEOMETRY)
-    _launch("conv.cu", "conv", (row_tiles, -(-cols // bn), parts), (128 if inner else 256,),
-            (x, right, into, bias if whole else None, sums, shares, geometry),
-            shared=stages * stage_bytes(bn, filter_gradient),
-            defines=conv_defines(bn, stages, vec, filter_gradient, inner, window[2]))
-    if filter_gradient:
-        _reduce(sums, db)
-    return y if whole else _reduce(into, y, bias, relu, round)
-
-
-def _filters(w, channels, turned=False):
-    """w (KH, KW, C, F) as right operand, rounded: (KH*KW*channels, F), or turned, (KH*KW*F, C)."""
-    kh, kw, c, f = w.shape
-    if not turned and channels == c and _precision != "tf32":
-        return w.reshape(-1, f)
-    y = _empty((kh * kw * f, c) if turned else (kh * kw * channels, f))     # photos have 4 of 3
-    _each("pointwise.cu", "filters", y.size, (
-        w, y, y.size, kh * kw, c, f, channels, turned, "tf32"))
+    cols, pitch, filter_gradient = y.shape[-1], _pitch(y), db is not None
+    vec = 4 if _fits((x, right, y), x.shape[3], cols, pitch) else 1
+    tiles, threads, shared, defines, geometry, rows, shares = _plan(
+        _device, _precision, x.shape, window, taps, grid, cols, pitch, vec, filter_gradient, relu)
+    split = tiles[2] > 1                                # in parts, or else y itself
+    rows = rows if split else 0
+    parts = _empty((tiles[2], rows + shares, cols)) if split or shares else None
+    _launch("conv.cu", "conv", tiles, threads, (
+        x, right, parts if split else y, None if split else bias, parts, shares, geometry),
+            shared, defines)
+    if parts is not None:
+        _reduce(parts, y, rows * cols, bias, relu, not filter_gradient and "tf32", db, shares)
     return y
+
+
+class Filters:
+    """The forms in which products take the filters that lie in `flat`: made in one launch.
+
+    of[address of w (KH, KW, C, F), channels]: the right operands for x of so many channels, which
+    is w, rounded where tensor cores want that, with zeros for the fourth channel of photos,
+    (KH*KW*channels, F); and for dy, turned, (KH*KW*F, C).
+    """
+
+    def __init__(self, flat, filters, channels=None):
+        self.flat, self.of, rows, end = flat, {}, [], 0
+        for w in filters:
+            _, _, c, f = w.shape
+            wide = channels or (4 if c == 3 else c)
+            start, taps, same = end, w.size // (c * f), wide == c and _precision != "tf32"
+            turned = start if same else start + -(-taps * wide * f // 4) * 4    # 16 bytes apart
+            end = turned + -(-w.size // 4) * 4
+            rows.append(((_address(w) - _address(flat)) // 4, taps, c, f, wide,
+                         -1 if same else start, turned))
+        self.forms, self.table = _empty(end), _table(_device, tuple(rows))
+        for w, (_, taps, c, f, wide, start, turned) in zip(filters, rows):
+            right = w if start < 0 else self.forms[start:start + taps * wide * f]
+            self.of[_address(w), wide] = (right.reshape(-1, f),
+                                          self.forms[turned:turned + w.size].reshape(-1, c))
+        self.make()
+
+    def make(self):
+        """All forms, of the filters as they are now."""
+        most = max(self.flat.size // len(self.of) // BLOCK, 1)
+        _launch("pointwise.cu", "filters", (min(64, most), len(self.of)), (BLOCK,),
+                (self.flat, self.forms, self.table, "tf32"))
+
+
+@functools.cache
+def _table(device, rows):
+    """Rows of integers on the device."""
+    return device.xp.array(np.array(rows, np.int32))
+
+
+def _filters(w, channels):
+    """The two forms of the filters w: those that the last update made, or else new ones."""
+    key = _address(w), channels
+    of = _trained.of if _trained and key in _trained.of else Filters(w, [w], channels).of
+    return of[key]
 
 
 def conv_forward(x, w, b, stride=1, pad=0, relu=False, out=None):
@@ -258,8 +311,7 @@ def conv_forward(x, w, b, stride=1, pad=0, relu=False, out=None):
     kh, kw, c, f = w.shape
     grid = output_size(x.shape[1], kh, stride, pad), output_size(x.shape[2], kw, stride, pad)
     y = _empty((len(x), *grid, f)) if out is None else out
-    return _convolve(x, _filters(w, x.shape[3]), y, (stride, pad, 1), (kh, kw), grid, b, relu,
-                     round=_precision == "tf32")
+    return _convolve(x, _filters(w, x.shape[3])[0], y, (stride, pad, 1), (kh, kw), grid, b, relu)
 
 
 def conv_backward_input(dy, w, x_shape, stride=1, pad=0):
@@ -268,35 +320,39 @@ def conv_backward_input(dy, w, x_shape, stride=1, pad=0):
     kh, kw, c, f = w.shape
     if kh != kw:
         raise ValueError(f"filters must be square, not {kh}×{kw}")
-    return _convolve(dy, _filters(w, c, turned=True), _empty(x_shape), (1, kh - 1 - pad, stride),
-                     (kh, kw), x_shape[1:3])
+    return _convolve(dy, _filters(w, x_shape[3])[1], _empty((*x_shape[:3], c)),
+                     (1, kh - 1 - pad, stride), (kh, kw), x_shape[1:3])
 
 
-def conv_backward_filter(x, dy, w_shape, stride=1, pad=0):
+def conv_backward_filter(x, dy, w_shape, stride=1, pad=0, out=(None, None)):
     """Rows are the numbers of a patch, and the reduction goes over the pixels of dy."""
     kh, kw, c, f = w_shape
-    right, db = dy.reshape(-1, f), _empty(f)                        # (N*OH*OW, F)
-    dw = _convolve(x, right, _empty((kh, kw, x.shape[3], f)), (stride, pad, 1), (kh, kw),
-                   dy.shape[1:3], db=db)
-    return _device.xp.ascontiguousarray(dw[:, :, :c]), db
+    dw, db = (_empty(shape) if y is None else y for y, shape in zip(out, (w_shape, f)))
+    wide = dw if x.shape[3] == c else _empty((kh, kw, x.shape[3], f))
+    _convolve(x, dy.reshape(-1, f), wide, (stride, pad, 1), (kh, kw), dy.shape[1:3], db=db)
+    if wide is not dw:
+        dw[...] = wide[:, :, :c]
+    return dw, db
 
 
-def column_sums(x):
-    """Two passes: sums over parts of the rows, then their sum, always in the same order."""
+def column_sums(x, out=None):
+    """A block for 32 columns, which adds them in a fixed order."""
     _dense(x)
     m, e = x.shape
-    part = max(64, -(-m // (8 * _device.multiprocessors)))
-    sums = _empty((-(-m // part), e))
-    _launch("pointwise.cu", "column_sums", (-(-e // 32), len(sums)), (32, 8),
-            (x, sums, m, e, part), shared=4 * 32 * 8)
-    return _reduce(sums, _empty(e))
-
-
-def _reduce(parts, y, bias=None, relu=False, round=False):
-    """y (…, E) = Σ of the parts (Z, …, E) + bias, then ReLU: a thread for each number of y."""
-    _each("pointwise.cu", "reduce", y.size, (parts, y, bias, y.size, parts.size // y.size,
-                                             y.shape[-1], _pitch(y), relu, round))
+    y = _empty(e) if out is None else out
+    _launch("pointwise.cu", "column_sums", (-(-e // 32),), (32, 8), (x, y, m, e), shared=4 * 32 * 8)
     return y
+
+
+def _reduce(parts, y, total, bias=None, relu=False, round=False, tail=None, shares=0):
+    """y (…, E) of `total` numbers = Σ of the parts (Z, …, E) + bias, then ReLU; a thread for each.
+
+    With a tail (E,) each part ends in `shares` rows more, whose sum that is; then total may be 0.
+    """
+    e, many = y.shape[-1], 1 if parts is y else len(parts)
+    threads = total + (e if shares else 0)
+    _each("pointwise.cu", "reduce", threads, (parts, y, bias, tail, threads, total, many, e,
+                                              _pitch(y), shares, relu, round))
 
 
 # ---------------------------------------------------------------------------------- pooling
@@ -400,7 +456,9 @@ def relu_backward(dy, y):
 def matmul(a, b, out=None, bias=None, relu=False):
     """A product by the library that the device has for it; bias and ReLU in a pass after it."""
     y = _device.xp.matmul(a, b, out=out)
-    return _reduce(y, y, bias, relu) if relu or bias is not None else y
+    if relu or bias is not None:
+        _reduce(y, y, y.size, bias, relu)
+    return y
 
 
 def _loss(kernel, s, targets, weights, *vectors):
@@ -425,8 +483,9 @@ def one_vs_all_loss(s, targets, weights, positive, negative):
     return _loss("one_vs_all_loss", s, targets, weights, positive, negative)
 
 
-def sgd(w, v, dw, rate, momentum, decay, rows=None):
+def sgd(w, v, dw, rate, momentum, decay, rows=None, filters=()):
     """A thread for each four numbers, or with rows for each number of dw."""
+    global _trained
     _dense(w, v, dw)
     constants = float(rate), float(momentum), float(decay)
     if rows is None:
@@ -435,6 +494,10 @@ def sgd(w, v, dw, rate, momentum, decay, rows=None):
         rows = _device.xp.asarray(rows, np.int32)
         _each("sgd.cu", "sgd_rows", dw.size, (
             w, v, dw, rows, dw.size, w.size // len(w), *constants))
+    if filters and _trained and _trained.flat is w:
+        _trained.make()
+    elif filters:
+        _trained = Filters(w, filters)
 
 
 # ----------------------------------------------------------------------------------- arrays

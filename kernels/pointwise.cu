@@ -110,55 +110,62 @@ relu_backward(const float* dy, const float* y, float* dx, unsigned total, int co
     }
 }
 
-// Filters w (taps, C, F) as the right operand of a convolution: y (taps, wide, F), zeros from
-// channel C on, or turned round, y (taps, F, C), the last tap first. Called by gpu._filters.
+// Filters w (taps, C, F) as right operands of convolutions: (taps, wide, F), zeros from channel C
+// on, and turned round, (taps, F, C), the last tap first. A row of the table says where in `weights`
+// a convolution's filters are and where in `forms` the two go (-1: w itself will do). blockIdx.y is
+// the row, whose numbers the blocks of x share. Called by gpu.Filters.
 extern "C" __global__ void
-filters(const float* w, float* y, unsigned total, int taps, int c, int f, int wide, int turned,
-        int round)
+filters(const float* weights, float* forms, const int* table, int round)
 {
-    const unsigned index = index_of_thread();
-    if (index >= total) return;
-    int tap = index / f / wide, channel = index / f % wide, filter = index % f;
-    if (turned) {
-        tap = taps - 1 - index / c / f;
-        filter = index / c % f;
-        channel = index % c;
+    const int* row = table + blockIdx.y * 7;
+    const int taps = row[1], c = row[2], f = row[3], wide = row[4];
+    const float* w = weights + row[0];
+    for (int at = index_of_thread(); at < taps * wide * f; at += gridDim.x * blockDim.x) {
+        const int filter = at % f, channel = at / f % wide, tap = at / f / wide;
+        const float number = channel < c ? rounded(w[(tap * c + channel) * f + filter], round) : 0;
+        if (row[5] >= 0) forms[row[5] + at] = number;
+        if (channel < c) forms[row[6] + ((taps - 1 - tap) * f + filter) * c + channel] = number;
     }
-    y[index] = channel < c ? rounded(w[(tap * c + channel) * f + filter], round) : 0;
 }
 
 // y = Σ_z parts[z] in the order of z, + bias, then with relu max(y, 0), where a NaN stays; parts
-// (Z, rows, cols). The end of a split convolution, of column sums, and of a product, which is one
-// part and stays in place. Called by gpu._reduce.
+// (Z, total + shares · cols). The rest of a part is `shares` rows that go into the sum tail (cols,).
+// The end of a split convolution, and of a product, which is one part and stays in place. Called
+// by gpu._reduce.
 extern "C" __global__ void
-reduce(const float* parts, float* y, const float* bias, unsigned total, int count, int cols,
-       int pitch, int relu, int round)
+reduce(const float* parts, float* y, const float* bias, float* tail, unsigned threads, int total,
+       int count, int cols, int pitch, int shares, int relu, int round)
 {
     const unsigned index = index_of_thread();
-    if (index >= total) return;
-    const int col = index % cols;
+    if (index >= threads) return;
+    const int col = index % cols, rows = index < total ? 1 : shares;
     float sum = 0;
-    for (int z = 0; z < count; z++) sum += parts[static_cast<long long>(z) * total + index];
+    for (int z = 0; z < count; z++)
+        for (int row = 0; row < rows; row++)
+            sum += parts[static_cast<long long>(z) * (total + shares * cols) + index + row * cols];
+    if (index >= total) {
+        tail[col] = sum;
+        return;
+    }
     if (bias) sum += bias[col];
     y[static_cast<long long>(index / cols) * pitch + col] =
         rounded(relu && sum < 0 ? 0 : sum, round);
 }
 
-// parts[z, e] = Σ of x[m, e] over the z-th part of the rows m; x (M, E). A block of 32×8 threads
-// takes 32 columns; its eight sums a column are added in a fixed order. Called by gpu.column_sums.
+// y[e] = Σ_m x[m, e]; x (M, E). A block of 32×8 threads takes 32 columns; its eight sums a column are
+// added in a fixed order. Called by gpu.column_sums.
 extern "C" __global__ void
-column_sums(const float* x, float* parts, int m, int e, int part)
+column_sums(const float* x, float* y, int m, int e)
 {
     float* sums = shared_memory();                          // 8 × 32
-    const int col = blockIdx.x * 32 + threadIdx.x, begin = blockIdx.y * part;
+    const int col = blockIdx.x * 32 + threadIdx.x;
     float sum = 0;
     if (col < e)
-        for (int row = begin + threadIdx.y; row < min(m, begin + part); row += 8)
-            sum += x[static_cast<long long>(row) * e + col];
+        for (int row = threadIdx.y; row < m; row += 8) sum += x[static_cast<long long>(row) * e + col];
     sums[threadIdx.y * 32 + threadIdx.x] = sum;
     __syncthreads();                                        // the eight sums are there
     if (threadIdx.y == 0 && col < e) {
-        for (int y = 1; y < 8; y++) sum += sums[y * 32 + threadIdx.x];
-        parts[static_cast<long long>(blockIdx.y) * e + col] = sum;
+        for (int part = 1; part < 8; part++) sum += sums[part * 32 + threadIdx.x];
+        y[col] = sum;
     }
 }
