@@ -254,6 +254,12 @@ def row_blocks(n):
     return [slice(start, min(n, start + size)) for start in range(0, n, size)]
 
 
+def share_blocks(n, work):
+    """work(blocks) of row_blocks(n): on a CPU its share on each thread, on a GPU all of them."""
+    share = cpu.share if kernels.memory() is None else lambda work, blocks: work(blocks)
+    share(work, row_blocks(n))
+
+
 def conditional(d, perplexity, steps=40):
     """p_j|i ∝ exp(-β_i d_ij) of squared distances d (B, N), with an entropy of ln perplexity."""
     d = d - d.min(axis=1, keepdims=True)                            # changes no p_j|i (2008, §2)
@@ -274,11 +280,15 @@ def affinities(x, perplexity):
     n, squares = len(x), (x * x).sum(axis=1)                        # (N,)
     p = np.empty_like(x, shape=(n, n))
     unit = squares.mean()                                           # distances of about 1
-    for block in row_blocks(n):
-        d = squares[block, None] + squares - 2 * kernels.matmul(x[block], x.T)  # (B, N)
-        d = np.maximum(d / unit, 0)
-        d[np.arange(len(d)), np.arange(block.start, block.stop)] = FAR
-        p[block] = conditional(d, perplexity)
+
+    def work(blocks):
+        for block in blocks:
+            d = squares[block, None] + squares - 2 * (x[block] @ x.T)           # (B, N)
+            d = np.maximum(d / unit, 0)
+            d[np.arange(len(d)), np.arange(block.start, block.stop)] = FAR
+            p[block] = conditional(d, perplexity)
+
+    share_blocks(n, work)
     return (p + p.T) / (2 * n)
 
 
@@ -287,22 +297,36 @@ def tsne_gradient(p, y, exaggeration=1, divergence=False):
 
     n_ij = 1 / (1 + |y_i - y_j|²), q_ij = n_ij / Z, Z = Σ n over i ≠ j;
     ∂KL/∂y_i = 4 Σ_j (p_ij - q_ij) n_ij (y_i - y_j) (2008, eq. 5), here as pull and push, since Z
-    is known at the end only; KL = log Z - Σ p log n + Σ p log p, where 0 log 0 is 0.
+    is known at the end only; KL = log Z + Σ p log (p / n), where 0 log 0 is 0.
     """
-    n, columns = len(y), y.T.copy()                                 # (2, N)
-    pull, push, z, cross, own = np.empty_like(y), np.empty_like(y), -n, 0, 0
-    for block in row_blocks(n):
-        apart = columns[:, block, None] - columns[:, None]          # (2, B, N)
-        near = np.reciprocal(1 + apart[0] * apart[0] + apart[1] * apart[1])     # (B, N)
-        z = z + near.sum(dtype=np.float64)
-        if divergence:
-            cross = cross + (p[block] * np.log(near)).sum(dtype=np.float64)
-            log_p = np.log(np.maximum(p[block], 1e-30))
-            own = own + (p[block] * log_p).sum(dtype=np.float64)
-        pull[block] = np.einsum("bn,abn->ba", p[block] * near, apart)
-        push[block] = np.einsum("bn,abn->ba", np.square(near, out=near), apart)
+    n, columns, one = len(y), y.T.copy(), np.ones_like(y[:, 0])     # columns (2, N)
+    pull, push, sums, losses = np.empty_like(y), np.empty_like(y), one.copy(), one.copy()
+
+    def work(blocks):
+        most = max((block.stop - block.start for block in blocks), default=0)
+        space = np.empty_like(y, shape=(4, most, n))                # used again and again
+        for block in blocks:
+            part = space[:, :block.stop - block.start]
+            apart, near, product = part[:2], part[2], part[3]       # (2, B, N), (B, N), (B, N)
+            np.subtract(columns[:, block, None], columns[:, None], out=apart)
+            np.square(apart[0], out=near)
+            near += np.square(apart[1], out=product)
+            near += 1
+            np.reciprocal(near, out=near)
+            sums[block] = near @ one
+            np.multiply(p[block], near, out=product)
+            if divergence:
+                log = np.log(np.maximum(p[block], 1e-30) / near)
+                losses[block] = (p[block] * log).sum(axis=1)
+            for force, weights in (pull, product), (push, np.square(near, out=near)):
+                # a product takes half the time of einsum: (2, B, 1, N) times (B, N, 1)
+                force[block] = (apart[:, :, None] @ weights[..., None])[..., 0, 0].T
+
+    share_blocks(n, work)
+    z = sums.sum(dtype=np.float64) - n
     gradient = 4 * (exaggeration * pull - push / z).astype(y.dtype)
-    return gradient, float(kernels.to_host(np.log(z) - cross + own)) if divergence else None
+    kl = float(kernels.to_host(np.log(z) + losses.sum(dtype=np.float64))) if divergence else None
+    return gradient, kl
 
 
 def tsne(x, perplexity, steps):

@@ -86,6 +86,11 @@ def threads():
     return _pool.count
 
 
+def share(work, items):
+    """work(some) on every thread, `some` being its share of a list of items."""
+    _pool.run(lambda t: work(items[t::_pool.count]))
+
+
 def _chunk_size(n, bytes_each, limit=PATCH_BYTES):
     """Images a chunk: within the cache, and the threads' shares of equal size."""
     share = -(-n // _pool.count)
