@@ -86,7 +86,7 @@ def word_metrics(features, output, targets, counts, share, loss_name):
     """What `words` reports, a plain dictionary, from features (N, E) and each photo's classes.
 
     output: the layer of the K words; targets: N arrays of classes; counts (K,): the training photos
-    of each word, for baseline and thirds; share (K,): theirs of all. The loss is the photos' mean.
+    of each word, for baseline, thirds, tenths; share (K,): theirs of all; the loss is a mean.
     """
     n, k = len(targets), len(counts)
     photos = np.repeat(np.arange(n), [len(words) for words in targets])
@@ -102,6 +102,9 @@ def word_metrics(features, output, targets, counts, share, loss_name):
     return {
         **_by_k(precision.mean(axis=0)), "auc": _mean(auc), "map": _mean(ap), "loss": loss,
         "auc_frequent": _mean(auc[order[:third]]), "auc_rare": _mean(auc[order[-third:]]),
+        "deciles": {f"{i} of 10": {"words": len(part), "photos": float(counts[part].mean()),
+                                   "auc": _mean(auc[part]), "map": _mean(ap[part])}
+                    for i, part in enumerate(np.array_split(order, 10), 1) if len(part)},
         "photos": n, "words": int(scored.sum()), "dictionary": k,
         "ceiling": _by_k(np.minimum.outer(sizes, KS).mean(axis=0) / KS),
         "baseline": _by_k(baseline.mean(axis=0)),
@@ -549,7 +552,7 @@ def command(name, options):
     def register(function):
         says = console.summary(function.__doc__)
         parser = COMMANDS.add_parser(name, help=says, description=says)
-        parser.set_defaults(function=function, out=None)
+        parser.set_defaults(function=function, out=None, all=False, deciles=False, layer=None)
         for option, settings in {**COMMON, **options}.items():
             parser.add_argument(option, **settings)
         return function
@@ -733,6 +736,7 @@ class Trained:
 
 @command("words", IMAGES | CAPTIONS | name_output("--out", ".png", False) | {
     "--model": dict(required=True, metavar="RUN", nargs="+", help="trained runs' folders"),
+    "--deciles": dict(action="store_true", help="AUC and AP by frequency of the words, too"),
     "--all": dict(action="store_true", help="score all photos, not the held-out ones")})
 def predict_words(options, show):
     """Precision@k, AUC and AP of words for photos that were not trained on (Table 1, Fig. 2).
@@ -755,6 +759,12 @@ def predict_words(options, show):
             x, output, [index.words(numbers[name]) for name in found], run.counts[classes],
             run.counts[classes] / run.training, run.options["loss"]), "skipped": len(skipped)}
     last = result[runs[-1].run]
+    if options.deciles:
+        show.table(["words by frequency", "photos", *(f"{key}, {run}" for run in result
+                                                       for key in ("AUC", "AP"))],
+                   {name: [f"{part['photos']:,.0f}", *(row["deciles"][name][key] for row in
+                           result.values() for key in ("auc", "map"))]
+                    for name, part in last["deciles"].items()})
     if len(runs) == 1 and not show.out:
         print_words(last, show)
         return last
@@ -814,16 +824,21 @@ def search_photos(options, show):
     return {"words": best, "photos": len(found), "skipped": skipped}
 
 
+def check_layer(net, layer):
+    """ValueError unless the network has the layer, or none is asked for."""
+    if layer is not None and layer not in net.layers:
+        raise ValueError(f"--layer {layer} is none of {', '.join(net.layers)}")
+
+
 @command("features", FOLDER | name_output("--out", ".npz") | {
-    "--layer": dict(help="name of a layer; the last hidden one if not given"),
+    "--layer": dict(help="of that name, all its pixels; the last hidden one if not given"),
     "--crops": dict(type=int, choices=(1, 10), default=1,
                     help="central crop, or the mean of corners, centre and their mirror images")})
 def write_features(options, show):
     """Features of a folder's photos, one crop or the mean of ten, into an .npz with their names."""
     run, names = Trained(options.model), data.list_photos(options.images)
-    net, crop, layers = run.net, run.recipe.crop, list(run.net.layers)
-    if options.layer and options.layer not in layers:
-        raise ValueError(f"--layer {options.layer} is none of {', '.join(layers)}")
+    net, crop = run.net, run.recipe.crop
+    check_layer(net, options.layer)
     def write(x, pixels, _):
         crops, n, spare = [x], len(pixels), pixels.shape[1] - crop
         if options.crops == 10:
@@ -843,7 +858,8 @@ def write_features(options, show):
     return {"photos": len(found), "numbers": features.shape[1], "skipped": skipped}
 
 
-@command("transfer", FOLDER | SPLITTING)
+@command("transfer", FOLDER | SPLITTING | {
+    "--layer": dict(help="of that name, the mean of its pixels; the last hidden one if not given")})
 def transfer_features(options, show):
     """Regression on features: DIR/class/*.jpg, or a Pascal VOC folder (Fig. 5, Tables 2 to 4)."""
     voc = os.path.isdir(os.path.join(options.images, "JPEGImages"))
@@ -882,12 +898,14 @@ def extract_views(options, names):
     """{view: (N, D)} of the photos by each of VIEWS, the names of those found, the skipped."""
     run = Trained(options.model)
     nets = run.net, run.recipe.build(len(run.words), 0).init(run.options["seed"])
+    check_layer(run.net, options.layer)
     def compute(x, pixels, _):
         raw = [np.asarray(Image.fromarray(photo).resize((RAW, RAW), Image.Resampling.BOX)).ravel()
                for photo in pixels]
-        return np.hstack([*(kernels.to_host(net.features(x)) for net in nets), raw])
+        y = [kernels.to_host(net.features(x, options.layer)) for net in nets]
+        return np.hstack([*(e.mean(axis=tuple(range(1, e.ndim - 1))) for e in y), raw])
     x, found, skipped = run.read(options.images, names, options.workers, compute)
-    e = run.net.output.w.shape[1]                                   # x (N, 2 E + 3 RAW²)
+    e = (x.shape[1] - 3 * RAW * RAW) // 2                           # x (N, 2 E + 3 RAW²)
     return dict(zip(VIEWS, np.split(x, (e, 2 * e), axis=1))), found, skipped
 
 
@@ -1096,8 +1114,8 @@ def write_report(options, show):
     parts = [                                   # title, command, changed options
         ("The model at work", show_examples, {}),
         ("The run", show_run, {}),
-        ("Word prediction", predict_words, {"model": [options.model], "all": False}),
-        ("More photos", predict_words, {"model": options.series, "all": False}),
+        ("Word prediction", predict_words, {"model": [options.model]}),
+        ("More photos", predict_words, {"model": options.series}),
         ("Photos for words", search_photos, some),
         ("A map of photos", draw_map, {"words": False}),
         ("A map of words", draw_map, {"words": True}),

@@ -2093,6 +2093,8 @@ def test_metrics_are_those_of_a_plain_computation_in_blocks_or_whole(rng, monkey
             assert result["map"] == pytest.approx(ap[some].mean())
             assert result["chance"]["map"] == pytest.approx(carried[:, some].mean())
             assert result["auc_rare"] == pytest.approx(np.nanmean(auc[often[-4:]]))
+            assert [part["words"] for part in result["deciles"].values()] == [2, 2] + [1] * 8
+            assert result["deciles"]["1 of 10"]["auc"] == pytest.approx(np.nanmean(auc[often[:2]]))
             for k in (1, 5, 10):
                 found = [part[f"precision@{k}"] for part in (
                     result, result["baseline"], result["chance"], result["ceiling"])]
@@ -2267,6 +2269,8 @@ def test_transfer_tells_colours_apart(ask):
     mean = dict(zip(result["columns"], result["rows"]["mean"]))
     assert mean["chance"] == 0.5 and mean["raw pixels, 16 × 16"] == 1 and result["photos"] == 24
     assert len(result["rows"]) == 3 + 2 and len(result["skipped"]) == 1 and "± " in done.out
+    conv, _ = ask("transfer", "--images", "classes", "--splits", 3, "--layer", "conv1")
+    assert dict(zip(conv["columns"], conv["rows"]["mean"]))["raw pixels, 16 × 16"] == 1
 
 
 def test_transfer_reads_a_voc_folder_and_leaves_difficult_photos_out(tmp_path, ask):
