@@ -48,6 +48,7 @@ from kernels.philox import SPLITS, philox
 
 BLOCK = 20_000_000              # scores held at a time
 KS = (1, 5, 10)                 # precision@k
+SPREAD = " ±"                           # after a key: its deviation
 
 
 # ---------------------------------------------------------------------------------- metrics
@@ -447,16 +448,20 @@ def round_ticks(low, high):
 
 
 def plot_picture(rows, across, key, title, chance=None, axis=np.asarray, colour=COLOURS[0]):
-    """A curve of row[key] against axis(row[across]), with a broken line at `chance`."""
+    """A curve of row[key] against axis(row[across]), with a broken line at `chance`.
+
+    row[key + SPREAD], if there, is half the length of an error bar.
+    """
     image, (left, right, top, bottom) = Image.new("RGB", (480, 310), "white"), (70, 450, 45, 265)
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
     draw.line([(left, top), (left, bottom), (right, bottom)], INK)
-    ys = np.array([row.get(key) for row in rows], float)            # None becomes NaN
-    xs, ys = np.array([row[across] for row in rows])[np.isfinite(ys)], ys[np.isfinite(ys)]
+    rows = [row for row in rows if np.isfinite(np.array(row.get(key), float))]      # None is NaN
+    xs, ys, spreads = (np.array([row.get(name, 0) for row in rows], float)
+                       for name in (across, key, key + SPREAD))
     draw.text((left, 17), title + ": nothing to show" * (not len(ys)), INK, font)
     if not len(ys):
         return image
-    shown = ys if chance is None else [*ys, chance]
+    shown = [*(ys - spreads), *(ys + spreads), ys[0] if chance is None else chance]
     ticks = round_ticks(min(shown), max(shown))
     height = functools.partial(np.interp, xp=ticks[[0, -1]], fp=[bottom, top])
     for tick in ticks:
@@ -473,8 +478,9 @@ def plot_picture(rows, across, key, title, chance=None, axis=np.asarray, colour=
     draw.text((right, bottom + 24), across.replace("_", " "), INK, font, anchor="ra")
     spots = list(zip(np.interp(axis(xs), axis(xs[[0, -1]]), [left, right]), height(ys)))
     draw.line(spots, colour, 2)
-    for x, y in spots:
+    for (x, y), low, high in zip(spots, height(ys - spreads), height(ys + spreads)):
         draw.ellipse([x - 2, y - 2, x + 2, y + 2], colour)
+        draw.line([(x, low), (x, high)], colour)
     return image
 
 
@@ -734,9 +740,10 @@ class Trained:
         return pairs, len(lines)
 
 
-@command("words", IMAGES | CAPTIONS | name_output("--out", ".png", False) | {
+@command("words", IMAGES | CAPTIONS | SPLITTING | name_output("--out", ".png", False) | {
     "--model": dict(required=True, metavar="RUN", nargs="+", help="trained runs' folders"),
     "--deciles": dict(action="store_true", help="AUC and AP by frequency of the words, too"),
+    "--transfer": dict(nargs="+", metavar="DIR", help="accuracy of features, as `transfer`, too"),
     "--all": dict(action="store_true", help="score all photos, not the held-out ones")})
 def predict_words(options, show):
     """Precision@k, AUC and AP of words for photos that were not trained on (Table 1, Fig. 2).
@@ -750,7 +757,7 @@ def predict_words(options, show):
     index = runs[-1].index(options.captions, words, min(run.options["valid"] for run in runs),
                            options.workers)
     numbers = {index.name(i): i for i in range(len(index) if options.all else index.held_out)}
-    images, result = options.images or runs[-1].options["images"], {}
+    images, result, transfers = options.images or runs[-1].options["images"], {}, {}
     for run in runs:
         x, found, skipped = run.read(images, list(numbers), options.workers)
         classes, output = run.find_words(words), model.Output(x.shape[1], len(words))
@@ -758,6 +765,13 @@ def predict_words(options, show):
         result[run.run] = {"training_photos": run.training, **word_metrics(
             x, output, [index.words(numbers[name]) for name in found], run.counts[classes],
             run.counts[classes] / run.training, run.options["loss"]), "skipped": len(skipped)}
+        for path in options.transfer or ():
+            key = f"transfer to {os.path.basename(os.path.normpath(path))}"
+            changes = {"model": run.run, "images": path}
+            show.line(f"{run.run}: {key}")
+            rows = transfer_features(argparse.Namespace(**{**vars(options), **changes}), show)["rows"]
+            result[run.run] |= {key: rows["mean"][1], key + SPREAD: rows.get("± deviation", [0, 0])[1]}
+            transfers[key] = None
     last = result[runs[-1].run]
     if options.deciles:
         show.table(["words by frequency", "photos", *(f"{key}, {run}" for run in result
@@ -768,12 +782,24 @@ def predict_words(options, show):
     if len(runs) == 1 and not show.out:
         print_words(last, show)
         return last
-    keys = "training_photos", *_by_k(KS), "auc"
+    keys = "training_photos", *_by_k(KS), "auc", *transfers
     show.table(["run", *keys], {run: [row[key] for key in keys] for run, row in result.items()})
-    title = "precision@10 against training photos"
-    show.picture(plot_picture(result.values(), "training_photos", "precision@10", title,
-                              last["chance"]["precision@10"], np.log10), title)
+    curve, chance = join_seeds(result.values(), keys), {**last["chance"], "auc": None}
+    panels = [plot_picture(curve, keys[0], key, key, chance.get(key), np.log10)
+              for key in ("precision@10", "auc", *transfers)]
+    show.picture(Image.fromarray(np.hstack(panels)), "against training photos: "
+                 + ", ".join(keys[keys.index("auc"):]) + " and precision@10")
     return {"runs": result, "words": len(words)}
+
+
+def join_seeds(rows, keys):
+    """Rows with as many training photos as one: means, and by key + SPREAD their deviations."""
+    joined = {}
+    for row in rows:
+        joined.setdefault(row["training_photos"], []).append(row)
+    return [{key: np.mean([row[key] for row in same]) for key in keys} | {
+        key + SPREAD: np.std([row[key] for row in same], ddof=1) if len(same) > 1
+        else same[0].get(key + SPREAD, 0) for key in keys} for same in joined.values()]
 
 
 def print_words(result, show=Output()):
@@ -1114,7 +1140,7 @@ def write_report(options, show):
     parts = [                                   # title, command, changed options
         ("The model at work", show_examples, {}),
         ("The run", show_run, {}),
-        ("Word prediction", predict_words, {"model": [options.model]}),
+        ("Word prediction", predict_words, {"model": [options.model], "transfer": ()}),
         ("More photos", predict_words, {"model": options.series}),
         ("Photos for words", search_photos, some),
         ("A map of photos", draw_map, {"words": False}),
