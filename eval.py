@@ -767,10 +767,11 @@ def predict_words(options, show):
             run.counts[classes] / run.training, run.options["loss"]), "skipped": len(skipped)}
         for path in options.transfer or ():
             key = f"transfer to {os.path.basename(os.path.normpath(path))}"
-            changes = {"model": run.run, "images": path}
             show.line(f"{run.run}: {key}")
-            rows = transfer_features(argparse.Namespace(**{**vars(options), **changes}), show)["rows"]
-            result[run.run] |= {key: rows["mean"][1], key + SPREAD: rows.get("± deviation", [0, 0])[1]}
+            rows = transfer_features(argparse.Namespace(**{
+                **vars(options), "model": run.run, "images": path}), show)["rows"]
+            deviations = rows.get("± deviation", [0, 0])
+            result[run.run] |= {key: rows["mean"][1], key + SPREAD: deviations[1]}
             transfers[key] = None
     last = result[runs[-1].run]
     if options.deciles:

@@ -235,7 +235,8 @@ def conv_backward_filter(x, dy, w_shape, stride=1, pad=0, out=(None, None)):
     """dw[p,q,c,f] = Σ_{n,i,j} x[n, i·stride+p-pad, j·stride+q-pad, c] · dy[n,i,j,f]; db = Σ dy.
 
     x (N, H, W, C), dy (N, OH, OW, F) -> dw (KH, KW, C, F), which is w_shape, and db (F,), in the
-    arrays `out` if given. By Winograd's algorithm dw = Gᵀ [(Bᵀ x B) ⊙ (A dy Aᵀ)] G, summed over the tiles.
+    arrays `out` if given. By Winograd's algorithm dw = Gᵀ [(Bᵀ x B) ⊙ (A dy Aᵀ)] G, summed over
+    the tiles.
     """
     n, oh, ow, f = dy.shape
     tiles, rows = _is_winograd(w_shape, stride, pad), int(np.prod(w_shape[:3]))

@@ -1,6 +1,6 @@
 // The two losses over rows of K scores, K up to millions; a block takes a row.
 //
-//   multi-class logistic (eq. 2)   ℓ_n = -Σ_{k in targets} w_nk log p_nk,  p_nk = exp s_nk / Σ exp s
+//   multi-class logistic (eq. 2)   ℓ_n = -Σ_k w_nk log p_nk,  p_nk = exp s_nk / Σ exp s_n
 //                                  ∂ℓ/∂s_nk = (Σ_k w_nk) p_nk - w_nk,  w_nk 0 but for targets
 //   one-versus-all (eq. 1)         ℓ_n = w_n Σ_k (y_nk a_k log(1 + exp -s_nk)
 //                                                 + (1 - y_nk) b_k log(1 + exp s_nk))

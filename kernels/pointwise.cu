@@ -111,9 +111,9 @@ relu_backward(const float* dy, const float* y, float* dx, unsigned total, int co
 }
 
 // Filters w (taps, C, F) as right operands of convolutions: (taps, wide, F), zeros from channel C
-// on, and turned round, (taps, F, C), the last tap first. A row of the table says where in `weights`
-// a convolution's filters are and where in `forms` the two go (-1: w itself will do). blockIdx.y is
-// the row, whose numbers the blocks of x share. Called by gpu.Filters.
+// on, and turned round, (taps, F, C), the last tap first. A row of the table says where the filters
+// are in `weights` and where the two go in `forms` (-1: w itself will do). blockIdx.y is the row,
+// whose numbers the blocks of x share. Called by gpu.Filters.
 extern "C" __global__ void
 filters(const float* weights, float* forms, const int* table, int round)
 {
@@ -129,7 +129,7 @@ filters(const float* weights, float* forms, const int* table, int round)
 }
 
 // y = Σ_z parts[z] in the order of z, + bias, then with relu max(y, 0), where a NaN stays; parts
-// (Z, total + shares · cols). The rest of a part is `shares` rows that go into the sum tail (cols,).
+// (Z, total + shares · cols). The rest of a part is `shares` rows, whose sum goes to tail (cols,).
 // The end of a split convolution, and of a product, which is one part and stays in place. Called
 // by gpu._reduce.
 extern "C" __global__ void
@@ -152,8 +152,8 @@ reduce(const float* parts, float* y, const float* bias, float* tail, unsigned th
         rounded(relu && sum < 0 ? 0 : sum, round);
 }
 
-// y[e] = Σ_m x[m, e]; x (M, E). A block of 32×8 threads takes 32 columns; its eight sums a column are
-// added in a fixed order. Called by gpu.column_sums.
+// y[e] = Σ_m x[m, e]; x (M, E). A block of 32×8 threads takes 32 columns; its eight sums a column
+// are added in a fixed order. Called by gpu.column_sums.
 extern "C" __global__ void
 column_sums(const float* x, float* y, int m, int e)
 {
@@ -161,7 +161,8 @@ column_sums(const float* x, float* y, int m, int e)
     const int col = blockIdx.x * 32 + threadIdx.x;
     float sum = 0;
     if (col < e)
-        for (int row = threadIdx.y; row < m; row += 8) sum += x[static_cast<long long>(row) * e + col];
+        for (int row = threadIdx.y; row < m; row += 8)
+            sum += x[static_cast<long long>(row) * e + col];
     sums[threadIdx.y * 32 + threadIdx.x] = sum;
     __syncthreads();                                        // the eight sums are there
     if (threadIdx.y == 0 && col < e) {
