@@ -8,6 +8,8 @@ gradient checks), NHWC.
 import json
 import os
 import zlib
+from contextlib import suppress
+from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -515,10 +517,10 @@ class Plateau:
 
 # ------------------------------------------------------------------------------ checkpoints
 
-def save(path, net, optimiser, facts, words):
+def save(path, net, velocities, facts, words):
     """Write a checkpoint: weights `w/…`, velocities `v/…`, `facts` (JSON) and the dictionary."""
     arrays = {"w/" + key: value for key, value in net.state().items()}
-    arrays |= {"v/" + key: kernels.to_host(value) for key, value in optimiser.v.items()}
+    arrays |= {"v/" + key: kernels.to_host(value) for key, value in velocities.items()}
     for key, text in (("facts", json.dumps(facts)), ("words", "\n".join(words))):
         arrays[key] = np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8)
     with whole_file(path) as file:
@@ -552,3 +554,26 @@ def load(path):
         raise ValueError(f"{path} is not a model of weak.py, or it is damaged") from None
     return (*({key[2:]: value for key, value in arrays.items() if key.startswith(kind)}
               for kind in ("w/", "v/")), facts, words)
+
+
+def load_best(run):
+    """Weights, facts with the whole run's log, words, and a line that says which these are.
+
+    run: its folder, whose best.npz is taken if there is one, or a file. ValueError as in `load`.
+    """
+    path, folder = run, os.path.dirname(run)
+    if not os.path.isfile(run):
+        path, folder = os.path.join(run, "best.npz"), run
+        if not os.path.exists(path):
+            path = os.path.join(run, "model.npz")
+    weights, _, facts, words = load(path)
+    row = facts["log"][-1] if facts["log"] else {}
+    with suppress(OSError, ValueError):         # best.npz has the log until its epoch
+        lines = Path(folder, "log.jsonl").read_text().splitlines()
+        facts["log"] = max(facts["log"], list(map(json.loads, lines)), key=len)
+    line = f"{path}: epoch {facts['epoch']} of {len(facts['log'])}"
+    if row.get("step") != facts["step"]:
+        line += f" and {facts['losses'][0]:,} steps of the next"
+    elif row["validation_loss"] is not None:
+        line += f", held-out loss {row['validation_loss']:.4f}"
+    return weights, facts, words, line

@@ -1122,6 +1122,15 @@ def test_rate_rule_goes_on_after_a_resume(mine, train, monkeypatch):
     assert facts_of("whole")["plateau"] == facts_of("parts")["plateau"]
 
 
+def test_training_ends_when_patience_does(mine, train, losses):
+    losses(3.0, 2.0, 2.5, 2.0, 9, 9, 9, 1.0, 9)
+    mine += ["--epoch-size", 16, "--epochs-per-lr", 1]              # so that it is 2 epochs
+    assert "lowest after epoch 2, --patience 2" in train(*mine, "--out", "r")
+    assert len(log_of("r")) == 4 and "is finished" in train("--resume", "--out", "r")
+    train("--resume", "--out", "r", "--epochs", 6)
+    assert len(log_of("r")) == 6
+
+
 def begin(*arguments, until):
     """The training script as a process that goes on, once it has printed `until`."""
     process = subprocess.Popen(
@@ -1281,6 +1290,48 @@ def test_full_disk_costs_a_run_only_the_checkpoint(start, monkeypatch, capsys):
     assert not [name for name in os.listdir("r") if name.endswith(".part")]
 
 
+@pytest.fixture
+def losses(monkeypatch):
+    """losses(one, …): what training takes for the held-out losses of its epochs."""
+    def losses(*some):
+        honest, those = weak.Run.validate, iter(some)
+        monkeypatch.setattr(weak.Run, "validate", lambda run: {
+            **honest(run), "loss": next(those)})
+    return losses
+
+
+def test_best_epoch_is_kept_evaluated_and_known_after_a_resume(mine, train, losses, capsys):
+    losses(3.0, 2.0, 2.5, 9, 2.7, 9, 1.0, 9, 9, 9)      # one more at each end of a run, for its report
+    out = train(*mine, "--epochs", 3, "--out", "r")
+    best, _, facts, _ = model.load("r/best.npz")
+    assert facts["epoch"] == 2 and "r/best.npz: epoch 2 of 3, held-out loss 2.0000" in out
+    assert os.path.getsize("r/best.npz") < 0.6 * os.path.getsize("r/model.npz")
+    train("--resume", "--out", "r", "--epochs", 4)
+    assert model.load("r/best.npz")[2]["epoch"] == 2
+    for name, epoch in ("r", 2), ("r/model.npz", 4):
+        run = evaluation.Trained(name)
+        assert f"epoch {epoch} of 4" in capsys.readouterr().err and run.folder == "r"
+        assert np.array_equal(run.net.first.w, best["conv1.w"]) == (epoch == 2)
+    train("--resume", "--out", "r", "--epochs", 5)
+    assert model.load("r/best.npz")[2]["epoch"] == 5
+    assert "/r/best.npz: epoch 5 of 5" in train(*mine, "--from", "r", "--epochs", 1)
+    os.replace("r/best.npz", "r/model.npz")
+    with pytest.raises(ValueError, match="weights only"):
+        train("--resume", "--out", "r")
+
+
+def test_best_epoch_that_finds_no_space_costs_nothing_else(start, losses, monkeypatch, capsys):
+    training, honest = start("--epochs", 3), shutil.disk_usage
+    losses(1.0, 3.0, 2.0, 2.0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: honest(path)._replace(
+        free=training.bytes - (training.epoch != 2)))
+    assert training.train(weak.Interrupt()) and facts_of("r")["step"] == 18
+    assert capsys.readouterr().err.count("best.npz needs") == 2 and training.best["epoch"] == 2
+    monkeypatch.setattr(shutil, "disk_usage", honest)
+    training.finish(False)                      # where the epoch that was lost is the last
+    assert [row["best"] for row in facts_of("r")["log"]] == [False, True, True]
+
+
 SAVER = """
 import model
 net = model.small(500, 0).init(0)
@@ -1288,7 +1339,7 @@ optimiser = model.SGD(net, 0.9, 0)
 for step in range(10**6):
     for _, layer, name in net.parameters():
         getattr(layer, name)[...] = step
-    model.save(sys.argv[1], net, optimiser, {"step": step}, ["a"])
+    model.save(sys.argv[1], net, optimiser.v, {"step": step}, ["a"])
     print(step, flush=True)
 """
 

@@ -7,8 +7,10 @@
 
 Joulin, van der Maaten, Jabri, Vasilache: Learning Visual Features from Large Weakly Supervised
 Data (2016). `main` is the table of contents, `Run.train` the method. A run's folder holds
-model.npz (all of the run), words.txt, log.jsonl, skipped.txt, curves.png and filters.png.
+model.npz (all of the run), best.npz (the weights of the lowest held-out loss), words.txt,
+log.jsonl, skipped.txt, curves.png and filters.png.
 """
+import errno
 import fcntl
 import json
 import math
@@ -42,14 +44,15 @@ EPOCHS_PER_RATE = 10            # epochs that each learning rate is kept at leas
 LEAST_RATE = 1e-6               # training stops below
 MOMENTUM, DECAY = 0.9, 5e-4     # not stated in the paper; Krizhevsky's (2012, §5)
 SAVE_SECONDS = 600
+PATIENCE = 2                    # learning rates' epochs without a lower held-out loss
 RETRY_SECONDS = 10              # between two tries to make the last save on a full disk
 RETRIES = 360                   # of them: an hour
 EMPTY_STEPS = 100               # steps in a row without a photo that can be read: give up
 NEGATIVES = 1000                # of --targets sampled
 VALIDATED = 10_000              # held-out photos scored after an epoch, at most
 DRAWN = {"words": 80, "stop_words": 10, "epochs": 5, "epoch_size": 10_000}  # without arguments
-HARMLESS = {"resume", "out", "images", "epochs", "min_lr", "workers", "threads", "device",
-            "precision"}        # options that a resumed run may change
+HARMLESS = {"resume", "out", "images", "epochs", "min_lr", "patience", "workers", "threads",
+            "device", "precision"}      # options that a resumed run may change
 
 
 def main():
@@ -125,6 +128,9 @@ def make_parser():
     add("--epochs-per-lr", type=number(int, 1), default=EPOCHS_PER_RATE,
         help="epochs before the rate may be halved, which happens when the held-out loss rises")
     add("--min-lr", type=number(float, above=0), default=LEAST_RATE, help="stop below this rate")
+    add("--patience", type=number(int, 1), metavar="N", help="stop when the held-out loss was not "
+        f"lower for N epochs; if not given {PATIENCE} times --epochs-per-lr, so that a halved rate "
+        "gets its turn (--min-lr takes 150 epochs and more), and without end where --epochs is set")
     add("--seed", type=number(int, 0, below=2**63), default=0, help="of all random numbers")
     add = parser.add_argument_group("running").add_argument
     add("--out", metavar="DIR", help="folder of the run; if not given runs/ and the images' name")
@@ -149,6 +155,8 @@ def parse(arguments=None):
     defaults = {"drawn": drawn, **(DRAWN if drawn else {})}
     if options.resume:
         checkpoint = model.load(path)
+        if not checkpoint[1]:
+            raise ValueError(f"{path} has weights only, as best.npz; begin a new run by --from")
         defaults = checkpoint[2]["options"]
     elif os.path.exists(path):
         raise ValueError(f"{path} holds a trained model; use --resume, or choose another --out")
@@ -282,7 +290,9 @@ class Run:
         self.plateau = model.Plateau(options.lr, options.epochs_per_lr, options.min_lr)
         self.step = self.epoch = 0
         self.log, self.saved = [], None         # a row an epoch; the step of the checkpoint
-        self.path, self.saved_at = os.path.join(options.out, "model.npz"), time.monotonic()
+        self.best = None                        # the row of the epoch that is in best.npz
+        self.path, self.best_path = (f"{options.out}/{name}.npz" for name in ("model", "best"))
+        self.saved_at = time.monotonic()
         self.empty = 0                          # steps without a photo since the last good one
         self.begin_epoch()
         self.loader = data.Loader(options.images, index.name, len(index), self.size,
@@ -305,35 +315,38 @@ class Run:
         self.net.load(weights)
         self.optimiser.v = {path: kernels.to_device(v) for path, v in velocities.items()}
         self.step, self.epoch, self.log = (facts[key] for key in ("step", "epoch", "log"))
+        if os.path.exists(self.best_path):
+            self.best = min((row for row in self.log if row.get("best")), default=None,
+                            key=lambda row: row["validation_loss"])
         self.done, self.good, losses = facts["losses"]
         self.losses = kernels.to_device(np.array(losses)[self.part])
         self.loader.skipped.update(facts.get("skipped", {}))
         vars(self.plateau).update(facts["plateau"], least=self.options.min_lr)
         self.saved = self.step
-        print("this run is finished; --epochs with a larger number trains on" if self.is_over()
-              else f"going on at step {self.step:,}, epoch {self.epoch + 1}", flush=True)
+        print(f"this run is finished: {self.is_over()}; change that to train on"
+              if self.is_over() else f"going on at step {self.step:,}, epoch {self.epoch + 1}", flush=True)
 
     def begin_from(self, source):
         """Another run's weights; of the output layers the rows of words that both runs know."""
-        weights, _, facts, words = model.load(os.path.join(source, "model.npz"))
+        weights, facts, words, line = model.load_best(source)
         if facts["options"]["network"] != self.options.network:
             raise ValueError(f"--from: that run is of --network {facts['options']['network']}")
         _, mine, theirs = np.intersect1d(self.index.dictionary, words, return_indices=True)
         for path, layer, name in self.net.parameters():
             to, of = (mine, theirs) if isinstance(layer, model.Output) else (..., ...)
             getattr(layer, name)[to] = kernels.to_device(weights[path][of])
-        print(f"beginning with {source}, and {len(mine):,} of its {len(words):,} words", flush=True)
+        print(f"beginning with {line}, and {len(mine):,} of its {len(words):,} words", flush=True)
 
     def check_space(self):
         """Say what a checkpoint and a GPU must hold, and refuse to start where they cannot."""
         weights = sum(array.nbytes for array in self.optimiser.v.values())
-        self.bytes = 2 * weights                # of a checkpoint
+        self.bytes = 3 * weights                # of model.npz and best.npz
         disk, gpu = shutil.disk_usage(self.options.out).free, kernels.memory()
-        print(f"{self.options.network}: {weights // 4:,} parameters; a checkpoint takes "
-              f"{self.bytes / 1e6:,.0f} MB of {disk / 1e9:,.1f} GB free", flush=True)
-        if disk < 4 * weights:
+        print(f"{self.options.network}: {weights // 4:,} parameters; checkpoint and best "
+              f"model take {self.bytes / 1e6:,.0f} MB of {disk / 1e9:,.1f} GB free", flush=True)
+        if disk < 5 * weights:                  # and the next checkpoint beside the last
             raise ValueError(f"{self.options.out} has {disk / 1e6:,.0f} MB free, and saving needs "
-                             f"{4 * weights / 1e6:,.0f}; free some, or choose another --out")
+                             f"{5 * weights / 1e6:,.0f}; free some, or choose another --out")
         batch, each = self.options.batch, self.net.bytes_per_image(self.size, self.crop)
         need = weights + each * (self.part.stop - self.part.start)  # gradients are still to come
         place = "this machine" if gpu is None else "the GPU"
@@ -377,6 +390,7 @@ class Run:
                 if due:
                     self.save()
             self.end_epoch(progress)
+        print(f"training is over: {self.is_over()}")
         return True
 
     def begin_epoch(self):
@@ -386,9 +400,19 @@ class Run:
         self.shown = 0.0, 0                     # the loss and the good steps when last shown
 
     def is_over(self):
-        """True when the options say that training is over."""
-        return (self.plateau.rate < self.options.min_lr
-                or self.options.epochs is not None and self.epoch >= self.options.epochs)
+        """Why training is over, by the options; None while it is not."""
+        options, losses = self.options, [row["validation_loss"] for row in self.log]
+        lowest = min((loss for loss in losses if loss is not None), default=None)
+        patience = options.patience or (
+            math.inf if options.epochs else PATIENCE * options.epochs_per_lr)
+        if options.epochs and self.epoch >= options.epochs:
+            return f"--epochs {options.epochs} are over"
+        if self.plateau.rate < options.min_lr:
+            return f"the rate {self.plateau.rate:g} is below --min-lr {options.min_lr:g}"
+        if lowest is not None and self.epoch - 1 - losses.index(lowest) >= patience:
+            return (f"the held-out loss is lowest after epoch {losses.index(lowest) + 1}, "
+                    f"--patience {patience} epochs ago")
+        return None
 
     def train_step(self, batch):
         """Forward, loss, backward, update: a step of SGD, by the sum of all ranks' gradients."""
@@ -475,7 +499,7 @@ class Run:
         self.log.append({
             "epoch": self.epoch, "step": self.step, "loss": loss,
             "learning_rate": self.plateau.rate, "images_per_second": rate, "loader_wait": waited,
-            "validation_loss": result.get("loss"), "skipped": len(skipped),
+            "validation_loss": result.get("loss"), "best": False, "skipped": len(skipped),
             **{key: result.get(key) for key in ("precision@10", "auc", "map")}})
         line += f"rate {self.plateau.rate:g}, {rate:.0f} images/s, {said}"
         line += f", {len(skipped):,} photos cannot be read" * bool(skipped)
@@ -521,17 +545,34 @@ class Run:
         if not all(np.isfinite(w).all() for w in self.net.state().values()):
             self.check_loss(math.nan, "a weight is")                # the last update diverged
         for wait in [RETRY_SECONDS] * RETRIES * last + [0] if not self.ranks.rank else ():
-            try:
-                model.save(self.path, self.net, self.optimiser, facts, self.index.dictionary)
+            if self.is_best():                  # if it fails, an earlier epoch's stays there
+                self.log[-1]["best"] = self.write(self.best_path, {}, facts)
+                self.best = self.log[-1] if self.log[-1]["best"] else self.best
+            if self.write(self.path, self.optimiser.v, facts,
+                          f": trying again in {wait} s" * (wait > 0)):
                 self.saved = self.step
                 break
-            except OSError as error:
-                print(f"step {self.step:,} is not saved: {error.strerror or error}; {self.path} "
-                      f"needs {self.bytes / 1e6:,.0f} MB, free some space"
-                      + f": trying again in {wait} s" * (wait > 0), file=sys.stderr, flush=True)
-                time.sleep(wait)
-        self.saved = self.ranks.broadcast(self.saved)
+            time.sleep(wait)
+        self.saved, self.best = self.ranks.broadcast((self.saved, self.best))
         self.saved_at = time.monotonic()
+
+    def is_best(self):
+        """True if the last epoch's weights, not changed since, are better than best.npz has."""
+        row = self.log[-1] if self.log else {"step": None}
+        return row["step"] == self.step and row["validation_loss"] is not None and (
+            self.best is None or row["validation_loss"] < self.best["validation_loss"])
+
+    def write(self, path, velocities, facts, then=""):
+        """Write a checkpoint; False, said with what happens then, if the disk does not take it."""
+        try:
+            if not velocities and shutil.disk_usage(self.options.out).free < self.bytes:
+                raise OSError(errno.ENOSPC, "space is left for model.npz only")
+            model.save(path, self.net, velocities, facts, self.index.dictionary)
+            return True
+        except OSError as error:
+            print(f"step {self.step:,} is not saved: {error.strerror or error}; {path} needs "
+                  f"{self.bytes / 1e6:,.0f} MB, free some space{then}", file=sys.stderr, flush=True)
+            return False
 
     def gather_skipped(self):
         """{name: what is wrong} of the photos that any rank skipped; complete on the first rank."""
@@ -563,9 +604,14 @@ class Run:
     def finish(self, finished):
         """Save, draw the pictures, and say what was learned and what to try next."""
         out = self.options.out
-        if self.ranks.broadcast(self.saved != self.step or not os.path.exists(self.path)):
+        if self.ranks.broadcast(self.saved != self.step or not os.path.exists(self.path)
+                                or self.is_best()):
             self.save(last=True)
         self.write_files()
+        if finished and self.best:
+            weights, _, _, line = model.load_best(self.best_path)
+            self.net.load(weights)
+            print(line)
         if finished and (result := self.validate()):
             evaluation.print_words(result)
         self.say_doubles()
