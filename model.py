@@ -557,23 +557,17 @@ def load(path):
 
 
 def load_best(run):
-    """Weights, facts with the whole run's log, words, and a line that says which these are.
+    """Weights, facts with the whole log, words, and a line that says what these are.
 
-    run: its folder, whose best.npz is taken if there is one, or a file. ValueError as in `load`.
+    run: a folder, whose best.npz is taken where there is one, or a file. ValueError as in `load`.
     """
-    path, folder = run, os.path.dirname(run)
-    if not os.path.isfile(run):
-        path, folder = os.path.join(run, "best.npz"), run
-        if not os.path.exists(path):
-            path = os.path.join(run, "model.npz")
+    paths = run, os.path.join(run, "best.npz"), os.path.join(run, "model.npz")
+    path = next(filter(os.path.isfile, paths), paths[-1])
     weights, _, facts, words = load(path)
-    row = facts["log"][-1] if facts["log"] else {}
-    with suppress(OSError, ValueError):         # best.npz has the log until its epoch
-        lines = Path(folder, "log.jsonl").read_text().splitlines()
+    with suppress(OSError, ValueError):         # best.npz has the log until its own epoch
+        lines = Path(path).with_name("log.jsonl").read_text().splitlines()
         facts["log"] = max(facts["log"], list(map(json.loads, lines)), key=len)
-    line = f"{path}: epoch {facts['epoch']} of {len(facts['log'])}"
-    if row.get("step") != facts["step"]:
-        line += f" and {facts['losses'][0]:,} steps of the next"
-    elif row["validation_loss"] is not None:
-        line += f", held-out loss {row['validation_loss']:.4f}"
-    return weights, facts, words, line
+    line = f"{path}: step {facts['step']:,}, epoch {facts['epoch']} of {len(facts['log'])}"
+    losses = {row["step"]: row["validation_loss"] for row in facts["log"]}
+    loss = losses.get(facts["step"])
+    return weights, facts, words, line + (f", held-out loss {loss:.4f}" if loss else "")

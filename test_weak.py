@@ -697,6 +697,24 @@ def test_index_is_cached_until_something_changes(tmp_path):
     assert times[0] == times[1] < times[2] < times[3]
 
 
+def test_stop_words_are_by_size_counted_and_the_same_if_named(tmp_path, monkeypatch):
+    rows, photos = write_captions(tmp_path / "c", extra="z.jpg\t\n"), {}
+    for name, caption in rows:
+        for word in caption.split() if data.hash_all([name.encode()], 4)[0] >= 0.2 * 2**32 else ():
+            photos.setdefault(word, set()).add(name)
+    for many, few, used in ((10**6, 2, 2), (10**6, 50, 3), (1, 2, 3)):      # 60 // 20
+        monkeypatch.setattr(data, "MANY", many)
+        monkeypatch.setattr(data, "FEW_STOP_WORDS", few)
+        index = build(tmp_path, data.Text(30, None, 0.2), name=f"{many} {few}")
+        assert index.facts["stop_words"] == used and index.facts["rest"] == len(photos) - 30 - used
+        assert all(n == len(photos[word]) for word, n in index.facts["left_out"])
+        assert len(index.facts["left_out"]) == used + 3
+    kept = str(tmp_path / "1 2")
+    for stop, found in ((3, True), (None, True), (4, False)):
+        assert found == (data.cached_index(
+            str(tmp_path / "c"), kept, data.Text(30, stop, 0.2), "tsv") is not None)
+
+
 def test_index_that_was_not_finished_is_started_again(index, tmp_path, capsys):
     whole = words_by_photo(index)
     (tmp_path / "i.part").mkdir()
@@ -1122,10 +1140,20 @@ def test_rate_rule_goes_on_after_a_resume(mine, train, monkeypatch):
     assert facts_of("whole")["plateau"] == facts_of("parts")["plateau"]
 
 
+@pytest.mark.parametrize("options, rate", [
+    (["--sampling", "image"], 0.00954), (["--positives", "all"], 0.00954), ([], 0.02),
+    (["--positives", "balanced"], 0.02), (["--sampling", "image", "--lr", 0.01], 0.01)])
+def test_default_rate_is_by_the_number_of_targets_and_kept(options, rate, mine, train):
+    out = train(*mine, *options, "--epoch-size", 16, "--epochs", 1, "--out", "r")
+    assert f"rate: {rate:g}\n" in out and f"rate {rate:g}," in out
+    train("--resume", "--out", "r", "--epochs", 2)
+    assert facts_of("r")["options"]["lr"] == rate
+
+
 def test_training_ends_when_patience_does(mine, train, losses):
     losses(3.0, 2.0, 2.5, 2.0, 9, 9, 9, 1.0, 9)
     mine += ["--epoch-size", 16, "--epochs-per-lr", 1]              # so that it is 2 epochs
-    assert "lowest after epoch 2, --patience 2" in train(*mine, "--out", "r")
+    assert "not lower for --patience 2 epochs" in train(*mine, "--out", "r")
     assert len(log_of("r")) == 4 and "is finished" in train("--resume", "--out", "r")
     train("--resume", "--out", "r", "--epochs", 6)
     assert len(log_of("r")) == 6
@@ -1304,7 +1332,7 @@ def test_best_epoch_is_kept_evaluated_and_known_after_a_resume(mine, train, loss
     losses(3.0, 2.0, 2.5, 9, 2.7, 9, 1.0, 9, 9, 9)      # one more at each end of a run, for its report
     out = train(*mine, "--epochs", 3, "--out", "r")
     best, _, facts, _ = model.load("r/best.npz")
-    assert facts["epoch"] == 2 and "r/best.npz: epoch 2 of 3, held-out loss 2.0000" in out
+    assert facts["epoch"] == 2 and "r/best.npz: step 12, epoch 2 of 3, held-out loss 2.0000" in out
     assert os.path.getsize("r/best.npz") < 0.6 * os.path.getsize("r/model.npz")
     train("--resume", "--out", "r", "--epochs", 4)
     assert model.load("r/best.npz")[2]["epoch"] == 2
@@ -1314,7 +1342,7 @@ def test_best_epoch_is_kept_evaluated_and_known_after_a_resume(mine, train, loss
         assert np.array_equal(run.net.first.w, best["conv1.w"]) == (epoch == 2)
     train("--resume", "--out", "r", "--epochs", 5)
     assert model.load("r/best.npz")[2]["epoch"] == 5
-    assert "/r/best.npz: epoch 5 of 5" in train(*mine, "--from", "r", "--epochs", 1)
+    assert "/r/best.npz: step 30, epoch 5 of 5" in train(*mine, "--from", "r", "--epochs", 1)
     os.replace("r/best.npz", "r/model.npz")
     with pytest.raises(ValueError, match="weights only"):
         train("--resume", "--out", "r")
@@ -1326,7 +1354,7 @@ def test_best_epoch_that_finds_no_space_costs_nothing_else(start, losses, monkey
     monkeypatch.setattr(shutil, "disk_usage", lambda path: honest(path)._replace(
         free=training.bytes - (training.epoch != 2)))
     assert training.train(weak.Interrupt()) and facts_of("r")["step"] == 18
-    assert capsys.readouterr().err.count("best.npz needs") == 2 and training.best["epoch"] == 2
+    assert capsys.readouterr().err.count("best.npz needs") == 2 and training.best == 3
     monkeypatch.setattr(shutil, "disk_usage", honest)
     training.finish(False)                      # where the epoch that was lost is the last
     assert [row["best"] for row in facts_of("r")["log"]] == [False, True, True]
@@ -2444,4 +2472,4 @@ def test_experiment_with_bad_input_says_so_in_one_line(name, tiny, ask, capsys):
         ask(command, *arguments)
     assert remedy in str(error.value) and "\n" not in str(error.value)
     said = capsys.readouterr()
-    assert not said.out and said.err.count("\n") <= 2               # the device, what is skipped
+    assert not said.out and said.err.count("\n") <= 3               # the device, the model, the skipped

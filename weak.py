@@ -10,7 +10,6 @@ Data (2016). `main` is the table of contents, `Run.train` the method. A run's fo
 model.npz (all of the run), best.npz (the weights of the lowest held-out loss), words.txt,
 log.jsonl, skipped.txt, curves.png and filters.png.
 """
-import errno
 import fcntl
 import json
 import math
@@ -100,8 +99,9 @@ def make_parser():
         "photo.txt beside photo.jpg, or else the sub-folders' names")
     add("--format", choices=data.FORMATS, help="of the captions; recognised if not given")
     add("--words", type=number(int, 1), default=data.WORDS, help="K, the size of the dictionary")
-    add("--stop-words", type=number(int, 0), default=data.STOP_WORDS,
-        help="the most frequent words, left out; for a few thousand captions use 30 to 100")
+    add("--stop-words", type=number(int, 0), help="the most frequent words, left out; "
+        f"if not given {data.STOP_WORDS} from {data.MANY:,} photos on, as in the paper, else "
+        f"{data.FEW_STOP_WORDS}, but at most a twentieth of the distinct words")
     add("--valid", type=number(float, 0, below=1), default=0.1, help="part of photos held out")
     add("--crop", choices=("center", "random"), default="random", help="random: mirrored, too")
     add("--sampling", choices=("class", "image"), default="class", help="draw a word, then its "
@@ -119,7 +119,8 @@ def make_parser():
         "and those of the words that both dictionaries have (fine-tuning)")
     add = parser.add_argument_group("training").add_argument
     add("--batch", type=number(int, 1), help="photos a step; if not given the network's")
-    add("--lr", type=number(float, above=0), help="first learning rate; if not given the network's")
+    add("--lr", type=number(float, above=0), help="first learning rate; if not given the "
+        "network's, over √n where all words of a photo, n on average, are targets")
     add("--momentum", type=number(float, 0, below=1), default=MOMENTUM, help="of SGD")
     add("--weight-decay", type=number(float, 0), default=DECAY, help="of SGD, not for biases")
     add("--epoch-size", type=number(int, 1), help="photos an epoch; if not given as many as there "
@@ -129,8 +130,8 @@ def make_parser():
         help="epochs before the rate may be halved, which happens when the held-out loss rises")
     add("--min-lr", type=number(float, above=0), default=LEAST_RATE, help="stop below this rate")
     add("--patience", type=number(int, 1), metavar="N", help="stop when the held-out loss was not "
-        f"lower for N epochs; if not given {PATIENCE} times --epochs-per-lr, so that a halved rate "
-        "gets its turn (--min-lr takes 150 epochs and more), and without end where --epochs is set")
+        f"lower for N epochs; if not given {PATIENCE} times --epochs-per-lr, for a halved rate to "
+        "have its turn (to reach --min-lr takes over 150), and without end where --epochs is given")
     add("--seed", type=number(int, 0, below=2**63), default=0, help="of all random numbers")
     add = parser.add_argument_group("running").add_argument
     add("--out", metavar="DIR", help="folder of the run; if not given runs/ and the images' name")
@@ -180,15 +181,13 @@ def complete_options(options):
         raise ValueError(f"images: there is no folder {options.images}")
     if not (options.drawn or os.path.isfile(options.captions) or os.path.isdir(options.captions)):
         raise ValueError(f"captions: {options.captions} is no file; save a pipe to one first")
-    for name in ("batch", "dropout", "lr"):
+    for name in ("batch", "dropout"):           # --lr depends on the captions
         if getattr(options, name) is None:
             setattr(options, name, getattr(model.NETWORKS[options.network], name))
     if options.positives != "drawn" and options.sampling == "image":
         raise ValueError("--positives goes with --sampling class: by image all words are targets")
     if options.positives == "balanced" and options.loss != "softmax":
         raise ValueError("--positives balanced goes with --loss softmax")
-    if options.lr < options.min_lr:
-        raise ValueError(f"--lr {options.lr:g} is below --min-lr {options.min_lr:g}: lower that")
     if options.targets == "sampled":
         options.negatives = options.negatives or NEGATIVES
     elif options.negatives:
@@ -230,10 +229,23 @@ def read_captions(options, ranks=several.Alone()):
         raise RuntimeError(f"the first rank's {folder} is not to be seen here; put --out and the "
                            "photos on a disk that all machines share") from None
     options.format = index.facts["fingerprint"]["format"]
+    options.stop_words = index.facts["stop_words"]
     describe_index(index, options)
+    choose_rate(index, options)
     if not ranks.rank:
         data.check_photos(options.images, index)
     return index
+
+
+def choose_rate(index, options):
+    """Set --lr if not given: over √n where all n words of a photo are targets, as they add up."""
+    rate = model.NETWORKS[options.network].lr
+    if options.sampling == "image" or options.positives == "all":
+        rate = float(f"{rate / math.sqrt(index.labels / len(index)):.3g}")
+    options.lr = options.lr or rate
+    print(f"first learning rate: {options.lr:g}")
+    if options.lr < options.min_lr:
+        raise ValueError(f"--lr {options.lr:g} is below --min-lr {options.min_lr:g}: lower that")
 
 
 def describe_index(index, options):
@@ -249,8 +261,13 @@ def describe_index(index, options):
             ("emoji", "have emoji or other pictures among the words, which do not count")):
         if facts[fact]:
             print(f"captions: {facts[fact]:,} {what}")
+    stop, rest = facts["stop_words"], facts["rest"]
+    words = [f"{word} (in {photos:,} photos)" for word, photos in facts["left_out"]]
+    for count, what, some in (stop, "stop", words[:min(stop, 5)]), (rest, "rarer", words[-3:]):
+        if count:
+            print(f"captions: {count:,} {what} words are left out, e.g. {', '.join(some)}")
     if found < options.words:
-        print(f"captions: there are only {found:,} words after the {options.stop_words} stop words")
+        print(f"captions: there are only {found:,} words after the {stop} stop words")
 
 
 # --------------------------------------------------------------------------------- training
@@ -290,7 +307,7 @@ class Run:
         self.plateau = model.Plateau(options.lr, options.epochs_per_lr, options.min_lr)
         self.step = self.epoch = 0
         self.log, self.saved = [], None         # a row an epoch; the step of the checkpoint
-        self.best = None                        # the row of the epoch that is in best.npz
+        self.best = math.inf                    # the held-out loss of best.npz
         self.path, self.best_path = (f"{options.out}/{name}.npz" for name in ("model", "best"))
         self.saved_at = time.monotonic()
         self.empty = 0                          # steps without a photo since the last good one
@@ -316,15 +333,15 @@ class Run:
         self.optimiser.v = {path: kernels.to_device(v) for path, v in velocities.items()}
         self.step, self.epoch, self.log = (facts[key] for key in ("step", "epoch", "log"))
         if os.path.exists(self.best_path):
-            self.best = min((row for row in self.log if row.get("best")), default=None,
-                            key=lambda row: row["validation_loss"])
+            self.best = min([math.inf] + [
+                row["validation_loss"] for row in self.log if row.get("best")])
         self.done, self.good, losses = facts["losses"]
         self.losses = kernels.to_device(np.array(losses)[self.part])
         self.loader.skipped.update(facts.get("skipped", {}))
         vars(self.plateau).update(facts["plateau"], least=self.options.min_lr)
         self.saved = self.step
-        print(f"this run is finished: {self.is_over()}; change that to train on"
-              if self.is_over() else f"going on at step {self.step:,}, epoch {self.epoch + 1}", flush=True)
+        print(f"this run is finished: {why}; change that to train on" if (why := self.is_over())
+              else f"going on at step {self.step:,}, epoch {self.epoch + 1}", flush=True)
 
     def begin_from(self, source):
         """Another run's weights; of the output layers the rows of words that both runs know."""
@@ -390,7 +407,6 @@ class Run:
                 if due:
                     self.save()
             self.end_epoch(progress)
-        print(f"training is over: {self.is_over()}")
         return True
 
     def begin_epoch(self):
@@ -400,19 +416,17 @@ class Run:
         self.shown = 0.0, 0                     # the loss and the good steps when last shown
 
     def is_over(self):
-        """Why training is over, by the options; None while it is not."""
-        options, losses = self.options, [row["validation_loss"] for row in self.log]
-        lowest = min((loss for loss in losses if loss is not None), default=None)
+        """Why training is over, by the options; nothing while it is not."""
+        options = self.options
+        losses = [row["validation_loss"] for row in self.log if row["validation_loss"] is not None]
         patience = options.patience or (
             math.inf if options.epochs else PATIENCE * options.epochs_per_lr)
+        if self.plateau.rate < options.min_lr:
+            return f"the rate is below --min-lr {options.min_lr:g}"
         if options.epochs and self.epoch >= options.epochs:
             return f"--epochs {options.epochs} are over"
-        if self.plateau.rate < options.min_lr:
-            return f"the rate {self.plateau.rate:g} is below --min-lr {options.min_lr:g}"
-        if lowest is not None and self.epoch - 1 - losses.index(lowest) >= patience:
-            return (f"the held-out loss is lowest after epoch {losses.index(lowest) + 1}, "
-                    f"--patience {patience} epochs ago")
-        return None
+        if losses and len(losses) - 1 - losses.index(min(losses)) >= patience:
+            return f"the held-out loss was not lower for --patience {patience} epochs"
 
     def train_step(self, batch):
         """Forward, loss, backward, update: a step of SGD, by the sum of all ranks' gradients."""
@@ -508,7 +522,7 @@ class Run:
         self.check_ranks()
         self.save()
         self.write_files()
-        print(line, flush=True)
+        print(line + (f"\ntraining is over: {why}" if (why := self.is_over()) else ""), flush=True)
 
     def validate(self):
         """Metrics on the held-out photos, of which each rank takes a part; None without any."""
@@ -545,9 +559,8 @@ class Run:
         if not all(np.isfinite(w).all() for w in self.net.state().values()):
             self.check_loss(math.nan, "a weight is")                # the last update diverged
         for wait in [RETRY_SECONDS] * RETRIES * last + [0] if not self.ranks.rank else ():
-            if self.is_best():                  # if it fails, an earlier epoch's stays there
-                self.log[-1]["best"] = self.write(self.best_path, {}, facts)
-                self.best = self.log[-1] if self.log[-1]["best"] else self.best
+            if self.is_best() and self.write(self.best_path, {}, facts):
+                self.log[-1]["best"], self.best = True, self.log[-1]["validation_loss"]
             if self.write(self.path, self.optimiser.v, facts,
                           f": trying again in {wait} s" * (wait > 0)):
                 self.saved = self.step
@@ -559,14 +572,13 @@ class Run:
     def is_best(self):
         """True if the last epoch's weights, not changed since, are better than best.npz has."""
         row = self.log[-1] if self.log else {"step": None}
-        return row["step"] == self.step and row["validation_loss"] is not None and (
-            self.best is None or row["validation_loss"] < self.best["validation_loss"])
+        return row["step"] == self.step and (row["validation_loss"] or math.inf) < self.best
 
     def write(self, path, velocities, facts, then=""):
         """Write a checkpoint; False, said with what happens then, if the disk does not take it."""
         try:
             if not velocities and shutil.disk_usage(self.options.out).free < self.bytes:
-                raise OSError(errno.ENOSPC, "space is left for model.npz only")
+                raise OSError("what is free is left for model.npz")
             model.save(path, self.net, velocities, facts, self.index.dictionary)
             return True
         except OSError as error:
@@ -608,8 +620,8 @@ class Run:
                                 or self.is_best()):
             self.save(last=True)
         self.write_files()
-        if finished and self.best:
-            weights, _, _, line = model.load_best(self.best_path)
+        if finished and self.best < math.inf:
+            weights, *_, line = model.load_best(self.best_path)
             self.net.load(weights)
             print(line)
         if finished and (result := self.validate()):
