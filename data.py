@@ -125,7 +125,10 @@ class Text(NamedTuple):
 
 
 def choose_words(counts, text, photos):
-    """The stop words, K words, whose places are their classes, and the rest, the frequent first."""
+    """The stop words, K words, whose places are their classes, and the rest, by frequency.
+
+    photos: how many there are, about; the number of stop words depends on it if none is given.
+    """
     ranked, stop = sorted(sorted(counts), key=counts.get, reverse=True), text.stop_words
     if stop is None:
         stop = min(STOP_WORDS if photos >= MANY else FEW_STOP_WORDS, len(ranked) // 20)
@@ -586,7 +589,7 @@ def cached_index(path, folder, text, kind, dictionary=None):
     if os.path.isdir(folder):
         with suppress(Exception):               # a damaged file raises anything
             index = Index(folder)
-            used = {} if text.stop_words is None else {"stop_words": index.facts["stop_words"]}
+            used = {} if text.stop_words is None else {"stop_words": index.facts.get("stop_words")}
             if {**index.facts["fingerprint"], **used} != origin:
                 return None
             if index.facts["files"] == checksums(folder):

@@ -626,7 +626,8 @@ class Trained:
     """A run's model, by default its best: `net`, `words`, `options`, `counts` (N_k)."""
 
     def __init__(self, run):
-        self.run, self.folder = run, os.path.dirname(run) if os.path.isfile(run) else run
+        self.run = run
+        self.folder = os.path.dirname(run) or "." if os.path.isfile(run) else run
         weights, facts, self.words, line = model.load_best(run)
         print(line, file=sys.stderr, flush=True)
         self.classes = {word: i for i, word in enumerate(self.words)}

@@ -568,6 +568,5 @@ def load_best(run):
         lines = Path(path).with_name("log.jsonl").read_text().splitlines()
         facts["log"] = max(facts["log"], list(map(json.loads, lines)), key=len)
     line = f"{path}: step {facts['step']:,}, epoch {facts['epoch']} of {len(facts['log'])}"
-    losses = {row["step"]: row["validation_loss"] for row in facts["log"]}
-    loss = losses.get(facts["step"])
+    loss = {row["step"]: row["validation_loss"] for row in facts["log"]}.get(facts["step"])
     return weights, facts, words, line + (f", held-out loss {loss:.4f}" if loss else "")

@@ -698,21 +698,19 @@ def test_index_is_cached_until_something_changes(tmp_path):
 
 
 def test_stop_words_are_by_size_counted_and_the_same_if_named(tmp_path, monkeypatch):
-    rows, photos = write_captions(tmp_path / "c", extra="z.jpg\t\n"), {}
-    for name, caption in rows:
-        for word in caption.split() if data.hash_all([name.encode()], 4)[0] >= 0.2 * 2**32 else ():
-            photos.setdefault(word, set()).add(name)
+    write_captions(tmp_path / "c")
+    whole = build(tmp_path, data.Text(60, 0, 0.2))
+    photos = dict(zip(whole.dictionary, whole.photo_counts()))
     for many, few, used in ((10**6, 2, 2), (10**6, 50, 3), (1, 2, 3)):      # 60 // 20
         monkeypatch.setattr(data, "MANY", many)
         monkeypatch.setattr(data, "FEW_STOP_WORDS", few)
         index = build(tmp_path, data.Text(30, None, 0.2), name=f"{many} {few}")
         assert index.facts["stop_words"] == used and index.facts["rest"] == len(photos) - 30 - used
-        assert all(n == len(photos[word]) for word, n in index.facts["left_out"])
+        assert all(n == photos[word] for word, n in index.facts["left_out"])
         assert len(index.facts["left_out"]) == used + 3
-    kept = str(tmp_path / "1 2")
-    for stop, found in ((3, True), (None, True), (4, False)):
-        assert found == (data.cached_index(
-            str(tmp_path / "c"), kept, data.Text(30, stop, 0.2), "tsv") is not None)
+    places = str(tmp_path / "c"), index.folder
+    assert [bool(data.cached_index(*places, data.Text(30, stop, 0.2), "tsv"))
+            for stop in (3, None, 4)] == [True, True, False]
 
 
 def test_index_that_was_not_finished_is_started_again(index, tmp_path, capsys):
@@ -1126,13 +1124,11 @@ def test_resumed_run_keeps_its_options(mine, train):
             train(*options, "--out", "r")
 
 
-def test_rate_rule_goes_on_after_a_resume(mine, train, monkeypatch):
+def test_rate_rule_goes_on_after_a_resume(mine, train, losses):
     """Errors that rise: the rate is halved after two epochs at it, also where one was resumed."""
-    honest, errors = weak.Run.validate, iter([3.0, 4, 5, 6, 7, 8] * 2)
-    monkeypatch.setattr(weak.Run, "validate", lambda run: {**honest(run), "loss": next(errors)})
+    losses(3.0, 4, 5, 6, 7, 8, 3.0, 4, 5, 9, 6, 7, 9)               # one more at a run's end
     mine += ["--epochs-per-lr", 2, "--epoch-size", 16]
     train(*mine, "--epochs", 5, "--out", "whole")
-    errors = iter([3.0, 4, 5, 9, 6, 7, 9])      # one more at each end of a run, for its report
     for epochs in (3, 5):
         train(*mine, "--epochs", epochs, "--out", "parts", *["--resume"] * (epochs == 5))
     rates = [[row["learning_rate"] for row in log_of(name)] for name in ("whole", "parts")]
@@ -1146,8 +1142,7 @@ def test_rate_rule_goes_on_after_a_resume(mine, train, monkeypatch):
 def test_default_rate_is_by_the_number_of_targets_and_kept(options, rate, mine, train):
     out = train(*mine, *options, "--epoch-size", 16, "--epochs", 1, "--out", "r")
     assert f"rate: {rate:g}\n" in out and f"rate {rate:g}," in out
-    train("--resume", "--out", "r", "--epochs", 2)
-    assert facts_of("r")["options"]["lr"] == rate
+    assert f"rate {rate:g}," in train("--resume", "--out", "r", "--epochs", 2)
 
 
 def test_training_ends_when_patience_does(mine, train, losses):
@@ -1323,13 +1318,12 @@ def losses(monkeypatch):
     """losses(one, …): what training takes for the held-out losses of its epochs."""
     def losses(*some):
         honest, those = weak.Run.validate, iter(some)
-        monkeypatch.setattr(weak.Run, "validate", lambda run: {
-            **honest(run), "loss": next(those)})
+        monkeypatch.setattr(weak.Run, "validate", lambda run: {**honest(run), "loss": next(those)})
     return losses
 
 
 def test_best_epoch_is_kept_evaluated_and_known_after_a_resume(mine, train, losses, capsys):
-    losses(3.0, 2.0, 2.5, 9, 2.7, 9, 1.0, 9, 9, 9)      # one more at each end of a run, for its report
+    losses(3.0, 2.0, 2.5, 9, 2.7, 9, 1.0, 9, 9, 9)
     out = train(*mine, "--epochs", 3, "--out", "r")
     best, _, facts, _ = model.load("r/best.npz")
     assert facts["epoch"] == 2 and "r/best.npz: step 12, epoch 2 of 3, held-out loss 2.0000" in out
