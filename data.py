@@ -40,6 +40,8 @@ from kernels.cpu import host_empty
 from kernels.philox import DRAWS, NEGATIVES, philox
 
 STOP_WORDS = 500                # the most frequent words, left out (paper, §3)
+FEW_STOP_WORDS = 50             # … where there are not
+MANY = 1_000_000                # photos
 WORDS = 1000                    # K: 1,000, 10,000 or 100,000 in the paper
 POSITIVES = "drawn", "all", "balanced"
 ATTEMPTS = 8                    # photos tried for a drawn word before its row counts nothing
@@ -50,7 +52,7 @@ LONGEST_LINE = 64 << 20
 SWALLOWED = 20                  # lines without the other quote: nobody closed it
 MOST_COUNTED = 2_000_000        # distinct words counted at a time: rare ones are dropped beyond
 SMALL_FILE = 8 << 20            # captions files below this are indexed without other processes
-INDEX_VERSION = 4
+INDEX_VERSION = 5
 COLUMNS = "names", "name_ends", "words", "word_ends", "photos", "photo_ends"
 FILES = "words.json", *(f"{name}.npy" for name in COLUMNS)          # of an index, with index.json
 HASH = 32                       # letters of a photo's hash in the YFCC100M table
@@ -118,17 +120,22 @@ def words_of(caption):
 class Text(NamedTuple):
     """What decides which words are classes and which photos are held out."""
     words: int = WORDS              # K
-    stop_words: int = STOP_WORDS    # the most frequent ones, left out
+    stop_words: int | None = None   # the most frequent ones, left out; None: by the size
     valid: float = 0.1              # fraction of the photos that is held out
 
 
-def choose_words(counts, text):
-    """The K most frequent words after the stop words: a word's place in the list is its class."""
-    ranked = sorted(sorted(counts), key=counts.get, reverse=True)
-    words = ranked[text.stop_words:text.stop_words + text.words]
+def choose_words(counts, text, photos):
+    """The stop words, K words, whose places are their classes, and the rest, by frequency.
+
+    photos: how many there are, about; the number of stop words depends on it if none is given.
+    """
+    ranked, stop = sorted(sorted(counts), key=counts.get, reverse=True), text.stop_words
+    if stop is None:
+        stop = min(STOP_WORDS if photos >= MANY else FEW_STOP_WORDS, len(ranked) // 20)
+    words = ranked[stop:stop + text.words]
     if not words:
         raise ValueError(f"none of {len(ranked)} words is left; lower --stop-words or --valid")
-    return words
+    return ranked[:stop], words, ranked[stop + text.words:]
 
 
 # === reading core: the index and the draws ========================================================
@@ -582,7 +589,8 @@ def cached_index(path, folder, text, kind, dictionary=None):
     if os.path.isdir(folder):
         with suppress(Exception):               # a damaged file raises anything
             index = Index(folder)
-            if index.facts["fingerprint"] != origin:
+            used = {} if text.stop_words is None else {"stop_words": index.facts.get("stop_words")}
+            if {**index.facts["fingerprint"], **used} != origin:
                 return None
             if index.facts["files"] == checksums(folder):
                 return index
@@ -611,7 +619,7 @@ def fingerprint(path, kind, text, dictionary):
 
 def _write_index(work, path, text, kind, dictionary, processes):
     """Write records of all words, choose the dictionary, group the records; returns facts."""
-    counts, facts, away = Counter(), Counter(), []
+    counts, facts, away, some_photos, shown = Counter(), Counter(), [], set(), []
     size, paths = os.path.getsize(path), [f"{work}/{i:03}.records" for i in range(BUCKETS)]
     processes = 0 if size < SMALL_FILE else processes
     function = functools.partial(record_block, kind=kind, text=text)
@@ -621,6 +629,7 @@ def _write_index(work, path, text, kind, dictionary, processes):
             facts.update(some)
             away = (away + names)[:100]
             counts.update(found)
+            some_photos.update(pickle.loads(records[0])[0])         # of one file
             if len(counts) > MOST_COUNTED:      # drop the rarest, so that memory is bounded
                 most = sorted(counts.values())[-MOST_COUNTED // 2 - 1]
                 counts = Counter({word: n for word, n in counts.items() if n > most})
@@ -633,11 +642,16 @@ def _write_index(work, path, text, kind, dictionary, processes):
         if away:
             why = f"names like {away[0]!r} lead out of --images; give photos' paths below it"
         raise ValueError(f"captions: {path}, read as {kind}, has no word of a photo: {why}")
-    dictionary = dictionary or choose_words(counts, text)
+    facts["stop_words"] = text.stop_words
+    if not dictionary:
+        stop, dictionary, rest = choose_words(counts, text, BUCKETS * len(some_photos))
+        facts["stop_words"], facts["rest"] = len(stop), len(rest)
+        shown = [*stop[:3], *stop[3:][-2:], *rest[:3]]
     write_json(f"{work}/words.json", dictionary)
-    facts.update(_group(work, paths, dictionary, text, processes))
+    facts.update(_group(work, paths, dictionary, text, processes, shown))
     _invert(work, len(dictionary), facts["held_out"])
-    return {**facts, "refused_names": away}
+    photos = facts.pop("shown").tolist()        # training photos that have each of these words
+    return {**facts, "refused_names": away, "left_out": list(zip(shown, photos))}
 
 
 def _map(function, items, processes):
@@ -716,11 +730,12 @@ def hash_all(texts, size):
     return np.frombuffer(joined, f">u{size}").astype(f"u{size}")
 
 
-def _group(work, records, dictionary, text, processes):
+def _group(work, records, dictionary, text, processes, shown):
     """Group every file of records and append it to the index's columns; returns facts."""
     codes = hash_all(map(str.encode, dictionary), 8)
     classes = np.argsort(codes)
-    call = functools.partial(group_records, codes=codes[classes], classes=classes, valid=text.valid)
+    call = functools.partial(group_records, codes=codes[classes], classes=classes, valid=text.valid,
+                             shown=hash_all(map(str.encode, shown), 8))
     paths = [f"{work}/{name}.npy" for name in ("names", "words", "name_ends", "word_ends")]
     facts, lengths = Counter(), [0, 0, 0, 0]
     with Progress("grouping captions", BUCKETS, "parts") as progress:
@@ -742,11 +757,12 @@ def _append(path, values, length):
     return length + len(values)
 
 
-def group_records(path, codes, classes, valid):
+def group_records(path, codes, classes, valid, shown):
     """Facts of a file of records, which it removes, photos' names and words, and their ends.
 
     Held-out photos come first, those without words are left out. codes (K,): the hashes of the
-    dictionary's words, ascending; classes (K,): whose they are.
+    dictionary's words, ascending; classes (K,): whose they are; shown: those of other words, of
+    which training photos are counted.
     """
     photos, owners, sizes, hashes = defaultdict(itertools.count().__next__), [], [], []
     with open(path, "rb") as file:
@@ -759,12 +775,14 @@ def group_records(path, codes, classes, valid):
     names, hashes = list(photos), np.concatenate(hashes)
     held = hash_all(names, 4) < valid * 2**32
     order = np.argsort(~held, kind="stable")
+    owners = np.repeat(np.array(owners, int), np.concatenate(sizes))
+    counts = [len(np.unique(owners[(hashes == code) & ~held[owners]])) for code in shown]
     place = np.minimum(np.searchsorted(codes, hashes), len(codes) - 1)
     known = codes[place] == hashes
-    owners = np.repeat(np.array(owners, int), np.concatenate(sizes))[known]
-    names, sizes, words = _distinct(names, owners, classes[place[known]], len(codes), order)
+    names, sizes, words = _distinct(names, owners[known], classes[place[known]], len(codes), order)
     used = np.flatnonzero(sizes)
-    facts = {"held_out": int(held[order[used]].sum()), "without_words": len(names) - len(used)}
+    facts = {"held_out": int(held[order[used]].sum()), "without_words": len(names) - len(used),
+             "shown": np.array(counts, int)}
     names = [names[i] for i in used]
     return (facts, np.frombuffer(b"".join(names), np.uint8), words.astype(np.int32),
             np.cumsum([len(name) for name in names], dtype=np.int64), np.cumsum(sizes[used]))

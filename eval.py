@@ -593,7 +593,7 @@ MAPPING = {"--limit": dict(type=number(int, 10, 100_000), default=2000, help="po
            "--perplexity": dict(type=number(float, 1), default=30, help="how many are near, about"),
            "--steps": dict(type=number(int, 1), default=1000, help="of gradient descent"),
            "--size": dict(type=number(int, 100, 20_000), default=1600, help="pixels of a side")}
-COMMON = {"--model": dict(required=True, metavar="RUN", help="folder of a trained run"),
+COMMON = {"--model": dict(required=True, metavar="RUN", help="a run's folder, or one of its .npz"),
           "--workers": dict(type=number(int, 0, MOST_THREADS), default=2, help="threads to decode"),
           "--device": dict(choices=kernels.DEVICES, default="auto", help="where to compute"),
           "--threads": dict(type=number(int, 1, MOST_THREADS), help="threads that compute"),
@@ -656,22 +656,24 @@ def image_html(image, what, kind):
 
 @functools.cache
 class Trained:
-    """A run's model: `net`, `words`, `options`, `counts` (N_k); one object for each run."""
+    """A run's model, by default its best: `net`, `words`, `options`, `counts` (N_k)."""
 
     def __init__(self, run):
         self.run = run
-        weights, _, facts, self.words = model.load(os.path.join(run, "model.npz"))
+        self.folder = os.path.dirname(run) or "." if os.path.isfile(run) else run
+        weights, facts, self.words, line = model.load_best(run)
+        print(line, file=sys.stderr, flush=True)
         self.classes = {word: i for i, word in enumerate(self.words)}
         self.options, self.training, self.log = map(facts.get, ("options", "training", "log"))
         if self.options["drawn"]:               # wherever the run's folder is now
-            self.options |= data.drawn_sources(run)
+            self.options |= data.drawn_sources(self.folder)
         self.counts = np.array(facts["counts"])
         self.recipe = model.NETWORKS[self.options["network"]]
         self.net = self.recipe.build(len(self.words), self.options["dropout"]).load(weights)
 
     def index(self, captions, words, valid, processes):
         """The index of the captions under a dictionary of these words; the run's own if it fits."""
-        captions, options, folder = captions or self.options["captions"], self.options, self.run
+        captions, options, folder = captions or self.options["captions"], self.options, self.folder
         text = data.Text(options["words"], options["stop_words"], valid)
         kind = (captions == options["captions"] and options["format"]) or data.recognise(captions)
         own = data.cached_index(captions, os.path.join(folder, "index"), text, kind)
@@ -713,7 +715,7 @@ class Trained:
                     difflib.get_close_matches(name, self.words, 9, 0.65),
                     key=lambda word: word[0] != name[0])            # the same first letter first
                 raise ValueError(f"{name!r} is not among the model's {len(self.words):,} words, "
-                                 f"which are in {self.run}/words.txt; near in spelling: "
+                                 f"which are in {self.folder}/words.txt; near in spelling: "
                                  + (", ".join(list(dict.fromkeys(close))[:3]) or "none"))
         return np.array([self.classes[name] for name in names], np.int32)
 

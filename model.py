@@ -8,6 +8,8 @@ gradient checks), NHWC.
 import json
 import os
 import zlib
+from contextlib import suppress
+from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -530,10 +532,10 @@ class Plateau:
 
 # ------------------------------------------------------------------------------ checkpoints
 
-def save(path, net, optimiser, facts, words):
+def save(path, net, velocities, facts, words):
     """Write a checkpoint: weights `w/…`, velocities `v/…`, `facts` (JSON) and the dictionary."""
     arrays = {"w/" + key: value for key, value in net.state().items()}
-    arrays |= {"v/" + key: kernels.to_host(value) for key, value in optimiser.v.items()}
+    arrays |= {"v/" + key: kernels.to_host(value) for key, value in velocities.items()}
     for key, text in (("facts", json.dumps(facts)), ("words", "\n".join(words))):
         arrays[key] = np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8)
     with whole_file(path) as file:
@@ -567,3 +569,19 @@ def load(path):
         raise ValueError(f"{path} is not a model of weak.py, or it is damaged") from None
     return (*({key[2:]: value for key, value in arrays.items() if key.startswith(kind)}
               for kind in ("w/", "v/")), facts, words)
+
+
+def load_best(run):
+    """Weights, facts with the whole log, words, and a line that says what these are.
+
+    run: a folder, whose best.npz is taken where there is one, or a file. ValueError as in `load`.
+    """
+    paths = run, os.path.join(run, "best.npz"), os.path.join(run, "model.npz")
+    path = next(filter(os.path.isfile, paths), paths[-1])
+    weights, _, facts, words = load(path)
+    with suppress(OSError, ValueError):         # best.npz has the log until its own epoch
+        lines = Path(path).with_name("log.jsonl").read_text().splitlines()
+        facts["log"] = max(facts["log"], list(map(json.loads, lines)), key=len)
+    line = f"{path}: step {facts['step']:,}, epoch {facts['epoch']} of {len(facts['log'])}"
+    loss = {row["step"]: row["validation_loss"] for row in facts["log"]}.get(facts["step"])
+    return weights, facts, words, line + (f", held-out loss {loss:.4f}" if loss else "")

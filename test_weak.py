@@ -698,6 +698,22 @@ def test_index_is_cached_until_something_changes(tmp_path):
     assert times[0] == times[1] < times[2] < times[3]
 
 
+def test_stop_words_are_by_size_counted_and_the_same_if_named(tmp_path, monkeypatch):
+    write_captions(tmp_path / "c")
+    whole = build(tmp_path, data.Text(60, 0, 0.2))
+    photos = dict(zip(whole.dictionary, whole.photo_counts()))
+    for many, few, used in ((10**6, 2, 2), (10**6, 50, 3), (1, 2, 3)):      # 60 // 20
+        monkeypatch.setattr(data, "MANY", many)
+        monkeypatch.setattr(data, "FEW_STOP_WORDS", few)
+        index = build(tmp_path, data.Text(30, None, 0.2), name=f"{many} {few}")
+        assert index.facts["stop_words"] == used and index.facts["rest"] == len(photos) - 30 - used
+        assert all(n == photos[word] for word, n in index.facts["left_out"])
+        assert len(index.facts["left_out"]) == used + 3
+    places = str(tmp_path / "c"), index.folder
+    assert [bool(data.cached_index(*places, data.Text(30, stop, 0.2), "tsv"))
+            for stop in (3, None, 4)] == [True, True, False]
+
+
 def test_index_that_was_not_finished_is_started_again(index, tmp_path, capsys):
     whole = words_by_photo(index)
     (tmp_path / "i.part").mkdir()
@@ -1109,18 +1125,34 @@ def test_resumed_run_keeps_its_options(mine, train):
             train(*options, "--out", "r")
 
 
-def test_rate_rule_goes_on_after_a_resume(mine, train, monkeypatch):
+def test_rate_rule_goes_on_after_a_resume(mine, train, losses):
     """Errors that rise: the rate is halved after two epochs at it, also where one was resumed."""
-    honest, errors = weak.Run.validate, iter([3.0, 4, 5, 6, 7, 8] * 2)
-    monkeypatch.setattr(weak.Run, "validate", lambda run: {**honest(run), "loss": next(errors)})
+    losses(3.0, 4, 5, 6, 7, 8, 3.0, 4, 5, 9, 6, 7, 9)               # one more at a run's end
     mine += ["--epochs-per-lr", 2, "--epoch-size", 16]
     train(*mine, "--epochs", 5, "--out", "whole")
-    errors = iter([3.0, 4, 5, 9, 6, 7, 9])      # one more at each end of a run, for its report
     for epochs in (3, 5):
         train(*mine, "--epochs", epochs, "--out", "parts", *["--resume"] * (epochs == 5))
     rates = [[row["learning_rate"] for row in log_of(name)] for name in ("whole", "parts")]
     assert rates[0] == rates[1] == [0.02, 0.02, 0.01, 0.01, 0.005]
     assert facts_of("whole")["plateau"] == facts_of("parts")["plateau"]
+
+
+@pytest.mark.parametrize("options, rate", [
+    (["--sampling", "image"], 0.00954), (["--positives", "all"], 0.00954), ([], 0.02),
+    (["--positives", "balanced"], 0.02), (["--sampling", "image", "--lr", 0.01], 0.01)])
+def test_default_rate_is_by_the_number_of_targets_and_kept(options, rate, mine, train):
+    out = train(*mine, *options, "--epoch-size", 16, "--epochs", 1, "--out", "r")
+    assert f"rate: {rate:g}\n" in out and f"rate {rate:g}," in out
+    assert f"rate {rate:g}," in train("--resume", "--out", "r", "--epochs", 2)
+
+
+def test_training_ends_when_patience_does(mine, train, losses):
+    losses(3.0, 2.0, 2.5, 2.0, 9, 9, 9, 1.0, 9)
+    mine += ["--epoch-size", 16, "--epochs-per-lr", 1]              # so that it is 2 epochs
+    assert "not lower for --patience 2 epochs" in train(*mine, "--out", "r")
+    assert len(log_of("r")) == 4 and "is finished" in train("--resume", "--out", "r")
+    train("--resume", "--out", "r", "--epochs", 6)
+    assert len(log_of("r")) == 6
 
 
 def begin(*arguments, until):
@@ -1282,6 +1314,47 @@ def test_full_disk_costs_a_run_only_the_checkpoint(start, monkeypatch, capsys):
     assert not [name for name in os.listdir("r") if name.endswith(".part")]
 
 
+@pytest.fixture
+def losses(monkeypatch):
+    """losses(one, …): what training takes for the held-out losses of its epochs."""
+    def losses(*some):
+        honest, those = weak.Run.validate, iter(some)
+        monkeypatch.setattr(weak.Run, "validate", lambda run: {**honest(run), "loss": next(those)})
+    return losses
+
+
+def test_best_epoch_is_kept_evaluated_and_known_after_a_resume(mine, train, losses, capsys):
+    losses(3.0, 2.0, 2.5, 9, 2.7, 9, 1.0, 9, 9, 9)
+    out = train(*mine, "--epochs", 3, "--out", "r")
+    best, _, facts, _ = model.load("r/best.npz")
+    assert facts["epoch"] == 2 and "r/best.npz: step 12, epoch 2 of 3, held-out loss 2.0000" in out
+    assert os.path.getsize("r/best.npz") < 0.6 * os.path.getsize("r/model.npz")
+    train("--resume", "--out", "r", "--epochs", 4)
+    assert model.load("r/best.npz")[2]["epoch"] == 2
+    for name, epoch in ("r", 2), ("r/model.npz", 4):
+        run = evaluation.Trained(name)
+        assert f"epoch {epoch} of 4" in capsys.readouterr().err and run.folder == "r"
+        assert np.array_equal(run.net.first.w, best["conv1.w"]) == (epoch == 2)
+    train("--resume", "--out", "r", "--epochs", 5)
+    assert model.load("r/best.npz")[2]["epoch"] == 5
+    assert "/r/best.npz: step 30, epoch 5 of 5" in train(*mine, "--from", "r", "--epochs", 1)
+    os.replace("r/best.npz", "r/model.npz")
+    with pytest.raises(ValueError, match="weights only"):
+        train("--resume", "--out", "r")
+
+
+def test_best_epoch_that_finds_no_space_costs_nothing_else(start, losses, monkeypatch, capsys):
+    training, honest = start("--epochs", 3), shutil.disk_usage
+    losses(1.0, 3.0, 2.0, 2.0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: honest(path)._replace(
+        free=training.bytes - (training.epoch != 2)))
+    assert training.train(weak.Interrupt()) and facts_of("r")["step"] == 18
+    assert capsys.readouterr().err.count("best.npz needs") == 2 and training.best == 3
+    monkeypatch.setattr(shutil, "disk_usage", honest)
+    training.finish(False)                      # where the epoch that was lost is the last
+    assert [row["best"] for row in facts_of("r")["log"]] == [False, True, True]
+
+
 SAVER = """
 import model
 net = model.small(500, 0).init(0)
@@ -1289,7 +1362,7 @@ optimiser = model.SGD(net, 0.9, 0)
 for step in range(10**6):
     for _, layer, name in net.parameters():
         getattr(layer, name)[...] = step
-    model.save(sys.argv[1], net, optimiser, {"step": step}, ["a"])
+    model.save(sys.argv[1], net, optimiser.v, {"step": step}, ["a"])
     print(step, flush=True)
 """
 
@@ -2399,4 +2472,4 @@ def test_experiment_with_bad_input_says_so_in_one_line(name, tiny, ask, capsys):
         ask(command, *arguments)
     assert remedy in str(error.value) and "\n" not in str(error.value)
     said = capsys.readouterr()
-    assert not said.out and said.err.count("\n") <= 2               # the device, what is skipped
+    assert not said.out and said.err.count("\n") <= 3               # the device, the model, the skipped

@@ -7,7 +7,8 @@
 
 Joulin, van der Maaten, Jabri, Vasilache: Learning Visual Features from Large Weakly Supervised
 Data (2016). `main` is the table of contents, `Run.train` the method. A run's folder holds
-model.npz (all of the run), words.txt, log.jsonl, skipped.txt, curves.png and filters.png.
+model.npz (all of the run), best.npz (the weights of the lowest held-out loss), words.txt,
+log.jsonl, skipped.txt, curves.png and filters.png.
 """
 import fcntl
 import json
@@ -42,14 +43,15 @@ EPOCHS_PER_RATE = 10            # epochs that each learning rate is kept at leas
 LEAST_RATE = 1e-6               # training stops below
 MOMENTUM, DECAY = 0.9, 5e-4     # not stated in the paper; Krizhevsky's (2012, §5)
 SAVE_SECONDS = 600
+PATIENCE = 2                    # learning rates' epochs without a lower held-out loss
 RETRY_SECONDS = 10              # between two tries to make the last save on a full disk
 RETRIES = 360                   # of them: an hour
 EMPTY_STEPS = 100               # steps in a row without a photo that can be read: give up
 NEGATIVES = 1000                # of --targets sampled
 VALIDATED = 10_000              # held-out photos scored after an epoch, at most
 DRAWN = {"words": 80, "stop_words": 10, "epochs": 5, "epoch_size": 10_000}  # without arguments
-HARMLESS = {"resume", "out", "images", "epochs", "min_lr", "workers", "threads", "device",
-            "precision"}        # options that a resumed run may change
+HARMLESS = {"resume", "out", "images", "epochs", "min_lr", "patience", "workers", "threads",
+            "device", "precision"}      # options that a resumed run may change
 
 
 def main():
@@ -97,8 +99,9 @@ def make_parser():
         "photo.txt beside photo.jpg, or else the sub-folders' names")
     add("--format", choices=data.FORMATS, help="of the captions; recognised if not given")
     add("--words", type=number(int, 1), default=data.WORDS, help="K, the size of the dictionary")
-    add("--stop-words", type=number(int, 0), default=data.STOP_WORDS,
-        help="the most frequent words, left out; for a few thousand captions use 30 to 100")
+    add("--stop-words", type=number(int, 0), help="the most frequent words, left out; "
+        f"if not given {data.STOP_WORDS} from {data.MANY:,} photos on, as in the paper, else "
+        f"{data.FEW_STOP_WORDS}, but at most a twentieth of the distinct words")
     add("--valid", type=number(float, 0, below=1), default=0.1, help="part of photos held out")
     add("--crop", choices=("center", "random"), default="random", help="random: mirrored, too")
     add("--sampling", choices=("class", "image"), default="class", help="draw a word, then its "
@@ -116,7 +119,8 @@ def make_parser():
         "and those of the words that both dictionaries have (fine-tuning)")
     add = parser.add_argument_group("training").add_argument
     add("--batch", type=number(int, 1), help="photos a step; if not given the network's")
-    add("--lr", type=number(float, above=0), help="first learning rate; if not given the network's")
+    add("--lr", type=number(float, above=0), help="first learning rate; if not given the "
+        "network's, over √n where all words of a photo, n on average, are targets")
     add("--momentum", type=number(float, 0, below=1), default=MOMENTUM, help="of SGD")
     add("--weight-decay", type=number(float, 0), default=DECAY, help="of SGD, not for biases")
     add("--epoch-size", type=number(int, 1), help="photos an epoch; if not given as many as there "
@@ -125,6 +129,9 @@ def make_parser():
     add("--epochs-per-lr", type=number(int, 1), default=EPOCHS_PER_RATE,
         help="epochs before the rate may be halved, which happens when the held-out loss rises")
     add("--min-lr", type=number(float, above=0), default=LEAST_RATE, help="stop below this rate")
+    add("--patience", type=number(int, 1), metavar="N", help="stop when the held-out loss was not "
+        f"lower for N epochs; if not given {PATIENCE} times --epochs-per-lr, for a halved rate to "
+        "have its turn (to reach --min-lr takes over 150), and without end where --epochs is given")
     add("--seed", type=number(int, 0, below=2**63), default=0, help="of all random numbers")
     add = parser.add_argument_group("running").add_argument
     add("--out", metavar="DIR", help="folder of the run; if not given runs/ and the images' name")
@@ -149,6 +156,8 @@ def parse(arguments=None):
     defaults = {"drawn": drawn, **(DRAWN if drawn else {})}
     if options.resume:
         checkpoint = model.load(path)
+        if not checkpoint[1]:
+            raise ValueError(f"{path} has weights only, as best.npz; begin a new run by --from")
         defaults = checkpoint[2]["options"]
     elif os.path.exists(path):
         raise ValueError(f"{path} holds a trained model; use --resume, or choose another --out")
@@ -172,15 +181,13 @@ def complete_options(options):
         raise ValueError(f"images: there is no folder {options.images}")
     if not (options.drawn or os.path.isfile(options.captions) or os.path.isdir(options.captions)):
         raise ValueError(f"captions: {options.captions} is no file; save a pipe to one first")
-    for name in ("batch", "dropout", "lr"):
+    for name in ("batch", "dropout"):           # --lr depends on the captions
         if getattr(options, name) is None:
             setattr(options, name, getattr(model.NETWORKS[options.network], name))
     if options.positives != "drawn" and options.sampling == "image":
         raise ValueError("--positives goes with --sampling class: by image all words are targets")
     if options.positives == "balanced" and options.loss != "softmax":
         raise ValueError("--positives balanced goes with --loss softmax")
-    if options.lr < options.min_lr:
-        raise ValueError(f"--lr {options.lr:g} is below --min-lr {options.min_lr:g}: lower that")
     if options.targets == "sampled":
         options.negatives = options.negatives or NEGATIVES
     elif options.negatives:
@@ -222,10 +229,23 @@ def read_captions(options, ranks=several.Alone()):
         raise RuntimeError(f"the first rank's {folder} is not to be seen here; put --out and the "
                            "photos on a disk that all machines share") from None
     options.format = index.facts["fingerprint"]["format"]
+    options.stop_words = index.facts["stop_words"]
     describe_index(index, options)
+    choose_rate(index, options)
     if not ranks.rank:
         data.check_photos(options.images, index)
     return index
+
+
+def choose_rate(index, options):
+    """Set --lr if not given: over √n where all n words of a photo are targets, as they add up."""
+    rate = model.NETWORKS[options.network].lr
+    if options.sampling == "image" or options.positives == "all":
+        rate = float(f"{rate / math.sqrt(index.labels / len(index)):.3g}")
+    options.lr = options.lr or rate
+    print(f"first learning rate: {options.lr:g}")
+    if options.lr < options.min_lr:
+        raise ValueError(f"--lr {options.lr:g} is below --min-lr {options.min_lr:g}: lower that")
 
 
 def describe_index(index, options):
@@ -241,8 +261,13 @@ def describe_index(index, options):
             ("emoji", "have emoji or other pictures among the words, which do not count")):
         if facts[fact]:
             print(f"captions: {facts[fact]:,} {what}")
+    stop, rest = facts["stop_words"], facts["rest"]
+    words = [f"{word} (in {photos:,} photos)" for word, photos in facts["left_out"]]
+    for count, what, some in (stop, "stop", words[:min(stop, 5)]), (rest, "rarer", words[-3:]):
+        if count:
+            print(f"captions: {count:,} {what} words are left out, e.g. {', '.join(some)}")
     if found < options.words:
-        print(f"captions: there are only {found:,} words after the {options.stop_words} stop words")
+        print(f"captions: there are only {found:,} words after the {stop} stop words")
 
 
 # --------------------------------------------------------------------------------- training
@@ -286,7 +311,9 @@ class Run:
         self.plateau = model.Plateau(options.lr, options.epochs_per_lr, options.min_lr)
         self.step = self.epoch = 0
         self.log, self.saved = [], None         # a row an epoch; the step of the checkpoint
-        self.path, self.saved_at = os.path.join(options.out, "model.npz"), time.monotonic()
+        self.best = math.inf                    # the held-out loss of best.npz
+        self.path, self.best_path = (f"{options.out}/{name}.npz" for name in ("model", "best"))
+        self.saved_at = time.monotonic()
         self.empty = 0                          # steps without a photo since the last good one
         self.begin_epoch()
         self.loader = data.Loader(options.images, index.name, len(index), self.size,
@@ -307,35 +334,38 @@ class Run:
         for path, v in velocities.items():
             self.optimiser.v[path][...] = kernels.to_device(v)
         self.step, self.epoch, self.log = (facts[key] for key in ("step", "epoch", "log"))
+        if os.path.exists(self.best_path):
+            self.best = min([math.inf] + [
+                row["validation_loss"] for row in self.log if row.get("best")])
         self.done, self.good, losses = facts["losses"]
         self.losses = kernels.to_device(np.array(losses)[self.part])
         self.loader.skipped.update(facts.get("skipped", {}))
         vars(self.plateau).update(facts["plateau"], least=self.options.min_lr)
         self.saved = self.step
-        print("this run is finished; --epochs with a larger number trains on" if self.is_over()
+        print(f"this run is finished: {why}; change that to train on" if (why := self.is_over())
               else f"going on at step {self.step:,}, epoch {self.epoch + 1}", flush=True)
 
     def begin_from(self, source):
         """Another run's weights; of the output layers the rows of words that both runs know."""
-        weights, _, facts, words = model.load(os.path.join(source, "model.npz"))
+        weights, facts, words, line = model.load_best(source)
         if facts["options"]["network"] != self.options.network:
             raise ValueError(f"--from: that run is of --network {facts['options']['network']}")
         _, mine, theirs = np.intersect1d(self.index.dictionary, words, return_indices=True)
         for path, layer, name in self.net.parameters():
             to, of = (mine, theirs) if isinstance(layer, model.Output) else (..., ...)
             getattr(layer, name)[to] = kernels.to_device(weights[path][of])
-        print(f"beginning with {source}, and {len(mine):,} of its {len(words):,} words", flush=True)
+        print(f"beginning with {line}, and {len(mine):,} of its {len(words):,} words", flush=True)
 
     def check_space(self):
         """Say what a checkpoint and a GPU must hold, and refuse to start where they cannot."""
         weights = sum(array.nbytes for array in self.optimiser.v.values())
-        self.bytes = 2 * weights                # of a checkpoint
+        self.bytes = 3 * weights                # of model.npz and best.npz
         disk, gpu = shutil.disk_usage(self.options.out).free, kernels.memory()
-        print(f"{self.options.network}: {weights // 4:,} parameters; a checkpoint takes "
-              f"{self.bytes / 1e6:,.0f} MB of {disk / 1e9:,.1f} GB free", flush=True)
-        if disk < 4 * weights:
+        print(f"{self.options.network}: {weights // 4:,} parameters; checkpoint and best "
+              f"model take {self.bytes / 1e6:,.0f} MB of {disk / 1e9:,.1f} GB free", flush=True)
+        if disk < 5 * weights:                  # and the next checkpoint beside the last
             raise ValueError(f"{self.options.out} has {disk / 1e6:,.0f} MB free, and saving needs "
-                             f"{4 * weights / 1e6:,.0f}; free some, or choose another --out")
+                             f"{5 * weights / 1e6:,.0f}; free some, or choose another --out")
         batch, each = self.options.batch, self.net.bytes_per_image(self.size, self.crop)
         need = weights + each * (self.part.stop - self.part.start)  # gradients are still to come
         place = "this machine" if gpu is None else "the GPU"
@@ -388,9 +418,17 @@ class Run:
         self.shown = 0.0, 0                     # the loss and the good steps when last shown
 
     def is_over(self):
-        """True when the options say that training is over."""
-        return (self.plateau.rate < self.options.min_lr
-                or self.options.epochs is not None and self.epoch >= self.options.epochs)
+        """Why training is over, by the options; nothing while it is not."""
+        options = self.options
+        losses = [row["validation_loss"] for row in self.log if row["validation_loss"] is not None]
+        patience = options.patience or (
+            math.inf if options.epochs else PATIENCE * options.epochs_per_lr)
+        if self.plateau.rate < options.min_lr:
+            return f"the rate is below --min-lr {options.min_lr:g}"
+        if options.epochs and self.epoch >= options.epochs:
+            return f"--epochs {options.epochs} are over"
+        if losses and len(losses) - 1 - losses.index(min(losses)) >= patience:
+            return f"the held-out loss was not lower for --patience {patience} epochs"
 
     def train_step(self, batch):
         """Forward, loss, backward, update: a step of SGD, by the sum of all ranks' gradients."""
@@ -477,7 +515,7 @@ class Run:
         self.log.append({
             "epoch": self.epoch, "step": self.step, "loss": loss,
             "learning_rate": self.plateau.rate, "images_per_second": rate, "loader_wait": waited,
-            "validation_loss": result.get("loss"), "skipped": len(skipped),
+            "validation_loss": result.get("loss"), "best": False, "skipped": len(skipped),
             **{key: result.get(key) for key in ("precision@10", "auc", "map")}})
         line += f"rate {self.plateau.rate:g}, {rate:.0f} images/s, {said}"
         line += f", {len(skipped):,} photos cannot be read" * bool(skipped)
@@ -486,7 +524,7 @@ class Run:
         self.check_ranks()
         self.save()
         self.write_files()
-        print(line, flush=True)
+        print(line + (f"\ntraining is over: {why}" if (why := self.is_over()) else ""), flush=True)
 
     def validate(self):
         """Metrics on the held-out photos, of which each rank takes a part; None without any."""
@@ -523,17 +561,32 @@ class Run:
         if not all(np.isfinite(w).all() for w in self.net.state().values()):
             self.check_loss(math.nan, "a weight is")                # the last update diverged
         for wait in [RETRY_SECONDS] * RETRIES * last + [0] if not self.ranks.rank else ():
-            try:
-                model.save(self.path, self.net, self.optimiser, facts, self.index.dictionary)
+            if self.is_best() and self.write(self.best_path, {}, facts):
+                self.log[-1]["best"], self.best = True, self.log[-1]["validation_loss"]
+            if self.write(self.path, self.optimiser.v, facts,
+                          f": trying again in {wait} s" * (wait > 0)):
                 self.saved = self.step
                 break
-            except OSError as error:
-                print(f"step {self.step:,} is not saved: {error.strerror or error}; {self.path} "
-                      f"needs {self.bytes / 1e6:,.0f} MB, free some space"
-                      + f": trying again in {wait} s" * (wait > 0), file=sys.stderr, flush=True)
-                time.sleep(wait)
-        self.saved = self.ranks.broadcast(self.saved)
+            time.sleep(wait)
+        self.saved, self.best = self.ranks.broadcast((self.saved, self.best))
         self.saved_at = time.monotonic()
+
+    def is_best(self):
+        """True if the last epoch's weights, not changed since, are better than best.npz has."""
+        row = self.log[-1] if self.log else {"step": None}
+        return row["step"] == self.step and (row["validation_loss"] or math.inf) < self.best
+
+    def write(self, path, velocities, facts, then=""):
+        """Write a checkpoint; False, said with what happens then, if the disk does not take it."""
+        try:
+            if not velocities and shutil.disk_usage(self.options.out).free < self.bytes:
+                raise OSError("what is free is left for model.npz")
+            model.save(path, self.net, velocities, facts, self.index.dictionary)
+            return True
+        except OSError as error:
+            print(f"step {self.step:,} is not saved: {error.strerror or error}; {path} needs "
+                  f"{self.bytes / 1e6:,.0f} MB, free some space{then}", file=sys.stderr, flush=True)
+            return False
 
     def gather_skipped(self):
         """{name: what is wrong} of the photos that any rank skipped; complete on the first rank."""
@@ -565,9 +618,14 @@ class Run:
     def finish(self, finished):
         """Save, draw the pictures, and say what was learned and what to try next."""
         out = self.options.out
-        if self.ranks.broadcast(self.saved != self.step or not os.path.exists(self.path)):
+        if self.ranks.broadcast(self.saved != self.step or not os.path.exists(self.path)
+                                or self.is_best()):
             self.save(last=True)
         self.write_files()
+        if finished and self.best < math.inf:
+            weights, *_, line = model.load_best(self.best_path)
+            self.net.load(weights)
+            print(line)
         if finished and (result := self.validate()):
             evaluation.print_words(result)
         self.say_doubles()
