@@ -41,7 +41,7 @@ from kernels.philox import DRAWS, NEGATIVES, philox
 
 STOP_WORDS = 500                # the most frequent words, left out (paper, §3)
 FEW_STOP_WORDS = 50             # … where there are not
-MANY = 1_000_000                # photos
+MANY = 1_000_000                # captions
 WORDS = 1000                    # K: 1,000, 10,000 or 100,000 in the paper
 POSITIVES = "drawn", "all", "balanced"
 ATTEMPTS = 8                    # photos tried for a drawn word before its row counts nothing
@@ -124,14 +124,11 @@ class Text(NamedTuple):
     valid: float = 0.1              # fraction of the photos that is held out
 
 
-def choose_words(counts, text, photos):
-    """The stop words, K words, whose places are their classes, and the rest, by frequency.
-
-    photos: how many there are, about; the number of stop words depends on it if none is given.
-    """
+def choose_words(counts, text, captions):
+    """The stop words, K words, whose places are their classes, and the rest, by frequency."""
     ranked, stop = sorted(sorted(counts), key=counts.get, reverse=True), text.stop_words
     if stop is None:
-        stop = min(STOP_WORDS if photos >= MANY else FEW_STOP_WORDS, len(ranked) // 20)
+        stop = min(STOP_WORDS if captions >= MANY else FEW_STOP_WORDS, len(ranked) // 20)
     words = ranked[stop:stop + text.words]
     if not words:
         raise ValueError(f"none of {len(ranked)} words is left; lower --stop-words or --valid")
@@ -619,7 +616,7 @@ def fingerprint(path, kind, text, dictionary):
 
 def _write_index(work, path, text, kind, dictionary, processes):
     """Write records of all words, choose the dictionary, group the records; returns facts."""
-    counts, facts, away, some_photos, shown = Counter(), Counter(), [], set(), []
+    counts, facts, away, shown = Counter(), Counter(), [], []
     size, paths = os.path.getsize(path), [f"{work}/{i:03}.records" for i in range(BUCKETS)]
     processes = 0 if size < SMALL_FILE else processes
     function = functools.partial(record_block, kind=kind, text=text)
@@ -629,7 +626,6 @@ def _write_index(work, path, text, kind, dictionary, processes):
             facts.update(some)
             away = (away + names)[:100]
             counts.update(found)
-            some_photos.update(pickle.loads(records[0])[0])         # of one file
             if len(counts) > MOST_COUNTED:      # drop the rarest, so that memory is bounded
                 most = sorted(counts.values())[-MOST_COUNTED // 2 - 1]
                 counts = Counter({word: n for word, n in counts.items() if n > most})
@@ -644,14 +640,13 @@ def _write_index(work, path, text, kind, dictionary, processes):
         raise ValueError(f"captions: {path}, read as {kind}, has no word of a photo: {why}")
     facts["stop_words"] = text.stop_words
     if not dictionary:
-        stop, dictionary, rest = choose_words(counts, text, BUCKETS * len(some_photos))
+        stop, dictionary, rest = choose_words(counts, text, facts["captions"])
         facts["stop_words"], facts["rest"] = len(stop), len(rest)
         shown = [*stop[:3], *stop[3:][-2:], *rest[:3]]
     write_json(f"{work}/words.json", dictionary)
-    facts.update(_group(work, paths, dictionary, text, processes, shown))
+    facts.update(_group(work, paths, dictionary, text, processes))
     _invert(work, len(dictionary), facts["held_out"])
-    photos = facts.pop("shown").tolist()        # training photos that have each of these words
-    return {**facts, "refused_names": away, "left_out": list(zip(shown, photos))}
+    return {**facts, "refused_names": away, "left_out": [(word, counts[word]) for word in shown]}
 
 
 def _map(function, items, processes):
@@ -730,12 +725,11 @@ def hash_all(texts, size):
     return np.frombuffer(joined, f">u{size}").astype(f"u{size}")
 
 
-def _group(work, records, dictionary, text, processes, shown):
+def _group(work, records, dictionary, text, processes):
     """Group every file of records and append it to the index's columns; returns facts."""
     codes = hash_all(map(str.encode, dictionary), 8)
     classes = np.argsort(codes)
-    call = functools.partial(group_records, codes=codes[classes], classes=classes, valid=text.valid,
-                             shown=hash_all(map(str.encode, shown), 8))
+    call = functools.partial(group_records, codes=codes[classes], classes=classes, valid=text.valid)
     paths = [f"{work}/{name}.npy" for name in ("names", "words", "name_ends", "word_ends")]
     facts, lengths = Counter(), [0, 0, 0, 0]
     with Progress("grouping captions", BUCKETS, "parts") as progress:
@@ -757,12 +751,11 @@ def _append(path, values, length):
     return length + len(values)
 
 
-def group_records(path, codes, classes, valid, shown):
+def group_records(path, codes, classes, valid):
     """Facts of a file of records, which it removes, photos' names and words, and their ends.
 
     Held-out photos come first, those without words are left out. codes (K,): the hashes of the
-    dictionary's words, ascending; classes (K,): whose they are; shown: those of other words, of
-    which training photos are counted.
+    dictionary's words, ascending; classes (K,): whose they are.
     """
     photos, owners, sizes, hashes = defaultdict(itertools.count().__next__), [], [], []
     with open(path, "rb") as file:
@@ -775,14 +768,12 @@ def group_records(path, codes, classes, valid, shown):
     names, hashes = list(photos), np.concatenate(hashes)
     held = hash_all(names, 4) < valid * 2**32
     order = np.argsort(~held, kind="stable")
-    owners = np.repeat(np.array(owners, int), np.concatenate(sizes))
-    counts = [len(np.unique(owners[(hashes == code) & ~held[owners]])) for code in shown]
     place = np.minimum(np.searchsorted(codes, hashes), len(codes) - 1)
     known = codes[place] == hashes
-    names, sizes, words = _distinct(names, owners[known], classes[place[known]], len(codes), order)
+    owners = np.repeat(np.array(owners, int), np.concatenate(sizes))[known]
+    names, sizes, words = _distinct(names, owners, classes[place[known]], len(codes), order)
     used = np.flatnonzero(sizes)
-    facts = {"held_out": int(held[order[used]].sum()), "without_words": len(names) - len(used),
-             "shown": np.array(counts, int)}
+    facts = {"held_out": int(held[order[used]].sum()), "without_words": len(names) - len(used)}
     names = [names[i] for i in used]
     return (facts, np.frombuffer(b"".join(names), np.uint8), words.astype(np.int32),
             np.cumsum([len(name) for name in names], dtype=np.int64), np.cumsum(sizes[used]))

@@ -262,7 +262,7 @@ def describe_index(index, options):
         if facts[fact]:
             print(f"captions: {facts[fact]:,} {what}")
     stop, rest = facts["stop_words"], facts["rest"]
-    words = [f"{word} (in {photos:,} photos)" for word, photos in facts["left_out"]]
+    words = [f"{word} ({times:,} times)" for word, times in facts["left_out"]]
     for count, what, some in (stop, "stop", words[:min(stop, 5)]), (rest, "rarer", words[-3:]):
         if count:
             print(f"captions: {count:,} {what} words are left out, e.g. {', '.join(some)}")
