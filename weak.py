@@ -49,7 +49,8 @@ RETRIES = 360                   # of them: an hour
 EMPTY_STEPS = 100               # steps in a row without a photo that can be read: give up
 NEGATIVES = 1000                # of --targets sampled
 VALIDATED = 10_000              # held-out photos scored after an epoch, at most
-DRAWN = {"words": 80, "stop_words": 10, "epochs": 5, "epoch_size": 10_000}  # without arguments
+DRAWN = {"words": 80, "stop_words": 10, "epochs": 3, "epoch_size": 9_000,
+         "positives": "balanced"}       # without arguments
 HARMLESS = {"resume", "out", "images", "epochs", "min_lr", "patience", "workers", "threads",
             "device", "precision"}      # options that a resumed run may change
 
