@@ -7,6 +7,7 @@ race; what else it finds, emulate.h says. Any finding is a RuntimeError that nam
 import atexit
 import ctypes
 import functools
+import hashlib
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ import tempfile
 import numpy as np
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
+COMPILED = "WEAK_EMULATED"              # in the environment: the folder of what is compiled
 ORDERS = ("ascending", "descending", "shuffled")
 FLAGS = ("-std=c++17", "-O1", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-w",
          "-U_FORTIFY_SOURCE", "-fsanitize=alignment", "-fsanitize-undefined-trap-on-error")
@@ -31,20 +33,18 @@ def compiler():
                 None)
 
 
-def new_folder():
-    """A folder that goes when this process ends."""
-    folder = tempfile.mkdtemp(prefix="weak-emulated-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
-
 @functools.cache
-def compile_header():
-    """A folder with emulate.h in g++'s own format: reading the text takes half a second."""
-    folder = new_folder()
-    subprocess.run([compiler(), *FLAGS, "-x", "c++-header", os.path.join(FOLDER, "emulate.h"),
-                    "-o", os.path.join(folder, "emulate.h.gch")], capture_output=True)
-    return folder
+def compiled():
+    """The folder of what is compiled, for this process and those that it starts; then it goes.
+
+    It holds emulate.h in g++'s own format: reading the text takes half a second.
+    """
+    if COMPILED not in os.environ:
+        os.environ[COMPILED] = folder = tempfile.mkdtemp(prefix="weak-emulated-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        subprocess.run([compiler(), *FLAGS, "-x", "c++-header", os.path.join(FOLDER, "emulate.h"),
+                        "-o", os.path.join(folder, "emulate.h.gch")], capture_output=True)
+    return os.environ[COMPILED]
 
 
 class Emulator:
@@ -55,14 +55,22 @@ class Emulator:
         if not compiler():
             raise RuntimeError("no C++ compiler: install g++ to run the kernels on the host")
         self.change, self.orders, self.libraries = change, range(len(ORDERS)), {}
-        self.folder = new_folder()
 
     def library(self, code, options):
         """A compiled .cu text as a library with one `run_NAME` for each kernel."""
         if (code, options) in self.libraries:
             return self.libraries[code, options]
         text = self.change(code[code.rindex("#line 1"):])           # emulate.h is for ptx.cuh
-        base = os.path.join(self.folder, str(len(self.libraries)))
+        name = hashlib.blake2b(repr((text, options)).encode(), digest_size=16).hexdigest()
+        path = os.path.join(compiled(), name + ".so")
+        if not os.path.exists(path):
+            self.compile(text, options, path)
+        self.libraries[code, options] = ctypes.CDLL(path)
+        return self.libraries[code, options]
+
+    def compile(self, text, options, path):
+        """Make that library; RuntimeError with what the compiler says."""
+        base = f"{path}.{os.getpid()}"          # two processes may be at it
         with open(base + ".cpp", "w", encoding="utf-8") as source:
             source.write('#include "emulate.h"\n' + text)
             for name in re.findall(r"__global__ void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(",
@@ -72,12 +80,11 @@ class Emulator:
                     "unsigned* grid, unsigned* block, size_t bytes, int order, void** results)\n{\n"
                     f"    return emulated::launch({name}, arguments, grid, block, bytes, order, "
                     "results);\n}\n")
-        done = subprocess.run([compiler(), *FLAGS, *options, f"-I{compile_header()}", f"-I{FOLDER}",
-                               base + ".cpp", "-o", base + ".so"], capture_output=True, text=True)
+        done = subprocess.run([compiler(), *FLAGS, *options, f"-I{compiled()}", f"-I{FOLDER}",
+                               base + ".cpp", "-o", base], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{text[8:40]} does not compile for the host: {done.stderr[:2000]}")
-        self.libraries[code, options] = ctypes.CDLL(base + ".so")
-        return self.libraries[code, options]
+        os.replace(base, path)
 
     def launch(self, code, options, kernel, grid, block, args, shared=0):
         """Run a kernel in every order; the arrays among `args` change as the kernel changes them.
