@@ -1906,7 +1906,7 @@ MISTAKES = [
     ("conv.cu", "copy_wait<STAGES - 2>();", "copy_wait<STAGES - 1>();", CONV),
     ("conv.cu", "load(tile + STAGES - 1);", "load(tile + STAGES);", CONV),
     ("conv.cu", "        __syncthreads();", "        ;", CONV),
-    ("conv.cu", "if (row >= shape.rows || col", "if (col", CONV),
+    ("conv.cu", "if (row >= rows || col", "if (col", CONV),
     ("conv.cu", "x + at, valid", "x + at, true", CONV),
     ("conv.cu", "int rows, cols, depth, part; ", "int cols, rows, depth, part; ", CONV),
     ("conv.cu", "int pitch, relu, round; ", "int pitch, relu, round, more; ", CONV),    # the size
@@ -1917,7 +1917,7 @@ MISTAKES = [
     ("pool.cu", "v == v ? at.place(i, j, oi, oj) : NOWHERE", "at.place(i, j, oi, oj)", POOL),
     ("pool.cu", "j + pad - oj * stride;", "j - oj * stride;", POOL),
     ("pool.cu", "|| v != v", "", POOL),
-    ("conv.cu", "rounded(shape.relu && v[n] < 0 ? 0 : v[n], shape.round)", "v[n]", CHAIN),
+    ("conv.cu", "rounded(relu && v[n] < 0 ? 0 : v[n], round)", "v[n]", CHAIN),
     ("conv.cu", "tile % shares == blockIdx.x", "tile == blockIdx.x", DB),
     ("conv.cu", "(blockIdx.z * shares + blockIdx.x)", "blockIdx.x", DB),
     ("conv.cu", "B_PLACE(k) (INNER && !FILTER", "B_PLACE(k) (0", TF32),

@@ -80,29 +80,22 @@ struct Geometry {
                            && unsigned(j) < unsigned(w * DILATE);
         copy_async<4 * VEC>(to, x + at, valid);
     }
-};
-static_assert(sizeof(Geometry) == GEOMETRY_BYTES, "gpu.GEOMETRY has the same fields");
 
-// Where a result goes, and what is done to it on the way.
-struct Result {
-    float* y;
-    const float* bias;                      // (cols,) or null
-    const Geometry& shape;
-
-    // two neighbours in a row
-    __device__ void store(int row, int col, float v0, float v1) const
+    // two neighbours in a row of y; bias (cols,) or null
+    __device__ void store(float* y, const float* bias, int row, int col, float v0, float v1) const
     {
-        float v[] = {v0, v1}, *at = y + static_cast<long long>(row) * shape.pitch + col;
+        float v[] = {v0, v1}, *at = y + static_cast<long long>(row) * pitch + col;
 #pragma unroll
         for (int n = 0; n < 2; n++) {
-            if (row >= shape.rows || col + n >= shape.cols) return;
+            if (row >= rows || col + n >= cols) return;
             if (bias) v[n] += bias[col + n];
-            v[n] = rounded(shape.relu && v[n] < 0 ? 0 : v[n], shape.round);         // a NaN stays
+            v[n] = rounded(relu && v[n] < 0 ? 0 : v[n], round);     // a NaN stays
             if (VEC == 1) at[n] = v[n];
         }
         if (VEC == 4) *reinterpret_cast<float2*>(at) = make_float2(v[0], v[1]);
     }
 };
+static_assert(sizeof(Geometry) == GEOMETRY_BYTES, "gpu.GEOMETRY has the same fields");
 
 #if FILTER
 // Tile of the left operand, transposed: a thread's rows (p, q, c) stay, the pixels move on.
@@ -202,15 +195,16 @@ struct Product {
         }
     }
 
-    __device__ void store(const Result& to, int row0, int col0) const
+    __device__ void store(const Geometry& shape, float* to, const float* bias, int row0,
+                          int col0) const
     {
 #pragma unroll
         for (int i = 0; i < ROWS; i++)
 #pragma unroll
             for (int j = 0; j < QUADS; j++) {
                 const int row = row0 + ty() + 16 * i, col = col0 + 4 * tx() + 64 * j;
-                to.store(row, col, y[i][j][0], y[i][j][1]);
-                to.store(row, col + 2, y[i][j][2], y[i][j][3]);
+                shape.store(to, bias, row, col, y[i][j][0], y[i][j][1]);
+                shape.store(to, bias, row, col + 2, y[i][j][2], y[i][j][3]);
             }
     }
 };
@@ -276,15 +270,16 @@ struct Product {
         }
     }
 
-    __device__ void store(const Result& to, int row0, int col0) const
+    __device__ void store(const Geometry& shape, float* to, const float* bias, int row0,
+                          int col0) const
     {
 #pragma unroll
         for (int i = 0; i < COL_TILES; i++)
 #pragma unroll
             for (int j = 0; j < ROW_TILES; j++) {
                 const int r = row0 + 8 * j, c = col0 + col() + 16 * i;
-                to.store(r + row(2 * t()), c, y[i][j][0], y[i][j][2]);
-                to.store(r + row(2 * t() + 1), c, y[i][j][1], y[i][j][3]);
+                shape.store(to, bias, r + row(2 * t()), c, y[i][j][0], y[i][j][2]);
+                shape.store(to, bias, r + row(2 * t() + 1), c, y[i][j][1], y[i][j][3]);
             }
     }
 };
@@ -296,8 +291,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, VEC == 4 ? 2 : 1)
 conv(const float* x, const float* right, float* y, const float* bias, float* sums,
      int shares, const Geometry shape)
 {
-    const long long own = static_cast<long long>(blockIdx.z) * shape.rows * shape.pitch;
-    const Result result = {y + own, gridDim.z == 1 ? bias : nullptr, shape};
+    float* part = y + static_cast<long long>(blockIdx.z) * shape.rows * shape.pitch;
     const int row0 = blockIdx.x * BM, col0 = blockIdx.y * BN;
     const int begin = blockIdx.z * shape.part, end = min(shape.depth, begin + shape.part);
     const int tiles = (end - begin + BK - 1) / BK;
@@ -327,7 +321,7 @@ conv(const float* x, const float* right, float* y, const float* bias, float* sum
 #pragma unroll 8
             for (int k = 0; k < BK; k++) sum += a[A_SIZE + k * B_PITCH + threadIdx.x];
     }
-    product.store(result, row0, col0);
+    product.store(shape, part, gridDim.z == 1 ? bias : nullptr, row0, col0);
     if (FILTER && blockIdx.x < shares && threadIdx.x < BN && col0 + threadIdx.x < shape.cols)
         sums[(blockIdx.z * shares + blockIdx.x) * shape.cols + col0 + threadIdx.x] = sum;
 }

@@ -32,7 +32,7 @@ SIZES = ("GEOMETRY_BYTES", GEOMETRY.itemsize), ("WINDOW_BYTES", WINDOW.itemsize)
 
 
 class Cuda:
-    """A GPU: its memory, products, launches and copies, through CuPy.
+    """A GPU: what it is, its kernels and copies, through CuPy.
 
     Everything is queued on the current stream, but photos: they travel on a stream of their own,
     beside the computation, out of page-locked memory that the loader has filled.
@@ -53,17 +53,6 @@ class Cuda:
         self.kernels = {}                       # compiled, by file, name and constants
         self.travel = cupy.cuda.Stream(non_blocking=True)
         self.under_way = []                     # (event, photos) of copies that may not be over
-
-    def launch(self, file, kernel, defines, grid, block, args, shared=0):
-        """Queue a kernel of a .cu file, compiled with `defines`."""
-        key = file, kernel, defines
-        if key not in self.kernels:
-            module = self.xp.RawModule(code=source(file), options=options(defines))
-            self.kernels[key] = module.get_function(kernel)
-            self.kernels[key].max_dynamic_shared_size_bytes = self.shared_bytes
-            if file == "conv.cu":               # two blocks want all that a multiprocessor has
-                self.kernels[key].preferred_shared_memory_carveout = 100
-        self.kernels[key](grid, block, args, shared_mem=shared)
 
     def upload(self, photos):
         """Photos of host_empty on the device; until they are there, their memory is kept."""
@@ -114,9 +103,19 @@ KINDS = {int: np.int32, bool: np.int32, float: np.float32, type(None): lambda _:
 
 
 def _launch(file, kernel, grid, block, args, shared=0, defines=()):
-    """Queue a kernel: numbers become int32 and float32, None null, "tf32" whether that is on."""
+    """Queue a kernel of a .cu file, compiled with `defines`.
+
+    Numbers become int32 and float32, None null, "tf32" whether that is on.
+    """
+    key, kept = (file, kernel, defines), _device.kernels
+    if key not in kept:
+        module = _device.xp.RawModule(code=source(file), options=options(defines))
+        kept[key] = module.get_function(kernel)
+        kept[key].max_dynamic_shared_size_bytes = _device.shared_bytes
+        if file == "conv.cu":                   # two blocks want all that a multiprocessor has
+            kept[key].preferred_shared_memory_carveout = 100
     args = tuple(KINDS[type(arg)](arg) if type(arg) in KINDS else arg for arg in args)
-    _device.launch(file, kernel, defines, grid, block, args, shared)
+    kept[key](grid, block, args, shared_mem=shared)
 
 
 def _each(file, kernel, total, args, defines=()):
