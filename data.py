@@ -84,22 +84,19 @@ class _Letters(dict):
     KEEP = "йўї"                                # letters of their own, not accented ones
 
     def __missing__(self, code):
-        return self.setdefault(code, self.rule(chr(code)))
-
-    def rule(self, c):
+        c = chr(code)
         if "\udc80" <= c <= "\udcff":           # a byte that is not UTF-8: Windows' Latin letters
-            c = bytes([ord(c) & 0xFF]).decode("cp1252", "replace").lower()
-        category = unicodedata.category(c)
+            c = bytes([code & 0xFF]).decode("cp1252", "replace").lower()
+        category, script = unicodedata.category(c), unicodedata.name(c, "").partition(" ")[0]
         if (c in self.JOINING or category in ("Cf", "Me") or "\u0300" <= c <= "\u036f"
                 or "\ufe00" <= c <= "\ufe0f"):  # gone, the letters around it join
-            return None
-        if category[0] in "PSZC" or category == "No":
-            return " "
-        script = unicodedata.name(c, "").partition(" ")[0]
-        if script in ("LATIN", "GREEK", "CYRILLIC") and c not in self.KEEP:     # others' are vowels
+            c = None
+        elif category[0] in "PSZC" or category == "No":
+            c = " "
+        elif script in ("LATIN", "GREEK", "CYRILLIC") and c not in self.KEEP:   # others' are vowels
             c = "".join(part for part in unicodedata.normalize("NFD", c)
                         if not unicodedata.combining(part))
-        return c
+        return self.setdefault(code, c)
 
 
 _LETTERS = _Letters()

@@ -431,7 +431,7 @@ def gpu(options):
 
 def variants(tf32):
     """(file, defines) of every kernel variant that is launched on a GPU with TF32, or without."""
-    yield from (("pool.cu", (launches.POOL_DEFINE, ("VEC", vec))) for vec in (4, 1))
+    yield from (("pool.cu", (("VEC", vec),)) for vec in (4, 1))
     yield from ((file, ()) for file in ("lrn.cu", "pointwise.cu", "loss.cu", "sgd.cu"))
     for inner in (0, 1, 3) if tf32 else (0,):
         for filter_gradient, vec, bn in itertools.product(
@@ -499,8 +499,7 @@ def resources(options):
     print(f"{'sm_' + options.architecture:62}{'registers':>10}{'spilled':>9}{'a mma':>7}")
     for file, defines in variants(int(options.architecture) >= 80):
         cubin, notes = compile_for(options.architecture, file, defines)
-        label = " ".join(f"{name}={value}" for name, value in defines
-                         if not name.endswith("_BYTES"))
+        label = " ".join(f"{name}={value}" for name, value in defines)
         each = instructions_per_mma(cubin) if file == "conv.cu" else None
         for kernel, note in re.findall(r"Compiling entry function '(\w+)'(.*?Used \d+ registers)",
                                        notes, re.DOTALL):

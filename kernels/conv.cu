@@ -19,30 +19,15 @@
 // products). With INNER = 1 both operands must hold TF32: whoever makes a number rounds it, once.
 
 #define BK 32
-#if FILTER
-#define A_PITCH (BM + 8)                    // a[k][m]; 8: the four k of a fragment differ in bank
-#define A_SIZE (BK * A_PITCH)
-#define A_AT(m, k) a[(k) * A_PITCH + (m)]
-#else
-#define A_PITCH (BK + 4)                    // a[m][k]; 4: its eight rows differ in bank
-#define A_SIZE (BM * A_PITCH)
-#define A_AT(m, k) a[(m) * A_PITCH + (k)]
-#endif
+// a[k][m] or a[m][k], its pitch such that the k, or rows, of a fragment differ in bank
+#define A_PITCH (FILTER ? BM + 8 : BK + 4)
+#define A_SIZE ((FILTER ? BK : BM) * A_PITCH)
+#define A_AT(m, k) a[FILTER ? (k) * A_PITCH + (m) : (m) * A_PITCH + (k)]
 #define B_PITCH (BN + 8)                    // b[place of k][n]: see Product
 #define B_SIZE (BK * B_PITCH)
 #define B_PLACE(k) (INNER && !FILTER ? (k) / 8 * 8 + (k) % 2 * 4 + (k) % 8 / 2 : (k))
 #define B_AT(k, n) b[B_PLACE(k) * B_PITCH + (n)]
-
-#if INNER
-#define THREADS 128                         // 2×2 warps, or 4×1 where BN is 16
-#define BESIDE (BN % 32 ? 1 : 2)
-#define ROW_TILES (BM / 32 * BESIDE)        // mma tiles of 8 rows × 16 columns in a warp's part
-#define COL_TILES (BN / 16 / BESIDE)
-#else
-#define THREADS 256                         // 16×16 threads, each BM/16 × BN/16
-#define ROWS_EACH (BM / 16)
-#define QUADS_EACH (BN / 64)
-#endif
+#define THREADS (INNER ? 128 : 256)
 
 // n / d for 0 <= n < 2^31 as a product: gpu.py works out mul and shift for each d.
 struct Divisor {
@@ -87,36 +72,30 @@ struct Geometry {
         if (!valid) p = 2 * OUTSIDE;
     }
 
-    // whether pixel (i, j) is in the image; moves `at` there from its corner if it is dilated
-    __device__ bool find(int i, int j, int& at) const
+    // x[at] of pixel (i, j), zeros outside the image; if dilated, `at` is its corner and channel
+    __device__ void copy(float* to, const float* x, int i, int j, int at) const
     {
         if (DILATE > 1) at += (i / DILATE * w + j / DILATE) * c.d;
-        return i % DILATE == 0 && j % DILATE == 0 && unsigned(i) < unsigned(h * DILATE)
-               && unsigned(j) < unsigned(w * DILATE);
+        const bool valid = i % DILATE == 0 && j % DILATE == 0 && unsigned(i) < unsigned(h * DILATE)
+                           && unsigned(j) < unsigned(w * DILATE);
+        copy_async<4 * VEC>(to, x + at, valid);
     }
-};
-static_assert(sizeof(Geometry) == GEOMETRY_BYTES, "gpu.GEOMETRY has the same fields");
 
-// Where a result goes, and what is done to it on the way.
-struct Result {
-    float* y;
-    const float* bias;                      // (cols,) or null
-    const Geometry& shape;
-
-    // two neighbours in a row
-    __device__ void store(int row, int col, float v0, float v1) const
+    // two neighbours in a row of y; bias (cols,) or null
+    __device__ void store(float* y, const float* bias, int row, int col, float v0, float v1) const
     {
-        float v[] = {v0, v1}, *at = y + static_cast<long long>(row) * shape.pitch + col;
+        float v[] = {v0, v1}, *at = y + static_cast<long long>(row) * pitch + col;
 #pragma unroll
         for (int n = 0; n < 2; n++) {
-            if (row >= shape.rows || col + n >= shape.cols) return;
+            if (row >= rows || col + n >= cols) return;
             if (bias) v[n] += bias[col + n];
-            v[n] = rounded(shape.relu && v[n] < 0 ? 0 : v[n], shape.round);         // a NaN stays
+            v[n] = rounded(relu && v[n] < 0 ? 0 : v[n], round);     // a NaN stays
             if (VEC == 1) at[n] = v[n];
         }
         if (VEC == 4) *reinterpret_cast<float2*>(at) = make_float2(v[0], v[1]);
     }
 };
+static_assert(sizeof(Geometry) == GEOMETRY_BYTES, "gpu.GEOMETRY has the same fields");
 
 #if FILTER
 // Tile of the left operand, transposed: a thread's rows (p, q, c) stay, the pixels move on.
@@ -142,9 +121,8 @@ struct Left {
             const int k = threadIdx.x / GROUPS + r * STEP;
             const int i = __shfl_sync(0xffffffffu, my_i, k);
             const int j = __shfl_sync(0xffffffffu, my_j, k);
-            int at = __shfl_sync(0xffffffffu, my_corner, k) + further;
-            const bool valid = shape.find(i + p, j + q, at);
-            copy_async<4 * VEC>(to + r * STEP * A_PITCH, x + at, valid);
+            const int corner = __shfl_sync(0xffffffffu, my_corner, k);
+            shape.copy(to + r * STEP * A_PITCH, x, i + p, j + q, corner + further);
         }
     }
 };
@@ -169,11 +147,8 @@ struct Left {
         shape.tap(k0 + k, k0 + k < end, p, q, further);
         float* to = &A_AT(threadIdx.x / GROUPS, k);
 #pragma unroll
-        for (int r = 0; r < COUNT; r++) {
-            int at = corner[r] + further;
-            const bool valid = shape.find(i[r] + p, j[r] + q, at);
-            copy_async<4 * VEC>(to + r * STEP * A_PITCH, x + at, valid);
-        }
+        for (int r = 0; r < COUNT; r++)
+            shape.copy(to + r * STEP * A_PITCH, x, i[r] + p, j[r] + q, corner[r] + further);
     }
 };
 #endif
@@ -194,9 +169,10 @@ __device__ void load_right(float* b, const float* right, int k0, int end, int co
 }
 
 #if INNER == 0
-// Plain multiply-adds: thread (ty, tx) makes rows ty + 16 i and columns 4 tx + 64 j … + 3.
+// Plain multiply-adds: thread (ty, tx) of 16×16 makes rows ty + 16 i, columns 4 tx + 64 j … + 3.
 struct Product {
-    float y[ROWS_EACH][QUADS_EACH][4] = {};
+    static const int ROWS = BM / 16, QUADS = BN / 64;
+    float y[ROWS][QUADS][4] = {};
 
     static __device__ int ty() { return threadIdx.x / 64 * 4 + threadIdx.x % 32 / 8; }
     static __device__ int tx() { return threadIdx.x % 8 + threadIdx.x / 32 % 2 * 8; }
@@ -205,29 +181,30 @@ struct Product {
     {
 #pragma unroll 4
         for (int k = 0; k < BK; k++) {
-            float left[ROWS_EACH];
+            float left[ROWS];
 #pragma unroll
-            for (int i = 0; i < ROWS_EACH; i++) left[i] = A_AT(ty() + 16 * i, k);
+            for (int i = 0; i < ROWS; i++) left[i] = A_AT(ty() + 16 * i, k);
 #pragma unroll
-            for (int j = 0; j < QUADS_EACH; j++) {
+            for (int j = 0; j < QUADS; j++) {
                 const float4 four = *reinterpret_cast<const float4*>(&B_AT(k, 4 * tx() + 64 * j));
                 const float right[] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-                for (int n = 0; n < 4 * ROWS_EACH; n++)
+                for (int n = 0; n < 4 * ROWS; n++)
                     y[n / 4][j][n % 4] = fmaf(left[n / 4], right[n % 4], y[n / 4][j][n % 4]);
             }
         }
     }
 
-    __device__ void store(const Result& to, int row0, int col0) const
+    __device__ void store(const Geometry& shape, float* to, const float* bias, int row0,
+                          int col0) const
     {
 #pragma unroll
-        for (int i = 0; i < ROWS_EACH; i++)
+        for (int i = 0; i < ROWS; i++)
 #pragma unroll
-            for (int j = 0; j < QUADS_EACH; j++) {
+            for (int j = 0; j < QUADS; j++) {
                 const int row = row0 + ty() + 16 * i, col = col0 + 4 * tx() + 64 * j;
-                to.store(row, col, y[i][j][0], y[i][j][1]);
-                to.store(row, col + 2, y[i][j][2], y[i][j][3]);
+                shape.store(to, bias, row, col, y[i][j][0], y[i][j][1]);
+                shape.store(to, bias, row, col + 2, y[i][j][2], y[i][j][3]);
             }
     }
 };
@@ -238,6 +215,8 @@ struct Product {
 // 2g+1 are mma's rows g and g + 8, and if not FILTER its k = t and t + 4 are ours 2t and 2t+1,
 // which lie four rows of b apart. No two lanes of a half warp read the same bank.
 struct Product {
+    static const int BESIDE = BN % 32 ? 1 : 2;              // 2×2 warps, or 4×1 where BN is 16
+    static const int ROW_TILES = BM / 32 * BESIDE, COL_TILES = BN / 16 / BESIDE;
     float y[COL_TILES][ROW_TILES][4] = {};
 
     static __device__ int t() { return threadIdx.x % 4; }
@@ -291,29 +270,28 @@ struct Product {
         }
     }
 
-    __device__ void store(const Result& to, int row0, int col0) const
+    __device__ void store(const Geometry& shape, float* to, const float* bias, int row0,
+                          int col0) const
     {
 #pragma unroll
         for (int i = 0; i < COL_TILES; i++)
 #pragma unroll
             for (int j = 0; j < ROW_TILES; j++) {
                 const int r = row0 + 8 * j, c = col0 + col() + 16 * i;
-                to.store(r + row(2 * t()), c, y[i][j][0], y[i][j][2]);
-                to.store(r + row(2 * t() + 1), c, y[i][j][1], y[i][j][3]);
+                shape.store(to, bias, r + row(2 * t()), c, y[i][j][0], y[i][j][2]);
+                shape.store(to, bias, r + row(2 * t() + 1), c, y[i][j][1], y[i][j][3]);
             }
     }
 };
 #endif
 
 // Called by gpu._convolve. With FILTER the blocks of the first `shares` row tiles share the tiles
-// of `right` among them and leave the sums of its columns in `sums` (shares, cols); several parts,
-// each `shares` rows longer for that, are `sums` themselves.
+// of `right` among them and leave the sums of its columns in `sums` (parts, shares, cols).
 extern "C" __global__ void __launch_bounds__(THREADS, VEC == 4 ? 2 : 1)
 conv(const float* x, const float* right, float* y, const float* bias, float* sums,
      int shares, const Geometry shape)
 {
-    const long long own = static_cast<long long>(blockIdx.z) * (shape.rows + shares) * shape.pitch;
-    const Result result = {y + own, bias, shape};
+    float* part = y + static_cast<long long>(blockIdx.z) * shape.rows * shape.pitch;
     const int row0 = blockIdx.x * BM, col0 = blockIdx.y * BN;
     const int begin = blockIdx.z * shape.part, end = min(shape.depth, begin + shape.part);
     const int tiles = (end - begin + BK - 1) / BK;
@@ -343,8 +321,7 @@ conv(const float* x, const float* right, float* y, const float* bias, float* sum
 #pragma unroll 8
             for (int k = 0; k < BK; k++) sum += a[A_SIZE + k * B_PITCH + threadIdx.x];
     }
-    product.store(result, row0, col0);
+    product.store(shape, part, gridDim.z == 1 ? bias : nullptr, row0, col0);
     if (FILTER && blockIdx.x < shares && threadIdx.x < BN && col0 + threadIdx.x < shape.cols)
-        sums[own + ((sums == y ? shape.rows : 0) + blockIdx.x) * shape.cols + col0 + threadIdx.x] =
-            sum;
+        sums[(blockIdx.z * shares + blockIdx.x) * shape.cols + col0 + threadIdx.x] = sum;
 }

@@ -2,17 +2,17 @@
 
 Same names and arguments as the NumPy twins in cpu.py. The .cu files are compiled by NVRTC through
 CuPy when they are first needed. `Cuda` is the GPU; in tests on machines without one emulate_cupy.py
-is what it finds as CuPy. Arrays are float32 and NHWC. Where a
-channel slice of a wider array will do, a kernel takes its pitch: the numbers from row to row.
+is what it finds as CuPy. Arrays are float32 and NHWC. Where a channel slice of a wider array will
+do, a kernel takes its pitch: the numbers from row to row.
 """
 import functools
-import os
+from pathlib import Path
 
 import numpy as np
 
 from .cpu import LANES, output_size
 
-FOLDER = os.path.dirname(os.path.abspath(__file__))
+FOLDER = Path(__file__).parent
 INNER = {"fp32": 0, "tf32": 1, "3xtf32": 3}        # the product of conv.cu, by precision
 NULL = np.uint64(0)                     # a pointer to nothing
 BLOCK = 256                             # threads a block of the kernels that take a number each
@@ -28,11 +28,11 @@ GEOMETRY = np.dtype([
     (name, DIVISOR if name in ("c", "kw", "oh", "ow") else np.int32) for name in
     "h w stride pad pixels c kw oh ow rows cols depth part pitch relu round".split()])
 WINDOW = np.dtype([(name, np.int32) for name in "h w c oh ow kernel stride pad".split()])
-POOL_DEFINE = "WINDOW_BYTES", WINDOW.itemsize
+SIZES = ("GEOMETRY_BYTES", GEOMETRY.itemsize), ("WINDOW_BYTES", WINDOW.itemsize)
 
 
 class Cuda:
-    """A GPU: its memory, products, launches and copies, through CuPy.
+    """A GPU: what it is, its kernels and copies, through CuPy.
 
     Everything is queued on the current stream, but photos: they travel on a stream of their own,
     beside the computation, out of page-locked memory that the loader has filled.
@@ -54,23 +54,6 @@ class Cuda:
         self.travel = cupy.cuda.Stream(non_blocking=True)
         self.under_way = []                     # (event, photos) of copies that may not be over
 
-    def launch(self, file, kernel, defines, grid, block, args, shared=0):
-        """Queue a kernel of a .cu file, compiled with `defines`."""
-        key = file, kernel, defines
-        if key not in self.kernels:
-            module = self.xp.RawModule(code=source(file), options=options(defines))
-            self.kernels[key] = module.get_function(kernel)
-            self.kernels[key].max_dynamic_shared_size_bytes = self.shared_bytes
-            if file == "conv.cu":               # two blocks want all that a multiprocessor has
-                self.kernels[key].preferred_shared_memory_carveout = 100
-        self.kernels[key](grid, block, args, shared_mem=shared)
-
-    def host_empty(self, shape):
-        """Page-locked memory for photos, uint8."""
-        size = int(np.prod(shape))
-        return np.frombuffer(self.xp.cuda.alloc_pinned_memory(max(1, size)), np.uint8,
-                             size).reshape(shape)
-
     def upload(self, photos):
         """Photos of host_empty on the device; until they are there, their memory is kept."""
         with self.travel:
@@ -81,32 +64,24 @@ class Cuda:
         self.under_way = [row for row in self.under_way if not row[0].done] + [(arrived, photos)]
         return there
 
-    def memory(self):
-        """Free bytes: the driver's, and those that CuPy keeps for the next array."""
-        pool = self.xp.get_default_memory_pool()
-        return self.xp.cuda.runtime.memGetInfo()[0] + pool.free_bytes()
-
 
 def source(file):
     """A .cu file's text, with the text of ptx.cuh before it.
 
     Pasted, not included: CuPy's cache of compiled kernels would not see a header change.
     """
-    texts = []
-    for name in ("ptx.cuh", file):
-        with open(os.path.join(FOLDER, name), encoding="utf-8") as opened:
-            texts.append(f'#line 1 "{name}"\n{opened.read()}')
-    return "\n".join(texts)
+    return "\n".join(f'#line 1 "{name}"\n{(FOLDER / name).read_text("utf-8")}'
+                     for name in ("ptx.cuh", file))
 
 
 def options(defines):
     """Compiler options of a kernel variant."""
-    return "-std=c++17", *(f"-D{name}={value}" for name, value in defines)
+    return "-std=c++17", *(f"-D{name}={value}" for name, value in (*SIZES, *defines))
 
 
 _device = None                          # a Cuda
 _precision = "fp32"
-_trained = None                         # the Filters of the network that sgd updates
+_trained = None, {}                     # what sgd updates, and the _forms of its filters
 
 
 def use(device, precision):
@@ -115,7 +90,7 @@ def use(device, precision):
     if precision != "fp32" and not device.tf32:
         raise RuntimeError(f"--precision {precision}: {device.name} has no TF32 tensor cores; use "
                            "--precision fp32")
-    _device, _precision, _trained = device, precision, None
+    _device, _precision, _trained = device, precision, (None, {})
     linalg = device.xp._core._routines_linalg
     linalg.set_compute_type(np.float32, linalg.COMPUTE_TYPE_TF32 if precision == "tf32"
                             else linalg.COMPUTE_TYPE_FP32)
@@ -128,9 +103,19 @@ KINDS = {int: np.int32, bool: np.int32, float: np.float32, type(None): lambda _:
 
 
 def _launch(file, kernel, grid, block, args, shared=0, defines=()):
-    """Queue a kernel: numbers become int32 and float32, None null, "tf32" whether that is on."""
+    """Queue a kernel of a .cu file, compiled with `defines`.
+
+    Numbers become int32 and float32, None null, "tf32" whether that is on.
+    """
+    key, kept = (file, kernel, defines), _device.kernels
+    if key not in kept:
+        module = _device.xp.RawModule(code=source(file), options=options(defines))
+        kept[key] = module.get_function(kernel)
+        kept[key].max_dynamic_shared_size_bytes = _device.shared_bytes
+        if file == "conv.cu":                   # two blocks want all that a multiprocessor has
+            kept[key].preferred_shared_memory_carveout = 100
     args = tuple(KINDS[type(arg)](arg) if type(arg) in KINDS else arg for arg in args)
-    _device.launch(file, kernel, defines, grid, block, args, shared)
+    kept[key](grid, block, args, shared_mem=shared)
 
 
 def _each(file, kernel, total, args, defines=()):
@@ -153,22 +138,16 @@ def _dense(*arrays, dtype=np.float32):
 
 def _pitch(x):
     """Numbers from a row of x (…, C) to the next; x may be a slice of a wider array's channels."""
-    if x.flags.c_contiguous and x.dtype == np.float32 and x.size < 1 << 31:
-        return x.shape[-1]
-    rows = x.reshape(-1, x.shape[-1])               # (rows, C); a copy unless they lie evenly
-    evenly = _address(rows) == _address(x) and (x.shape[-1] == 1 or rows.strides[1] == x.itemsize)
-    if x.dtype != np.float32 or x.size >= 1 << 31 or not evenly:
-        _dense(x)                                   # says what is wrong
-    return rows.strides[0] // x.itemsize
-
-
-def _address(x):
-    return x.ctypes.data if isinstance(x, np.ndarray) else x.data.ptr
+    evenly = x.dtype == np.float32 and x.strides[-1] == x.itemsize and x.size < 1 << 31 and all(
+        step == n * within for step, within, n in zip(x.strides, x.strides[1:-1], x.shape[1:]))
+    if not evenly:
+        _dense(x)                                   # perhaps with an axis of one, of any stride
+    return x.strides[-2] // x.itemsize if evenly else x.shape[-1]
 
 
 def _fits(arrays, *numbers):
     """Whether 16 bytes at a time can be read: counts are multiples of 4, addresses of 16."""
-    return all(n % 4 == 0 for n in numbers) and all(_address(x) % 16 == 0 for x in arrays)
+    return all(n % 4 == 0 for n in numbers) and all(x.data.ptr % 16 == 0 for x in arrays)
 
 
 def divisor(d):
@@ -210,86 +189,68 @@ def tile(rows, cols, depth, filter_gradient, device):
 def conv_defines(bn, stages, vec, filter_gradient, inner, dilate=1):
     """The constants of a variant of conv.cu."""
     return (("BM", BM), ("BN", bn), ("STAGES", stages), ("VEC", vec),
-            ("FILTER", int(filter_gradient)), ("INNER", inner), ("DILATE", dilate),
-            ("GEOMETRY_BYTES", GEOMETRY.itemsize))
+            ("FILTER", int(filter_gradient)), ("INNER", inner), ("DILATE", dilate))
 
 
 @functools.cache
-def _plan(device, precision, shape, window, taps, grid, cols, pitch, vec, filter_gradient, relu):
-    """How a convolution is launched, once for each of its shapes: see _convolve.
-
-    Its grid, threads, shared bytes, defines and geometry, and how many rows y has and how many of
-    its row tiles share the sums of right's columns.
-    """
-    (n, h, w, c), (kh, kw), (oh, ow) = shape, taps, grid
+def _plan(device, precision, shape, place, cols, pitch, vec, filter_gradient, relu):
+    """Grid, threads, shared bytes, constants and geometry of a launch of conv.cu: see _convolve."""
+    (n, h, w, c), (kh, kw, oh, ow, stride, pad, dilate) = shape, place
     pixels, patch, inner = n * oh * ow, kh * kw * c, INNER[precision]
     rows, depth = (patch, pixels) if filter_gradient else (pixels, patch)
     bn, stages, parts = tile(rows, cols, depth, filter_gradient, device)
     part = -(-(-(-depth // parts)) // BK) * BK
-    parts, row_tiles = -(-depth // part), -(-rows // BM)
-    whole = parts == 1                                  # else bias and ReLU wait for the sum
+    grid = -(-rows // BM), -(-cols // bn), -(-depth // part)
+    whole = grid[2] == 1                                # else bias and ReLU wait for the sum
     geometry = np.array((
-        h, w, *window[:2], pixels, divisor(c), divisor(kw), divisor(oh), divisor(ow), rows, cols,
-        depth, part, pitch if whole else cols, relu and whole,
+        h, w, stride, pad, pixels, *map(divisor, (c, kw, oh, ow)), rows, cols, depth, part,
+        pitch if whole else cols, relu and whole,
         whole and not filter_gradient and precision == "tf32"), GEOMETRY)
-    defines = conv_defines(bn, stages, vec, filter_gradient, inner, window[2])
-    return ((row_tiles, -(-cols // bn), parts), (128 if inner else 256,),
-            stages * stage_bytes(bn, filter_gradient), defines, geometry, rows,
-            min(4, row_tiles) if filter_gradient else 0)
+    return (grid, (128 if inner else 256,), stages * stage_bytes(bn, filter_gradient),
+            conv_defines(bn, stages, vec, filter_gradient, inner, dilate), geometry)
 
 
-def _convolve(x, right, y, window, taps, grid, bias=None, relu=False, db=None):
+def _convolve(x, right, y, place, bias=None, relu=False, db=None):
     """y (rows, cols) = the left operand gathered from x, times right (depth, cols): conv.cu.
 
-    window (stride, pad, dilate) places the patches of x (N, H, W, C), taps (KH, KW) is their
-    shape, and grid (OH, OW) how many there are. y may be a channel slice. db: for dw only.
+    place: KH, KW of the patches of x (N, H, W, C), OH, OW that say how many there are, and stride,
+    pad and dilation that say where. y may be a channel slice. db, for dw only: Σ of right's rows.
     """
     _dense(x, right)
-    cols, pitch, filter_gradient = y.shape[-1], _pitch(y), db is not None
+    cols, pitch = y.shape[-1], _pitch(y)
     vec = 4 if _fits((x, right, y), x.shape[3], cols, pitch) else 1
-    tiles, threads, shared, defines, geometry, rows, shares = _plan(
-        _device, _precision, x.shape, window, taps, grid, cols, pitch, vec, filter_gradient, relu)
-    split = tiles[2] > 1                                # in parts, or else y itself
-    rows = rows if split else 0
-    parts = _empty((tiles[2], rows + shares, cols)) if split or shares else None
-    _launch("conv.cu", "conv", tiles, threads, (
-        x, right, parts if split else y, None if split else bias, parts, shares, geometry),
-            shared, defines)
-    if parts is not None:
-        _reduce(parts, y, rows * cols, bias, relu, not filter_gradient and "tf32", db, shares)
+    grid, threads, shared, defines, geometry = _plan(
+        _device, _precision, x.shape, place, cols, pitch, vec, db is not None, relu)
+    shares = 0 if db is None else min(4, grid[0])
+    sums = _empty((grid[2] * shares, cols)) if shares else None
+    parts = _empty((grid[2], y.size)) if grid[2] > 1 else None
+    _launch("conv.cu", "conv", grid, threads, (
+        x, right, y if parts is None else parts, bias, sums, shares, geometry), shared, defines)
+    _reduce(parts, y, bias, relu, db is None and "tf32", sums, db)
     return y
 
 
-class Filters:
-    """The forms in which products take the filters that lie in `flat`: made in one launch.
+def _forms(flat, filters, channels=None):
+    """Products' right operands of the filters that lie in `flat`, by one launch.
 
-    of[address of w (KH, KW, C, F), channels]: the right operands for x of so many channels, which
-    is w, rounded where tensor cores want that, with zeros for the fourth channel of photos,
-    (KH*KW*channels, F); and for dy, turned, (KH*KW*F, C).
+    {(address of w (KH, KW, C, F), channels): for x of so many channels, (KH*KW*channels, F), which
+    is w, rounded where tensor cores want that, with zeros for the fourth channel of photos; and for
+    dy, turned, (KH*KW*F, C)}.
     """
-
-    def __init__(self, flat, filters, channels=None):
-        self.flat, self.of, rows, end = flat, {}, [], 0
-        for w in filters:
-            _, _, c, f = w.shape
-            wide = channels or (4 if c == 3 else c)
-            start, taps, same = end, w.size // (c * f), wide == c and _precision != "tf32"
-            turned = start if same else start + -(-taps * wide * f // 4) * 4    # 16 bytes apart
-            end = turned + -(-w.size // 4) * 4
-            rows.append(((_address(w) - _address(flat)) // 4, taps, c, f, wide,
-                         -1 if same else start, turned))
-        self.forms, self.table = _empty(end), _table(_device, tuple(rows))
-        for w, (_, taps, c, f, wide, start, turned) in zip(filters, rows):
-            right = w if start < 0 else self.forms[start:start + taps * wide * f]
-            self.of[_address(w), wide] = (right.reshape(-1, f),
-                                          self.forms[turned:turned + w.size].reshape(-1, c))
-        self.make()
-
-    def make(self):
-        """All forms, of the filters as they are now."""
-        most = max(self.flat.size // len(self.of) // BLOCK, 1)
-        _launch("pointwise.cu", "filters", (min(64, most), len(self.of)), (BLOCK,),
-                (self.flat, self.forms, self.table, "tf32"))
+    rows, end = [], 0
+    for w in filters:
+        (*taps, c, f), start = w.shape, end
+        wide = channels or (4 if c == 3 else c)
+        turned = start + -(-w.size // c * wide // 4) * 4            # 16 bytes apart
+        end = turned + -(-w.size // 4) * 4
+        rows.append(((w.data.ptr - flat.data.ptr) // 4, taps[0] * taps[1], c, f, wide, start,
+                     turned))
+    forms, most = _empty(end), max(flat.size // len(rows) // BLOCK, 1)
+    _launch("pointwise.cu", "filters", (min(64, most), len(rows)), (BLOCK,),
+            (flat, forms, _table(_device, tuple(rows)), "tf32"))
+    return {(w.data.ptr, wide): (forms[start:start + taps * wide * f].reshape(-1, f),
+                                  forms[turned:turned + w.size].reshape(-1, c))
+            for w, (_, taps, c, f, wide, start, turned) in zip(filters, rows)}
 
 
 @functools.cache
@@ -300,9 +261,8 @@ def _table(device, rows):
 
 def _filters(w, channels):
     """The two forms of the filters w: those that the last update made, or else new ones."""
-    key = _address(w), channels
-    of = _trained.of if _trained and key in _trained.of else Filters(w, [w], channels).of
-    return of[key]
+    key = w.data.ptr, channels
+    return _trained[1].get(key) or _forms(w, [w], channels)[key]
 
 
 def conv_forward(x, w, b, stride=1, pad=0, relu=False, out=None):
@@ -311,7 +271,7 @@ def conv_forward(x, w, b, stride=1, pad=0, relu=False, out=None):
     kh, kw, c, f = w.shape
     grid = output_size(x.shape[1], kh, stride, pad), output_size(x.shape[2], kw, stride, pad)
     y = _empty((len(x), *grid, f)) if out is None else out
-    return _convolve(x, _filters(w, x.shape[3])[0], y, (stride, pad, 1), (kh, kw), grid, b, relu)
+    return _convolve(x, _filters(w, x.shape[3])[0], y, (kh, kw, *grid, stride, pad, 1), b, relu)
 
 
 def conv_backward_input(dy, w, x_shape, stride=1, pad=0):
@@ -321,7 +281,7 @@ def conv_backward_input(dy, w, x_shape, stride=1, pad=0):
     if kh != kw:
         raise ValueError(f"filters must be square, not {kh}×{kw}")
     return _convolve(dy, _filters(w, x_shape[3])[1], _empty((*x_shape[:3], c)),
-                     (1, kh - 1 - pad, stride), (kh, kw), x_shape[1:3])
+                     (kh, kw, *x_shape[1:3], 1, kh - 1 - pad, stride))
 
 
 def conv_backward_filter(x, dy, w_shape, stride=1, pad=0, out=(None, None)):
@@ -329,7 +289,7 @@ def conv_backward_filter(x, dy, w_shape, stride=1, pad=0, out=(None, None)):
     kh, kw, c, f = w_shape
     dw, db = (_empty(shape) if y is None else y for y, shape in zip(out, (w_shape, f)))
     wide = dw if x.shape[3] == c else _empty((kh, kw, x.shape[3], f))
-    _convolve(x, dy.reshape(-1, f), wide, (stride, pad, 1), (kh, kw), dy.shape[1:3], db=db)
+    _convolve(x, dy.reshape(-1, f), wide, (kh, kw, *dy.shape[1:3], stride, pad, 1), db=db)
     if wide is not dw:
         dw[...] = wide[:, :, :c]
     return dw, db
@@ -344,15 +304,16 @@ def column_sums(x, out=None):
     return y
 
 
-def _reduce(parts, y, total, bias=None, relu=False, round=False, tail=None, shares=0):
-    """y (…, E) of `total` numbers = Σ of the parts (Z, …, E) + bias, then ReLU; a thread for each.
+def _reduce(parts, y, bias=None, relu=False, round=False, sums=None, db=None):
+    """y (…, E) = Σ of the parts (Z, y.size) + bias, then ReLU; db (E,) = Σ of the sums (M, E).
 
-    With a tail (E,) each part ends in `shares` rows more, whose sum that is; then total may be 0.
+    A thread for each number; without parts y stays as it is.
     """
-    e, many = y.shape[-1], 1 if parts is y else len(parts)
-    threads = total + (e if shares else 0)
-    _each("pointwise.cu", "reduce", threads, (parts, y, bias, tail, threads, total, many, e,
-                                              _pitch(y), shares, relu, round))
+    total = 0 if parts is None else y.size
+    threads = total + (0 if db is None else db.size)
+    _each("pointwise.cu", "reduce", threads, (
+        parts, y, bias, sums, db, threads, total, total and len(parts), y.shape[-1], _pitch(y),
+        0 if sums is None else len(sums), relu, round))
 
 
 # ---------------------------------------------------------------------------------- pooling
@@ -364,8 +325,7 @@ def _pool(kernel, arrays, place, shapes, window, *more):
     (_, h, w, c), (_, oh, ow, _) = shapes                           # of x and y
     vec = 4 if _fits(arrays, c) else 1
     at, total = np.array((h, w, c // vec, oh, ow, *window), WINDOW), arrays[1].size // vec
-    args = *arrays, place, total, at, *more
-    _each("pool.cu", kernel, total, args, (POOL_DEFINE, ("VEC", vec)))
+    _each("pool.cu", kernel, total, (*arrays, place, total, at, *more), (("VEC", vec),))
     return arrays[1]
 
 
@@ -457,7 +417,7 @@ def matmul(a, b, out=None, bias=None, relu=False):
     """A product by the library that the device has for it; bias and ReLU in a pass after it."""
     y = _device.xp.matmul(a, b, out=out)
     if relu or bias is not None:
-        _reduce(y, y, y.size, bias, relu)
+        _reduce(y[None], y, bias, relu)
     return y
 
 
@@ -494,10 +454,8 @@ def sgd(w, v, dw, rate, momentum, decay, rows=None, filters=()):
         rows = _device.xp.asarray(rows, np.int32)
         _each("sgd.cu", "sgd_rows", dw.size, (
             w, v, dw, rows, dw.size, w.size // len(w), *constants))
-    if filters and _trained and _trained.flat is w:
-        _trained.make()
-    elif filters:
-        _trained = Filters(w, filters)
+    if filters:
+        _trained = w, _forms(w, filters)
 
 
 # ----------------------------------------------------------------------------------- arrays
@@ -513,10 +471,13 @@ def to_host(x):
 
 
 def host_empty(shape):
-    """Memory of the host for photos, uint8, which the device copies by itself."""
-    return _device.host_empty(shape)
+    """Page-locked memory for photos, uint8."""
+    size = int(np.prod(shape))
+    block = _device.xp.cuda.alloc_pinned_memory(max(1, size))
+    return np.frombuffer(block, np.uint8, size).reshape(shape)
 
 
 def memory():
-    """Free bytes of the device."""
-    return _device.memory()
+    """Free bytes: the driver's, and those that CuPy keeps for the next array."""
+    kept = _device.xp.get_default_memory_pool().free_bytes()
+    return _device.xp.cuda.runtime.memGetInfo()[0] + kept

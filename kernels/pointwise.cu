@@ -112,8 +112,8 @@ relu_backward(const float* dy, const float* y, float* dx, unsigned total, int co
 
 // Filters w (taps, C, F) as right operands of convolutions: (taps, wide, F), zeros from channel C
 // on, and turned round, (taps, F, C), the last tap first. A row of the table says where the filters
-// are in `weights` and where the two go in `forms` (-1: w itself will do). blockIdx.y is the row,
-// whose numbers the blocks of x share. Called by gpu.Filters.
+// are in `weights` and where the two go in `forms`. blockIdx.y is the row, whose numbers the blocks
+// of x share. Called by gpu._forms.
 extern "C" __global__ void
 filters(const float* weights, float* forms, const int* table, int round)
 {
@@ -123,32 +123,33 @@ filters(const float* weights, float* forms, const int* table, int round)
     for (int at = index_of_thread(); at < taps * wide * f; at += gridDim.x * blockDim.x) {
         const int filter = at % f, channel = at / f % wide, tap = at / f / wide;
         const float number = channel < c ? rounded(w[(tap * c + channel) * f + filter], round) : 0;
-        if (row[5] >= 0) forms[row[5] + at] = number;
+        forms[row[5] + at] = number;
         if (channel < c) forms[row[6] + ((taps - 1 - tap) * f + filter) * c + channel] = number;
     }
 }
 
 // y = Σ_z parts[z] in the order of z, + bias, then with relu max(y, 0), where a NaN stays; parts
-// (Z, total + shares · cols). The rest of a part is `shares` rows, whose sum goes to tail (cols,).
-// The end of a split convolution, and of a product, which is one part and stays in place. Called
-// by gpu._reduce.
+// (Z, total). The threads beyond total add the rows of `sums` (shares, cols), which go to db. The
+// end of a split convolution, of a filter gradient, and of a product, which is one part and stays
+// in place. Called by gpu._reduce.
 extern "C" __global__ void
-reduce(const float* parts, float* y, const float* bias, float* tail, unsigned threads, int total,
-       int count, int cols, int pitch, int shares, int relu, int round)
+reduce(const float* parts, float* y, const float* bias, const float* sums, float* db,
+       unsigned threads, unsigned total, int count, int cols, int pitch, int shares, int relu,
+       int round)
 {
     const unsigned index = index_of_thread();
     if (index >= threads) return;
-    const int col = index % cols, rows = index < total ? 1 : shares;
+    const bool own = index < total;
+    const float* from = own ? parts + index : sums + (index - total);
     float sum = 0;
-    for (int z = 0; z < count; z++)
-        for (int row = 0; row < rows; row++)
-            sum += parts[static_cast<long long>(z) * (total + shares * cols) + index + row * cols];
-    if (index >= total) {
-        tail[col] = sum;
+    for (int z = 0; z < (own ? count : shares); z++)
+        sum += from[static_cast<long long>(z) * (own ? total : cols)];
+    if (!own) {
+        db[index - total] = sum;
         return;
     }
-    if (bias) sum += bias[col];
-    y[static_cast<long long>(index / cols) * pitch + col] =
+    if (bias) sum += bias[index % cols];
+    y[static_cast<long long>(index / cols) * pitch + index % cols] =
         rounded(relu && sum < 0 ? 0 : sum, round);
 }
 
