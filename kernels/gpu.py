@@ -81,7 +81,7 @@ def options(defines):
 
 _device = None                          # a Cuda
 _precision = "fp32"
-_trained = None, {}                     # what sgd updates, and the _forms of its filters
+_trained = None, None, {}               # what sgd updates, and the _forms of its filters
 
 
 def use(device, precision):
@@ -90,7 +90,7 @@ def use(device, precision):
     if precision != "fp32" and not device.tf32:
         raise RuntimeError(f"--precision {precision}: {device.name} has no TF32 tensor cores; use "
                            "--precision fp32")
-    _device, _precision, _trained = device, precision, (None, {})
+    _device, _precision, _trained = device, precision, (None, None, {})
     linalg = device.xp._core._routines_linalg
     linalg.set_compute_type(np.float32, linalg.COMPUTE_TYPE_TF32 if precision == "tf32"
                             else linalg.COMPUTE_TYPE_FP32)
@@ -231,9 +231,9 @@ def _convolve(x, right, y, place, bias=None, relu=False, db=None):
 
 
 def _forms(flat, filters, channels=None):
-    """Products' right operands of the filters that lie in `flat`, by one launch.
+    """Products' right operands of the filters that lie in `flat`: a launch makes them, and again.
 
-    {(address of w (KH, KW, C, F), channels): for x of so many channels, (KH*KW*channels, F), which
+    The launch, and {(address of w (KH, KW, C, F), channels): for x of so many channels, (KH*KW*channels, F), which
     is w, rounded where tensor cores want that, with zeros for the fourth channel of photos; and for
     dy, turned, (KH*KW*F, C)}.
     """
@@ -246,9 +246,11 @@ def _forms(flat, filters, channels=None):
         rows.append(((w.data.ptr - flat.data.ptr) // 4, taps[0] * taps[1], c, f, wide, start,
                      turned))
     forms, most = _empty(end), max(flat.size // len(rows) // BLOCK, 1)
-    _launch("pointwise.cu", "filters", (min(64, most), len(rows)), (BLOCK,),
-            (flat, forms, _table(_device, tuple(rows)), "tf32"))
-    return {(w.data.ptr, wide): (forms[start:start + taps * wide * f].reshape(-1, f),
+    launch = functools.partial(
+        _launch, "pointwise.cu", "filters", (min(64, most), len(rows)), (BLOCK,),
+        (flat, forms, _table(_device, tuple(rows)), "tf32"))
+    launch()
+    return launch, {(w.data.ptr, wide): (forms[start:start + taps * wide * f].reshape(-1, f),
                                   forms[turned:turned + w.size].reshape(-1, c))
             for w, (_, taps, c, f, wide, start, turned) in zip(filters, rows)}
 
@@ -262,7 +264,7 @@ def _table(device, rows):
 def _filters(w, channels):
     """The two forms of the filters w: those that the last update made, or else new ones."""
     key = w.data.ptr, channels
-    return _trained[1].get(key) or _forms(w, [w], channels)[key]
+    return _trained[2].get(key) or _forms(w, [w], channels)[1][key]
 
 
 def conv_forward(x, w, b, stride=1, pad=0, relu=False, out=None):
@@ -454,8 +456,10 @@ def sgd(w, v, dw, rate, momentum, decay, rows=None, filters=()):
         rows = _device.xp.asarray(rows, np.int32)
         _each("sgd.cu", "sgd_rows", dw.size, (
             w, v, dw, rows, dw.size, w.size // len(w), *constants))
-    if filters:
-        _trained = w, _forms(w, filters)
+    if filters and _trained[0] is w:
+        _trained[1]()
+    elif filters:
+        _trained = w, *_forms(w, filters)
 
 
 # ----------------------------------------------------------------------------------- arrays
