@@ -754,14 +754,13 @@ def group_records(path, codes, classes, valid):
     Held-out photos come first, those without words are left out. codes (K,): the hashes of the
     dictionary's words, ascending; classes (K,): whose they are.
     """
-    photos, owners, sizes, hashes = defaultdict(itertools.count().__next__), [], [], []
+    photos, records = defaultdict(itertools.count().__next__), []
     with open(path, "rb") as file:
         while file.peek(1):
-            names, some_sizes, some_hashes = pickle.load(file)
-            owners += map(photos.__getitem__, names)
-            sizes.append(some_sizes)
-            hashes.append(some_hashes)
+            records.append(pickle.load(file))
     os.remove(path)
+    names, sizes, hashes = zip(*records)
+    owners = [photos[name] for name in itertools.chain(*names)]
     names, hashes = list(photos), np.concatenate(hashes)
     held = hash_all(names, 4) < valid * 2**32
     order = np.argsort(~held, kind="stable")

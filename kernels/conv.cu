@@ -195,8 +195,7 @@ struct Product {
         }
     }
 
-    __device__ void store(const Geometry& shape, float* to, const float* bias, int row0,
-                          int col0) const
+    __device__ void store(const Geometry& shape, float* to, const float* bias, int row0, int col0)
     {
 #pragma unroll
         for (int i = 0; i < ROWS; i++)
@@ -270,8 +269,7 @@ struct Product {
         }
     }
 
-    __device__ void store(const Geometry& shape, float* to, const float* bias, int row0,
-                          int col0) const
+    __device__ void store(const Geometry& shape, float* to, const float* bias, int row0, int col0)
     {
 #pragma unroll
         for (int i = 0; i < COL_TILES; i++)

@@ -129,9 +129,9 @@ def _empty(shape):
 
 
 def _dense(*arrays, dtype=np.float32):
-    """ValueError unless every array is contiguous and of the dtype: kernels check nothing."""
+    """ValueError if one is neither None nor contiguous and of the dtype: kernels check nothing."""
     for x in arrays:
-        if x.dtype != dtype or not x.flags.c_contiguous or x.size >= 1 << 31:
+        if x is not None and (x.dtype != dtype or not x.flags.c_contiguous or x.size >= 1 << 31):
             raise ValueError(f"a contiguous {np.dtype(dtype)} array of less than 2^31 numbers is "
                              f"needed, not {x.dtype} {x.shape} with strides {x.strides}")
 
@@ -216,7 +216,7 @@ def _convolve(x, right, y, place, bias=None, relu=False, db=None):
     place: KH, KW of the patches of x (N, H, W, C), OH, OW that say how many there are, and stride,
     pad and dilation that say where. y may be a channel slice. db, for dw only: Σ of right's rows.
     """
-    _dense(x, right)
+    _dense(x, right, bias)
     cols, pitch = y.shape[-1], _pitch(y)
     vec = 4 if _fits((x, right, y), x.shape[3], cols, pitch) else 1
     grid, threads, shared, defines, geometry = _plan(
@@ -263,13 +263,13 @@ def _table(device, rows):
 
 def _filters(w, channels):
     """The two forms of the filters w: those that the last update made, or else new ones."""
+    _dense(w)
     key = w.data.ptr, channels
     return _trained[2].get(key) or _forms(w, [w], channels)[1][key]
 
 
 def conv_forward(x, w, b, stride=1, pad=0, relu=False, out=None):
     """Rows are output pixels, and the reduction goes over the patch."""
-    _dense(w, b)
     kh, kw, c, f = w.shape
     grid = output_size(x.shape[1], kh, stride, pad), output_size(x.shape[2], kw, stride, pad)
     y = _empty((len(x), *grid, f)) if out is None else out
@@ -278,7 +278,6 @@ def conv_forward(x, w, b, stride=1, pad=0, relu=False, out=None):
 
 def conv_backward_input(dy, w, x_shape, stride=1, pad=0):
     """The forward product on dy, its pixels `stride` apart, with turned filters."""
-    _dense(w)
     kh, kw, c, f = w.shape
     if kh != kw:
         raise ValueError(f"filters must be square, not {kh}×{kw}")
@@ -323,7 +322,7 @@ def _reduce(parts, y, bias=None, relu=False, round=False, sums=None, db=None):
 def _pool(kernel, arrays, place, shapes, window, *more):
     """A thread for each four channels of the second of `arrays`, or for each one; returns that."""
     _dense(*arrays)
-    _dense(*(() if place is None else (place,)), dtype=np.uint8)
+    _dense(place, dtype=np.uint8)
     (_, h, w, c), (_, oh, ow, _) = shapes                           # of x and y
     vec = 4 if _fits(arrays, c) else 1
     at, total = np.array((h, w, c // vec, oh, ow, *window), WINDOW), arrays[1].size // vec
