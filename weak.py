@@ -101,7 +101,7 @@ def make_parser():
     add("--format", choices=data.FORMATS, help="of the captions; recognised if not given")
     add("--words", type=number(int, 1), default=data.WORDS, help="K, the size of the dictionary")
     add("--stop-words", type=number(int, 0), help="the most frequent words, left out; "
-        f"if not given {data.STOP_WORDS} from {data.MANY:,} photos on, as in the paper, else "
+        f"if not given {data.STOP_WORDS} from {data.MANY:,} captions on, as in the paper, else "
         f"{data.FEW_STOP_WORDS}, but at most a twentieth of the distinct words")
     add("--valid", type=number(float, 0, below=1), default=0.1, help="part of photos held out")
     add("--crop", choices=("center", "random"), default="random", help="random: mirrored, too")
