@@ -218,11 +218,6 @@ def choose_penalty(x, y, held, goodness):
     return fit(x, y, *best[1:]), best[1]
 
 
-def accuracy(scores, y):
-    """Share of the photos whose best-scored class is theirs."""
-    return float((scores.argmax(axis=1) == y).mean())
-
-
 def split(y, take, seed, number):
     """Boolean (N,): take(n) of each class's n photos at random, a function of (seed, number)."""
     order = np.argsort(philox(seed, (0, number, 0, SPLITS), len(y)), kind="stable")
@@ -434,8 +429,7 @@ def round_ticks(low, high):
     """Multiples of 1, 2, 2.5 or 5 times a power of ten around low … high, in 5 steps at most."""
     if high - low <= 1e-9 * abs(high):          # flat
         low, high = low - (abs(low) / 10 or 1), high + (abs(high) / 10 or 1)
-    powers = 10 ** (np.floor(np.log10((high - low) / 5)) + [[0], [1]])
-    for step in (powers * [1, 2, 2.5, 5]).flat:
+    for step in 10 ** np.floor(np.log10((high - low) / 5)) * np.array([1, 2, 2.5, 5, 10, 20]):
         first, last = np.floor(low / step + 1e-9), np.ceil(high / step - 1e-9)
         if last - first <= 5:
             return step * np.arange(first, last + 1) + 0.0          # no -0
@@ -887,7 +881,8 @@ def transfer_features(options, show):
     voc = os.path.isdir(os.path.join(options.images, "JPEGImages"))
     labels = read_voc(options.images) if voc else {
         name: name.split(os.sep)[0] for name in data.list_photos(options.images) if os.sep in name}
-    list_tasks, measure = (list_classes, voc_ap) if voc else (list_splits, accuracy)
+    list_tasks, measure = (list_classes, voc_ap) if voc else (
+        list_splits, lambda scores, y: float((scores.argmax(axis=1) == y).mean()))  # accuracy
     list_tasks(list(labels.values()), options)                      # may fail: before the work
     x, found, skipped = extract_views(options, list(labels))
     tasks, rows = list_tasks([labels[name] for name in found], options), {}
