@@ -189,9 +189,8 @@ def logistic(flat, x, y, penalty):
     table, rows = flat.reshape(x.shape[1] + 1, -1), np.arange(len(x))
     w, log_p = table[:-1], log_softmax(predict(table, x), axis=1)   # (D, C), (N, C)
     loss = -log_p[rows, y].mean(dtype=np.float64) + penalty / 2 * (w * w).sum()
-    ds = np.exp(log_p)
-    ds[rows, y] -= 1
-    ds /= len(x)
+    ds = np.exp(log_p) / len(x)                                     # (N, C)
+    ds[rows, y] -= 1 / len(x)
     return loss, np.vstack([x.T @ ds + penalty * w, ds.sum(axis=0)]).ravel()
 
 
@@ -670,8 +669,7 @@ class Trained:
         if not os.access(folder, os.W_OK):
             self.spare = tempfile.TemporaryDirectory()              # until the end
             folder = self.spare.name
-        folder = os.path.join(folder, "index-eval")
-        return data.build_index(captions, folder, text, kind, words, processes)
+        return data.build_index(captions, f"{folder}/index-eval", text, kind, words, processes)
 
     def photos(self, options):
         """The folder and names of the photos: those of --images, or the held-out ones."""
@@ -776,10 +774,9 @@ def predict_words(options, show):
     keys = "training_photos", *_by_k(KS), "auc", *transfers
     show.table(["run", *keys], {run: [row[key] for key in keys] for run, row in result.items()})
     curve, chance = join_seeds(result.values(), keys), {**last["chance"], "auc": None}
-    panels = [plot_picture(curve, keys[0], key, key, chance.get(key), np.log10)
-              for key in ("precision@10", "auc", *transfers)]
-    show.picture(Image.fromarray(np.hstack(panels)), "against training photos: "
-                 + ", ".join(keys[keys.index("auc"):]) + " and precision@10")
+    up = "precision@10", "auc", *transfers
+    panels = [plot_picture(curve, keys[0], key, key, chance.get(key), np.log10) for key in up]
+    show.picture(Image.fromarray(np.hstack(panels)), "against training photos: " + ", ".join(up))
     return {"runs": result, "words": len(words)}
 
 
