@@ -36,7 +36,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.linalg import eigh
 from scipy.optimize import minimize
 from scipy.sparse import csr_array
-from scipy.special import expit, softmax
+from scipy.special import expit, log_softmax, softmax
 from scipy.stats import hypergeom, rankdata, spearmanr
 
 import data
@@ -187,14 +187,10 @@ def logistic(flat, x, y, penalty):
     row b (C,) under it, which is not penalised. Products have the precision of x, sums are float64.
     """
     table, rows = flat.reshape(x.shape[1] + 1, -1), np.arange(len(x))
-    w, s = table[:-1], predict(table, x)                            # (D, C), (N, C)
-    s -= s.max(axis=1, keepdims=True)
-    p = np.exp(s)
-    total = p.sum(axis=1, keepdims=True)
-    loss = (np.log(total[:, 0]) - s[rows, y]).mean(dtype=np.float64) + penalty / 2 * (w * w).sum()
-    ds = p / total
-    ds[rows, y] -= 1
-    ds /= len(x)
+    w, log_p = table[:-1], log_softmax(predict(table, x), axis=1)   # (D, C), (N, C)
+    loss = -log_p[rows, y].mean(dtype=np.float64) + penalty / 2 * (w * w).sum()
+    ds = np.exp(log_p) / len(x)                                     # (N, C)
+    ds[rows, y] -= 1 / len(x)
     return loss, np.vstack([x.T @ ds + penalty * w, ds.sum(axis=0)]).ravel()
 
 
@@ -221,11 +217,6 @@ def choose_penalty(x, y, held, goodness):
     return fit(x, y, *best[1:]), best[1]
 
 
-def accuracy(scores, y):
-    """Share of the photos whose best-scored class is theirs."""
-    return float((scores.argmax(axis=1) == y).mean())
-
-
 def split(y, take, seed, number):
     """Boolean (N,): take(n) of each class's n photos at random, a function of (seed, number)."""
     order = np.argsort(philox(seed, (0, number, 0, SPLITS), len(y)), kind="stable")
@@ -250,18 +241,15 @@ EXAGGERATION, EXAGGERATED = 4, 100              # P is larger by that factor, fo
 MOMENTUM, SLOW = (0.5, 0.8), 250                 # the first one for so many steps, then the second
 COMPONENTS = 50                                 # principal components that distances are taken of
 FAR = 1e20                                      # the squared distance of a point from itself
-
-
-def row_blocks(n):
-    """Slices of rows, n numbers each: a block stays in a core's cache, or fills a GPU."""
-    size = max(1, (1 << 18 if kernels.memory() is None else 1 << 25) // n)
-    return [slice(start, min(n, start + size)) for start in range(0, n, size)]
+TILES = 1 << 18, 1 << 25                        # numbers at a time: in a core's cache, on a GPU
 
 
 def share_blocks(n, work):
-    """work(blocks) of row_blocks(n): on a CPU its share on each thread, on a GPU all of them."""
-    share = cpu.share if kernels.memory() is None else lambda work, blocks: work(blocks)
-    share(work, row_blocks(n))
+    """work(slices of rows, n numbers each): on a CPU its share on each thread, on a GPU all."""
+    gpu = kernels.memory() is not None
+    size = max(1, TILES[gpu] // n)
+    blocks = [slice(start, min(n, start + size)) for start in range(0, n, size)]
+    work(blocks) if gpu else cpu.share(work, blocks)
 
 
 def conditional(d, perplexity, steps=40):
@@ -440,8 +428,7 @@ def round_ticks(low, high):
     """Multiples of 1, 2, 2.5 or 5 times a power of ten around low … high, in 5 steps at most."""
     if high - low <= 1e-9 * abs(high):          # flat
         low, high = low - (abs(low) / 10 or 1), high + (abs(high) / 10 or 1)
-    powers = 10 ** (np.floor(np.log10((high - low) / 5)) + [[0], [1]])
-    for step in (powers * [1, 2, 2.5, 5]).flat:
+    for step in 10 ** np.floor(np.log10((high - low) / 5)) * np.array([1, 2, 2.5, 5, 10, 20]):
         first, last = np.floor(low / step + 1e-9), np.ceil(high / step - 1e-9)
         if last - first <= 5:
             return step * np.arange(first, last + 1) + 0.0          # no -0
@@ -682,8 +669,7 @@ class Trained:
         if not os.access(folder, os.W_OK):
             self.spare = tempfile.TemporaryDirectory()              # until the end
             folder = self.spare.name
-        folder = os.path.join(folder, "index-eval")
-        return data.build_index(captions, folder, text, kind, words, processes)
+        return data.build_index(captions, f"{folder}/index-eval", text, kind, words, processes)
 
     def photos(self, options):
         """The folder and names of the photos: those of --images, or the held-out ones."""
@@ -759,7 +745,9 @@ def predict_words(options, show):
     index = runs[-1].index(options.captions, words, min(run.options["valid"] for run in runs),
                            options.workers)
     numbers = {index.name(i): i for i in range(len(index) if options.all else index.held_out)}
-    images, result, transfers = options.images or runs[-1].options["images"], {}, {}
+    images, result = options.images or runs[-1].options["images"], {}
+    transfers = {f"transfer to {os.path.basename(os.path.normpath(path))}": path
+                 for path in options.transfer or ()}
     for run in runs:
         x, found, skipped = run.read(images, list(numbers), options.workers)
         classes, output = run.find_words(words), model.Output(x.shape[1], len(words))
@@ -767,14 +755,12 @@ def predict_words(options, show):
         result[run.run] = {"training_photos": run.training, **word_metrics(
             x, output, [index.words(numbers[name]) for name in found], run.counts[classes],
             run.counts[classes] / run.training, run.options["loss"]), "skipped": len(skipped)}
-        for path in options.transfer or ():
-            key = f"transfer to {os.path.basename(os.path.normpath(path))}"
+        for key, path in transfers.items():
             show.line(f"{run.run}: {key}")
             rows = transfer_features(argparse.Namespace(**{
                 **vars(options), "model": run.run, "images": path}), show)["rows"]
             deviations = rows.get("± deviation", [0, 0])
             result[run.run] |= {key: rows["mean"][1], key + SPREAD: deviations[1]}
-            transfers[key] = None
     last = result[runs[-1].run]
     if options.deciles:
         show.table(["words by frequency", "photos", *(f"{key}, {run}" for run in result
@@ -788,10 +774,9 @@ def predict_words(options, show):
     keys = "training_photos", *_by_k(KS), "auc", *transfers
     show.table(["run", *keys], {run: [row[key] for key in keys] for run, row in result.items()})
     curve, chance = join_seeds(result.values(), keys), {**last["chance"], "auc": None}
-    panels = [plot_picture(curve, keys[0], key, key, chance.get(key), np.log10)
-              for key in ("precision@10", "auc", *transfers)]
-    show.picture(Image.fromarray(np.hstack(panels)), "against training photos: "
-                 + ", ".join(keys[keys.index("auc"):]) + " and precision@10")
+    up = "precision@10", "auc", *transfers
+    panels = [plot_picture(curve, keys[0], key, key, chance.get(key), np.log10) for key in up]
+    show.picture(Image.fromarray(np.hstack(panels)), "against training photos: " + ", ".join(up))
     return {"runs": result, "words": len(words)}
 
 
@@ -845,8 +830,7 @@ def search_photos(options, show):
     best, find = Output().best(options.words, s.T, found, options.top), data.Folder(folder).find
     if show.out:
         show.picture(grid_picture(best, find, options.font or Fonts()), "photos for words")
-        return {"words": best, "photos": len(found), "skipped": skipped}
-    for word, scores in best.items():
+    for word, scores in () if show.out else best.items():
         show.html.append(f"<h3>{escape(word)}</h3>")
         show.photos((find(name), f"{word}: {name}", f"{score:.2f}")
                     for name, score in scores.items())
@@ -894,7 +878,8 @@ def transfer_features(options, show):
     voc = os.path.isdir(os.path.join(options.images, "JPEGImages"))
     labels = read_voc(options.images) if voc else {
         name: name.split(os.sep)[0] for name in data.list_photos(options.images) if os.sep in name}
-    list_tasks, measure = (list_classes, voc_ap) if voc else (list_splits, accuracy)
+    list_tasks, measure = (list_classes, voc_ap) if voc else (
+        list_splits, lambda scores, y: float((scores.argmax(axis=1) == y).mean()))  # accuracy
     list_tasks(list(labels.values()), options)                      # may fail: before the work
     x, found, skipped = extract_views(options, list(labels))
     tasks, rows = list_tasks([labels[name] for name in found], options), {}

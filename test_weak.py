@@ -2200,7 +2200,7 @@ def test_gradients_of_regression_and_map_are_numerical(rng, monkeypatch):
     x, y, flat = rng.standard_normal((13, 4)), rng.integers(0, 3, 13), rng.standard_normal(5 * 3)
     _, gradient = evaluation.logistic(flat, x, y, 0.3)
     check_numerically(lambda: evaluation.logistic(flat, x, y, 0.3)[0], flat, gradient)
-    monkeypatch.setattr(evaluation, "row_blocks", lambda n: [slice(0, 5), slice(5, n)])
+    monkeypatch.setattr(evaluation, "TILES", (5 * 13, 5 * 13))
     p, y = evaluation.affinities(x, 4), rng.standard_normal((13, 2))
     gradient, _ = evaluation.tsne_gradient(p, y)
     check_numerically(lambda: evaluation.tsne_gradient(p, y, divergence=True)[1], y, gradient)
@@ -2251,8 +2251,7 @@ def test_map_parts_clusters_with_twins_in_blocks_of_any_size(rng, monkeypatch):
     x = np.repeat(3 * rng.standard_normal((6, 20)), 25, axis=0) + rng.standard_normal((150, 20))
     x[1::25] = x[::25]
     whole = evaluation.affinities(x, 15)
-    monkeypatch.setattr(evaluation, "row_blocks",
-                        lambda n: [slice(i, min(n, i + 70)) for i in range(0, n, 70)])
+    monkeypatch.setattr(evaluation, "TILES", (70 * 150, 70 * 150))
     np.testing.assert_allclose(evaluation.affinities(x, 15), whole, rtol=1e-9, atol=1e-15)
     y, kl = evaluation.tsne(x, 15, 500)
     nearest = ((y[:, None] - y) ** 2).sum(axis=2).argsort(axis=1)[:, 1]
