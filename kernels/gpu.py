@@ -231,11 +231,11 @@ def _convolve(x, right, y, place, bias=None, relu=False, db=None):
 
 
 def _forms(flat, filters, channels=None):
-    """Products' right operands of the filters that lie in `flat`: a launch makes them, and again.
+    """Products' right operands of the filters that lie in `flat`.
 
-    The launch, and {(address of w (KH, KW, C, F), channels): for x of so many channels, (KH*KW*channels, F), which
-    is w, rounded where tensor cores want that, with zeros for the fourth channel of photos; and for
-    dy, turned, (KH*KW*F, C)}.
+    The launch that made them, and makes them again; and {(address of w (KH, KW, C, F), channels):
+    for x of so many channels, (KH*KW*channels, F), which is w, rounded where tensor cores want
+    that, with zeros for the fourth channel of photos; and for dy, turned, (KH*KW*F, C)}.
     """
     rows, end = [], 0
     for w in filters:
@@ -251,8 +251,8 @@ def _forms(flat, filters, channels=None):
         (flat, forms, _table(_device, tuple(rows)), "tf32"))
     launch()
     return launch, {(w.data.ptr, wide): (forms[start:start + taps * wide * f].reshape(-1, f),
-                                  forms[turned:turned + w.size].reshape(-1, c))
-            for w, (_, taps, c, f, wide, start, turned) in zip(filters, rows)}
+                                         forms[turned:turned + w.size].reshape(-1, c))
+                    for w, (_, taps, c, f, wide, start, turned) in zip(filters, rows)}
 
 
 @functools.cache
