@@ -2471,4 +2471,4 @@ def test_experiment_with_bad_input_says_so_in_one_line(name, tiny, ask, capsys):
         ask(command, *arguments)
     assert remedy in str(error.value) and "\n" not in str(error.value)
     said = capsys.readouterr()
-    assert not said.out and said.err.count("\n") <= 3               # the device, the model, the skipped
+    assert not said.out and said.err.count("\n") <= 3   # device, model, skipped
