@@ -159,7 +159,7 @@ def some_labels(rng, n, k):
 def total_loss(net, labels):
     """loss_of(s) -> (ℓ, ∂ℓ/∂s) with the auxiliary heads' losses, as training minimises it."""
     def loss_of(s):
-        heads = sum(model.softmax(head.s.copy(), labels)[0].sum() for head in net.heads())
+        heads = sum(model.softmax(head.s.copy(), labels)[0].sum() for head in net.heads)
         losses, ds = model.training_loss(net, s, labels, model.softmax)
         return losses.sum() + model.HEAD_WEIGHT * heads, ds
     return loss_of
@@ -351,7 +351,7 @@ def test_networks_agree_with_pytorch(name, rng):
     torch = pytest.importorskip("torch")
     recipe = model.NETWORKS[name]
     net = as_float64(recipe.build(50, 0.0), 1)
-    for head in net.heads():
+    for head in net.heads:
         head.branch.layers["drop"].rate = 0     # masks are our own affair
     torch.set_default_dtype(torch.float64)
     theirs = bench.torch_network(torch, net.layers)
@@ -363,8 +363,8 @@ def test_networks_agree_with_pytorch(name, rng):
     scores = net.forward(x, TRAINING)
     np.testing.assert_allclose(scores, y.detach().numpy(), rtol=1e-9, atol=1e-12)
     sides = [part for part in theirs if hasattr(part, "s")]
-    assert len(sides) == len(net.heads())
-    for head, side in zip(net.heads(), sides):
+    assert len(sides) == len(net.heads)
+    for head, side in zip(net.heads, sides):
         np.testing.assert_allclose(head.s, side.s.detach().numpy(), rtol=1e-9, atol=1e-12)
     labels = data.Labels(np.array([[3], [7]], np.int32), np.full(2, 0.5), np.full(50, 1 / 50))
     _, ds = model.training_loss(net, scores, labels, model.softmax)
@@ -489,11 +489,11 @@ def test_sgd_follows_its_formula(rng):
 
 
 def test_learning_rate_is_halved_when_the_error_rose():
-    rule, rates = model.Plateau(0.1, 3, 0.02), []
+    rule, rates = model.Plateau(0.1, 3), []
     for error in [5, 6, 4, 5, 6, 4, 5, 3, 4, 5]:
         rates.append(rule.rate)
-        going = rule.update(error)
-    assert rates == [0.1, 0.1, 0.1, 0.1, 0.05, 0.05, 0.05, 0.025, 0.025, 0.025] and not going
+        rule.update(error)
+    assert rates == [0.1, 0.1, 0.1, 0.1, 0.05, 0.05, 0.05, 0.025, 0.025, 0.025]
 
 
 def test_networks_have_their_parameter_counts():
@@ -1406,7 +1406,7 @@ def test_tampered_checkpoint_ends_in_one_line(name, start, train):
         np.savez("r/model.npz", **arrays)
     else:
         os.mkfifo("r/model.npz")
-    with pytest.raises(ValueError, match="^[^\n]*not a model[^\n]*$"):
+    with pytest.raises(ValueError, match="^[^\n]*(not a|no) model[^\n]*$"):
         train("--resume", "--out", "r")
 
 

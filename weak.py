@@ -308,7 +308,7 @@ class Run:
         elif source := getattr(options, "from"):
             self.begin_from(source)
         self.optimiser = model.SGD(self.net, options.momentum, options.weight_decay)
-        self.plateau = model.Plateau(options.lr, options.epochs_per_lr, options.min_lr)
+        self.plateau = model.Plateau(options.lr, options.epochs_per_lr)
         self.step = self.epoch = 0
         self.log, self.saved = [], None         # a row an epoch; the step of the checkpoint
         self.best = math.inf                    # the held-out loss of best.npz
@@ -340,7 +340,7 @@ class Run:
         self.done, self.good, losses = facts["losses"]
         self.losses = kernels.to_device(np.array(losses)[self.part])
         self.loader.skipped.update(facts.get("skipped", {}))
-        vars(self.plateau).update(facts["plateau"], least=self.options.min_lr)
+        vars(self.plateau).update(facts["plateau"])
         self.saved = self.step
         print(f"this run is finished: {why}; change that to train on" if (why := self.is_over())
               else f"going on at step {self.step:,}, epoch {self.epoch + 1}", flush=True)
