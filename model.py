@@ -8,9 +8,10 @@ gradient checks), NHWC.
 import json
 import os
 import zlib
+from collections import namedtuple
 from contextlib import suppress
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -406,16 +407,8 @@ def googlenet(k, dropout):
     ])
 
 
-class Recipe(NamedTuple):
-    """A network, and what it trains with where nothing else is asked for."""
-
-    build: Callable
-    size: int                           # pixels of the decoded photo
-    crop: int                           # pixels that the network sees
-    batch: int
-    dropout: float
-    lr: float
-
+# build(K, dropout); pixels of the decoded photo, and of what the network sees; options' defaults
+Recipe = namedtuple("Recipe", "build size crop batch dropout lr")
 
 NETWORKS = {
     "alexnet": Recipe(alexnet, size=256, crop=224, batch=64, dropout=0.2, lr=0.0025),

@@ -44,6 +44,7 @@ LEAST_RATE = 1e-6               # training stops below
 MOMENTUM, DECAY = 0.9, 5e-4     # not stated in the paper; Krizhevsky's (2012, §5)
 SAVE_SECONDS = 600
 PATIENCE = 2                    # learning rates' epochs without a lower held-out loss
+ENDS = "--epochs, --min-lr or --patience"       # whichever comes first
 RETRY_SECONDS = 10              # between two tries to make the last save on a full disk
 RETRIES = 360                   # of them: an hour
 EMPTY_STEPS = 100               # steps in a row without a photo that can be read: give up
@@ -77,8 +78,7 @@ def main():
 def share_machine(options, ranks):
     """Threads and workers for this rank: its part of what the machine's ranks have together."""
     count = ranks.local_size
-    if options.threads or count > 1:
-        kernels.set_threads(options.threads or max(1, kernels.threads() // count))
+    kernels.set_threads(options.threads or max(1, kernels.threads() // count))
     if options.workers is None:
         options.workers = min(8, max(1, (os.cpu_count() or 1) // count))
     if ranks.size > 1:
@@ -99,9 +99,8 @@ def make_parser():
         "photo.txt beside photo.jpg, or else the sub-folders' names")
     add("--format", choices=data.FORMATS, help="of the captions; recognised if not given")
     add("--words", type=number(int, 1), default=data.WORDS, help="K, the size of the dictionary")
-    add("--stop-words", type=number(int, 0), help="the most frequent words, left out; "
-        f"if not given {data.STOP_WORDS} from {data.MANY:,} photos on, as in the paper, else "
-        f"{data.FEW_STOP_WORDS}, but at most a twentieth of the distinct words")
+    add("--stop-words", type=number(int, 0), help="most frequent words, left out; if not given "
+        f"{data.STOP_WORDS} from {data.MANY:,} photos on, else {data.FEW_STOP_WORDS}, at most 5%%")
     add("--valid", type=number(float, 0, below=1), default=0.1, help="part of photos held out")
     add("--crop", choices=("center", "random"), default="random", help="random: mirrored, too")
     add("--sampling", choices=("class", "image"), default="class", help="draw a word, then its "
@@ -130,8 +129,7 @@ def make_parser():
         help="epochs before the rate may be halved, which happens when the held-out loss rises")
     add("--min-lr", type=number(float, above=0), default=LEAST_RATE, help="stop below this rate")
     add("--patience", type=number(int, 1), metavar="N", help="stop when the held-out loss was not "
-        f"lower for N epochs; if not given {PATIENCE} times --epochs-per-lr, for a halved rate to "
-        "have its turn (to reach --min-lr takes over 150), and without end where --epochs is given")
+        f"lower for N epochs; if neither this nor --epochs is given {PATIENCE} x --epochs-per-lr")
     add("--seed", type=number(int, 0, below=2**63), default=0, help="of all random numbers")
     add = parser.add_argument_group("running").add_argument
     add("--out", metavar="DIR", help="folder of the run; if not given runs/ and the images' name")
@@ -250,24 +248,21 @@ def choose_rate(index, options):
 
 def describe_index(index, options):
     """Lines that say what the captions hold, and what of it is left out."""
-    facts, found = index.facts, len(index.dictionary)
+    facts = index.facts
     print(f"captions: {facts['captions']:,} as {options.format}, {len(index):,} photos "
-          f"({index.held_out:,} held out), {found:,} words, "
+          f"({index.held_out:,} held out), {len(index.dictionary):,} words, "
           f"{index.labels / max(1, len(index)):.2f} a photo", flush=True)
+    words = [f"{word} ({times:,} times)" for word, times in facts["left_out"]]
+    stop, rarer = ", ".join(words[:min(facts["stop_words"], 5)]), ", ".join(words[-3:])
     for fact, what in (
             ("bad_lines", "lines are no captions"),
             ("refused", "names are absolute or leave --images: refused"),
             ("without_words", "photos have no word of the dictionary"),
-            ("emoji", "have emoji or other pictures among the words, which do not count")):
+            ("emoji", "have emoji or other pictures among the words, which do not count"),
+            ("stop_words", f"stop words are left out, e.g. {stop}"),
+            ("rest", f"rarer words are left out, e.g. {rarer}")):
         if facts[fact]:
             print(f"captions: {facts[fact]:,} {what}")
-    stop, rest = facts["stop_words"], facts["rest"]
-    words = [f"{word} ({times:,} times)" for word, times in facts["left_out"]]
-    for count, what, some in (stop, "stop", words[:min(stop, 5)]), (rest, "rarer", words[-3:]):
-        if count:
-            print(f"captions: {count:,} {what} words are left out, e.g. {', '.join(some)}")
-    if found < options.words:
-        print(f"captions: there are only {found:,} words after the {stop} stop words")
 
 
 # --------------------------------------------------------------------------------- training
@@ -311,7 +306,6 @@ class Run:
         self.plateau = model.Plateau(options.lr, options.epochs_per_lr)
         self.step = self.epoch = 0
         self.log, self.saved = [], None         # a row an epoch; the step of the checkpoint
-        self.best = math.inf                    # the held-out loss of best.npz
         self.path, self.best_path = (f"{options.out}/{name}.npz" for name in ("model", "best"))
         self.saved_at = time.monotonic()
         self.empty = 0                          # steps without a photo since the last good one
@@ -334,15 +328,12 @@ class Run:
         for path, v in velocities.items():
             self.optimiser.v[path][...] = kernels.to_device(v)
         self.step, self.epoch, self.log = (facts[key] for key in ("step", "epoch", "log"))
-        if os.path.exists(self.best_path):
-            self.best = min([math.inf] + [
-                row["validation_loss"] for row in self.log if row.get("best")])
         self.done, self.good, losses = facts["losses"]
         self.losses = kernels.to_device(np.array(losses)[self.part])
         self.loader.skipped.update(facts.get("skipped", {}))
         vars(self.plateau).update(facts["plateau"])
         self.saved = self.step
-        print(f"this run is finished: {why}; change that to train on" if (why := self.is_over())
+        print("this run is finished; to train on, change what ended it: " + ENDS if self.is_over()
               else f"going on at step {self.step:,}, epoch {self.epoch + 1}", flush=True)
 
     def begin_from(self, source):
@@ -381,7 +372,7 @@ class Run:
     # ------------------------------------------------------------------------------ the loop
 
     def train(self, interrupt):
-        """Train until the rate is below --min-lr or --epochs are over; False if interrupted."""
+        """Train until that is over; False if interrupted before."""
         options = self.options
         batches = data.batches(
             self.loader, self.index, options.seed, self.step, options.batch, options.sampling,
@@ -401,8 +392,8 @@ class Run:
                 self.empty = 0 if good else self.empty + 1
                 if good:
                     self.train_step(batch)
-                elif self.empty == EMPTY_STEPS:
-                    self.give_up(f"the last {EMPTY_STEPS} steps")
+                elif self.empty >= min(EMPTY_STEPS, self.steps):
+                    self.give_up()
                 progress.tick(options.batch, lambda: self.describe(progress))
                 if stop:
                     return False
@@ -417,18 +408,19 @@ class Run:
         self.losses = kernels.to_device(np.zeros(self.part.stop - self.part.start))     # row sums
         self.shown = 0.0, 0                     # the loss and the good steps when last shown
 
+    def since_best(self):
+        """Epochs since that of the lowest held-out loss; -1 before there is one."""
+        losses = [row["validation_loss"] or math.inf for row in self.log]
+        best = min(losses, default=math.inf)
+        return len(losses) - 1 - losses.index(best) if best < math.inf else -1
+
     def is_over(self):
-        """Why training is over, by the options; nothing while it is not."""
+        """True when training is over by --epochs, --min-lr or --patience."""
         options = self.options
-        losses = [row["validation_loss"] for row in self.log if row["validation_loss"] is not None]
         patience = options.patience or (
             math.inf if options.epochs else PATIENCE * options.epochs_per_lr)
-        if self.plateau.rate < options.min_lr:
-            return f"the rate is below --min-lr {options.min_lr:g}"
-        if options.epochs and self.epoch >= options.epochs:
-            return f"--epochs {options.epochs} are over"
-        if losses and len(losses) - 1 - losses.index(min(losses)) >= patience:
-            return f"the held-out loss was not lower for --patience {patience} epochs"
+        return (self.plateau.rate < options.min_lr or self.epoch >= (options.epochs or math.inf)
+                or self.since_best() >= patience)
 
     def train_step(self, batch):
         """Forward, loss, backward, update: a step of SGD, by the sum of all ranks' gradients."""
@@ -451,11 +443,11 @@ class Run:
             for name in one.shapes:
                 self.ranks.begin_allreduce(getattr(one, "d" + name))
 
-    def give_up(self, when):
+    def give_up(self):
         """RuntimeError: there are no photos."""
         name, why = next(iter(self.loader.skipped.items()), ("none here", ""))
-        raise RuntimeError(f"no photo of {when} could be read, e.g. {name}: {why}; "
-                           f"{self.say_kept()}")
+        raise RuntimeError(f"no photo of the last {self.empty} steps could be read, "
+                           f"e.g. {name}: {why}; {self.say_kept()}")
 
     def sum_losses(self):
         """The loss of this rank's rows, summed over the epoch's steps; a GPU is waited for."""
@@ -471,9 +463,8 @@ class Run:
 
     def say_kept(self):
         """What of this run is on the disk."""
-        if self.saved is None:
-            return "nothing was saved yet"
-        return f"{self.path} is of step {self.saved:,}"
+        return "nothing was saved yet" if self.saved is None else (
+            f"{self.path} is of step {self.saved:,}")
 
     def describe(self, progress):
         """The mean loss since the last time, what is waited for, and the time to the run's end."""
@@ -497,9 +488,7 @@ class Run:
     def end_epoch(self, progress):
         """Validate, apply the learning-rate rule, save, and log the epoch."""
         self.epoch += 1
-        if not self.good:
-            self.give_up(f"epoch {self.epoch}")
-        loss = float(self.ranks.allreduce(self.sum_losses())) / self.good
+        loss = float(self.ranks.allreduce(self.sum_losses())) / max(1, self.good)
         rate, skipped = progress.rate(), self.gather_skipped()
         waited, said = self.loader.waited / progress.seconds(), self.say_waiting(progress)
         among = "" if self.options.targets == "all" else f" ({self.options.targets} words)"
@@ -515,7 +504,7 @@ class Run:
         self.log.append({
             "epoch": self.epoch, "step": self.step, "loss": loss,
             "learning_rate": self.plateau.rate, "images_per_second": rate, "loader_wait": waited,
-            "validation_loss": result.get("loss"), "best": False, "skipped": len(skipped),
+            "validation_loss": result.get("loss"), "skipped": len(skipped),
             **{key: result.get(key) for key in ("precision@10", "auc", "map")}})
         line += f"rate {self.plateau.rate:g}, {rate:.0f} images/s, {said}"
         line += f", {len(skipped):,} photos cannot be read" * bool(skipped)
@@ -524,7 +513,7 @@ class Run:
         self.check_ranks()
         self.save()
         self.write_files()
-        print(line + (f"\ntraining is over: {why}" if (why := self.is_over()) else ""), flush=True)
+        print(line + f"\ntraining is over by {ENDS}" * self.is_over(), flush=True)
 
     def validate(self):
         """Metrics on the held-out photos, of which each rank takes a part; None without any."""
@@ -550,41 +539,33 @@ class Run:
 
     def save(self, last=False):
         """Write the checkpoint; what fails is said, and the last one is tried again for an hour."""
-        options = {key: value for key, value in vars(self.options).items() if key != "resume"}
         self.sum_losses()                       # which are numbers
         losses = self.ranks.gather(kernels.to_host(self.losses))
-        facts = {"options": options, "step": self.step, "epoch": self.epoch, "log": self.log,
+        facts = {"options": vars(self.options), "step": self.step, "epoch": self.epoch,
                  "losses": (self.done, self.good, [loss for part in losses for loss in part]),
-                 "plateau": vars(self.plateau),
+                 "log": self.log, "plateau": vars(self.plateau),
                  "counts": self.index.photo_counts().tolist(), "training": self.index.training,
                  "skipped": self.gather_skipped()}
         if not all(np.isfinite(w).all() for w in self.net.state().values()):
             self.check_loss(math.nan, "a weight is")                # the last update diverged
+        best = self.since_best() == 0 and self.log[-1]["step"] == self.step
         for wait in [RETRY_SECONDS] * RETRIES * last + [0] if not self.ranks.rank else ():
-            if self.is_best() and self.write(self.best_path, {}, facts):
-                self.log[-1]["best"], self.best = True, self.log[-1]["validation_loss"]
+            best = best and not self.write(self.best_path, {}, facts)
             if self.write(self.path, self.optimiser.v, facts,
                           f": trying again in {wait} s" * (wait > 0)):
                 self.saved = self.step
                 break
             time.sleep(wait)
-        self.saved, self.best = self.ranks.broadcast((self.saved, self.best))
+        self.saved = self.ranks.broadcast(self.saved)
         self.saved_at = time.monotonic()
-
-    def is_best(self):
-        """True if the last epoch's weights, not changed since, are better than best.npz has."""
-        row = self.log[-1] if self.log else {"step": None}
-        return row["step"] == self.step and (row["validation_loss"] or math.inf) < self.best
 
     def write(self, path, velocities, facts, then=""):
         """Write a checkpoint; False, said with what happens then, if the disk does not take it."""
         try:
-            if not velocities and shutil.disk_usage(self.options.out).free < self.bytes:
-                raise OSError("what is free is left for model.npz")
             model.save(path, self.net, velocities, facts, self.index.dictionary)
             return True
         except OSError as error:
-            print(f"step {self.step:,} is not saved: {error.strerror or error}; {path} needs "
+            print(f"step {self.step:,} is not saved: {error.strerror}; {path} needs "
                   f"{self.bytes / 1e6:,.0f} MB, free some space{then}", file=sys.stderr, flush=True)
             return False
 
@@ -618,12 +599,11 @@ class Run:
     def finish(self, finished):
         """Save, draw the pictures, and say what was learned and what to try next."""
         out = self.options.out
-        if self.ranks.broadcast(self.saved != self.step or not os.path.exists(self.path)
-                                or self.is_best()):
+        if self.ranks.broadcast(self.saved != self.step or not os.path.exists(self.path)):
             self.save(last=True)
         self.write_files()
-        if finished and self.best < math.inf:
-            weights, *_, line = model.load_best(self.best_path)
+        if finished and self.saved == self.step:
+            weights, *_, line = model.load_best(out)
             self.net.load(weights)
             print(line)
         if finished and (result := self.validate()):
