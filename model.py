@@ -10,7 +10,6 @@ import os
 import zlib
 from collections import namedtuple
 from contextlib import suppress
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -440,9 +439,8 @@ def one_vs_all(s, labels):
     negatives 1 / (K (1 - share)), so each class counts 1/K for either. With labels.chance a
     negative counts for 1/chance of them, as in `softmax`.
     """
-    share, k = labels.share, len(labels.share)                      # (K,)
-    if labels.classes is not None:
-        share = share[labels.classes]                               # (C,)
+    k = len(labels.share)
+    share = labels.share[... if labels.classes is None else labels.classes]     # (K,), or (C,)
     others = k * (1 - share) * (1 if labels.chance is None else labels.chance)
     # 0 for a word that every row carries, or that no other row can bring
     negative = np.divide(1, others, out=np.zeros_like(others), where=others > 0)
@@ -556,9 +554,9 @@ def load_best(run):
     paths = run, os.path.join(run, "best.npz"), os.path.join(run, "model.npz")
     path = next(filter(os.path.isfile, paths), paths[-1])
     weights, _, facts, words = load(path)
-    with suppress(OSError, ValueError):         # best.npz has the log until its own epoch
-        lines = Path(path).with_name("log.jsonl").read_text().splitlines()
-        facts["log"] = max(facts["log"], list(map(json.loads, lines)), key=len)
+    log = os.path.join(os.path.dirname(path), "log.jsonl")      # best.npz has that of its own epoch
+    with suppress(OSError, ValueError), open(log) as file:
+        facts["log"] = max(facts["log"], list(map(json.loads, file)), key=len)
     line = f"{path}: step {facts['step']:,}, epoch {facts['epoch']} of {len(facts['log'])}"
     loss = {row["step"]: row["validation_loss"] for row in facts["log"]}.get(facts["step"])
     return weights, facts, words, line + (f", held-out loss {loss:.4f}" if loss else "")

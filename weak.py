@@ -19,8 +19,7 @@ import signal
 import sys
 import time
 import warnings
-import zlib
-from functools import partial
+from contextlib import ExitStack
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # while the rest is imported
@@ -151,7 +150,10 @@ def parse(arguments=None):
         raise ValueError("--captions goes with --images, the folder that its photos are in")
     out = options.out or os.path.join("runs", os.path.basename(options.images or "drawn"))
     path = os.path.join(out, "model.npz")
-    defaults = {"drawn": drawn, **(DRAWN if drawn else {})}
+    recipe = model.NETWORKS[options.network]    # --lr depends on the captions, too
+    defaults = {"drawn": drawn, "batch": recipe.batch, "dropout": recipe.dropout,
+                "negatives": NEGATIVES if options.targets == "sampled" else None}
+    defaults |= DRAWN if drawn else {}
     if options.resume:
         checkpoint = model.load(path)
         if not checkpoint[1]:
@@ -170,25 +172,20 @@ def parse(arguments=None):
     options.out, options.captions = out, options.captions or options.images
     if options.drawn:
         vars(options).update(data.drawn_sources(out))
-    return complete_options(options), checkpoint
+    return check_options(options), checkpoint
 
 
-def complete_options(options):
-    """The options with all their defaults; ValueError for what no run can be made of."""
+def check_options(options):
+    """The options; ValueError for what no run can be made of."""
     if not options.drawn and not os.path.isdir(options.images):
         raise ValueError(f"images: there is no folder {options.images}")
     if not (options.drawn or os.path.isfile(options.captions) or os.path.isdir(options.captions)):
         raise ValueError(f"captions: {options.captions} is no file; save a pipe to one first")
-    for name in ("batch", "dropout"):           # --lr depends on the captions
-        if getattr(options, name) is None:
-            setattr(options, name, getattr(model.NETWORKS[options.network], name))
     if options.positives != "drawn" and options.sampling == "image":
         raise ValueError("--positives goes with --sampling class: by image all words are targets")
     if options.positives == "balanced" and options.loss != "softmax":
         raise ValueError("--positives balanced goes with --loss softmax")
-    if options.targets == "sampled":
-        options.negatives = options.negatives or NEGATIVES
-    elif options.negatives:
+    if options.negatives and options.targets != "sampled":
         raise ValueError("--negatives goes with --targets sampled")
     if options.targets == "batch" and options.batch == 1:
         raise ValueError("--targets batch compares a batch's photos; use --batch 2 or more")
@@ -267,14 +264,14 @@ def describe_index(index, options):
 
 # --------------------------------------------------------------------------------- training
 
-class Interrupt:
+class Interrupt(ExitStack):
     """Ctrl-C, kill, a lost terminal or reader set `asked`: the step ends first; twice ends all."""
 
     asked = False
 
     def __enter__(self):
-        polite = *console.stop_signals(), signal.SIGPIPE
-        self.before = {one: signal.signal(one, self.ask) for one in polite}
+        for one in *console.stop_signals(), signal.SIGPIPE:
+            self.callback(signal.signal, one, signal.signal(one, self.ask))     # as it was before
         return self
 
     def ask(self, one, _):
@@ -283,10 +280,6 @@ class Interrupt:
         if not self.asked:
             self.asked = True                   # printing may bring the next one
             print("\nstopping after this step, and saving; once more to stop at once", flush=True)
-
-    def __exit__(self, *_):
-        for one, handler in self.before.items():
-            signal.signal(one, handler)
 
 
 class Run:
@@ -393,7 +386,9 @@ class Run:
                 if good:
                     self.train_step(batch)
                 elif self.empty >= min(EMPTY_STEPS, self.steps):
-                    self.give_up()
+                    name, why = next(iter(self.loader.skipped.items()), ("none here", ""))
+                    raise RuntimeError(f"no photo of the last {self.empty} steps could be read, "
+                                       f"e.g. {name}: {why}; {self.say_kept()}")
                 progress.tick(options.batch, lambda: self.describe(progress))
                 if stop:
                     return False
@@ -443,23 +438,16 @@ class Run:
             for name in one.shapes:
                 self.ranks.begin_allreduce(getattr(one, "d" + name))
 
-    def give_up(self):
-        """RuntimeError: there are no photos."""
-        name, why = next(iter(self.loader.skipped.items()), ("none here", ""))
-        raise RuntimeError(f"no photo of the last {self.empty} steps could be read, "
-                           f"e.g. {name}: {why}; {self.say_kept()}")
-
     def sum_losses(self):
         """The loss of this rank's rows, summed over the epoch's steps; a GPU is waited for."""
-        loss = float(kernels.to_host(self.losses).sum())
-        self.check_loss(loss)
-        return loss
+        return self.check_loss(float(kernels.to_host(self.losses).sum()))
 
     def check_loss(self, loss, what="the loss is", most=math.inf):
-        """RuntimeError if the loss is not a number, or not below `most`."""
+        """The loss; RuntimeError if that is not a number, or not below `most`."""
         if not loss < most:
             raise RuntimeError(f"{what} {loss:.4g} at step {self.step:,}: {self.say_kept()}; lower "
                                f"--lr ({self.plateau.rate:g})")
+        return loss
 
     def say_kept(self):
         """What of this run is on the disk."""
@@ -510,7 +498,9 @@ class Run:
         line += f", {len(skipped):,} photos cannot be read" * bool(skipped)
         self.plateau.update(result.get("loss", loss))
         self.begin_epoch()
-        self.check_ranks()
+        if len(set(self.ranks.gather(model.checksum(self.net.state())))) > 1:   # to the bit
+            raise RuntimeError(f"the ranks' weights differ after step {self.step:,}: are their "
+                               "machines and libraries alike?")
         self.save()
         self.write_files()
         print(line + f"\ntraining is over by {ENDS}" * self.is_over(), flush=True)
@@ -528,14 +518,6 @@ class Run:
                 features, self.net.output, targets, self.index.photo_counts(),
                 self.index.share("image"), self.options.loss)
         return self.ranks.broadcast(result)
-
-    def check_ranks(self):
-        """RuntimeError unless all ranks have the same weights to the bit, as they must."""
-        if self.ranks.size > 1:
-            sums = [zlib.crc32(np.ascontiguousarray(w)) for w in self.net.state().values()]
-            if any(other != sums for other in self.ranks.gather(sums)):
-                raise RuntimeError(f"the ranks' weights differ after step {self.step:,}: are their "
-                                   "machines and libraries alike?")
 
     def save(self, last=False):
         """Write the checkpoint; what fails is said, and the last one is tried again for an hour."""
@@ -613,8 +595,7 @@ class Run:
             name, why = next(iter(skipped.items()))
             print(f"skipped {len(skipped):,} photos, e.g. {name}: {why}; all: {out}/skipped.txt")
         self.loader.close()
-        files = [name for name in sorted(os.listdir(out)) if name.endswith((".png", ".txt"))]
-        print(", ".join([self.say_kept(), "log.jsonl", *files]))
+        print(f"{self.say_kept()}; beside it: {', '.join(sorted(os.listdir(out)))}")
         if self.saved != self.step:
             raise RuntimeError(f"step {self.step:,} could not be saved: {self.say_kept()}")
         photo = self.loader.folder.find(self.index.name(min(self.loader.digests, default=0)))
@@ -715,7 +696,7 @@ def draw_shape(draw, shape, left, top, wide, colour, dice):
     fill = numbers.pop() if numbers[-1][0] == "#" else shade(colour, dice)
     spots = np.array(numbers, float).reshape(-1, 2) * wide + (left, top)        # (points, 2)
     kinds = {"box": draw.rectangle, "oval": draw.ellipse, "poly": draw.polygon,
-             "arc": partial(draw.pieslice, start=180, end=360)}
+             "arc": lambda box, fill: draw.pieslice(box, 180, 360, fill)}
     kinds[kind](spots.ravel().tolist(), fill=fill)
 
 
