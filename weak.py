@@ -81,8 +81,7 @@ def share_machine(options, ranks):
     if options.workers is None:
         options.workers = min(8, max(1, (os.cpu_count() or 1) // count))
     if ranks.size > 1:
-        print(f"ranks: {ranks.size}, {count} on this machine; they share --batch {options.batch}",
-              flush=True)
+        print(f"ranks: {ranks.size}, {count} on this machine; they share --batch {options.batch}")
     if options.batch < ranks.size:
         raise ValueError(f"--batch {options.batch} is less than the {ranks.size} ranks: raise it")
 
@@ -113,8 +112,7 @@ def make_parser():
         help="words that a step scores: all, those of its batch, or those and --negatives others")
     add("--negatives", type=number(int, 1), help=f"of --targets sampled; if not given {NEGATIVES}")
     add("--dropout", type=number(float, 0, below=1), help="rate; if not given the network's")
-    add("--from", type=os.path.abspath, metavar="RUN", help="begin with a trained run's weights, "
-        "and those of the words that both dictionaries have (fine-tuning)")
+    add("--from", type=os.path.abspath, metavar="RUN", help="begin with its weights (fine-tuning)")
     add = parser.add_argument_group("training").add_argument
     add("--batch", type=number(int, 1), help="photos a step; if not given the network's")
     add("--lr", type=number(float, above=0), help="first learning rate; if not given the "
@@ -211,7 +209,10 @@ def lock_folder(out):
 # ------------------------------------------------------------------------------------- data
 
 def read_captions(options, ranks=several.Alone()):
-    """The index of the captions, which the first rank builds; ValueError if no photo is there."""
+    """The index, which the first rank builds; sets --format, --stop-words and --lr if not given.
+
+    ValueError if no photo is there.
+    """
     text = data.Text(options.words, options.stop_words, options.valid)
     folder = os.path.join(options.out, "index")
     if not ranks.rank:
@@ -226,21 +227,16 @@ def read_captions(options, ranks=several.Alone()):
     options.format = index.facts["fingerprint"]["format"]
     options.stop_words = index.facts["stop_words"]
     describe_index(index, options)
-    choose_rate(index, options)
-    if not ranks.rank:
-        data.check_photos(options.images, index)
-    return index
-
-
-def choose_rate(index, options):
-    """Set --lr if not given: over √n where all n words of a photo are targets, as they add up."""
     rate = model.NETWORKS[options.network].lr
-    if options.sampling == "image" or options.positives == "all":
-        rate = float(f"{rate / math.sqrt(index.labels / len(index)):.3g}")
+    if options.sampling == "image" or options.positives == "all":   # n targets a photo add up:
+        rate = float(f"{rate / math.sqrt(index.labels / len(index)):.3g}")      # over √n
     options.lr = options.lr or rate
     print(f"first learning rate: {options.lr:g}")
     if options.lr < options.min_lr:
         raise ValueError(f"--lr {options.lr:g} is below --min-lr {options.min_lr:g}: lower that")
+    if not ranks.rank:
+        data.check_photos(options.images, index)
+    return index
 
 
 def describe_index(index, options):
