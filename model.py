@@ -8,9 +8,9 @@ gradient checks), NHWC.
 import json
 import os
 import zlib
+from collections import namedtuple
 from contextlib import suppress
-from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,6 +40,7 @@ class Layer:
     shapes = {}                         # of the parameters, by name; gradients are d + name
     parts = ()                          # the networks that the layer is made of, if it is
     x = None                            # what is kept for the backward pass
+    dw = db = None                      # where their memory is, once there is some
 
     def init(self, rng):
         """First weights, of variance 2 / fan-in: ReLU layers keep the scale (He 2015, eq. 10)."""
@@ -61,7 +62,6 @@ class Conv(Layer):
     def __init__(self, c, f, kernel, stride=1, pad=0, relu=True):
         self.shapes = {"w": (kernel, kernel, c, f), "b": (f,)}
         self.stride, self.pad, self.relu = stride, pad, relu
-        self.dw = self.db = None        # SGD says where they are to go
 
     def forward(self, x, now, out=None):
         self.x = x                                                  # (N, H, W, C)
@@ -75,9 +75,8 @@ class Conv(Layer):
         window = self.stride, self.pad
         self.dw, self.db = kernels.conv_backward_filter(self.x, dy, self.w.shape, *window,
                                                         out=(self.dw, self.db))
-        if not self.needs_dx:
-            return None
-        return kernels.conv_backward_input(dy, self.w, self.x.shape, *window)   # (N, H, W, C)
+        if self.needs_dx:
+            return kernels.conv_backward_input(dy, self.w, self.x.shape, *window)   # (N, H, W, C)
 
 
 class Linear(Layer):
@@ -85,7 +84,6 @@ class Linear(Layer):
 
     def __init__(self, d, e, relu=True):
         self.shapes, self.relu = {"w": (d, e), "b": (e,)}, relu
-        self.dw = self.db = None        # SGD says where they are to go
 
     def forward(self, x, now):
         self.x = x                                                  # (N, D)
@@ -110,7 +108,6 @@ class Output(Layer):
 
     def __init__(self, e, k):
         self.shapes = {"w": (k, e), "b": (k,)}
-        self.dw = self.classes = None
 
     def init(self, rng):
         k, e = self.shapes["w"]
@@ -229,7 +226,7 @@ class Concat(Layer):
         dx, *others = [branch.backward(dy[..., mine])
                        for branch, mine in zip(self.parts, self.slices)]
         for other in others:
-            dx += other
+            dx += other                                             # in its own memory
         return dx                                                   # (N, H, W, C)
 
 
@@ -249,9 +246,7 @@ class Head(Layer):
 
     def backward(self, dy):
         # x goes on and into the branch, so the two gradients add up
-        dx = self.branch.backward(self.ds)
-        dx += dy
-        return dx
+        return self.branch.backward(self.ds) + dy
 
 
 # --------------------------------------------------------------------------------- networks
@@ -262,6 +257,7 @@ class Network:
     def __init__(self, rows, needs_dx=False):
         self.layers = dict(rows)
         self.first, self.output = rows[0][1], rows[-1][1]
+        self.heads = [layer for layer in self.layers.values() if isinstance(layer, Head)]
         self.first.needs_dx = needs_dx
 
     def walk(self, before=""):
@@ -291,10 +287,6 @@ class Network:
         for path, layer, attribute in self.parameters():
             setattr(layer, attribute, kernels.to_device(state[path]))
         return self
-
-    def heads(self):
-        """The auxiliary classifiers."""
-        return [layer for layer in self.layers.values() if isinstance(layer, Head)]
 
     def forward(self, x, now=Pass(), out=None):
         """The last layer's y, into `out` if given; with a step number in `now` this is training."""
@@ -417,16 +409,8 @@ def googlenet(k, dropout):
     ])
 
 
-class Recipe(NamedTuple):
-    """A network, and what it trains with where nothing else is asked for."""
-
-    build: Callable
-    size: int                           # pixels of the decoded photo
-    crop: int                           # pixels that the network sees
-    batch: int
-    dropout: float
-    lr: float
-
+# build(K, dropout); pixels of the decoded photo, and of what the network sees; options' defaults
+Recipe = namedtuple("Recipe", "build size crop batch dropout lr")
 
 NETWORKS = {
     "alexnet": Recipe(alexnet, size=256, crop=224, batch=64, dropout=0.2, lr=0.0025),
@@ -458,14 +442,11 @@ def one_vs_all(s, labels):
     negatives 1 / (K (1 - share)), so each class counts 1/K for either. With labels.chance a
     negative counts for 1/chance of them, as in `softmax`.
     """
-    share, k = labels.share, len(labels.share)                      # (K,)
-    if labels.classes is not None:
-        share = share[labels.classes]                               # (C,)
-    with np.errstate(divide="ignore"):          # a word that every row carries has no negatives
-        negative = np.where(share < 1, 1 / (k * (1 - share)), 0)
-    if labels.chance is not None:               # 0 where no other row can bring the class
-        negative = np.divide(negative, labels.chance, out=np.zeros_like(negative),
-                             where=labels.chance > 0)
+    k = len(labels.share)
+    share = labels.share[... if labels.classes is None else labels.classes]     # (K,), or (C,)
+    others = k * (1 - share) * (1 if labels.chance is None else labels.chance)
+    # 0 for a word that every row carries, or that no other row can bring
+    negative = np.divide(1, others, out=np.zeros_like(others), where=others > 0)
     return kernels.one_vs_all_loss(s, labels.targets, labels.weights, 1 / (k * share), negative)
 
 
@@ -474,7 +455,7 @@ LOSSES = {"softmax": softmax, "one-vs-all": one_vs_all}
 
 def training_loss(net, s, labels, loss):
     """The scores' losses, (N,), and ∂ℓ/∂s; auxiliary heads count HEAD_WEIGHT, and keep theirs."""
-    for head in net.heads():
+    for head in net.heads:
         _, head.ds = loss(head.s, labels._replace(weights=HEAD_WEIGHT * labels.weights))
     return loss(s, labels)
 
@@ -514,20 +495,19 @@ class SGD:
 
 
 class Plateau:
-    """The paper's rule: halve the rate when the validation error rose, stop when it is tiny."""
+    """The paper's rule: halve the rate when the validation error rose."""
 
-    def __init__(self, rate, epochs_per_rate, least):
-        self.rate, self.epochs_per_rate, self.least = rate, epochs_per_rate, least
+    def __init__(self, rate, epochs_per_rate):
+        self.rate, self.epochs_per_rate = rate, epochs_per_rate
         self.epochs, self.error = 0, None       # epochs at this rate, the last validation error
 
     def update(self, error):
-        """After an epoch: may halve `rate`; True while training should go on."""
+        """After an epoch: may halve `rate`."""
         self.epochs += 1
         rose = self.error is not None and error > self.error
         self.error = error
         if rose and self.epochs >= self.epochs_per_rate:
             self.rate, self.epochs = self.rate / 2, 0
-        return self.rate >= self.least
 
 
 # ------------------------------------------------------------------------------ checkpoints
@@ -553,18 +533,16 @@ def checksum(arrays):
 
 def load(path):
     """A checkpoint: (weights, velocities, facts, words); ValueError if it is none."""
+    if not os.path.isfile(path):                # a pipe would keep us waiting
+        raise ValueError(f"no model at {path}; train one with `python weak.py --out "
+                         f"{os.path.dirname(path) or '.'}`")
     try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise ValueError("a pipe would keep us waiting")
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
         if arrays.pop("checksum") != checksum(arrays):
             raise ValueError("this is not what was saved")
         facts = json.loads(arrays["facts"].tobytes())
         words = arrays["words"].tobytes().decode("utf-8", "surrogateescape").split("\n")
-    except FileNotFoundError:
-        raise ValueError(f"no model at {path}; train one with `python weak.py --out "
-                         f"{os.path.dirname(path) or '.'}`") from None
     except Exception:                           # a broken zip file raises anything
         raise ValueError(f"{path} is not a model of weak.py, or it is damaged") from None
     return (*({key[2:]: value for key, value in arrays.items() if key.startswith(kind)}
@@ -579,9 +557,9 @@ def load_best(run):
     paths = run, os.path.join(run, "best.npz"), os.path.join(run, "model.npz")
     path = next(filter(os.path.isfile, paths), paths[-1])
     weights, _, facts, words = load(path)
-    with suppress(OSError, ValueError):         # best.npz has the log until its own epoch
-        lines = Path(path).with_name("log.jsonl").read_text().splitlines()
-        facts["log"] = max(facts["log"], list(map(json.loads, lines)), key=len)
+    log = os.path.join(os.path.dirname(path), "log.jsonl")      # best.npz has that of its own epoch
+    with suppress(OSError, ValueError), open(log) as file:
+        facts["log"] = max(facts["log"], list(map(json.loads, file)), key=len)
     line = f"{path}: step {facts['step']:,}, epoch {facts['epoch']} of {len(facts['log'])}"
     loss = {row["step"]: row["validation_loss"] for row in facts["log"]}.get(facts["step"])
     return weights, facts, words, line + (f", held-out loss {loss:.4f}" if loss else "")

@@ -159,7 +159,7 @@ def some_labels(rng, n, k):
 def total_loss(net, labels):
     """loss_of(s) -> (ℓ, ∂ℓ/∂s) with the auxiliary heads' losses, as training minimises it."""
     def loss_of(s):
-        heads = sum(model.softmax(head.s.copy(), labels)[0].sum() for head in net.heads())
+        heads = sum(model.softmax(head.s.copy(), labels)[0].sum() for head in net.heads)
         losses, ds = model.training_loss(net, s, labels, model.softmax)
         return losses.sum() + model.HEAD_WEIGHT * heads, ds
     return loss_of
@@ -351,7 +351,7 @@ def test_networks_agree_with_pytorch(name, rng):
     torch = pytest.importorskip("torch")
     recipe = model.NETWORKS[name]
     net = as_float64(recipe.build(50, 0.0), 1)
-    for head in net.heads():
+    for head in net.heads:
         head.branch.layers["drop"].rate = 0     # masks are our own affair
     torch.set_default_dtype(torch.float64)
     theirs = bench.torch_network(torch, net.layers)
@@ -363,8 +363,8 @@ def test_networks_agree_with_pytorch(name, rng):
     scores = net.forward(x, TRAINING)
     np.testing.assert_allclose(scores, y.detach().numpy(), rtol=1e-9, atol=1e-12)
     sides = [part for part in theirs if hasattr(part, "s")]
-    assert len(sides) == len(net.heads())
-    for head, side in zip(net.heads(), sides):
+    assert len(sides) == len(net.heads)
+    for head, side in zip(net.heads, sides):
         np.testing.assert_allclose(head.s, side.s.detach().numpy(), rtol=1e-9, atol=1e-12)
     labels = data.Labels(np.array([[3], [7]], np.int32), np.full(2, 0.5), np.full(50, 1 / 50))
     _, ds = model.training_loss(net, scores, labels, model.softmax)
@@ -489,11 +489,11 @@ def test_sgd_follows_its_formula(rng):
 
 
 def test_learning_rate_is_halved_when_the_error_rose():
-    rule, rates = model.Plateau(0.1, 3, 0.02), []
+    rule, rates = model.Plateau(0.1, 3), []
     for error in [5, 6, 4, 5, 6, 4, 5, 3, 4, 5]:
         rates.append(rule.rate)
-        going = rule.update(error)
-    assert rates == [0.1, 0.1, 0.1, 0.1, 0.05, 0.05, 0.05, 0.025, 0.025, 0.025] and not going
+        rule.update(error)
+    assert rates == [0.1, 0.1, 0.1, 0.1, 0.05, 0.05, 0.05, 0.025, 0.025, 0.025]
 
 
 def test_networks_have_their_parameter_counts():
@@ -1149,7 +1149,7 @@ def test_default_rate_is_by_the_number_of_targets_and_kept(options, rate, mine, 
 def test_training_ends_when_patience_does(mine, train, losses):
     losses(3.0, 2.0, 2.5, 2.0, 9, 9, 9, 1.0, 9)
     mine += ["--epoch-size", 16, "--epochs-per-lr", 1]              # so that it is 2 epochs
-    assert "not lower for --patience 2 epochs" in train(*mine, "--out", "r")
+    assert "training is over" in train(*mine, "--out", "r")
     assert len(log_of("r")) == 4 and "is finished" in train("--resume", "--out", "r")
     train("--resume", "--out", "r", "--epochs", 6)
     assert len(log_of("r")) == 6
@@ -1344,15 +1344,18 @@ def test_best_epoch_is_kept_evaluated_and_known_after_a_resume(mine, train, loss
 
 
 def test_best_epoch_that_finds_no_space_costs_nothing_else(start, losses, monkeypatch, capsys):
-    training, honest = start("--epochs", 3), shutil.disk_usage
-    losses(1.0, 3.0, 2.0, 2.0)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: honest(path)._replace(
-        free=training.bytes - (training.epoch != 2)))
+    training, honest = start("--epochs", 3), model.save
+    losses(3.0, 2.0, 2.0)
+
+    def full(path, *rest):
+        if "best" in path and training.epoch == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        honest(path, *rest)
+
+    monkeypatch.setattr(model, "save", full)
     assert training.train(weak.Interrupt()) and facts_of("r")["step"] == 18
-    assert capsys.readouterr().err.count("best.npz needs") == 2 and training.best == 3
-    monkeypatch.setattr(shutil, "disk_usage", honest)
-    training.finish(False)                      # where the epoch that was lost is the last
-    assert [row["best"] for row in facts_of("r")["log"]] == [False, True, True]
+    assert capsys.readouterr().err.count("best.npz needs") == 1
+    assert model.load("r/best.npz")[2]["epoch"] == 2
 
 
 SAVER = """
@@ -1406,7 +1409,7 @@ def test_tampered_checkpoint_ends_in_one_line(name, start, train):
         np.savez("r/model.npz", **arrays)
     else:
         os.mkfifo("r/model.npz")
-    with pytest.raises(ValueError, match="^[^\n]*not a model[^\n]*$"):
+    with pytest.raises(ValueError, match="^[^\n]*(not a|no) model[^\n]*$"):
         train("--resume", "--out", "r")
 
 
@@ -1460,7 +1463,7 @@ def test_lost_terminal_saves_and_ends(how, mine):
 def test_epoch_without_photos_ends_the_run(start):
     training = start("--epochs", 5)
     shutil.rmtree("photos")
-    with pytest.raises(RuntimeError, match="no photo of epoch 1 could be read"):
+    with pytest.raises(RuntimeError, match="no photo of the last 6 steps could be read"):
         training.train(weak.Interrupt())
 
 

@@ -19,8 +19,7 @@ import signal
 import sys
 import time
 import warnings
-import zlib
-from functools import partial
+from contextlib import ExitStack
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # while the rest is imported
@@ -44,6 +43,7 @@ LEAST_RATE = 1e-6               # training stops below
 MOMENTUM, DECAY = 0.9, 5e-4     # not stated in the paper; Krizhevsky's (2012, §5)
 SAVE_SECONDS = 600
 PATIENCE = 2                    # learning rates' epochs without a lower held-out loss
+ENDS = "--epochs, --min-lr or --patience"       # whichever comes first
 RETRY_SECONDS = 10              # between two tries to make the last save on a full disk
 RETRIES = 360                   # of them: an hour
 EMPTY_STEPS = 100               # steps in a row without a photo that can be read: give up
@@ -78,13 +78,11 @@ def main():
 def share_machine(options, ranks):
     """Threads and workers for this rank: its part of what the machine's ranks have together."""
     count = ranks.local_size
-    if options.threads or count > 1:
-        kernels.set_threads(options.threads or max(1, kernels.threads() // count))
+    kernels.set_threads(options.threads or max(1, kernels.threads() // count))
     if options.workers is None:
         options.workers = min(8, max(1, (os.cpu_count() or 1) // count))
     if ranks.size > 1:
-        print(f"ranks: {ranks.size}, {count} on this machine; they share --batch {options.batch}",
-              flush=True)
+        print(f"ranks: {ranks.size}, {count} on this machine; they share --batch {options.batch}")
     if options.batch < ranks.size:
         raise ValueError(f"--batch {options.batch} is less than the {ranks.size} ranks: raise it")
 
@@ -100,9 +98,8 @@ def make_parser():
         "photo.txt beside photo.jpg, or else the sub-folders' names")
     add("--format", choices=data.FORMATS, help="of the captions; recognised if not given")
     add("--words", type=number(int, 1), default=data.WORDS, help="K, the size of the dictionary")
-    add("--stop-words", type=number(int, 0), help="the most frequent words, left out; "
-        f"if not given {data.STOP_WORDS} from {data.MANY:,} captions on, as in the paper, else "
-        f"{data.FEW_STOP_WORDS}, but at most a twentieth of the distinct words")
+    add("--stop-words", type=number(int, 0), help="most frequent words, left out; if not given "
+        f"{data.STOP_WORDS} from {data.MANY:,} captions on, else {data.FEW_STOP_WORDS} or 5%%")
     add("--valid", type=number(float, 0, below=1), default=0.1, help="part of photos held out")
     add("--crop", choices=("center", "random"), default="random", help="random: mirrored, too")
     add("--sampling", choices=("class", "image"), default="class", help="draw a word, then its "
@@ -116,8 +113,7 @@ def make_parser():
         help="words that a step scores: all, those of its batch, or those and --negatives others")
     add("--negatives", type=number(int, 1), help=f"of --targets sampled; if not given {NEGATIVES}")
     add("--dropout", type=number(float, 0, below=1), help="rate; if not given the network's")
-    add("--from", type=os.path.abspath, metavar="RUN", help="begin with a trained run's weights, "
-        "and those of the words that both dictionaries have (fine-tuning)")
+    add("--from", type=os.path.abspath, metavar="RUN", help="begin with its weights (fine-tuning)")
     add = parser.add_argument_group("training").add_argument
     add("--batch", type=number(int, 1), help="photos a step; if not given the network's")
     add("--lr", type=number(float, above=0), help="first learning rate; if not given the "
@@ -131,8 +127,7 @@ def make_parser():
         help="epochs before the rate may be halved, which happens when the held-out loss rises")
     add("--min-lr", type=number(float, above=0), default=LEAST_RATE, help="stop below this rate")
     add("--patience", type=number(int, 1), metavar="N", help="stop when the held-out loss was not "
-        f"lower for N epochs; if not given {PATIENCE} times --epochs-per-lr, for a halved rate to "
-        "have its turn (to reach --min-lr takes over 150), and without end where --epochs is given")
+        f"lower for N epochs; if neither this nor --epochs is given {PATIENCE} x --epochs-per-lr")
     add("--seed", type=number(int, 0, below=2**63), default=0, help="of all random numbers")
     add = parser.add_argument_group("running").add_argument
     add("--out", metavar="DIR", help="folder of the run; if not given runs/ and the images' name")
@@ -154,7 +149,10 @@ def parse(arguments=None):
         raise ValueError("--captions goes with --images, the folder that its photos are in")
     out = options.out or os.path.join("runs", os.path.basename(options.images or "drawn"))
     path = os.path.join(out, "model.npz")
-    defaults = {"drawn": drawn, **(DRAWN if drawn else {})}
+    recipe = model.NETWORKS[options.network]    # --lr depends on the captions, too
+    defaults = {"drawn": drawn, "batch": recipe.batch, "dropout": recipe.dropout,
+                "negatives": NEGATIVES if options.targets == "sampled" else None}
+    defaults |= DRAWN if drawn else {}
     if options.resume:
         checkpoint = model.load(path)
         if not checkpoint[1]:
@@ -173,25 +171,20 @@ def parse(arguments=None):
     options.out, options.captions = out, options.captions or options.images
     if options.drawn:
         vars(options).update(data.drawn_sources(out))
-    return complete_options(options), checkpoint
+    return check_options(options), checkpoint
 
 
-def complete_options(options):
-    """The options with all their defaults; ValueError for what no run can be made of."""
+def check_options(options):
+    """The options; ValueError for what no run can be made of."""
     if not options.drawn and not os.path.isdir(options.images):
         raise ValueError(f"images: there is no folder {options.images}")
     if not (options.drawn or os.path.isfile(options.captions) or os.path.isdir(options.captions)):
         raise ValueError(f"captions: {options.captions} is no file; save a pipe to one first")
-    for name in ("batch", "dropout"):           # --lr depends on the captions
-        if getattr(options, name) is None:
-            setattr(options, name, getattr(model.NETWORKS[options.network], name))
     if options.positives != "drawn" and options.sampling == "image":
         raise ValueError("--positives goes with --sampling class: by image all words are targets")
     if options.positives == "balanced" and options.loss != "softmax":
         raise ValueError("--positives balanced goes with --loss softmax")
-    if options.targets == "sampled":
-        options.negatives = options.negatives or NEGATIVES
-    elif options.negatives:
+    if options.negatives and options.targets != "sampled":
         raise ValueError("--negatives goes with --targets sampled")
     if options.targets == "batch" and options.batch == 1:
         raise ValueError("--targets batch compares a batch's photos; use --batch 2 or more")
@@ -217,7 +210,10 @@ def lock_folder(out):
 # ------------------------------------------------------------------------------------- data
 
 def read_captions(options, ranks=several.Alone()):
-    """The index of the captions, which the first rank builds; ValueError if no photo is there."""
+    """The index, which the first rank builds; sets --format, --stop-words and --lr if not given.
+
+    ValueError if no photo is there.
+    """
     text = data.Text(options.words, options.stop_words, options.valid)
     folder = os.path.join(options.out, "index")
     if not ranks.rank:
@@ -232,55 +228,47 @@ def read_captions(options, ranks=several.Alone()):
     options.format = index.facts["fingerprint"]["format"]
     options.stop_words = index.facts["stop_words"]
     describe_index(index, options)
-    choose_rate(index, options)
+    rate = model.NETWORKS[options.network].lr
+    if options.sampling == "image" or options.positives == "all":   # n targets a photo add up:
+        rate = float(f"{rate / math.sqrt(index.labels / len(index)):.3g}")      # over √n
+    options.lr = options.lr or rate
+    print(f"first learning rate: {options.lr:g}")
+    if options.lr < options.min_lr:
+        raise ValueError(f"--lr {options.lr:g} is below --min-lr {options.min_lr:g}: lower that")
     if not ranks.rank:
         data.check_photos(options.images, index)
     return index
 
 
-def choose_rate(index, options):
-    """Set --lr if not given: over √n where all n words of a photo are targets, as they add up."""
-    rate = model.NETWORKS[options.network].lr
-    if options.sampling == "image" or options.positives == "all":
-        rate = float(f"{rate / math.sqrt(index.labels / len(index)):.3g}")
-    options.lr = options.lr or rate
-    print(f"first learning rate: {options.lr:g}")
-    if options.lr < options.min_lr:
-        raise ValueError(f"--lr {options.lr:g} is below --min-lr {options.min_lr:g}: lower that")
-
-
 def describe_index(index, options):
     """Lines that say what the captions hold, and what of it is left out."""
-    facts, found = index.facts, len(index.dictionary)
+    facts = index.facts
     print(f"captions: {facts['captions']:,} as {options.format}, {len(index):,} photos "
-          f"({index.held_out:,} held out), {found:,} words, "
+          f"({index.held_out:,} held out), {len(index.dictionary):,} words, "
           f"{index.labels / max(1, len(index)):.2f} a photo", flush=True)
+    words = [f"{word} ({times:,} times)" for word, times in facts["left_out"]]
+    stop, rarer = ", ".join(words[:min(facts["stop_words"], 5)]), ", ".join(words[-3:])
     for fact, what in (
             ("bad_lines", "lines are no captions"),
             ("refused", "names are absolute or leave --images: refused"),
             ("without_words", "photos have no word of the dictionary"),
-            ("emoji", "have emoji or other pictures among the words, which do not count")):
+            ("emoji", "have emoji or other pictures among the words, which do not count"),
+            ("stop_words", f"stop words are left out, e.g. {stop}"),
+            ("rest", f"rarer words are left out, e.g. {rarer}")):
         if facts[fact]:
             print(f"captions: {facts[fact]:,} {what}")
-    stop, rest = facts["stop_words"], facts["rest"]
-    words = [f"{word} ({times:,} times)" for word, times in facts["left_out"]]
-    for count, what, some in (stop, "stop", words[:min(stop, 5)]), (rest, "rarer", words[-3:]):
-        if count:
-            print(f"captions: {count:,} {what} words are left out, e.g. {', '.join(some)}")
-    if found < options.words:
-        print(f"captions: there are only {found:,} words after the {stop} stop words")
 
 
 # --------------------------------------------------------------------------------- training
 
-class Interrupt:
+class Interrupt(ExitStack):
     """Ctrl-C, kill, a lost terminal or reader set `asked`: the step ends first; twice ends all."""
 
     asked = False
 
     def __enter__(self):
-        polite = *console.stop_signals(), signal.SIGPIPE
-        self.before = {one: signal.signal(one, self.ask) for one in polite}
+        for one in *console.stop_signals(), signal.SIGPIPE:
+            self.callback(signal.signal, one, signal.signal(one, self.ask))     # as it was before
         return self
 
     def ask(self, one, _):
@@ -289,10 +277,6 @@ class Interrupt:
         if not self.asked:
             self.asked = True                   # printing may bring the next one
             print("\nstopping after this step, and saving; once more to stop at once", flush=True)
-
-    def __exit__(self, *_):
-        for one, handler in self.before.items():
-            signal.signal(one, handler)
 
 
 class Run:
@@ -309,10 +293,9 @@ class Run:
         elif source := getattr(options, "from"):
             self.begin_from(source)
         self.optimiser = model.SGD(self.net, options.momentum, options.weight_decay)
-        self.plateau = model.Plateau(options.lr, options.epochs_per_lr, options.min_lr)
+        self.plateau = model.Plateau(options.lr, options.epochs_per_lr)
         self.step = self.epoch = 0
         self.log, self.saved = [], None         # a row an epoch; the step of the checkpoint
-        self.best = math.inf                    # the held-out loss of best.npz
         self.path, self.best_path = (f"{options.out}/{name}.npz" for name in ("model", "best"))
         self.saved_at = time.monotonic()
         self.empty = 0                          # steps without a photo since the last good one
@@ -335,15 +318,12 @@ class Run:
         for path, v in velocities.items():
             self.optimiser.v[path][...] = kernels.to_device(v)
         self.step, self.epoch, self.log = (facts[key] for key in ("step", "epoch", "log"))
-        if os.path.exists(self.best_path):
-            self.best = min([math.inf] + [
-                row["validation_loss"] for row in self.log if row.get("best")])
         self.done, self.good, losses = facts["losses"]
         self.losses = kernels.to_device(np.array(losses)[self.part])
         self.loader.skipped.update(facts.get("skipped", {}))
-        vars(self.plateau).update(facts["plateau"], least=self.options.min_lr)
+        vars(self.plateau).update(facts["plateau"])
         self.saved = self.step
-        print(f"this run is finished: {why}; change that to train on" if (why := self.is_over())
+        print("this run is finished; to train on, change what ended it: " + ENDS if self.is_over()
               else f"going on at step {self.step:,}, epoch {self.epoch + 1}", flush=True)
 
     def begin_from(self, source):
@@ -382,7 +362,7 @@ class Run:
     # ------------------------------------------------------------------------------ the loop
 
     def train(self, interrupt):
-        """Train until the rate is below --min-lr or --epochs are over; False if interrupted."""
+        """Train until that is over; False if interrupted before."""
         options = self.options
         batches = data.batches(
             self.loader, self.index, options.seed, self.step, options.batch, options.sampling,
@@ -402,8 +382,10 @@ class Run:
                 self.empty = 0 if good else self.empty + 1
                 if good:
                     self.train_step(batch)
-                elif self.empty == EMPTY_STEPS:
-                    self.give_up(f"the last {EMPTY_STEPS} steps")
+                elif self.empty >= min(EMPTY_STEPS, self.steps):
+                    name, why = next(iter(self.loader.skipped.items()), ("none here", ""))
+                    raise RuntimeError(f"no photo of the last {self.empty} steps could be read, "
+                                       f"e.g. {name}: {why}; {self.say_kept()}")
                 progress.tick(options.batch, lambda: self.describe(progress))
                 if stop:
                     return False
@@ -418,18 +400,19 @@ class Run:
         self.losses = kernels.to_device(np.zeros(self.part.stop - self.part.start))     # row sums
         self.shown = 0.0, 0                     # the loss and the good steps when last shown
 
+    def since_best(self):
+        """Epochs since that of the lowest held-out loss; -1 before there is one."""
+        losses = [row["validation_loss"] or math.inf for row in self.log]
+        best = min(losses, default=math.inf)
+        return len(losses) - 1 - losses.index(best) if best < math.inf else -1
+
     def is_over(self):
-        """Why training is over, by the options; nothing while it is not."""
+        """True when training is over by --epochs, --min-lr or --patience."""
         options = self.options
-        losses = [row["validation_loss"] for row in self.log if row["validation_loss"] is not None]
         patience = options.patience or (
             math.inf if options.epochs else PATIENCE * options.epochs_per_lr)
-        if self.plateau.rate < options.min_lr:
-            return f"the rate is below --min-lr {options.min_lr:g}"
-        if options.epochs and self.epoch >= options.epochs:
-            return f"--epochs {options.epochs} are over"
-        if losses and len(losses) - 1 - losses.index(min(losses)) >= patience:
-            return f"the held-out loss was not lower for --patience {patience} epochs"
+        return (self.plateau.rate < options.min_lr or self.epoch >= (options.epochs or math.inf)
+                or self.since_best() >= patience)
 
     def train_step(self, batch):
         """Forward, loss, backward, update: a step of SGD, by the sum of all ranks' gradients."""
@@ -452,29 +435,21 @@ class Run:
             for name in one.shapes:
                 self.ranks.begin_allreduce(getattr(one, "d" + name))
 
-    def give_up(self, when):
-        """RuntimeError: there are no photos."""
-        name, why = next(iter(self.loader.skipped.items()), ("none here", ""))
-        raise RuntimeError(f"no photo of {when} could be read, e.g. {name}: {why}; "
-                           f"{self.say_kept()}")
-
     def sum_losses(self):
         """The loss of this rank's rows, summed over the epoch's steps; a GPU is waited for."""
-        loss = float(kernels.to_host(self.losses).sum())
-        self.check_loss(loss)
-        return loss
+        return self.check_loss(float(kernels.to_host(self.losses).sum()))
 
     def check_loss(self, loss, what="the loss is", most=math.inf):
-        """RuntimeError if the loss is not a number, or not below `most`."""
+        """The loss; RuntimeError if that is not a number, or not below `most`."""
         if not loss < most:
             raise RuntimeError(f"{what} {loss:.4g} at step {self.step:,}: {self.say_kept()}; lower "
                                f"--lr ({self.plateau.rate:g})")
+        return loss
 
     def say_kept(self):
         """What of this run is on the disk."""
-        if self.saved is None:
-            return "nothing was saved yet"
-        return f"{self.path} is of step {self.saved:,}"
+        return "nothing was saved yet" if self.saved is None else (
+            f"{self.path} is of step {self.saved:,}")
 
     def describe(self, progress):
         """The mean loss since the last time, what is waited for, and the time to the run's end."""
@@ -498,9 +473,7 @@ class Run:
     def end_epoch(self, progress):
         """Validate, apply the learning-rate rule, save, and log the epoch."""
         self.epoch += 1
-        if not self.good:
-            self.give_up(f"epoch {self.epoch}")
-        loss = float(self.ranks.allreduce(self.sum_losses())) / self.good
+        loss = float(self.ranks.allreduce(self.sum_losses())) / max(1, self.good)
         rate, skipped = progress.rate(), self.gather_skipped()
         waited, said = self.loader.waited / progress.seconds(), self.say_waiting(progress)
         among = "" if self.options.targets == "all" else f" ({self.options.targets} words)"
@@ -516,16 +489,18 @@ class Run:
         self.log.append({
             "epoch": self.epoch, "step": self.step, "loss": loss,
             "learning_rate": self.plateau.rate, "images_per_second": rate, "loader_wait": waited,
-            "validation_loss": result.get("loss"), "best": False, "skipped": len(skipped),
+            "validation_loss": result.get("loss"), "skipped": len(skipped),
             **{key: result.get(key) for key in ("precision@10", "auc", "map")}})
         line += f"rate {self.plateau.rate:g}, {rate:.0f} images/s, {said}"
         line += f", {len(skipped):,} photos cannot be read" * bool(skipped)
         self.plateau.update(result.get("loss", loss))
         self.begin_epoch()
-        self.check_ranks()
+        if len(set(self.ranks.gather(model.checksum(self.net.state())))) > 1:   # to the bit
+            raise RuntimeError(f"the ranks' weights differ after step {self.step:,}: are their "
+                               "machines and libraries alike?")
         self.save()
         self.write_files()
-        print(line + (f"\ntraining is over: {why}" if (why := self.is_over()) else ""), flush=True)
+        print(line + f"\ntraining is over by {ENDS}" * self.is_over(), flush=True)
 
     def validate(self):
         """Metrics on the held-out photos, of which each rank takes a part; None without any."""
@@ -541,47 +516,31 @@ class Run:
                 self.index.share("image"), self.options.loss)
         return self.ranks.broadcast(result)
 
-    def check_ranks(self):
-        """RuntimeError unless all ranks have the same weights to the bit, as they must."""
-        if self.ranks.size > 1:
-            sums = [zlib.crc32(np.ascontiguousarray(w)) for w in self.net.state().values()]
-            if any(other != sums for other in self.ranks.gather(sums)):
-                raise RuntimeError(f"the ranks' weights differ after step {self.step:,}: are their "
-                                   "machines and libraries alike?")
-
     def save(self, last=False):
         """Write the checkpoint; what fails is said, and the last one is tried again for an hour."""
-        options = {key: value for key, value in vars(self.options).items() if key != "resume"}
         self.sum_losses()                       # which are numbers
         losses = self.ranks.gather(kernels.to_host(self.losses))
-        facts = {"options": options, "step": self.step, "epoch": self.epoch, "log": self.log,
+        facts = {"options": vars(self.options), "step": self.step, "epoch": self.epoch,
                  "losses": (self.done, self.good, [loss for part in losses for loss in part]),
-                 "plateau": vars(self.plateau),
+                 "log": self.log, "plateau": vars(self.plateau),
                  "counts": self.index.photo_counts().tolist(), "training": self.index.training,
                  "skipped": self.gather_skipped()}
         if not all(np.isfinite(w).all() for w in self.net.state().values()):
             self.check_loss(math.nan, "a weight is")                # the last update diverged
+        best = self.since_best() == 0 and self.log[-1]["step"] == self.step
         for wait in [RETRY_SECONDS] * RETRIES * last + [0] if not self.ranks.rank else ():
-            if self.is_best() and self.write(self.best_path, {}, facts):
-                self.log[-1]["best"], self.best = True, self.log[-1]["validation_loss"]
+            best = best and not self.write(self.best_path, {}, facts)
             if self.write(self.path, self.optimiser.v, facts,
                           f": trying again in {wait} s" * (wait > 0)):
                 self.saved = self.step
                 break
             time.sleep(wait)
-        self.saved, self.best = self.ranks.broadcast((self.saved, self.best))
+        self.saved = self.ranks.broadcast(self.saved)
         self.saved_at = time.monotonic()
-
-    def is_best(self):
-        """True if the last epoch's weights, not changed since, are better than best.npz has."""
-        row = self.log[-1] if self.log else {"step": None}
-        return row["step"] == self.step and (row["validation_loss"] or math.inf) < self.best
 
     def write(self, path, velocities, facts, then=""):
         """Write a checkpoint; False, said with what happens then, if the disk does not take it."""
         try:
-            if not velocities and shutil.disk_usage(self.options.out).free < self.bytes:
-                raise OSError("what is free is left for model.npz")
             model.save(path, self.net, velocities, facts, self.index.dictionary)
             return True
         except OSError as error:
@@ -619,12 +578,11 @@ class Run:
     def finish(self, finished):
         """Save, draw the pictures, and say what was learned and what to try next."""
         out = self.options.out
-        if self.ranks.broadcast(self.saved != self.step or not os.path.exists(self.path)
-                                or self.is_best()):
+        if self.ranks.broadcast(self.saved != self.step or not os.path.exists(self.path)):
             self.save(last=True)
         self.write_files()
-        if finished and self.best < math.inf:
-            weights, *_, line = model.load_best(self.best_path)
+        if finished and self.saved == self.step:
+            weights, *_, line = model.load_best(out)
             self.net.load(weights)
             print(line)
         if finished and (result := self.validate()):
@@ -634,8 +592,7 @@ class Run:
             name, why = next(iter(skipped.items()))
             print(f"skipped {len(skipped):,} photos, e.g. {name}: {why}; all: {out}/skipped.txt")
         self.loader.close()
-        files = [name for name in sorted(os.listdir(out)) if name.endswith((".png", ".txt"))]
-        print(", ".join([self.say_kept(), "log.jsonl", *files]))
+        print(f"{self.say_kept()}; beside it: {', '.join(sorted(os.listdir(out)))}")
         if self.saved != self.step:
             raise RuntimeError(f"step {self.step:,} could not be saved: {self.say_kept()}")
         photo = self.loader.folder.find(self.index.name(min(self.loader.digests, default=0)))
@@ -736,7 +693,7 @@ def draw_shape(draw, shape, left, top, wide, colour, dice):
     fill = numbers.pop() if numbers[-1][0] == "#" else shade(colour, dice)
     spots = np.array(numbers, float).reshape(-1, 2) * wide + (left, top)        # (points, 2)
     kinds = {"box": draw.rectangle, "oval": draw.ellipse, "poly": draw.polygon,
-             "arc": partial(draw.pieslice, start=180, end=360)}
+             "arc": lambda box, fill: draw.pieslice(box, 180, 360, fill)}
     kinds[kind](spots.ravel().tolist(), fill=fill)
 
 
