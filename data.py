@@ -145,6 +145,7 @@ class Index:
             setattr(self, "_" + name, np.load(f"{folder}/{name}.npy", mmap_mode="r"))
         self.training = len(self) - self.held_out                   # they follow the others
         self.labels = len(self._words)          # words of all photos together
+        self._counts = np.diff(self._photo_ends, prepend=0)
 
     def __len__(self):
         return len(self._word_ends)
@@ -163,7 +164,7 @@ class Index:
 
     def photo_counts(self):
         """N_k, the number of training photos of each word, (K,)."""
-        return np.diff(self._photo_ends, prepend=0)
+        return self._counts
 
     def share(self, sampling, positives="drawn"):
         """The share of the training rows that have each word as a target, (K,)."""

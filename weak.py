@@ -43,7 +43,6 @@ LEAST_RATE = 1e-6               # training stops below
 MOMENTUM, DECAY = 0.9, 5e-4     # not stated in the paper; Krizhevsky's (2012, §5)
 SAVE_SECONDS = 600
 PATIENCE = 2                    # learning rates' epochs without a lower held-out loss
-ENDS = "--epochs, --min-lr or --patience"       # whichever comes first
 RETRY_SECONDS = 10              # between two tries to make the last save on a full disk
 RETRIES = 360                   # of them: an hour
 EMPTY_STEPS = 100               # steps in a row without a photo that can be read: give up
@@ -323,7 +322,7 @@ class Run:
         self.loader.skipped.update(facts.get("skipped", {}))
         vars(self.plateau).update(facts["plateau"])
         self.saved = self.step
-        print("this run is finished; to train on, change what ended it: " + ENDS if self.is_over()
+        print(f"this run is finished; to train on, change {by}" if (by := self.is_over())
               else f"going on at step {self.step:,}, epoch {self.epoch + 1}", flush=True)
 
     def begin_from(self, source):
@@ -407,12 +406,14 @@ class Run:
         return len(losses) - 1 - losses.index(best) if best < math.inf else -1
 
     def is_over(self):
-        """True when training is over by --epochs, --min-lr or --patience."""
+        """The option by which training is over; None while it is not."""
         options = self.options
         patience = options.patience or (
             math.inf if options.epochs else PATIENCE * options.epochs_per_lr)
-        return (self.plateau.rate < options.min_lr or self.epoch >= (options.epochs or math.inf)
-                or self.since_best() >= patience)
+        reached = {"--min-lr": self.plateau.rate < options.min_lr,
+                   "--epochs": self.epoch >= (options.epochs or math.inf),
+                   "--patience": self.since_best() >= patience}
+        return next((option for option, over in reached.items() if over), None)
 
     def train_step(self, batch):
         """Forward, loss, backward, update: a step of SGD, by the sum of all ranks' gradients."""
@@ -495,12 +496,13 @@ class Run:
         line += f", {len(skipped):,} photos cannot be read" * bool(skipped)
         self.plateau.update(result.get("loss", loss))
         self.begin_epoch()
-        if len(set(self.ranks.gather(model.checksum(self.net.state())))) > 1:   # to the bit
+        sums = self.ranks.gather(self.ranks.size > 1 and model.checksum(self.net.state()))
+        if len(set(sums)) > 1:                  # to the bit
             raise RuntimeError(f"the ranks' weights differ after step {self.step:,}: are their "
                                "machines and libraries alike?")
         self.save()
         self.write_files()
-        print(line + f"\ntraining is over by {ENDS}" * self.is_over(), flush=True)
+        print(line + (f"\ntraining is over by {by}" if (by := self.is_over()) else ""), flush=True)
 
     def validate(self):
         """Metrics on the held-out photos, of which each rank takes a part; None without any."""
@@ -592,7 +594,9 @@ class Run:
             name, why = next(iter(skipped.items()))
             print(f"skipped {len(skipped):,} photos, e.g. {name}: {why}; all: {out}/skipped.txt")
         self.loader.close()
-        print(f"{self.say_kept()}; beside it: {', '.join(sorted(os.listdir(out)))}")
+        kinds = "best.npz", ".jsonl", ".png", ".txt"
+        files = [name for name in sorted(os.listdir(out)) if name.endswith(kinds)]
+        print(f"{self.say_kept()}; beside it: {', '.join(files)}")
         if self.saved != self.step:
             raise RuntimeError(f"step {self.step:,} could not be saved: {self.say_kept()}")
         photo = self.loader.folder.find(self.index.name(min(self.loader.digests, default=0)))
