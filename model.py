@@ -37,6 +37,8 @@ class Layer:
     """What all layers share."""
 
     needs_dx = True                     # the first layer's dx is nobody's input
+    relu = False                        # whether y = max(…, 0), as Network tells the next layer:
+    gated = False                       # … whether its x is such a y, so that dx counts where x > 0
     shapes = {}                         # of the parameters, by name; gradients are d + name
     parts = ()                          # the networks that the layer is made of, if it is
     x = None                            # what is kept for the backward pass
@@ -49,6 +51,11 @@ class Layer:
             std = np.sqrt(2 / np.prod(shape[:-1]))
             self.w = rng.standard_normal(shape, np.float32) * np.float32(std)
             self.b = np.zeros(shape[-1], np.float32)
+
+    @property
+    def gate(self):
+        """x, if a ReLU made it: max(s, 0) has no gradient where it is 0."""
+        return self.x if self.gated else None
 
     def walk(self, path):
         """(path, layer) of itself, or else of all the layers that it is made of, in order."""
@@ -65,18 +72,15 @@ class Conv(Layer):
 
     def forward(self, x, now, out=None):
         self.x = x                                                  # (N, H, W, C)
-        self.y = kernels.conv_forward(x, self.w, self.b, self.stride, self.pad, self.relu, out)
-        return self.y                                               # (N, OH, OW, F)
+        return kernels.conv_forward(x, self.w, self.b, self.stride, self.pad, self.relu, out)
 
     def backward(self, dy):
-        # y = max(x * w + b, 0), so dy counts where y > 0; x * w + b is linear in x, w and b
-        if self.relu:
-            dy = kernels.relu_backward(dy, self.y)
+        # dy (N, OH, OW, F) is the gradient of x * w + b, which is linear in x, w and b
         window = self.stride, self.pad
         self.dw, self.db = kernels.conv_backward_filter(self.x, dy, self.w.shape, *window,
                                                         out=(self.dw, self.db))
         if self.needs_dx:
-            return kernels.conv_backward_input(dy, self.w, self.x.shape, *window)   # (N, H, W, C)
+            return kernels.conv_backward_input(dy, self.w, self.x.shape, *window, self.gate)
 
 
 class Linear(Layer):
@@ -87,16 +91,14 @@ class Linear(Layer):
 
     def forward(self, x, now):
         self.x = x                                                  # (N, D)
-        self.y = kernels.matmul(x, self.w, bias=self.b, relu=self.relu)
-        return self.y                                               # (N, E)
+        return kernels.matmul(x, self.w, bias=self.b, relu=self.relu)           # (N, E)
 
     def backward(self, dy):
-        # y = max(x w + b, 0), so where y > 0: dw = xᵀ dy and dx = dy wᵀ
-        if self.relu:
-            dy = kernels.relu_backward(dy, self.y)
+        # dy is the gradient of x w + b, so dw = xᵀ dy and dx = dy wᵀ
         self.dw = kernels.matmul(self.x.T, dy, out=self.dw)         # (D, E)
         self.db = kernels.column_sums(dy, out=self.db)              # (E,)
-        return kernels.matmul(dy, self.w.T) if self.needs_dx else None          # (N, D)
+        if self.needs_dx:
+            return kernels.sum_gradients([kernels.matmul(dy, self.w.T)], self.gate)     # (N, D)
 
 
 class Output(Layer):
@@ -126,7 +128,7 @@ class Output(Layer):
         same = self.dw is not None and len(self.dw) == ds.shape[1]  # new memory costs page faults
         self.dw = kernels.matmul(ds.T, self.x, out=self.dw if same else None)   # (K, E)
         self.db = kernels.column_sums(ds)                           # (K,)
-        return kernels.matmul(ds, self.used)                        # (N, E)
+        return kernels.sum_gradients([kernels.matmul(ds, self.used)], self.gate)        # (N, E)
 
 
 class MaxPool(Layer):
@@ -137,7 +139,8 @@ class MaxPool(Layer):
 
     def forward(self, x, now):
         self.shape = x.shape                                        # (N, H, W, C)
-        y, self.place = kernels.max_pool_forward(x, self.kernel, self.stride, self.pad, self.ceil)
+        y, self.place = kernels.max_pool_forward(x, self.kernel, self.stride, self.pad, self.ceil,
+                                                 self.gated)
         return y                                                    # (N, OH, OW, C)
 
     def backward(self, dy):
@@ -156,7 +159,7 @@ class AvgPool(Layer):
         return kernels.avg_pool_forward(x, self.kernel, self.stride)            # (N, OH, OW, C)
 
     def backward(self, dy):
-        return kernels.avg_pool_backward(dy, self.x.shape, self.kernel, self.stride)
+        return kernels.avg_pool_backward(dy, self.x.shape, self.kernel, self.stride, self.gate)
 
 
 class LRN(Layer):
@@ -170,7 +173,7 @@ class LRN(Layer):
         return kernels.lrn_forward(x, *self.constants)
 
     def backward(self, dy):
-        return kernels.lrn_backward(dy, self.x, *self.constants)
+        return kernels.lrn_backward(dy, self.x, *self.constants, self.gated)
 
 
 class Dropout(Layer):
@@ -206,8 +209,10 @@ class Flatten(Layer):
 class Concat(Layer):
     """Branches side by side on one input, joined along the channels (inception modules).
 
-    Each branch keeps H×W and ends in a Conv, which writes into its slice of y: no copy.
+    Each branch keeps H×W and ends in a Conv with ReLU, which writes into its slice of y: no copy.
     """
+
+    relu = True
 
     def __init__(self, *branches):
         self.parts = [Network([(f"{i}.{j}", layer) for j, layer in enumerate(branch)], True)
@@ -216,6 +221,7 @@ class Concat(Layer):
         self.slices = [slice(a, b) for a, b in zip(stops, stops[1:])]
 
     def forward(self, x, now):
+        self.x = x                                                  # (N, H, W, C)
         y = np.empty_like(x, shape=(*x.shape[:3], self.slices[-1].stop))    # (N, H, W, ΣF)
         for branch, mine in zip(self.parts, self.slices):
             branch.forward(x, now, out=y[..., mine])
@@ -223,11 +229,8 @@ class Concat(Layer):
 
     def backward(self, dy):
         # every branch saw the same x, so its gradients add up
-        dx, *others = [branch.backward(dy[..., mine])
-                       for branch, mine in zip(self.parts, self.slices)]
-        for other in others:
-            dx += other                                             # in its own memory
-        return dx                                                   # (N, H, W, C)
+        return kernels.sum_gradients([branch.backward(dy[..., mine]) for branch, mine in
+                                      zip(self.parts, self.slices)], self.gate)
 
 
 class Head(Layer):
@@ -241,21 +244,27 @@ class Head(Layer):
         self.parts = [self.branch]
 
     def forward(self, x, now):
-        self.s = None if now.step is None else self.branch.forward(x, now)      # (N, K), or (N, C)
-        return x
+        self.x, self.s = x, None if now.step is None else self.branch.forward(x, now)
+        return x                                                    # s (N, K), or (N, C)
 
     def backward(self, dy):
         # x goes on and into the branch, so the two gradients add up
-        return self.branch.backward(self.ds) + dy
+        return kernels.sum_gradients([self.branch.backward(self.ds), dy], self.gate)
 
 
 # --------------------------------------------------------------------------------- networks
 
 class Network:
-    """Layers one after the other, by name: rows of (name, layer)."""
+    """Layers one after the other, by name: rows of (name, layer).
+
+    A ReLU's derivative is taken where its gradient is made: by the layer after it, as its gate.
+    """
 
     def __init__(self, rows, needs_dx=False):
-        self.layers = dict(rows)
+        self.layers, (_, before) = dict(rows), rows[0]
+        for _, layer in rows[1:]:
+            passes = isinstance(before, (Flatten, Dropout, Head))   # positive where its x is
+            before, layer.gated = layer, before.gated if passes else before.relu
         self.first, self.output = rows[0][1], rows[-1][1]
         self.heads = [layer for layer in self.layers.values() if isinstance(layer, Head)]
         self.first.needs_dx = needs_dx
@@ -303,7 +312,10 @@ class Network:
         return x
 
     def backward(self, dy, done=lambda layer: None):
-        """All gradients, last layer first, each told to done(layer); the first dx if needed."""
+        """All gradients, last layer first, each told to done(layer); the first dx if needed.
+
+        dy: ∂ℓ of the last layer's y, or if that has a ReLU, of what this is taken of.
+        """
         for layer in reversed(self.layers.values()):
             dy = layer.backward(dy)
             done(layer)

@@ -106,7 +106,7 @@ def as_float64(net, seed=0):
 def check_gradients(net, x, loss_of=None, **how):
     """Every gradient of the network; ℓ is gy·y with a random gy, or loss_of(y) -> (ℓ, dy)."""
     y = net.forward(x, TRAINING)
-    gy = np.random.default_rng(3).standard_normal(y.shape)
+    gy = np.random.default_rng(3).standard_normal(y.shape) * (y != 0)       # as a gate would
     loss_of = loss_of or (lambda s: ((s * gy).sum(), gy))
     dy = loss_of(y.copy())[1].copy()
     before = dy.copy()
@@ -133,7 +133,7 @@ LAYERS = {                      # on images of 10×8 pixels with 3 channels
     "max_pool": lambda: [MaxPool(3, 2)],
     "max_pool_pad": lambda: [Conv(3, 4, 3), MaxPool(3, 1, pad=1)],
     "avg_pool": lambda: [Conv(3, 4, 3), model.AvgPool(3, 2)],
-    "lrn": lambda: [Conv(3, 7, 3), model.LRN(3, k=1.5, alpha=0.3, beta=0.75)],
+    "lrn": lambda: [Conv(3, 7, 3), model.LRN(3, k=1.5, alpha=0.3, beta=0.75), Conv(7, 3, 1)],
     "linears": lambda: [Flatten(), Linear(240, 6), Linear(6, 4)],
     "dropout": lambda: [Flatten(), Linear(240, 40), model.Dropout(0.4)],
     "output": lambda: [Flatten(), Linear(240, 9), model.Output(9, 5)],
@@ -229,8 +229,8 @@ def test_gathered_output_is_the_full_one_on_its_classes(rng):
 @pytest.mark.parametrize("name, layer, spoil", [
     ("conv", 0, lambda layer: setattr(layer, "stride", 2)),
     ("max_pool", 0, lambda layer: setattr(layer, "pad", 1)),
-    ("convs", 0, lambda layer: setattr(layer, "relu", False)),
-    ("linears", 1, lambda layer: setattr(layer, "relu", False)),
+    *((name, last, lambda layer: setattr(layer, "gated", False)) for name, last in [
+        ("convs", 1), ("linears", 2), ("avg_pool", 1), ("lrn", 1), ("output", 2), ("concat", 1)]),
     ("dropout", 2, lambda layer: setattr(layer, "counter", (1, 6, layer.stream, 0))),
     ("avg_pool", 1, lambda layer: setattr(layer, "x", layer.x[:, :, ::-1][:, 1:]))])
 def test_wrong_backward_is_caught(name, layer, spoil, rng):
@@ -339,7 +339,8 @@ def test_results_do_not_depend_on_the_number_of_threads(rng):
     for count in (1, 2, 3, before):
         kernels.set_threads(count)
         y = kernels.conv_forward(x, w, np.zeros(8), 1, 1, relu=True)
-        results.append([y, kernels.relu_backward(dy, y), *kernels.max_pool_forward(x, 3, 2),
+        results.append([y, kernels.sum_gradients([1 * dy, dy], y),
+                        *kernels.max_pool_forward(x, 3, 2, gated=True),
                         *kernels.conv_backward_filter(x, dy, w.shape, 1, 1)])
     for one in results[1:]:
         for a, b in zip(results[0], one):
@@ -1640,19 +1641,19 @@ def conv_case(seed):
 
 
 def check_convolution(case, error=HALF):
-    """All three directions against the float64 twin, writing into a channel slice."""
+    """All three directions against the float64 twin, with channel slices, and with a gate."""
     x, w, b, *where = case
     k, _, c, f = w.shape
     (x,) = made(x)
     y = cpu.conv_forward(x, w, b, *where, relu=True)
     (dy,) = made(*floats(np.random.default_rng(1), y.shape))
-    (xd, wd, bd, dyd), (out, whole) = up(x, w, b, dy), wide(y * 0)
+    (xd, wd, bd), (dyd, _), (out, whole) = up(x, w, b), wide(dy), wide(y * 0)
     kernels.conv_forward(xd, wd, bd, *where, relu=True, out=out)
     check_close(out, y, cpu.conv_forward(abs(x), abs(w), abs(b), *where), k * k * c, error)
     beside = kernels.to_host(whole)
     assert np.isnan(beside[..., :4]).all() and np.isnan(beside[..., -8:]).all()
-    check_close(kernels.conv_backward_input(dyd, wd, x.shape, *where),
-                cpu.conv_backward_input(dy, w, x.shape, *where),
+    check_close(kernels.conv_backward_input(dyd, wd, x.shape, *where, xd),
+                cpu.conv_backward_input(dy, w, x.shape, *where, x),
                 cpu.conv_backward_input(abs(dy), abs(w), x.shape, *where), k * k * f, error)
     dw, db = kernels.conv_backward_filter(xd, dyd, w.shape, *where)
     right = cpu.conv_backward_filter(x, dy, w.shape, *where)
@@ -1699,16 +1700,17 @@ def test_tf32_operands_are_rounded_to_nearest(device, rng):
     y, yd = check(kernels.conv_forward(xd, wd, bd, 1, 1, True),
                   cpu.conv_forward(x, w, b, 1, 1, True))
     z, zd = check(kernels.conv_forward(yd, vd, bd[:24]), cpu.conv_forward(y, v, b[:24]))
-    dz, dzd = check(kernels.relu_backward(dzd, zd), cpu.relu_backward(dz, z))
+    dz, dzd = check(kernels.sum_gradients([dzd], zd), cpu.sum_gradients([dz], z))
     check(kernels.conv_backward_filter(yd, dzd, v.shape)[0],
           cpu.conv_backward_filter(y, dz, v.shape)[0], False)
-    dy, dyd = check(kernels.conv_backward_input(dzd, vd, y.shape),
-                    cpu.conv_backward_input(dz, v, y.shape), False)
-    dy, dyd = check(kernels.relu_backward(dyd, yd), cpu.relu_backward(dy, y))
+    dy, dyd = check(kernels.conv_backward_input(dzd, vd, y.shape, 1, 0, yd),
+                    cpu.conv_backward_input(dz, v, y.shape, 1, 0, y))
     check(kernels.conv_backward_filter(xd, dyd, w.shape, 1, 1)[0],
           cpu.conv_backward_filter(x, dy, w.shape, 1, 1)[0], False)
     check(kernels.lrn_forward(yd), cpu.lrn_forward(y))
-    check(kernels.avg_pool_forward(yd, 5, 3), cpu.avg_pool_forward(y, 5, 3))
+    check(kernels.lrn_backward(dyd, yd), cpu.lrn_backward(dy, y))
+    m, md = check(kernels.avg_pool_forward(yd, 5, 3), cpu.avg_pool_forward(y, 5, 3))
+    check(kernels.avg_pool_backward(md, y.shape, 5, 3), cpu.avg_pool_backward(m, y.shape, 5, 3))
 
 
 def test_long_sums_in_3xtf32_are_those_of_floats(device, rng):
@@ -1727,26 +1729,28 @@ def test_convolution_kernel_fits_into_little_shared_memory(device, kilobytes, mo
     assert gpu.tile(1000, 512, 1000, True, gpu._device)[1] >= 2
 
 
+@pytest.mark.parametrize("gated", (False, True))
 @pytest.mark.parametrize("channels", (5, 8))
 @pytest.mark.parametrize("window", [
     (3, 2, 0, False), (3, 2, 1, True), (2, 2, 0, True), (3, 1, 1, False), (5, 3, 2, True)])
-def test_pooling_kernels_agree_with_their_twins(device, window, channels):
+def test_pooling_kernels_agree_with_their_twins(device, window, channels, gated):
     rng, inside = np.random.default_rng(7), window[:2]
     x = rng.integers(-3, 4, (2, 11, 8, channels)).astype(np.float64)            # many ties
     mean = cpu.avg_pool_forward(x, *inside)
     check_close(kernels.avg_pool_forward(*up(x), *inside), mean, 9, window[0])
     dmean = rng.integers(-9, 9, mean.shape).astype(np.float64)
-    check_close(kernels.avg_pool_backward(*up(dmean), x.shape, *inside),
-                cpu.avg_pool_backward(dmean, x.shape, *inside), 9, window[0])
+    gate, gate_d = (x, *up(x)) if gated else (None, None)
+    check_close(kernels.avg_pool_backward(*up(dmean), x.shape, *inside, gate_d),
+                cpu.avg_pool_backward(dmean, x.shape, *inside, gate), 9, window[0])
     x[0, 2, 3, 1], x[1] = np.nan, -np.inf
-    y, place = cpu.max_pool_forward(x, *window)
-    yd, placed = kernels.max_pool_forward(*up(x), *window)
+    y, place = cpu.max_pool_forward(x, *window, gated)
+    yd, placed = kernels.max_pool_forward(*up(x), *window, gated)
     assert np.array_equal(kernels.to_host(yd), y, equal_nan=True)
     assert np.isnan(y).any() and np.array_equal(kernels.to_host(placed), place)
     dy = rng.integers(-9, 9, y.shape).astype(np.float64)
     dx = kernels.to_host(kernels.max_pool_backward(*up(dy), placed, x.shape, *window[:3]))
     assert np.array_equal(dx, cpu.max_pool_backward(dy, place, x.shape, *window[:3]))
-    assert dx.sum() == dy[~np.isnan(y)].sum()
+    assert dx.sum() == dy[y > 0 if gated else ~np.isnan(y)].sum()
 
 
 @pytest.mark.parametrize("channels", (1, 7, 64, 700))
@@ -1755,8 +1759,9 @@ def test_lrn_kernels_agree_with_their_twins(device, channels, constants, rng):
     x, dy = (10 * rng.standard_normal((2, 3, 5, channels)) for _ in range(2))
     check_close(kernels.lrn_forward(*up(x), *constants), cpu.lrn_forward(x, *constants),
                 abs(x) + 1, 30)
-    check_close(kernels.lrn_backward(*up(dy, x), *constants),
-                cpu.lrn_backward(dy, x, *constants), abs(dy) + abs(x) + 10, 100)
+    for gated in (False, True):
+        check_close(kernels.lrn_backward(*up(dy, x), *constants, gated),
+                    cpu.lrn_backward(dy, x, *constants, gated), abs(dy) + abs(x) + 10, 100)
 
 
 def test_prepare_kernel_agrees_with_its_twin(device, rng):
@@ -1776,14 +1781,15 @@ def test_dropout_kernel_draws_the_masks_of_its_twin(device, n, e, rate, rng):
                           cpu.dropout(x, rate, *counter))
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 3, 8), (2, 5, 3, 7), (3, 2, 2, 1), (6, 12), (300, 5)])
-def test_relu_backward_kernel_takes_channel_slices(device, shape):
-    dy, y = floats(np.random.default_rng(7), shape, shape)
-    y[0] = 0
-    for one, two in (((0, 0), (0, 0)), ((4, 8), (0, 4)), ((0, 0), (3, 2)), ((1, 0), (4, 4))):
-        dx = kernels.relu_backward(wide(dy, *one)[0], wide(y, *two)[0])
-        assert dx.flags.c_contiguous
-        assert np.array_equal(kernels.to_host(dx), cpu.relu_backward(dy, y))
+@pytest.mark.parametrize("shape", [(2, 5, 3, 8), (3, 7), (300, 5)])
+def test_sum_gradients_kernel_agrees_with_its_twin(device, shape):
+    gate, *terms = np.random.default_rng(7).integers(-4, 5, (5, *shape)).astype(np.float64)
+    for count in (1, 2, 3, 4):
+        for closing in (None, gate):
+            given = up(*terms[:count])
+            total = kernels.sum_gradients(given, None if closing is None else up(gate)[0])
+            right = cpu.sum_gradients([1 * term for term in terms[:count]], closing)
+            assert total is given[0] and np.array_equal(kernels.to_host(total), right)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (70, 33), (1000, 5)])
@@ -1880,7 +1886,7 @@ def test_step_on_a_device_is_the_float64_twins(device, precision, error, build, 
 def test_kernels_refuse_arrays_they_would_misread(device):
     (x,) = up(np.zeros((2, 4, 4, 8)))
     for wrong in (x.transpose(0, 2, 1, 3)[:, :, 1:], x[:, ::2], x.astype(np.float64)):
-        for call in (kernels.max_pool_forward, wrong, 2, 2), (kernels.relu_backward, wrong, wrong):
+        for call in (kernels.max_pool_forward, wrong, 2, 2), (kernels.sum_gradients, [wrong]):
             with pytest.raises(ValueError, match="float32"):
                 call[0](*call[1:])
 
@@ -1896,13 +1902,16 @@ TF32 = in_precision("tf32", partial(check_convolution, conv_case(12), 2.0**-11))
 TF32X3 = in_precision("3xtf32", partial(check_convolution, conv_case(12), 4 * HALF))
 DB = partial(check_convolution, (
     *floats(np.random.default_rng(0), (3, 14, 14, 16), (3, 3, 16, 4), (4,)), 1, 1))
-RELU = partial(test_relu_backward_kernel_takes_channel_slices, None, (2, 5, 3, 8))
+PARTS = partial(check_convolution, (
+    *floats(np.random.default_rng(0), (1, 31, 8, 3), (5, 5, 3, 70), (70,)), 1, 2))
+TOTAL = partial(test_sum_gradients_kernel_agrees_with_its_twin, None, (3, 7))
 CHAIN = lambda: test_tf32_operands_are_rounded_to_nearest(gpu._device, np.random.default_rng(0))
 SUMS = partial(test_column_sums_kernel_agrees_with_its_twin, None, (70, 33))
 LONG = lambda: test_long_sums_in_3xtf32_are_those_of_floats(gpu._device, np.random.default_rng(0))
 LRNS = partial(test_lrn_kernels_agree_with_their_twins, None, 7, (5, 2.0, 1e-4, 0.75),
                np.random.default_rng(0))
-POOL = partial(test_pooling_kernels_agree_with_their_twins, None, (3, 2, 1, True), 8)
+POOL = partial(test_pooling_kernels_agree_with_their_twins, None, (3, 2, 1, True), 8, True)
+PLAIN = partial(POOL.func, *POOL.args[:-1], False)
 MISTAKES = [
     ("conv.cu", "i = oi * stride - pad", "i = oi * stride + pad", CONV),
     ("conv.cu", "i % DILATE == 0 && j % DILATE == 0", "i % DILATE == 0", CONV),
@@ -1912,12 +1921,18 @@ MISTAKES = [
     ("conv.cu", "if (row >= rows || col", "if (col", CONV),
     ("conv.cu", "x + at, valid", "x + at, true", CONV),
     ("conv.cu", "int rows, cols, depth, part; ", "int cols, rows, depth, part; ", CONV),
-    ("conv.cu", "int pitch, relu, round; ", "int pitch, relu, round, more; ", CONV),    # the size
+    ("conv.cu", "pitch, relu, round; ", "pitch, relu, round, more; ", CONV),                    # the size
+    ("conv.cu", "(k0 + k) * shape.right_pitch", "(k0 + k) * shape.cols", CONV),
+    ("conv.cu", "(p * w + q) * x_pitch", "(p * w + q) * c.d", DB),
+    ("conv.cu", "if (gate && !(gate[row", "if (gate && (gate[row", DB),
+    ("pool.cu", "if (gated && !(", "if (gated && (", POOL),
+    ("pool.cu", "gate && !(gate[index].at[e] > 0) ? 0 :", "", POOL),
+    ("lrn.cu", "gated && !(xs[at] > 0) ? 0 :", "", LRNS),
     ("lrn.cu", "sqrtf(s) * sqrtf(sqrtf(s))", "s", LRNS),
     ("pool.cu", "int h, w, c, oh, ow,", "int h, w, c, oh, ow, more,", POOL),
     ("pool.cu", "v > most.at[e] ||", "v >= most.at[e] ||", POOL),
     ("pool.cu", "first = false;", "first = j % 2;", POOL),
-    ("pool.cu", "v == v ? at.place(i, j, oi, oj) : NOWHERE", "at.place(i, j, oi, oj)", POOL),
+    ("pool.cu", "v == v ? at.place(i, j, oi, oj) : NOWHERE", "at.place(i, j, oi, oj)", PLAIN),
     ("pool.cu", "j + pad - oj * stride;", "j - oj * stride;", POOL),
     ("pool.cu", "|| v != v", "", POOL),
     ("conv.cu", "rounded(relu && v[n] < 0 ? 0 : v[n], round)", "v[n]", CHAIN),
@@ -1931,11 +1946,12 @@ MISTAKES = [
     ("pointwise.cu", "(taps - 1 - tap)", "tap", CONV),
     ("pointwise.cu", "rounded(w[(tap", "(w[(tap", CHAIN),
     ("pointwise.cu", "rounded((pixel[1] - shift) * scale, round)", "0.1f", CHAIN),
-    ("pointwise.cu", "rounded(gates.y > 0 ? four.y : 0, round)", "gates.y * four.y", CHAIN),
+    ("pointwise.cu", "gate && !(gate[at] > 0) ? 0 : rounded(number, round)", "number", CHAIN),
+    ("pointwise.cu", "if (gate && !(gate[index] > 0))", "if (gate && gate[index] > 0)", PARTS),
     ("pointwise.cu", "z = 0; z < (own", "z = 1; z < (own", CONV),
     ("pointwise.cu", "(own ? count : shares)", "count", DB),
     ("pointwise.cu", "sum += sums[part * 32", "sum -= sums[part * 32", SUMS),
-    ("pointwise.cu", "*gate = y + row * y_pitch", "*gate = y + row * dy_pitch", RELU),
+    ("pointwise.cu", "if (b) number += b[at];", "", TOTAL),
 ]
 
 

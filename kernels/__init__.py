@@ -11,7 +11,7 @@ from .cpu import set_threads, threads
 OPERATIONS = (
     "conv_forward", "conv_backward_input", "conv_backward_filter",
     "max_pool_forward", "max_pool_backward", "avg_pool_forward", "avg_pool_backward",
-    "lrn_forward", "lrn_backward", "relu_backward", "dropout", "prepare", "column_sums",
+    "lrn_forward", "lrn_backward", "sum_gradients", "dropout", "prepare", "column_sums",
     "matmul", "softmax_loss", "one_vs_all_loss", "sgd",
     "to_device", "to_host", "host_empty", "memory")
 DEVICES = ("auto", "cpu", "gpu")

@@ -49,7 +49,7 @@ struct Geometry {
     int stride, pad, pixels;                // pixels: of the grid, of all images
     Divisor c, kw, oh, ow;
     int rows, cols, depth, part;            // part: numbers of k that a block adds
-    int pitch, relu, round;                 // pitch: numbers from a row of y to the next
+    int x_pitch, right_pitch, pitch, relu, round;       // pitch: numbers from a row to the next
 
     // pixel m of the grid -> the corner of its patch, and where in x that is (with dilation, where
     // its image is); outside from pixel `end` on
@@ -59,7 +59,7 @@ struct Geometry {
         const int n = oh.divide(ow.divide(m, oj), oi);
         i = oi * stride - pad;
         j = oj * stride - pad;
-        corner = DILATE == 1 ? ((n * h + i) * w + j) * c.d : n * h * w * c.d;
+        corner = (DILATE == 1 ? (n * h + i) * w + j : n * h * w) * x_pitch;
         if (m >= end) i = -OUTSIDE;
     }
 
@@ -68,27 +68,29 @@ struct Geometry {
     {
         int channel;
         p = kw.divide(c.divide(k, channel), q);
-        further = (DILATE == 1 ? (p * w + q) * c.d : 0) + channel;
+        further = (DILATE == 1 ? (p * w + q) * x_pitch : 0) + channel;
         if (!valid) p = 2 * OUTSIDE;
     }
 
     // x[at] of pixel (i, j), zeros outside the image; if dilated, `at` is its corner and channel
     __device__ void copy(float* to, const float* x, int i, int j, int at) const
     {
-        if (DILATE > 1) at += (i / DILATE * w + j / DILATE) * c.d;
+        if (DILATE > 1) at += (i / DILATE * w + j / DILATE) * x_pitch;
         const bool valid = i % DILATE == 0 && j % DILATE == 0 && unsigned(i) < unsigned(h * DILATE)
                            && unsigned(j) < unsigned(w * DILATE);
         copy_async<4 * VEC>(to, x + at, valid);
     }
 
-    // two neighbours in a row of y; bias (cols,) or null
-    __device__ void store(float* y, const float* bias, int row, int col, float v0, float v1) const
+    // two neighbours in a row of y; bias (cols,) or null, gate (rows, cols) or null
+    __device__ void store(float* y, const float* bias, const float* gate, int row, int col,
+                          float v0, float v1) const
     {
         float v[] = {v0, v1}, *at = y + static_cast<long long>(row) * pitch + col;
 #pragma unroll
         for (int n = 0; n < 2; n++) {
             if (row >= rows || col + n >= cols) return;
             if (bias) v[n] += bias[col + n];
+            if (gate && !(gate[row * cols + col + n] > 0)) v[n] = 0;
             v[n] = rounded(relu && v[n] < 0 ? 0 : v[n], round);     // a NaN stays
             if (VEC == 1) at[n] = v[n];
         }
@@ -153,18 +155,18 @@ struct Left {
 };
 #endif
 
-// Tile of the right operand: rows k0 … k0+BK, columns col0 … col0+BN.
-__device__ void load_right(float* b, const float* right, int k0, int end, int col0, int cols)
+// Tile of the right operand: rows k0 … k0+BK, BN columns.
+__device__ void load_right(float* b, const float* right, const Geometry& shape, int k0, int end)
 {
     constexpr int groups = BN / VEC, fit = THREADS / groups;
     constexpr int step = fit == 5 ? 4 : fit;                // rows at a time, a divisor of BK
-    const int n = threadIdx.x % groups * VEC, first = threadIdx.x / groups;
+    const int n = threadIdx.x % groups * VEC, first = threadIdx.x / groups, col = blockIdx.y * BN;
     if (fit > step && first >= step) return;                // some threads, if BN is 96
 #pragma unroll (BK / step < 16 ? BK / step : 4)
     for (int r = 0; r < BK / step; r++) {
         const int k = first % step + r * step;              // % tells the compiler
-        const bool valid = k0 + k < end && col0 + n < cols;
-        copy_async<4 * VEC>(&B_AT(k, n), right + ((k0 + k) * cols + col0 + n), valid);
+        const bool valid = k0 + k < end && col + n < shape.cols;
+        copy_async<4 * VEC>(&B_AT(k, n), right + ((k0 + k) * shape.right_pitch + col + n), valid);
     }
 }
 
@@ -195,15 +197,16 @@ struct Product {
         }
     }
 
-    __device__ void store(const Geometry& shape, float* to, const float* bias, int row0, int col0)
+    __device__ void store(const Geometry& shape, float* to, const float* bias, const float* gate)
     {
 #pragma unroll
         for (int i = 0; i < ROWS; i++)
 #pragma unroll
             for (int j = 0; j < QUADS; j++) {
-                const int row = row0 + ty() + 16 * i, col = col0 + 4 * tx() + 64 * j;
-                shape.store(to, bias, row, col, y[i][j][0], y[i][j][1]);
-                shape.store(to, bias, row, col + 2, y[i][j][2], y[i][j][3]);
+                const int row = blockIdx.x * BM + ty() + 16 * i;
+                const int col = blockIdx.y * BN + 4 * tx() + 64 * j;
+                shape.store(to, bias, gate, row, col, y[i][j][0], y[i][j][1]);
+                shape.store(to, bias, gate, row, col + 2, y[i][j][2], y[i][j][3]);
             }
     }
 };
@@ -269,15 +272,15 @@ struct Product {
         }
     }
 
-    __device__ void store(const Geometry& shape, float* to, const float* bias, int row0, int col0)
+    __device__ void store(const Geometry& shape, float* to, const float* bias, const float* gate)
     {
 #pragma unroll
         for (int i = 0; i < COL_TILES; i++)
 #pragma unroll
             for (int j = 0; j < ROW_TILES; j++) {
-                const int r = row0 + 8 * j, c = col0 + col() + 16 * i;
-                shape.store(to, bias, r + row(2 * t()), c, y[i][j][0], y[i][j][2]);
-                shape.store(to, bias, r + row(2 * t() + 1), c, y[i][j][1], y[i][j][3]);
+                const int r = blockIdx.x * BM + 8 * j, c = blockIdx.y * BN + col() + 16 * i;
+                shape.store(to, bias, gate, r + row(2 * t()), c, y[i][j][0], y[i][j][2]);
+                shape.store(to, bias, gate, r + row(2 * t() + 1), c, y[i][j][1], y[i][j][3]);
             }
     }
 };
@@ -286,8 +289,8 @@ struct Product {
 // Called by gpu._convolve. With FILTER the blocks of the first `shares` row tiles share the tiles
 // of `right` among them and leave the sums of its columns in `sums` (parts, shares, cols).
 extern "C" __global__ void __launch_bounds__(THREADS, VEC == 4 ? 2 : 1)
-conv(const float* x, const float* right, float* y, const float* bias, float* sums,
-     int shares, const Geometry shape)
+conv(const float* x, const float* right, float* y, const float* bias, const float* gate,
+     float* sums, int shares, const Geometry shape)
 {
     float* part = y + static_cast<long long>(blockIdx.z) * shape.rows * shape.pitch;
     const int row0 = blockIdx.x * BM, col0 = blockIdx.y * BN;
@@ -303,7 +306,7 @@ conv(const float* x, const float* right, float* y, const float* bias, float* sum
         if (tile < tiles) {
             float* a = shared + tile % STAGES * (A_SIZE + B_SIZE);
             left.load(a, x, shape, begin + tile * BK, end);
-            load_right(a + A_SIZE, right, begin + tile * BK, end, col0, shape.cols);
+            load_right(a + A_SIZE, right, shape, begin + tile * BK, end);
         }
         copy_commit();                                      // a group each, for copy_wait counts
     };
@@ -319,7 +322,8 @@ conv(const float* x, const float* right, float* y, const float* bias, float* sum
 #pragma unroll 8
             for (int k = 0; k < BK; k++) sum += a[A_SIZE + k * B_PITCH + threadIdx.x];
     }
-    product.store(shape, part, gridDim.z == 1 ? bias : nullptr, row0, col0);
+    const bool whole = gridDim.z == 1;                      // else `reduce` does the rest
+    product.store(shape, part, whole ? bias : nullptr, whole ? gate : nullptr);
     if (FILTER && blockIdx.x < shares && threadIdx.x < BN && col0 + threadIdx.x < shape.cols)
         sums[(blockIdx.z * shares + blockIdx.x) * shape.cols + col0 + threadIdx.x] = sum;
 }

@@ -209,11 +209,12 @@ def conv_forward(x, w, b, stride=1, pad=0, relu=False, out=None):
     return y
 
 
-def conv_backward_input(dy, w, x_shape, stride=1, pad=0):
+def conv_backward_input(dy, w, x_shape, stride=1, pad=0, gate=None):
     """dx[n,i,j,c] = Σ dy[n,i',j',f] · w[p,q,c,f] over i'·stride+p-pad = i, j'·stride+q-pad = j.
 
     A convolution again: dy, its pixels `stride` apart, with the filters turned round.
-    dy (N, OH, OW, F), w (KH, KW, C, F) -> (N, H, W, C), which is x_shape.
+    dy (N, OH, OW, F), w (KH, KW, C, F) -> (N, H, W, C), which is x_shape. Here and below dy may be
+    a channel slice, and a gate is the x, if a ReLU made it: dx is 0 where it is not positive.
     """
     kh, kw, c, f = w.shape
     n, h, width, _ = x_shape
@@ -226,6 +227,8 @@ def conv_backward_input(dy, w, x_shape, stride=1, pad=0):
         if not plain:
             part = _embed(part, kh - 1 - pad, kw - 1 - pad, (h + kh - 1, width + kw - 1), stride)
         multiply(part, dx[start:stop])
+        if gate is not None:
+            dx[start:stop] *= gate[start:stop] > 0
 
     _pool.chunks(n, size, work)
     return dx
@@ -291,12 +294,13 @@ def _taps(shape, out_shape, kernel, stride, pad=0):
     return found
 
 
-def max_pool_forward(x, kernel, stride, pad=0, ceil=False):
+def max_pool_forward(x, kernel, stride, pad=0, ceil=False, gated=False):
     """y = maximum over each kernel×kernel window, pixels outside the image left out; and its place.
 
     x (N, H, W, C) -> y and place, uint8, both (N, OH, OW, C). With `ceil` the last window may hang
     over the edge. place is the maximum's number p·kernel + q in the window, the first's where
-    several tie, and 255 for a NaN; the kernel is at most 15.
+    several tie, and 255, which gets no gradient, for a NaN and, if x is gated, where the maximum
+    is not positive; the kernel is at most 15.
     """
     n, h, w, c = x.shape
     out = tuple(output_size(size, kernel, stride, pad, ceil) for size in (h, w))
@@ -312,7 +316,7 @@ def max_pool_forward(x, kernel, stride, pad=0, ceil=False):
             larger *= np.uint8(number)                              # numbers grow from tap to tap
             np.maximum(where[outs], larger, out=where[outs])
             np.maximum(part[outs], x[start:stop][ins], out=part[outs])
-        where[np.isnan(part)] = 255
+        where |= -(~(part > 0) if gated else np.isnan(part)).view(np.uint8)     # 255 where true
 
     _pool.chunks(n, _chunk_size(n, x[0].nbytes, POOL_BYTES), work)
     return y, place
@@ -340,13 +344,13 @@ def avg_pool_forward(x, kernel, stride):
     return y
 
 
-def avg_pool_backward(dy, x_shape, kernel, stride):
+def avg_pool_backward(dy, x_shape, kernel, stride, gate=None):
     """dx (N, H, W, C), which is x_shape: each dy is shared equally among its window's pixels."""
     dx = np.zeros(x_shape, dy.dtype)
     each = dy / (kernel * kernel)
     for outs, ins, _ in _taps(x_shape[1:3], dy.shape[1:3], kernel, stride):
         dx[ins] += each[outs]
-    return dx
+    return dx if gate is None else dx * (gate > 0)
 
 
 # ------------------------------------------------------------------------- normalisation
@@ -380,7 +384,7 @@ def lrn_forward(x, size=5, k=2.0, alpha=1e-4, beta=0.75):
     return y
 
 
-def lrn_backward(dy, x, size=5, k=2.0, alpha=1e-4, beta=0.75):
+def lrn_backward(dy, x, size=5, k=2.0, alpha=1e-4, beta=0.75, gated=False):
     """dx_c = dy_c s_c^-β - 2αβ x_c Σ_{c' near c} dy_c' x_c' s_c'^(-β-1), with s = k + α Σ x²."""
     dx = np.empty_like(x)
 
@@ -390,22 +394,30 @@ def lrn_backward(dy, x, size=5, k=2.0, alpha=1e-4, beta=0.75):
         power = _power(scale, beta)
         near = _window_sum(d * part * power / scale, size)
         dx[start:stop] = d * power - 2 * alpha * beta * part * near
+        if gated:
+            dx[start:stop] *= part > 0
 
     _pool.chunks(len(x), 1, work)
     return dx
 
 
-# --------------------------------------------------------- ReLU, sums, dropout and photos
+# --------------------------------------------------------------- sums, dropout and photos
 
-def relu_backward(dy, y):
-    """dx = dy · (y > 0) of y = max(x, 0), all (N, …); dy and y may be slices of wider arrays."""
-    dx = np.empty(dy.shape, dy.dtype)
+def sum_gradients(terms, gate=None):
+    """Σ terms, up to four arrays (N, …), in the memory of the first; 0 where a gate closes.
+
+    The gradients of all that read the same x add up; that of one is only gated.
+    """
+    total, *others = terms
 
     def work(start, stop):
-        np.multiply(dy[start:stop], y[start:stop] > 0, out=dx[start:stop])
+        for other in others:
+            total[start:stop] += other[start:stop]
+        if gate is not None:
+            total[start:stop] *= gate[start:stop] > 0
 
-    _pool.chunks(len(dy), max(1, FLAT_CHUNK * len(dy) // max(1, dy.size)), work)
-    return dx
+    _pool.chunks(len(total), max(1, FLAT_CHUNK * len(total) // max(1, total.size)), work)
+    return total
 
 
 def column_sums(x, out=None):

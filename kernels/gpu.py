@@ -24,9 +24,9 @@ LRN_BYTES = 12 << 10                    # shared memory of a block of lrn.cu, at
 # The structs of conv.cu and pool.cu, field by field. CuPy passes an array of one record by value,
 # and cannot know what the kernel takes: a static_assert there compares the sizes.
 DIVISOR = np.dtype([(name, np.uint32) for name in ("d", "mul", "shift")])
-GEOMETRY = np.dtype([
-    (name, DIVISOR if name in ("c", "kw", "oh", "ow") else np.int32) for name in
-    "h w stride pad pixels c kw oh ow rows cols depth part pitch relu round".split()])
+GEOMETRY = np.dtype([(name, DIVISOR if name in ("c", "kw", "oh", "ow") else np.int32) for name in (
+    "h w stride pad pixels c kw oh ow rows cols depth part x_pitch right_pitch pitch relu round"
+    ).split()])
 WINDOW = np.dtype([(name, np.int32) for name in "h w c oh ow kernel stride pad".split()])
 SIZES = ("GEOMETRY_BYTES", GEOMETRY.itemsize), ("WINDOW_BYTES", WINDOW.itemsize)
 
@@ -138,7 +138,8 @@ def _dense(*arrays, dtype=np.float32):
 
 def _pitch(x):
     """Numbers from a row of x (…, C) to the next; x may be a slice of a wider array's channels."""
-    evenly = x.dtype == np.float32 and x.strides[-1] == x.itemsize and x.size < 1 << 31 and all(
+    whole = x.strides[0] // 4 * len(x)                              # numbers, with what is beside x
+    evenly = x.dtype == np.float32 and x.strides[-1] == x.itemsize and whole < 1 << 31 and all(
         step == n * within for step, within, n in zip(x.strides, x.strides[1:-1], x.shape[1:]))
     if not evenly:
         _dense(x)                                   # perhaps with an axis of one, of any stride
@@ -193,7 +194,7 @@ def conv_defines(bn, stages, vec, filter_gradient, inner, dilate=1):
 
 
 @functools.cache
-def _plan(device, precision, shape, place, cols, pitch, vec, filter_gradient, relu):
+def _plan(device, precision, shape, place, cols, pitches, vec, filter_gradient, relu):
     """Grid, threads, shared bytes, constants and geometry of a launch of conv.cu: see _convolve."""
     (n, h, w, c), (kh, kw, oh, ow, stride, pad, dilate) = shape, place
     pixels, patch, inner = n * oh * ow, kh * kw * c, INNER[precision]
@@ -201,32 +202,33 @@ def _plan(device, precision, shape, place, cols, pitch, vec, filter_gradient, re
     bn, stages, parts = tile(rows, cols, depth, filter_gradient, device)
     part = -(-(-(-depth // parts)) // BK) * BK
     grid = -(-rows // BM), -(-cols // bn), -(-depth // part)
-    whole = grid[2] == 1                                # else bias and ReLU wait for the sum
+    whole = grid[2] == 1                        # else bias, ReLU and gate wait for the sum
     geometry = np.array((
         h, w, stride, pad, pixels, *map(divisor, (c, kw, oh, ow)), rows, cols, depth, part,
-        pitch if whole else cols, relu and whole,
+        *pitches[:2], pitches[2] if whole else cols, relu and whole,
         whole and not filter_gradient and precision == "tf32"), GEOMETRY)
     return (grid, (128 if inner else 256,), stages * stage_bytes(bn, filter_gradient),
             conv_defines(bn, stages, vec, filter_gradient, inner, dilate), geometry)
 
 
-def _convolve(x, right, y, place, bias=None, relu=False, db=None):
+def _convolve(x, right, y, place, bias=None, relu=False, gate=None, db=None):
     """y (rows, cols) = the left operand gathered from x, times right (depth, cols): conv.cu.
 
     place: KH, KW of the patches of x (N, H, W, C), OH, OW that say how many there are, and stride,
-    pad and dilation that say where. y may be a channel slice. db, for dw only: Σ of right's rows.
+    pad and dilation that say where. x, right and y may be channel slices. db: Σ of right's rows.
     """
-    _dense(x, right, bias)
-    cols, pitch = y.shape[-1], _pitch(y)
-    vec = 4 if _fits((x, right, y), x.shape[3], cols, pitch) else 1
+    _dense(bias, gate)
+    cols, pitches = y.shape[-1], tuple(map(_pitch, (x, right, y)))
+    vec = 4 if _fits((x, right, y), x.shape[3], cols, *pitches) else 1
     grid, threads, shared, defines, geometry = _plan(
-        _device, _precision, x.shape, place, cols, pitch, vec, db is not None, relu)
+        _device, _precision, x.shape, place, cols, pitches, vec, db is not None, relu)
     shares = 0 if db is None else min(4, grid[0])
     sums = _empty((grid[2] * shares, cols)) if shares else None
     parts = _empty((grid[2], y.size)) if grid[2] > 1 else None
     _launch("conv.cu", "conv", grid, threads, (
-        x, right, y if parts is None else parts, bias, sums, shares, geometry), shared, defines)
-    _reduce(parts, y, bias, relu, db is None and "tf32", sums, db)
+        x, right, y if parts is None else parts, bias, gate, sums, shares, geometry),
+            shared, defines)
+    _reduce(parts, y, bias, relu, gate, db is None and "tf32", sums, db)
     return y
 
 
@@ -248,17 +250,11 @@ def _forms(flat, filters, channels=None):
     forms, most = _empty(end), max(flat.size // len(rows) // BLOCK, 1)
     launch = functools.partial(
         _launch, "pointwise.cu", "filters", (min(64, most), len(rows)), (BLOCK,),
-        (flat, forms, _table(_device, tuple(rows)), "tf32"))
+        (flat, forms, _device.xp.array(np.array(rows, np.int32)), "tf32"))
     launch()
     return launch, {(w.data.ptr, wide): (forms[start:start + taps * wide * f].reshape(-1, f),
                                          forms[turned:turned + w.size].reshape(-1, c))
                     for w, (_, taps, c, f, wide, start, turned) in zip(filters, rows)}
-
-
-@functools.cache
-def _table(device, rows):
-    """Rows of integers on the device."""
-    return device.xp.array(np.array(rows, np.int32))
 
 
 def _filters(w, channels):
@@ -276,13 +272,13 @@ def conv_forward(x, w, b, stride=1, pad=0, relu=False, out=None):
     return _convolve(x, _filters(w, x.shape[3])[0], y, (kh, kw, *grid, stride, pad, 1), b, relu)
 
 
-def conv_backward_input(dy, w, x_shape, stride=1, pad=0):
+def conv_backward_input(dy, w, x_shape, stride=1, pad=0, gate=None):
     """The forward product on dy, its pixels `stride` apart, with turned filters."""
     kh, kw, c, f = w.shape
     if kh != kw:
         raise ValueError(f"filters must be square, not {kh}×{kw}")
     return _convolve(dy, _filters(w, x_shape[3])[1], _empty((*x_shape[:3], c)),
-                     (kh, kw, *x_shape[1:3], 1, kh - 1 - pad, stride))
+                     (kh, kw, *x_shape[1:3], 1, kh - 1 - pad, stride), gate=gate)
 
 
 def conv_backward_filter(x, dy, w_shape, stride=1, pad=0, out=(None, None)):
@@ -305,16 +301,13 @@ def column_sums(x, out=None):
     return y
 
 
-def _reduce(parts, y, bias=None, relu=False, round=False, sums=None, db=None):
-    """y (…, E) = Σ of the parts (Z, y.size) + bias, then ReLU; db (E,) = Σ of the sums (M, E).
-
-    A thread for each number; without parts y stays as it is.
-    """
+def _reduce(parts, y, bias=None, relu=False, gate=None, round=False, sums=None, db=None):
+    """y (…, E) = Σ of parts (Z, y.size), if any, + bias, ReLU, gate; db (E,) = Σ of sums (M, E)."""
     total = 0 if parts is None else y.size
     threads = total + (0 if db is None else db.size)
     _each("pointwise.cu", "reduce", threads, (
-        parts, y, bias, sums, db, threads, total, total and len(parts), y.shape[-1], _pitch(y),
-        0 if sums is None else len(sums), relu, round))
+        parts, y, bias, gate, sums, db, threads, total, total and len(parts), y.shape[-1],
+        _pitch(y), 0 if sums is None else len(sums), relu, round))
 
 
 # ---------------------------------------------------------------------------------- pooling
@@ -330,19 +323,20 @@ def _pool(kernel, arrays, place, shapes, window, *more):
     return arrays[1]
 
 
-def max_pool_forward(x, kernel, stride, pad=0, ceil=False, average=False):
+def max_pool_forward(x, kernel, stride, pad=0, ceil=False, gated=False, average=False):
     """The maxima and their places, or averages and None."""
     n, h, w, c = x.shape
     shape = n, *(output_size(size, kernel, stride, pad, ceil) for size in (h, w)), c
     y, place = _empty(shape), None if average else _device.xp.empty(shape, np.uint8)
-    _pool("pool_forward", (x, y), place, (x.shape, shape), (kernel, stride, pad), "tf32")
+    _pool("pool_forward", (x, y), place, (x.shape, shape), (kernel, stride, pad), gated, "tf32")
     return y, place
 
 
-def max_pool_backward(dy, place, x_shape, kernel, stride, pad=0):
+def max_pool_backward(dy, place, x_shape, kernel, stride, pad=0, gate=None):
     """A gather, by the places if there are any."""
+    _dense(gate)
     return _pool("pool_backward", (dy, _empty(x_shape)), place, (x_shape, dy.shape),
-                 (kernel, stride, pad))
+                 (kernel, stride, pad), gate, "tf32")
 
 
 def avg_pool_forward(x, kernel, stride):
@@ -350,9 +344,9 @@ def avg_pool_forward(x, kernel, stride):
     return max_pool_forward(x, kernel, stride, average=True)[0]
 
 
-def avg_pool_backward(dy, x_shape, kernel, stride):
+def avg_pool_backward(dy, x_shape, kernel, stride, gate=None):
     """The same kernel, without places."""
-    return max_pool_backward(dy, None, x_shape, kernel, stride)
+    return max_pool_backward(dy, None, x_shape, kernel, stride, gate=gate)
 
 
 # ------------------------------------------------------------------------- normalisation
@@ -373,9 +367,9 @@ def lrn_forward(x, size=5, k=2.0, alpha=1e-4, beta=0.75):
     return _lrn("lrn_forward", (x, _empty(x.shape)), 1, size, k, alpha, beta, "tf32")
 
 
-def lrn_backward(dy, x, size=5, k=2.0, alpha=1e-4, beta=0.75):
+def lrn_backward(dy, x, size=5, k=2.0, alpha=1e-4, beta=0.75, gated=False):
     """A block for a few pixels."""
-    return _lrn("lrn_backward", (dy, x, _empty(x.shape)), 3, size, k, alpha, beta)
+    return _lrn("lrn_backward", (dy, x, _empty(x.shape)), 3, size, k, alpha, beta, gated, "tf32")
 
 
 # ------------------------------------------------------------------------- pointwise passes
@@ -403,13 +397,13 @@ def dropout(x, rate, seed, step, layer, row=0):
     return y
 
 
-def relu_backward(dy, y):
-    """A thread for each four numbers where 16 bytes at a time can be read, else for each one."""
-    dx, pitches = _empty(dy.shape), (_pitch(dy), _pitch(y))
-    each = 4 if _fits((dy, y), dx.shape[-1], *pitches) else 1
-    _each("pointwise.cu", "relu_backward", dx.size // each, (
-        dy, y, dx, dx.size, dx.shape[-1], *pitches, each, "tf32"))
-    return dx
+def sum_gradients(terms, gate=None):
+    """A thread for each number, if there is anything to do."""
+    _dense(*terms, gate)
+    total = terms[0].size if gate is not None or len(terms) > 1 else 0
+    _each("pointwise.cu", "sum_gradients", total, (
+        *terms, *[None] * (4 - len(terms)), gate, total, "tf32"))
+    return terms[0]
 
 
 # ------------------------------------------------------------------- products, loss, update

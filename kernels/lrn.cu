@@ -37,7 +37,7 @@ lrn_forward(const float* x, float* y, int pixels, int c, int rows, int half, flo
 
 extern "C" __global__ void
 lrn_backward(const float* dy, const float* x, float* dx, int pixels, int c, int rows, int half,
-             float k, float alpha, float beta)
+             float k, float alpha, float beta, int gated, int round)
 {
     float* xs = shared_memory();                            // rows × C
     float* near = xs + rows * c;                            // dy x s^(-β-1)
@@ -56,6 +56,7 @@ lrn_backward(const float* dy, const float* x, float* dx, int pixels, int c, int 
     for (int at = threadIdx.x; at < count; at += blockDim.x) {
         const int channel = at % c;
         const float sum = window_sum(near + at - channel, channel, c, half, false);
-        dx[start + at] = own[at] - 2 * alpha * beta * xs[at] * sum;
+        const float number = own[at] - 2 * alpha * beta * xs[at] * sum;
+        dx[start + at] = gated && !(xs[at] > 0) ? 0 : rounded(number, round);
     }
 }

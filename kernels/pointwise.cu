@@ -1,4 +1,4 @@
-// Passes over memory: photos to pixels, dropout, ReLU's derivative, sums.
+// Passes over memory: photos to pixels, dropout, sums with ReLU's derivative.
 // Each of them reads and writes every number once; their limit is the memory's bandwidth. With
 // `round` results are rounded to TF32, for the tensor cores that read them: see conv.cu.
 
@@ -87,27 +87,20 @@ dropout(const float* x, float* y, unsigned total, int e, int blocks, unsigned th
     }
 }
 
-// -------------------------------------------------------------------- ReLU, filters and sums
-// dx (rows, cols) = dy · (y > 0). dy and y may be channel slices: a pitch is the numbers from a row
-// to the next. A thread takes `each` numbers: 4 where they lie together at multiples of 16 bytes in
-// all three arrays, or 1. Called by gpu.relu_backward.
+// -------------------------------------------------------------------------- filters and sums
+// sum += a + b + c, any of which may be null, and 0 where a gate, if there is one, is not positive:
+// the derivative of a ReLU. Called by gpu.sum_gradients.
 extern "C" __global__ void
-relu_backward(const float* dy, const float* y, float* dx, unsigned total, int cols, int dy_pitch,
-              int y_pitch, int each, int round)
+sum_gradients(float* sum, const float* a, const float* b, const float* c, const float* gate,
+              unsigned total, int round)
 {
-    const unsigned index = index_of_thread() * each;
-    if (index >= total) return;
-    const long long row = index / cols, col = index % cols;
-    const float *d = dy + row * dy_pitch + col, *gate = y + row * y_pitch + col;
-    if (each == 4) {
-        const float4 four = *reinterpret_cast<const float4*>(d);
-        const float4 gates = *reinterpret_cast<const float4*>(gate);
-        *reinterpret_cast<float4*>(dx + index) = make_float4(
-            rounded(gates.x > 0 ? four.x : 0, round), rounded(gates.y > 0 ? four.y : 0, round),
-            rounded(gates.z > 0 ? four.z : 0, round), rounded(gates.w > 0 ? four.w : 0, round));
-    } else {
-        dx[index] = rounded(*gate > 0 ? *d : 0, round);
-    }
+    const unsigned at = index_of_thread();
+    if (at >= total) return;
+    float number = sum[at];
+    if (a) number += a[at];
+    if (b) number += b[at];
+    if (c) number += c[at];
+    sum[at] = gate && !(gate[at] > 0) ? 0 : rounded(number, round);
 }
 
 // Filters w (taps, C, F) as right operands of convolutions: (taps, wide, F), zeros from channel C
@@ -128,14 +121,14 @@ filters(const float* weights, float* forms, const int* table, int round)
     }
 }
 
-// y = Σ_z parts[z] in the order of z, + bias, then with relu max(y, 0), where a NaN stays; parts
-// (Z, total). The threads beyond total add the rows of `sums` (shares, cols), which go to db. The
-// end of a split convolution, of a filter gradient, and of a product, which is one part and stays
-// in place. Called by gpu._reduce.
+// y = Σ_z parts[z] in the order of z, + bias, then with relu max(y, 0), where a NaN stays, then 0
+// where a gate (total) is not positive; parts (Z, total). The threads beyond total add the rows of
+// `sums` (shares, cols), which go to db. The end of a split convolution, of a filter gradient, and
+// of a product, which is one part and stays in place. Called by gpu._reduce.
 extern "C" __global__ void
-reduce(const float* parts, float* y, const float* bias, const float* sums, float* db,
-       unsigned threads, unsigned total, int count, int cols, int pitch, int shares, int relu,
-       int round)
+reduce(const float* parts, float* y, const float* bias, const float* gate, const float* sums,
+       float* db, unsigned threads, unsigned total, int count, int cols, int pitch, int shares,
+       int relu, int round)
 {
     const unsigned index = index_of_thread();
     if (index >= threads) return;
@@ -149,6 +142,7 @@ reduce(const float* parts, float* y, const float* bias, const float* sums, float
         return;
     }
     if (bias) sum += bias[index % cols];
+    if (gate && !(gate[index] > 0)) sum = 0;
     y[static_cast<long long>(index / cols) * pitch + index % cols] =
         rounded(relu && sum < 0 ? 0 : sum, round);
 }

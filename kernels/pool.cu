@@ -5,9 +5,10 @@
 //
 // A thread makes the numbers of VEC neighbouring channels, 4 or 1; the next thread those beside, so
 // every access is coalesced. The backward pass gathers: nothing is added atomically. A maximum
-// leaves its `place` in the window, one byte: the first's where several tie, NOWHERE for a NaN;
-// without it this is the average. A window of the maximum may hang over the edge, one of the
-// average may not. Arrays are dense and hold less than 2^31 numbers. Called by gpu._pool.
+// leaves its `place` in the window, one byte: the first's where several tie, NOWHERE for a NaN and,
+// if x is gated, a maximum that is not positive; without it this is the average, and a gate is x
+// itself. A window of the maximum may hang over the edge, one of the average may not. Arrays are
+// dense and hold less than 2^31 numbers. Called by gpu._pool.
 
 #define NOWHERE 255
 struct alignas(4 * VEC) Floats { float at[VEC]; };
@@ -48,7 +49,8 @@ static_assert(sizeof(Window) == WINDOW_BYTES, "gpu.WINDOW has the same fields");
 __device__ unsigned index_of_thread() { return blockIdx.x * blockDim.x + threadIdx.x; }
 
 extern "C" __global__ void
-pool_forward(const Floats* x, Floats* y, Places* place, unsigned total, const Window at, int round)
+pool_forward(const Floats* x, Floats* y, Places* place, unsigned total, const Window at, int gated,
+             int round)
 {
     const unsigned index = index_of_thread();
     if (index >= total) return;
@@ -69,14 +71,17 @@ pool_forward(const Floats* x, Floats* y, Places* place, unsigned total, const Wi
             }
             first = false;
         }
-    for (int e = 0; e < VEC; e++)
+    for (int e = 0; e < VEC; e++) {
         sum.at[e] = rounded(sum.at[e] / (at.kernel * at.kernel), round);
+        if (gated && !(most.at[e] > 0)) where.at[e] = NOWHERE;
+    }
     y[index] = place ? most : sum;
     if (place) place[index] = where;
 }
 
 extern "C" __global__ void
-pool_backward(const Floats* dy, Floats* dx, const Places* place, unsigned total, const Window at)
+pool_backward(const Floats* dy, Floats* dx, const Places* place, unsigned total, const Window at,
+              const Floats* gate, int round)
 {
     const unsigned index = index_of_thread();
     if (index >= total) return;
@@ -92,5 +97,7 @@ pool_backward(const Floats* dy, Floats* dx, const Places* place, unsigned total,
                 if (!place) sum.at[e] += given.at[e] / (at.kernel * at.kernel);
                 else if (where.at[e] == at.place(i, j, oi, oj)) sum.at[e] += given.at[e];
         }
+    for (int e = 0; e < VEC; e++)
+        sum.at[e] = gate && !(gate[index].at[e] > 0) ? 0 : rounded(sum.at[e], round);
     dx[index] = sum;
 }
