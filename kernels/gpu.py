@@ -138,12 +138,14 @@ def _dense(*arrays, dtype=np.float32):
 
 def _pitch(x):
     """Numbers from a row of x (…, C) to the next; x may be a slice of a wider array's channels."""
+    if x.flags.c_contiguous:
+        _dense(x)
+        return x.shape[-1]
     whole = x.strides[0] // 4 * len(x)                              # numbers, with what is beside x
-    evenly = x.dtype == np.float32 and x.strides[-1] == x.itemsize and whole < 1 << 31 and all(
-        step == n * within for step, within, n in zip(x.strides, x.strides[1:-1], x.shape[1:]))
-    if not evenly:
-        _dense(x)                                   # perhaps with an axis of one, of any stride
-    return x.strides[-2] // x.itemsize if evenly else x.shape[-1]
+    if x.dtype != np.float32 or x.strides[-1] != 4 or whole >= 1 << 31 or any(
+            step != n * within for step, within, n in zip(x.strides, x.strides[1:-1], x.shape[1:])):
+        _dense(x)                                                   # says what is wrong
+    return x.strides[-2] // 4
 
 
 def _fits(arrays, *numbers):
