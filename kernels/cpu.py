@@ -373,31 +373,32 @@ def _power(s, beta):
 
 def lrn_forward(x, size=5, k=2.0, alpha=1e-4, beta=0.75):
     """y = x / (k + α Σ x²)^β, the sum over `size` neighbouring channels (size is odd)."""
-    y = np.empty_like(x)
+    y, pixels = np.empty(x.shape, x.dtype), x.reshape(-1, x.shape[-1])
 
     def work(start, stop):
-        part = x[start:stop]
+        part = pixels[start:stop]
         scale = k + alpha * _window_sum(part * part, size)
-        np.multiply(part, _power(scale, beta), out=y[start:stop])
+        np.multiply(part, _power(scale, beta), out=y.reshape(pixels.shape)[start:stop])
 
-    _pool.chunks(len(x), 1, work)
+    _pool.chunks(len(pixels), 2 * FLAT_CHUNK // x.shape[-1], work)
     return y
 
 
 def lrn_backward(dy, x, size=5, k=2.0, alpha=1e-4, beta=0.75, gated=False):
     """dx_c = dy_c s_c^-β - 2αβ x_c Σ_{c' near c} dy_c' x_c' s_c'^(-β-1), with s = k + α Σ x²."""
-    dx = np.empty_like(x)
+    dx, pixels = np.empty(x.shape, x.dtype), x.reshape(-1, x.shape[-1])
+    flat_dx, flat_dy = dx.reshape(pixels.shape), dy.reshape(pixels.shape)
 
     def work(start, stop):
-        part, d = x[start:stop], dy[start:stop]
+        part = pixels[start:stop]
         scale = k + alpha * _window_sum(part * part, size)
-        power = _power(scale, beta)
-        near = _window_sum(d * part * power / scale, size)
-        dx[start:stop] = d * power - 2 * alpha * beta * part * near
+        own = flat_dy[start:stop] * _power(scale, beta)
+        near = _window_sum(own * part / scale, size)
+        np.subtract(own, 2 * alpha * beta * part * near, out=flat_dx[start:stop])
         if gated:
-            dx[start:stop] *= part > 0
+            flat_dx[start:stop] *= part > 0
 
-    _pool.chunks(len(x), 1, work)
+    _pool.chunks(len(pixels), 2 * FLAT_CHUNK // x.shape[-1], work)
     return dx
 
 
