@@ -19,7 +19,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from .philox import DROPOUT, philox
 
-PATCH_BYTES = 9 << 20       # patches one thread multiplies at a time: they stay in a 32 MB L3 cache
+PATCH_BYTES = 2 << 20       # patches one thread multiplies at a time: they stay in the cache
 TILE_BYTES = 1 << 20        # … and tiles that Winograd's algorithm multiplies
 POOL_BYTES = 4 << 20        # images one thread pools at a time: fewer would leave Python the limit
 FLAT_CHUNK = 1 << 17        # numbers per chunk of an elementwise pass: the arrays stay in cache
@@ -124,7 +124,8 @@ def _patches(x, kh, kw, stride, oh, ow):
     n, _, _, c = x.shape
     sn, sh, sw, _ = x.strides                   # NumPy does not care for the stride of one channel
     view = as_strided(x, (n, oh, ow, kh, kw * c), (sn, sh * stride, sw * stride, sh, x.itemsize))
-    return view.reshape(n * oh * ow, kh * kw * c)                   # a copy: KH runs of KW*C
+    runs = view.view((np.void, kw * c * x.itemsize))                # KH runs of KW*C, each copied …
+    return np.ascontiguousarray(runs).view(x.dtype).reshape(-1, kh * kw * c)    # … as a whole
 
 
 def _input_patches(x, w_shape, stride, pad, oh, ow):
@@ -243,7 +244,8 @@ def conv_backward_filter(x, dy, w_shape, stride=1, pad=0, out=(None, None)):
     """
     n, oh, ow, f = dy.shape
     tiles, rows = _is_winograd(w_shape, stride, pad), int(np.prod(w_shape[:3]))
-    size = _chunk_size(n, oh * ow * rows * x.itemsize, limit=2 * PATCH_BYTES)
+    most = np.clip(16 * rows * f * x.itemsize, PATCH_BYTES, 9 * PATCH_BYTES)    # dw is added up
+    size = _chunk_size(n, oh * ow * rows * x.itemsize, most)
     if tiles:
         size = _chunk_size(n, oh * ow * 9 * max(w_shape[2:]) // 4 * x.itemsize, TILE_BYTES)
 
