@@ -34,11 +34,16 @@ class Pass(NamedTuple):
 
 
 class Layer:
-    """What all layers share."""
+    """What all layers share.
+
+    A ReLU, y = max(s, 0), lets the gradient through where y > 0. The layer after it sees to that
+    when it makes its dx, whose gate is its x, the ReLU's y. So a layer that ends in a ReLU is given
+    the gradient of s.
+    """
 
     needs_dx = True                     # the first layer's dx is nobody's input
-    relu = False                        # whether y = max(…, 0), as Network tells the next layer:
-    gated = False                       # … whether its x is such a y, so that dx counts where x > 0
+    relu = False                        # whether it ends in a ReLU
+    gated = False                       # whether its x comes out of one: see Network
     shapes = {}                         # of the parameters, by name; gradients are d + name
     parts = ()                          # the networks that the layer is made of, if it is
     x = None                            # what is kept for the backward pass
@@ -54,7 +59,7 @@ class Layer:
 
     @property
     def gate(self):
-        """x, if a ReLU made it: max(s, 0) has no gradient where it is 0."""
+        """x, if a ReLU made it, or None."""
         return self.x if self.gated else None
 
     def walk(self, path):
@@ -75,12 +80,13 @@ class Conv(Layer):
         return kernels.conv_forward(x, self.w, self.b, self.stride, self.pad, self.relu, out)
 
     def backward(self, dy):
-        # dy (N, OH, OW, F) is the gradient of x * w + b, which is linear in x, w and b
+        # dy (N, OH, OW, F) is that of x * w + b, which is linear in x, w and b
         window = self.stride, self.pad
         self.dw, self.db = kernels.conv_backward_filter(self.x, dy, self.w.shape, *window,
                                                         out=(self.dw, self.db))
         if self.needs_dx:
-            return kernels.conv_backward_input(dy, self.w, self.x.shape, *window, self.gate)
+            return kernels.conv_backward_input(
+                dy, self.w, self.x.shape, *window, self.gate)       # (N, H, W, C)
 
 
 class Linear(Layer):
@@ -94,7 +100,7 @@ class Linear(Layer):
         return kernels.matmul(x, self.w, bias=self.b, relu=self.relu)           # (N, E)
 
     def backward(self, dy):
-        # dy is the gradient of x w + b, so dw = xᵀ dy and dx = dy wᵀ
+        # dy (N, E) is that of x w + b, so dw = xᵀ dy and dx = dy wᵀ
         self.dw = kernels.matmul(self.x.T, dy, out=self.dw)         # (D, E)
         self.db = kernels.column_sums(dy, out=self.db)              # (E,)
         if self.needs_dx:
@@ -230,7 +236,7 @@ class Concat(Layer):
     def backward(self, dy):
         # every branch saw the same x, so its gradients add up
         return kernels.sum_gradients([branch.backward(dy[..., mine]) for branch, mine in
-                                      zip(self.parts, self.slices)], self.gate)
+                                      zip(self.parts, self.slices)], self.gate)     # (N, H, W, C)
 
 
 class Head(Layer):
@@ -255,10 +261,7 @@ class Head(Layer):
 # --------------------------------------------------------------------------------- networks
 
 class Network:
-    """Layers one after the other, by name: rows of (name, layer).
-
-    A ReLU's derivative is taken where its gradient is made: by the layer after it, as its gate.
-    """
+    """Layers one after the other, by name: rows of (name, layer)."""
 
     def __init__(self, rows, needs_dx=False):
         self.layers, (_, before) = dict(rows), rows[0]
@@ -312,10 +315,7 @@ class Network:
         return x
 
     def backward(self, dy, done=lambda layer: None):
-        """All gradients, last layer first, each told to done(layer); the first dx if needed.
-
-        dy: ∂ℓ of the last layer's y, or if that has a ReLU, of what this is taken of.
-        """
+        """All gradients, last layer first, each told to done(layer); the first dx if needed."""
         for layer in reversed(self.layers.values()):
             dy = layer.backward(dy)
             done(layer)

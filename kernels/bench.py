@@ -535,6 +535,7 @@ def loader(options):
     names = sorted(os.listdir(options.images))[:options.photos]
     paths = [os.path.join(options.images, name) for name in names]
     n = options.batch
+    step = our_step(options.beside, n, options.words) if options.beside else lambda: None
 
     def ours():
         plans = (data.Listed(range(i, min(i + n, len(names)))) for i in range(0, len(names), n))
@@ -543,6 +544,7 @@ def loader(options):
             for _, photos in mine.batches(plans):
                 where = data.centre(len(photos), recipe.size - recipe.crop)
                 kernels.prepare(photos, *where, recipe.crop)
+                step()
 
     rivals, labels = [ours], ["weak.py"]
     try:
@@ -550,15 +552,21 @@ def loader(options):
         from torch.utils.data import DataLoader
         torch.set_num_threads(kernels.threads())
         labels.append(f"PyTorch {torch.__version__} DataLoader")
-        rivals.append(lambda: [None for _ in DataLoader(
+        rivals.append(lambda: [step() for _ in DataLoader(
             Photos(paths, recipe), batch_size=n, num_workers=options.workers)])
     except ImportError:
         print("PyTorch is not installed: no comparison")
+    if options.beside:
+        labels.append(f"training {options.beside} alone")
+        rivals.append(lambda: [step() for _ in range(0, len(names), n)])
     times = timed(*rivals, rounds=options.rounds, each=1)
     print(f"{len(names):,} photos for {options.network}, {options.workers} workers, starting them "
           f"included, median of {options.rounds}")
     for label, seconds in zip(labels, times):
         print(f"{label:34}{len(names) / seconds:8.0f} photos/s")
+    if options.beside:
+        print("beside training a photo takes more than alone, microseconds:", ", ".join(
+            f"{(seconds - times[-1]) / len(names) * 1e6:.0f}" for seconds in times[:-1]))
 
 
 def write_yfcc(path, count, columns=25, vocabulary=200_000, pack=open):
@@ -649,6 +657,7 @@ def main():
     top.add_argument("--words", type=int, help="K; if not given 1000, for bounds 100000")
     top.add_argument("--rounds", type=int, default=5, help="turns of each")
     top.add_argument("--images", default=".", help="photos for the loader")
+    top.add_argument("--beside", choices=model.NETWORKS, help="… while that network trains")
     top.add_argument("--photos", type=int, default=1000, help="how many of them")
     top.add_argument("--workers", type=int, default=2,
                      help="our threads, and PyTorch's processes, that decode")

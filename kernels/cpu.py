@@ -375,33 +375,34 @@ def _power(s, beta):
 
 def lrn_forward(x, size=5, k=2.0, alpha=1e-4, beta=0.75):
     """y = x / (k + α Σ x²)^β, the sum over `size` neighbouring channels (size is odd)."""
-    y, pixels = np.empty(x.shape, x.dtype), x.reshape(-1, x.shape[-1])
+    pixels = x.reshape(-1, x.shape[-1])
+    y = np.empty(pixels.shape, x.dtype)
 
     def work(start, stop):
         part = pixels[start:stop]
         scale = k + alpha * _window_sum(part * part, size)
-        np.multiply(part, _power(scale, beta), out=y.reshape(pixels.shape)[start:stop])
+        np.multiply(part, _power(scale, beta), out=y[start:stop])
 
     _pool.chunks(len(pixels), 2 * FLAT_CHUNK // x.shape[-1], work)
-    return y
+    return y.reshape(x.shape)
 
 
 def lrn_backward(dy, x, size=5, k=2.0, alpha=1e-4, beta=0.75, gated=False):
     """dx_c = dy_c s_c^-β - 2αβ x_c Σ_{c' near c} dy_c' x_c' s_c'^(-β-1), with s = k + α Σ x²."""
-    dx, pixels = np.empty(x.shape, x.dtype), x.reshape(-1, x.shape[-1])
-    flat_dx, flat_dy = dx.reshape(pixels.shape), dy.reshape(pixels.shape)
+    pixels, d = x.reshape(-1, x.shape[-1]), dy.reshape(-1, x.shape[-1])
+    dx = np.empty(pixels.shape, x.dtype)
 
     def work(start, stop):
         part = pixels[start:stop]
         scale = k + alpha * _window_sum(part * part, size)
-        own = flat_dy[start:stop] * _power(scale, beta)
+        own = d[start:stop] * _power(scale, beta)
         near = _window_sum(own * part / scale, size)
-        np.subtract(own, 2 * alpha * beta * part * near, out=flat_dx[start:stop])
+        np.subtract(own, 2 * alpha * beta * part * near, out=dx[start:stop])
         if gated:
-            flat_dx[start:stop] *= part > 0
+            dx[start:stop] *= part > 0
 
     _pool.chunks(len(pixels), 2 * FLAT_CHUNK // x.shape[-1], work)
-    return dx
+    return dx.reshape(x.shape)
 
 
 # --------------------------------------------------------------- sums, dropout and photos
