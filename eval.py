@@ -207,9 +207,12 @@ def predict(table, x):
 
 
 def choose_penalty(x, y, held, goodness):
-    """The fit to all with the λ whose fit to the rest is best on those held (N,), and that λ."""
-    table, best = None, (-np.inf,)
-    for penalty in PENALTIES:
+    """The fit to all with the λ whose fit to the rest is best on those held (N,), and that λ.
+
+    With one photo a class nothing can be held, and λ is the middle one.
+    """
+    table, best = None, (-np.inf, PENALTIES[len(PENALTIES) // 2])
+    for penalty in PENALTIES if held.any() else ():
         table = fit(x[~held], y[~held], penalty, table)             # from that of a stronger λ
         value = goodness(predict(table, x[held]), y[held])
         if value > best[0]:
@@ -574,7 +577,7 @@ CAPTIONS = {"--captions": dict(metavar="FILE", help="captions; the run's if not 
 FONT = {"--font": dict(type=Fonts, metavar="FILE", help="of words; else any with their letters")}
 SPLITTING = {"--splits": dict(type=number(int, 1, 10_000), default=10, help="random splits"),
              "--train-share": dict(type=number(float, 0, 1), default=0.5, help="of each class"),
-             "--train-per-class": dict(type=number(int, 2), help="instead: so many photos"),
+             "--train-per-class": dict(type=number(int, 1), help="instead: so many photos"),
              "--seed": dict(type=number(int, 0, below=2**63), default=0, help="of the splits")}
 MAPPING = {"--limit": dict(type=number(int, 10, 100_000), default=2000, help="points at most"),
            "--perplexity": dict(type=number(float, 1), default=30, help="how many are near, about"),

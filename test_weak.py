@@ -2241,6 +2241,8 @@ def test_penalty_is_chosen_on_held_out_photos(rng):
         return -float(np.abs(scores).sum())                         # the strongest has the least
     _, penalty = evaluation.choose_penalty(x, y, held, goodness)
     assert penalty == evaluation.PENALTIES[0] and seen == {int(held.sum())}
+    _, penalty = evaluation.choose_penalty(x, y, held & False, goodness)
+    assert penalty == evaluation.PENALTIES[3] and len(seen) == 1    # none held: one photo a class
 
 
 def test_voc_average_precision_is_worked_out_by_hand():
