@@ -209,9 +209,9 @@ def predict(table, x):
 def choose_penalty(x, y, held, goodness):
     """The fit to all with the λ whose fit to the rest is best on those held (N,), and that λ.
 
-    With one photo a class nothing can be held, and λ is the middle one.
+    With one photo a class nothing can be held, and λ is 10⁻⁴.
     """
-    table, best = None, (-np.inf, PENALTIES[len(PENALTIES) // 2])
+    table, best = None, (-np.inf, 1e-4)
     for penalty in PENALTIES if held.any() else ():
         table = fit(x[~held], y[~held], penalty, table)             # from that of a stronger λ
         value = goodness(predict(table, x[held]), y[held])
@@ -929,7 +929,7 @@ def extract_views(options, names):
 def list_splits(labels, options):
     """(name, classes (N,), photos to train on, photos to test on) of each random split."""
     classes, y = np.unique(labels, return_inverse=True)
-    counts, least = np.bincount(y, minlength=1), max(3, (options.train_per_class or 0) + 1)
+    counts, least = np.bincount(y, minlength=1), (options.train_per_class or 2) + 1
     if len(classes) < 2 or counts.min() < least:
         found = ", ".join(f"{name} {count}" for name, count in zip(classes, counts)) or "none"
         raise ValueError(f"--images: two or more sub-folders of {least} or more photos are needed, "

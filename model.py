@@ -36,9 +36,9 @@ class Pass(NamedTuple):
 class Layer:
     """What all layers share.
 
-    A ReLU, y = max(s, 0), lets the gradient through where y > 0. The layer after it sees to that
-    when it makes its dx, whose gate is its x, the ReLU's y. So a layer that ends in a ReLU is given
-    the gradient of s.
+    A ReLU, y = max(s, 0), lets the gradient through where y > 0. The layer after it sees to that:
+    its dx is 0 where its x, which is this y, is not positive. So `backward` of a layer that ends
+    in a ReLU is given the gradient of s, and that of a network whose last layer does.
     """
 
     needs_dx = True                     # the first layer's dx is nobody's input
@@ -59,7 +59,7 @@ class Layer:
 
     @property
     def gate(self):
-        """x, if a ReLU made it, or None."""
+        """x, if a ReLU made it and it is kept, or None."""
         return self.x if self.gated else None
 
     def walk(self, path):
@@ -223,6 +223,7 @@ class Concat(Layer):
     def __init__(self, *branches):
         self.parts = [Network([(f"{i}.{j}", layer) for j, layer in enumerate(branch)], True)
                       for i, branch in enumerate(branches)]         # their paths: 0.0, 1.0, …
+        assert all(branch.output.relu for branch in self.parts)
         stops = np.cumsum([0] + [branch.output.shapes["b"][0] for branch in self.parts])
         self.slices = [slice(a, b) for a, b in zip(stops, stops[1:])]
 
@@ -266,7 +267,7 @@ class Network:
     def __init__(self, rows, needs_dx=False):
         self.layers, (_, before) = dict(rows), rows[0]
         for _, layer in rows[1:]:
-            passes = isinstance(before, (Flatten, Dropout, Head))   # positive where its x is
+            passes = isinstance(before, (Flatten, Dropout))         # positive where its x is
             before, layer.gated = layer, before.gated if passes else before.relu
         self.first, self.output = rows[0][1], rows[-1][1]
         self.heads = [layer for layer in self.layers.values() if isinstance(layer, Head)]
@@ -324,7 +325,7 @@ class Network:
     def bytes_per_image(self, size, crop):
         """Device memory that one image of a batch takes in a training step.
 
-        Every layer's input stays for the backward pass, which holds up to three gradients as large
+        Most layers' inputs stay for the backward pass, which holds up to three gradients as large
         as the largest; the photo is there twice, on its way and in use.
         """
         x = kernels.prepare(np.zeros((1, size, size, 3), np.uint8), [0], [0], [False], crop)

@@ -124,8 +124,9 @@ def _patches(x, kh, kw, stride, oh, ow):
     n, _, _, c = x.shape
     sn, sh, sw, _ = x.strides                   # NumPy does not care for the stride of one channel
     view = as_strided(x, (n, oh, ow, kh, kw * c), (sn, sh * stride, sw * stride, sh, x.itemsize))
-    runs = view.view((np.void, kw * c * x.itemsize))                # KH runs of KW*C, each copied …
-    return np.ascontiguousarray(runs).view(x.dtype).reshape(-1, kh * kw * c)    # … as a whole
+    # KH runs of KW*C numbers; as one item each, because NumPy copies item by item
+    runs = np.ascontiguousarray(view.view((np.void, kw * c * x.itemsize)))
+    return runs.view(x.dtype).reshape(-1, kh * kw * c)
 
 
 def _input_patches(x, w_shape, stride, pad, oh, ow):
@@ -215,7 +216,7 @@ def conv_backward_input(dy, w, x_shape, stride=1, pad=0, gate=None):
 
     A convolution again: dy, its pixels `stride` apart, with the filters turned round.
     dy (N, OH, OW, F), w (KH, KW, C, F) -> (N, H, W, C), which is x_shape. Here and below dy may be
-    a channel slice, and a gate is the x, if a ReLU made it: dx is 0 where it is not positive.
+    a channel slice, and a gate is the x, if a ReLU made it: dx counts times (gate > 0).
     """
     kh, kw, c, f = w.shape
     n, h, width, _ = x_shape
@@ -244,7 +245,8 @@ def conv_backward_filter(x, dy, w_shape, stride=1, pad=0, out=(None, None)):
     """
     n, oh, ow, f = dy.shape
     tiles, rows = _is_winograd(w_shape, stride, pad), int(np.prod(w_shape[:3]))
-    most = np.clip(16 * rows * f * x.itemsize, PATCH_BYTES, 9 * PATCH_BYTES)    # dw is added up
+    # large beside dw, to which each chunk adds
+    most = np.clip(16 * rows * f * x.itemsize, PATCH_BYTES, 9 * PATCH_BYTES)
     size = _chunk_size(n, oh * ow * rows * x.itemsize, most)
     if tiles:
         size = _chunk_size(n, oh * ow * 9 * max(w_shape[2:]) // 4 * x.itemsize, TILE_BYTES)
@@ -318,7 +320,8 @@ def max_pool_forward(x, kernel, stride, pad=0, ceil=False, gated=False):
             larger *= np.uint8(number)                              # numbers grow from tap to tap
             np.maximum(where[outs], larger, out=where[outs])
             np.maximum(part[outs], x[start:stop][ins], out=part[outs])
-        where |= -(~(part > 0) if gated else np.isnan(part)).view(np.uint8)     # 255 where true
+        nowhere = ~(part > 0) if gated else np.isnan(part)
+        where |= -nowhere.view(np.uint8)                            # 255 where true
 
     _pool.chunks(n, _chunk_size(n, x[0].nbytes, POOL_BYTES), work)
     return y, place
@@ -383,7 +386,7 @@ def lrn_forward(x, size=5, k=2.0, alpha=1e-4, beta=0.75):
         scale = k + alpha * _window_sum(part * part, size)
         np.multiply(part, _power(scale, beta), out=y[start:stop])
 
-    _pool.chunks(len(pixels), 2 * FLAT_CHUNK // x.shape[-1], work)
+    _pool.chunks(len(pixels), max(1, 2 * FLAT_CHUNK // x.shape[-1]), work)
     return y.reshape(x.shape)
 
 
@@ -401,14 +404,14 @@ def lrn_backward(dy, x, size=5, k=2.0, alpha=1e-4, beta=0.75, gated=False):
         if gated:
             dx[start:stop] *= part > 0
 
-    _pool.chunks(len(pixels), 2 * FLAT_CHUNK // x.shape[-1], work)
+    _pool.chunks(len(pixels), max(1, 2 * FLAT_CHUNK // x.shape[-1]), work)
     return dx.reshape(x.shape)
 
 
 # --------------------------------------------------------------- sums, dropout and photos
 
 def sum_gradients(terms, gate=None):
-    """Σ terms, up to four arrays (N, …), in the memory of the first; 0 where a gate closes.
+    """Σ terms, up to four arrays (N, …), times (gate > 0), in the memory of the first.
 
     The gradients of all that read the same x add up; that of one is only gated.
     """

@@ -142,7 +142,7 @@ def _pitch(x):
         _dense(x)
         return x.shape[-1]
     whole = x.strides[0] // 4 * len(x)                              # numbers, with what is beside x
-    if x.dtype != np.float32 or x.strides[-1] != 4 or whole >= 1 << 31 or any(
+    if x.dtype != np.float32 or x.strides[-1] != 4 and x.shape[-1] > 1 or whole >= 1 << 31 or any(
             step != n * within for step, within, n in zip(x.strides, x.strides[1:-1], x.shape[1:])):
         _dense(x)                                                   # says what is wrong
     return x.strides[-2] // 4
@@ -150,7 +150,8 @@ def _pitch(x):
 
 def _fits(arrays, *numbers):
     """Whether 16 bytes at a time can be read: counts are multiples of 4, addresses of 16."""
-    return all(n % 4 == 0 for n in numbers) and all(x.data.ptr % 16 == 0 for x in arrays)
+    return all(n % 4 == 0 for n in numbers) and all(
+        x is None or x.data.ptr % 16 == 0 for x in arrays)
 
 
 def divisor(d):
@@ -304,7 +305,7 @@ def column_sums(x, out=None):
 
 
 def _reduce(parts, y, bias=None, relu=False, gate=None, round=False, sums=None, db=None):
-    """y (…, E) = Σ of parts (Z, y.size), if any, + bias, ReLU, gate; db (E,) = Σ of sums (M, E)."""
+    """y (…, E) = Σ of parts (Z, y.size), if any, + bias, gate, ReLU; db (E,) = Σ of sums (M, E)."""
     total = 0 if parts is None else y.size
     threads = total + (0 if db is None else db.size)
     _each("pointwise.cu", "reduce", threads, (
@@ -336,9 +337,8 @@ def max_pool_forward(x, kernel, stride, pad=0, ceil=False, gated=False, average=
 
 def max_pool_backward(dy, place, x_shape, kernel, stride, pad=0, gate=None):
     """A gather, by the places if there are any."""
-    _dense(gate)
-    return _pool("pool_backward", (dy, _empty(x_shape)), place, (x_shape, dy.shape),
-                 (kernel, stride, pad), gate, "tf32")
+    return _pool("pool_backward", (dy, _empty(x_shape), gate), place, (x_shape, dy.shape),
+                 (kernel, stride, pad), "tf32")
 
 
 def avg_pool_forward(x, kernel, stride):
@@ -403,9 +403,9 @@ def sum_gradients(terms, gate=None):
     """A thread for each number, if there is anything to do."""
     _dense(*terms, gate)
     total = terms[0].size if gate is not None or len(terms) > 1 else 0
-    _each("pointwise.cu", "sum_gradients", total, (
-        *terms, *[None] * (4 - len(terms)), gate, total, "tf32"))
-    return terms[0]
+    one, two, three, four = [*terms, *[None] * (4 - len(terms))]    # ValueError: five
+    _each("pointwise.cu", "sum_gradients", total, (one, two, three, four, gate, total, "tf32"))
+    return one
 
 
 # ------------------------------------------------------------------- products, loss, update

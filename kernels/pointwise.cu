@@ -121,8 +121,8 @@ filters(const float* weights, float* forms, const int* table, int round)
     }
 }
 
-// y = Σ_z parts[z] in the order of z, + bias, then with relu max(y, 0), where a NaN stays, then 0
-// where a gate (total) is not positive; parts (Z, total). The threads beyond total add the rows of
+// y = Σ_z parts[z] in the order of z, + bias, 0 where a gate (total) is not positive, then with
+// relu max(y, 0), where a NaN stays; parts (Z, total). The threads beyond total add the rows of
 // `sums` (shares, cols), which go to db. The end of a split convolution, of a filter gradient, and
 // of a product, which is one part and stays in place. Called by gpu._reduce.
 extern "C" __global__ void

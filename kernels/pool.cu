@@ -80,8 +80,8 @@ pool_forward(const Floats* x, Floats* y, Places* place, unsigned total, const Wi
 }
 
 extern "C" __global__ void
-pool_backward(const Floats* dy, Floats* dx, const Places* place, unsigned total, const Window at,
-              const Floats* gate, int round)
+pool_backward(const Floats* dy, Floats* dx, const Floats* gate, const Places* place,
+              unsigned total, const Window at, int round)
 {
     const unsigned index = index_of_thread();
     if (index >= total) return;
