@@ -116,7 +116,7 @@ def make_parser():
     add = parser.add_argument_group("training").add_argument
     add("--batch", type=number(int, 1), help="photos a step; if not given the network's")
     add("--lr", type=number(float, above=0), help="first learning rate; if not given the "
-        "network's, over √n where all words of a photo, n on average, are targets")
+        "network's, times 0.8 / √n where n words of a photo, on average, are targets")
     add("--momentum", type=number(float, 0, below=1), default=MOMENTUM, help="of SGD")
     add("--weight-decay", type=number(float, 0), default=DECAY, help="of SGD, not for biases")
     add("--epoch-size", type=number(int, 1), help="photos an epoch; if not given as many as there "
@@ -228,8 +228,9 @@ def read_captions(options, ranks=several.Alone()):
     options.stop_words = index.facts["stop_words"]
     describe_index(index, options)
     rate = model.NETWORKS[options.network].lr
-    if options.sampling == "image" or options.positives == "all":   # n targets a photo add up:
-        rate = float(f"{rate / math.sqrt(index.labels / len(index)):.3g}")      # over √n
+    if options.sampling == "image" or options.positives == "all":
+        targets = index.share(options.sampling, options.positives).sum()        # of a row
+        rate = float(f"{0.8 * rate / math.sqrt(targets):.2g}")      # as 1 / √targets diverged
     options.lr = options.lr or rate
     print(f"first learning rate: {options.lr:g}")
     if options.lr < options.min_lr:
