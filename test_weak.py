@@ -1140,7 +1140,7 @@ def test_rate_rule_goes_on_after_a_resume(mine, train, losses):
 
 
 @pytest.mark.parametrize("options, rate", [
-    (["--sampling", "image"], 0.0076), (["--positives", "all"], 0.0076), ([], 0.02),
+    (["--sampling", "image"], 0.0076), (["--positives", "all"], 0.0072), ([], 0.02),
     (["--positives", "balanced"], 0.02), (["--sampling", "image", "--lr", 0.01], 0.01)])
 def test_default_rate_is_by_the_number_of_targets_and_kept(options, rate, mine, train):
     out = train(*mine, *options, "--epoch-size", 16, "--epochs", 1, "--out", "r")
