@@ -840,12 +840,6 @@ def search_photos(options, show):
     return {"words": best, "photos": len(found), "skipped": skipped}
 
 
-def check_layer(net, layer):
-    """ValueError unless the network has the layer, or none is asked for."""
-    if layer is not None and layer not in net.layers:
-        raise ValueError(f"--layer {layer} is none of {', '.join(net.layers)}")
-
-
 @command("features", FOLDER | name_output("--out", ".npz") | {
     "--layer": dict(help="of that name, all its pixels; the last hidden one if not given"),
     "--crops": dict(type=int, choices=(1, 10), default=1,
@@ -854,7 +848,6 @@ def write_features(options, show):
     """Features of a folder's photos, one crop or the mean of ten, into an .npz with their names."""
     run, names = Trained(options.model), data.list_photos(options.images)
     net, crop = run.net, run.recipe.crop
-    check_layer(net, options.layer)
     def write(x, pixels, _):
         crops, n, spare = [x], len(pixels), pixels.shape[1] - crop
         if options.crops == 10:
@@ -915,7 +908,6 @@ def extract_views(options, names):
     """{view: (N, D)} of the photos by each of VIEWS, the names of those found, the skipped."""
     run = Trained(options.model)
     nets = run.net, run.recipe.build(len(run.words), 0).init(run.options["seed"])
-    check_layer(run.net, options.layer)
     def compute(x, pixels, _):
         raw = [np.asarray(Image.fromarray(photo).resize((RAW, RAW), Image.Resampling.BOX)).ravel()
                for photo in pixels]

@@ -310,6 +310,8 @@ class Network:
 
     def features(self, x, last=None):
         """The last hidden layer e = f(x; θ), (N, E), or what the layer called `last` gives (§3)."""
+        if last and last not in self.layers:
+            raise ValueError(f"the layer {last} is none of {', '.join(self.layers)}")
         stop = list(self.layers).index(last) + 1 if last else -1
         for layer in list(self.layers.values())[:stop]:
             x = layer.forward(x, Pass())
