@@ -131,9 +131,10 @@ class Output(Layer):
 
     def backward(self, ds):
         # s = e wᵀ + b, so dw = dsᵀ e and de = ds w
-        same = self.dw is not None and len(self.dw) == ds.shape[1]  # new memory costs page faults
-        self.dw = kernels.matmul(ds.T, self.x, out=self.dw if same else None)   # (K, E)
-        self.db = kernels.column_sums(ds)                           # (K,)
+        if self.dw is None or len(self.dw) != ds.shape[1]:          # so many classes as never before
+            self.dw = self.db = None
+        self.dw = kernels.matmul(ds.T, self.x, out=self.dw)         # (K, E)
+        self.db = kernels.column_sums(ds, out=self.db)              # (K,)
         return kernels.sum_gradients([kernels.matmul(ds, self.used)], self.gate)        # (N, E)
 
 
@@ -480,33 +481,33 @@ def training_loss(net, s, labels, loss):
 class SGD:
     """v ← μ v + dw + λ w; w ← w - η v. The decay λ is for weights, not for biases.
 
-    The weights of all layers become parts of one array, and so do biases, velocities and gradients:
-    a step is one pass. Output layers stay apart. Of one that was given the classes of a batch, only
-    their rows move: the others keep weights and velocities, as if no time had passed for them.
+    All weights, then all biases, become parts of one array, and so do velocities and gradients: a
+    step is one pass. If `sparse`, output layers stay apart, and only the rows of a batch's classes
+    move: the others keep weights and velocities, as if no time had passed for them.
     """
 
-    def __init__(self, net, momentum, decay):
-        self.momentum, self.decay, self.v, self.passes = momentum, {"w": decay, "b": 0}, {}, []
-        self.outputs = [row for row in net.parameters() if isinstance(row[1], Output)]
-        for name in self.decay:
-            rows = [row for row in net.parameters() if row[2] == name and row not in self.outputs]
-            w = np.concatenate([getattr(layer, name).reshape(-1) for _, layer, _ in rows])
-            v, dw, end = np.zeros_like(w), np.empty_like(w), 0
-            for path, layer, _ in rows:
-                shape, end, start = layer.shapes[name], end + getattr(layer, name).size, end
-                self.v[path] = v[start:end].reshape(shape)
-                setattr(layer, name, w[start:end].reshape(shape))
-                setattr(layer, "d" + name, dw[start:end].reshape(shape))
-            filters = [layer.w for _, layer, _ in rows if name == "w" and isinstance(layer, Conv)]
-            self.passes.append((w, v, dw, self.decay[name], filters))
-        self.v |= {path: np.zeros_like(getattr(layer, name)) for path, layer, name in self.outputs}
+    def __init__(self, net, momentum, decay, sparse=False):
+        self.momentum, self.decay = momentum, decay
+        rows = sorted(net.parameters(), key=lambda row: row[2] == "b")
+        self.apart = [row for row in rows if sparse and isinstance(row[1], Output)]
+        self.v = {path: np.zeros_like(getattr(layer, name)) for path, layer, name in self.apart}
+        rows = [row for row in rows if row not in self.apart]
+        w = np.concatenate([getattr(layer, name).reshape(-1) for _, layer, name in rows])
+        self.joined = w, v, dw = w, np.zeros_like(w), np.empty_like(w)
+        end, self.biases = 0, sum(layer.b.size for _, layer, name in rows if name == "b")
+        for path, layer, name in rows:
+            shape, end, start = layer.shapes[name], end + getattr(layer, name).size, end
+            self.v[path] = v[start:end].reshape(shape)
+            setattr(layer, name, w[start:end].reshape(shape))
+            setattr(layer, "d" + name, dw[start:end].reshape(shape))
+        self.filters = [layer.w for _, layer in net.walk() if isinstance(layer, Conv)]
 
     def step(self, rate):
-        for w, v, dw, decay, filters in self.passes:
-            kernels.sgd(w, v, dw, rate, self.momentum, decay, filters=filters)
-        for path, layer, name in self.outputs:
+        kernels.sgd(*self.joined, rate, self.momentum, self.decay, biases=self.biases,
+                    filters=self.filters)
+        for path, layer, name in self.apart:
             kernels.sgd(getattr(layer, name), self.v[path], getattr(layer, "d" + name), rate,
-                        self.momentum, self.decay[name], layer.classes)
+                        self.momentum, self.decay if name == "w" else 0, layer.classes)
 
 
 class Plateau:

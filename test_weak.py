@@ -214,7 +214,7 @@ def test_gathered_output_is_the_full_one_on_its_classes(rng):
     np.testing.assert_allclose(output.db, db[classes])
     np.testing.assert_allclose(linear.dw, below)
     before = {path: getattr(layer, name).copy() for path, layer, name in net.parameters()}
-    optimiser = model.SGD(net, 0.9, 0.1)
+    optimiser = model.SGD(net, 0.9, 0.1, sparse=True)
     for v in optimiser.v.values():
         v[...] = 1
     optimiser.step(0.1)
@@ -483,9 +483,10 @@ def test_one_vs_all_over_the_batchs_words_is_unbiased(corrected):
 
 def test_sgd_follows_its_formula(rng):
     w, v, dw = (rng.standard_normal(300_000) for _ in range(3))
-    new_v = 0.9 * v + dw + 0.01 * w
+    decay = np.where(np.arange(w.size) < 299_997, 0.01, 0)
+    new_v = 0.9 * v + dw + decay * w
     new_w = w - 0.1 * new_v
-    kernels.sgd(w, v, dw, 0.1, 0.9, 0.01)
+    kernels.sgd(w, v, dw, 0.1, 0.9, 0.01, biases=3)
     np.testing.assert_allclose(v, new_v)
     np.testing.assert_allclose(w, new_w)
 
@@ -1826,14 +1827,14 @@ def test_loss_kernels_agree_with_their_twins(device, name, vectors, n, k, rng):
     check_close(ds, right, abs(right) + 1e-3, k)
 
 
-@pytest.mark.parametrize("rows", (None, np.array([5, 0, 3], np.int32)))
+@pytest.mark.parametrize("rows, biases", [(None, 0), (None, 6), (np.array([5, 0, 3], np.int32), 0)])
 @pytest.mark.parametrize("shape", [(7, 13), (7,)])          # a bias has one number a row
-def test_update_kernels_agree_with_their_twin(device, rows, shape, rng):
+def test_update_kernels_agree_with_their_twin(device, rows, biases, shape, rng):
     w, v, dw = floats(rng, shape, shape, shape)
     dw = dw if rows is None else dw[:len(rows)]
     wd, vd, dwd = up(w, v, dw)
-    kernels.sgd(wd, vd, dwd, 0.1, 0.9, 5e-4, rows)
-    cpu.sgd(w, v, dw, 0.1, 0.9, 5e-4, rows)
+    kernels.sgd(wd, vd, dwd, 0.1, 0.9, 0.5, rows, biases)
+    cpu.sgd(w, v, dw, 0.1, 0.9, 0.5, rows, biases)
     check_close(wd, w, 4, 4)
     check_close(vd, v, 4, 4)
 
@@ -1871,7 +1872,7 @@ def test_step_on_a_device_is_the_float64_twins(device, precision, error, build, 
         net = build(9, dropout=0.5).init(0)
         for _, layer, name in net.parameters():
             setattr(layer, name, getattr(layer, name).astype(dtype))
-        optimiser = model.SGD(net, 0.9, 5e-4)
+        optimiser = model.SGD(net, 0.9, 5e-4, sparse=classes is not None)
         s = net.forward(x, model.Pass(seed=3, step=1, classes=classes))
         losses, ds = model.training_loss(net, s, labels, model.softmax)
         net.backward(ds)

@@ -292,7 +292,8 @@ class Run:
             self.net.load(checkpoint[0])
         elif source := getattr(options, "from"):
             self.begin_from(source)
-        self.optimiser = model.SGD(self.net, options.momentum, options.weight_decay)
+        self.optimiser = model.SGD(self.net, options.momentum, options.weight_decay,
+                                   sparse=options.targets != "all")
         self.plateau = model.Plateau(options.lr, options.epochs_per_lr)
         self.step = self.epoch = 0
         self.log, self.saved = [], None         # a row an epoch; the step of the checkpoint

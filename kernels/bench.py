@@ -116,7 +116,7 @@ def our_step(name, n, k, some=False):
     """A function that makes one training step of ours, with `some` on a batch's words alone."""
     recipe, rng = model.NETWORKS[name], np.random.default_rng(0)
     net = recipe.build(k, recipe.dropout).init(0)
-    optimiser = model.SGD(net, 0.9, 5e-4)
+    optimiser = model.SGD(net, 0.9, 5e-4, sparse=some)
     for v in optimiser.v.values():
         v.fill(0)                               # memory that was never written comes at a price
     photos = rng.integers(0, 256, (n, recipe.size, recipe.size, 3), np.uint8)

@@ -539,10 +539,11 @@ def one_vs_all_loss(s, targets, weights, positive, negative):
     return losses, s
 
 
-def sgd(w, v, dw, rate, momentum, decay, rows=None, filters=()):
+def sgd(w, v, dw, rate, momentum, decay, rows=None, biases=0, filters=()):
     """v ← momentum·v + dw + decay·w, then w ← w - rate·v, in place and in one pass.
 
     With rows (R,), none twice, only w[rows] and v[rows] move, by dw (R, …); all others stay.
+    biases: so many numbers at the end of w do not decay.
     filters: the parts of w that convolutions use next; a GPU prepares them all at once.
     """
     if rows is not None:
@@ -557,8 +558,8 @@ def sgd(w, v, dw, rate, momentum, decay, rows=None, filters=()):
         part_w, part_v = flat_w[start:stop], flat_v[start:stop]
         part_v *= momentum
         part_v += flat_dw[start:stop]
-        if decay:
-            part_v += decay * part_w
+        weights = flat_w[start:min(stop, w.size - biases)]
+        part_v[:len(weights)] += decay * weights
         part_w -= rate * part_v
 
     _pool.chunks(w.size, FLAT_CHUNK, work)

@@ -440,13 +440,13 @@ def one_vs_all_loss(s, targets, weights, positive, negative):
     return _loss("one_vs_all_loss", s, targets, weights, positive, negative)
 
 
-def sgd(w, v, dw, rate, momentum, decay, rows=None, filters=()):
+def sgd(w, v, dw, rate, momentum, decay, rows=None, biases=0, filters=()):
     """A thread for each four numbers, or with rows for each number of dw."""
     global _trained
     _dense(w, v, dw)
     constants = float(rate), float(momentum), float(decay)
     if rows is None:
-        _each("sgd.cu", "sgd", -(-w.size // 4), (w, v, dw, w.size, *constants))
+        _each("sgd.cu", "sgd", -(-w.size // 4), (w, v, dw, w.size, w.size - biases, *constants))
     else:
         rows = _device.xp.asarray(rows, np.int32)
         _each("sgd.cu", "sgd_rows", dw.size, (

@@ -2,7 +2,8 @@
 //
 //   v ← momentum·v + dw + decay·w;   w ← w - rate·v
 //
-// A thread updates four numbers. Called by gpu.sgd.
+// for w's first `weights` numbers; the biases behind them do not decay. A thread updates four
+// numbers. Called by gpu.sgd.
 
 __device__ float update(float& v, float w, float dw, float rate, float momentum, float decay)
 {
@@ -11,10 +12,11 @@ __device__ float update(float& v, float w, float dw, float rate, float momentum,
 }
 
 extern "C" __global__ void
-sgd(float* w, float* v, const float* dw, unsigned total, float rate, float momentum, float decay)
+sgd(float* w, float* v, const float* dw, unsigned total, unsigned weights, float rate,
+    float momentum, float decay)
 {
     const unsigned index = (blockIdx.x * blockDim.x + threadIdx.x) * 4;
-    if (index + 4 <= total) {
+    if (index + 4 <= weights) {
         float4 weight = *reinterpret_cast<float4*>(w + index);
         float4 velocity = *reinterpret_cast<float4*>(v + index);
         const float4 d = *reinterpret_cast<const float4*>(dw + index);
@@ -25,8 +27,8 @@ sgd(float* w, float* v, const float* dw, unsigned total, float rate, float momen
         *reinterpret_cast<float4*>(w + index) = weight;
         *reinterpret_cast<float4*>(v + index) = velocity;
     } else {
-        for (unsigned at = index; at < total; at++)
-            w[at] = update(v[at], w[at], dw[at], rate, momentum, decay);
+        for (unsigned at = index; at < min(index + 4, total); at++)
+            w[at] = update(v[at], w[at], dw[at], rate, momentum, at < weights ? decay : 0);
     }
 }
 
