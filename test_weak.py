@@ -271,6 +271,8 @@ def test_convolution_agrees_with_scipy_and_its_adjoints(seed):
     n, c, f = rng.integers(1, (6, 6, 8)).tolist()
     if seed % 4 == 0:                           # by Winograd's algorithm
         kh, kw, stride, pad, c, f = 3, 3, 1, 1, c + 15, f + 15
+    elif seed % 4 == 1:
+        n, kh, kw, stride, pad, c, f = 1, 5, 5, 1, 2, c + 63, f + 63
     h, w = (int(rng.integers(max(1, k - 2 * pad), 16)) for k in (kh, kw))
     x, filters = rng.standard_normal((n, c, h, w)), rng.standard_normal((kh, kw, c, f))
     x, b = x.transpose(0, 2, 3, 1), rng.standard_normal(f)          # as a user may have it
@@ -288,11 +290,12 @@ def test_convolution_agrees_with_scipy_and_its_adjoints(seed):
     np.testing.assert_allclose(db, dy.sum(axis=(0, 1, 2)), atol=1e-11)
 
 
-def test_winograd_products_have_the_error_that_the_readme_says(rng):
-    x, w, dy = (rng.standard_normal(shape) for shape in ((8, 8, 8, 96), (3, 3, 96, 128),
+@pytest.mark.parametrize("r", (3, 5))
+def test_winograd_products_have_the_error_that_the_readme_says(r, rng):
+    x, w, dy = (rng.standard_normal(shape) for shape in ((8, 8, 8, 96), (r, r, 96, 128),
                                                          (8, 8, 8, 128)))
-    for name, *arrays in (("conv_forward", x, w, np.zeros(128), 1, 1),
-                          ("conv_backward_input", dy, w, x.shape, 1, 1)):
+    for name, *arrays in (("conv_forward", x, w, np.zeros(128), 1, r // 2),
+                          ("conv_backward_input", dy, w, x.shape, 1, r // 2)):
         exact = getattr(cpu, name)(*arrays)
         y = getattr(cpu, name)(*(a.astype(np.float32) if isinstance(a, np.ndarray) else a
                                  for a in arrays))

@@ -140,34 +140,53 @@ def _input_patches(x, w_shape, stride, pad, oh, ow):
     return _patches(x, kh, kw, stride, oh, ow)
 
 
-# Winograd's F(4×4, 3×3) (Lavin and Gray 2016, §4.3): 4×4 numbers of y = x * w come from 6×6 numbers
-# d of x by 36 products instead of 144, y = Aᵀ [(G w Gᵀ) ⊙ (Bᵀ d B)] A. The transformations are
+# Winograd's F(m×m, r×r) (Lavin and Gray 2016, §4): m×m numbers of y = x * w come from 6×6 numbers d of
+# x, m = 7 - r, by 36 products instead of m²r²: a quarter for r = 3, 9/25 for r = 5. y = Aᵀ [(G w Gᵀ)
+# ⊙ (Bᵀ d B)] A is polynomials' product at the points 0, ±1, ±2 and ∞. The transformations are
 # products, too: Bᵀ d B is (Bᵀ ⊗ Bᵀ) d with the numbers of d in a column.
 _B = [[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0], [0, -2, -1, 2, 1, 0],
       [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1]]
-_G = np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]) / 24
-_A = [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]]
-_INPUT, _FILTER, _OUTPUT = (np.kron(part, part) for part in (_B, _G, _A))   # 36×36, 36×9, 16×36
+_POINTS, _SCALES = [0, 1, -1, 2, -2], np.array([6, -4, -4, 1, 1]) / 24
+
+
+def _powers(count):
+    """Powers 0 to count - 1 of the points, a row each; of ∞ only the last one counts."""
+    return np.vstack([np.vander(_POINTS, count, increasing=True), np.eye(count)[-1]])
+
+
+_INPUT = np.kron(_B, _B)                                            # 36×36
+_FILTER = {r: np.kron(g, g) for r in (3, 5)                         # 36×r²
+           for g in [_powers(r) * np.append(_SCALES, 1)[:, None]]}
+_OUTPUT = {r: np.kron(a, a) for r in (3, 5) for a in [_powers(7 - r).T]}    # m²×36
 
 
 def _is_winograd(w_shape, stride, pad):
     """Whether that algorithm is faster: few channels do not pay for its transformations."""
-    return (*w_shape[:2], stride, pad) == (3, 3, 1, 1) and min(w_shape[2:]) >= 16
+    least = {(3, 3, 1, 1): 16, (5, 5, 1, 2): 64}.get((*w_shape[:2], stride, pad))
+    return bool(least and min(w_shape[2:]) >= least)
 
 
-def _transform(matrix, x, size, pad):
-    """Tiles of size×size pixels of x, 4 apart, by a matrix (36, size²): (36, n·tiles, C)."""
+def _tiles_chunk(w_shape, y_shape, itemsize):
+    """Images a chunk: their tiles are about as large as the filters, which each chunk reads."""
+    (r, _, c, f), (n, oh, ow, _) = w_shape, y_shape
+    each = 36 * -(-oh // (7 - r)) * -(-ow // (7 - r)) * max(c, f) * itemsize
+    return _chunk_size(n, each, np.clip(36 * c * f * itemsize, TILE_BYTES, 8 * TILE_BYTES))
+
+
+def _transform(matrix, x, size, step, pad):
+    """Tiles of size×size pixels of x, `step` apart, by a matrix (36, size²): (36, n·tiles, C)."""
     n, h, w, c = x.shape
-    rows, cols = -(-h // 4), -(-w // 4)
-    x = _embed(x, pad, pad, (4 * rows - 4 + size, 4 * cols - 4 + size))
+    rows, cols = -(-h // step), -(-w // step)
+    x = _embed(x, pad, pad, (step * (rows - 1) + size, step * (cols - 1) + size))
     sn, sh, sw, item = x.strides
-    tiles = as_strided(x, (size, size, n, rows, cols, c), (sh, sw, sn, 4 * sh, 4 * sw, item))
+    tiles = as_strided(x, (size, size, n, rows, cols, c),
+                       (sh, sw, sn, step * sh, step * sw, item))
     return (matrix.astype(x.dtype) @ tiles.reshape(size * size, -1)).reshape(36, -1, c)
 
 
 def _convolution(w, y_shape, stride, pad):
     """A function of some images (n, H, W, C) and their y that computes y = x * w, and n for it."""
-    kh, kw, c, f = w.shape
+    r, _, c, f = w.shape
     n, oh, ow, _ = y_shape
     flat = w.reshape(-1, f)                                         # (KH*KW*C, F)
 
@@ -176,17 +195,17 @@ def _convolution(w, y_shape, stride, pad):
         np.matmul(patches, flat, out=y.reshape(-1, f))              # (n*OH*OW, F), a view of y
 
     def multiply_tiles(x, y):
-        rows, cols = -(-oh // 4), -(-ow // 4)
-        products = np.matmul(_transform(_INPUT, x, 6, 1), turned)   # (36, n·tiles, F)
-        tiles = (_OUTPUT.astype(x.dtype) @ products.reshape(36, -1)).reshape(
-            4, 4, len(x), rows, cols, f)
-        y[:] = tiles.transpose(2, 3, 0, 4, 1, 5).reshape(
-            len(x), 4 * rows, 4 * cols, f)[:, :oh, :ow]
+        m = 7 - r
+        rows, cols = -(-oh // m), -(-ow // m)
+        products = np.matmul(_transform(_INPUT, x, 6, m, pad), turned)      # (36, n·tiles, F)
+        tiles = _OUTPUT[r].astype(x.dtype) @ products.reshape(36, -1)
+        y[:] = tiles.reshape(m, m, len(x), rows, cols, f).transpose(2, 3, 0, 4, 1, 5).reshape(
+            len(x), m * rows, m * cols, f)[:, :oh, :ow]
 
     if not _is_winograd(w.shape, stride, pad):
         return multiply, _chunk_size(n, oh * ow * len(flat) * w.itemsize)
-    turned = (_FILTER.astype(w.dtype) @ w.reshape(9, -1)).reshape(36, c, f)
-    return multiply_tiles, _chunk_size(n, oh * ow * 9 * max(c, f) // 4 * w.itemsize, TILE_BYTES)
+    turned = (_FILTER[r].astype(w.dtype) @ w.reshape(r * r, -1)).reshape(36, c, f)
+    return multiply_tiles, _tiles_chunk(w.shape, y_shape, w.itemsize)
 
 
 def conv_forward(x, w, b, stride=1, pad=0, relu=False, out=None):
@@ -244,19 +263,20 @@ def conv_backward_filter(x, dy, w_shape, stride=1, pad=0, out=(None, None)):
     the tiles.
     """
     n, oh, ow, f = dy.shape
-    tiles, rows = _is_winograd(w_shape, stride, pad), int(np.prod(w_shape[:3]))
-    # large beside dw, to which each chunk adds
-    most = np.clip(16 * rows * f * x.itemsize, PATCH_BYTES, 9 * PATCH_BYTES)
-    size = _chunk_size(n, oh * ow * rows * x.itemsize, most)
+    r, rows, tiles = w_shape[0], int(np.prod(w_shape[:3])), _is_winograd(w_shape, stride, pad)
     if tiles:
-        size = _chunk_size(n, oh * ow * 9 * max(w_shape[2:]) // 4 * x.itemsize, TILE_BYTES)
+        size = _tiles_chunk(w_shape, dy.shape, x.itemsize)
+    else:                                       # large beside dw, to which each chunk adds
+        most = np.clip(16 * rows * f * x.itemsize, PATCH_BYTES, 9 * PATCH_BYTES)
+        size = _chunk_size(n, oh * ow * rows * x.itemsize, most)
 
     def partial(t):
         dw, db, product = None, np.zeros(f, x.dtype), None
         for start in range(t * size, n, _pool.count * size):
             part, d = x[start:start + size], dy[start:start + size]
             if tiles:                                               # (36, n·tiles, C), … F)
-                left, right = _transform(_INPUT, part, 6, 1), _transform(_OUTPUT.T, d, 4, 0)
+                left = _transform(_INPUT, part, 6, 7 - r, pad)
+                right = _transform(_OUTPUT[r].T, d, 7 - r, 7 - r, 0)
             else:                                                   # (n*OH*OW, KH*KW*C), (…, F)
                 left = _input_patches(part, w_shape, stride, pad, oh, ow)
                 right = d.reshape(-1, f)
@@ -270,7 +290,7 @@ def conv_backward_filter(x, dy, w_shape, stride=1, pad=0, out=(None, None)):
 
     parts = [part for part in _pool.run(partial) if part[0] is not None]
     dw, db = (functools.reduce(np.add, part) for part in zip(*parts))
-    dw = _FILTER.T.astype(x.dtype) @ dw.reshape(36, -1) if tiles else dw
+    dw = _FILTER[r].T.astype(x.dtype) @ dw.reshape(36, -1) if tiles else dw
     return _put(dw.reshape(w_shape), out[0]), _put(db, out[1])
 
 
