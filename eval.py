@@ -252,7 +252,7 @@ def share_blocks(n, work):
     gpu = kernels.memory() is not None
     size = max(1, TILES[gpu] // n)
     blocks = [slice(start, min(n, start + size)) for start in range(0, n, size)]
-    work(blocks) if gpu else cpu.share(work, blocks)
+    work(blocks) if gpu else kernels.threads.share(work, blocks)
 
 
 def conditional(d, perplexity, steps=40):
@@ -887,7 +887,7 @@ def transfer_features(options, show):
         features = units((x[view] - mean).astype(np.float32))       # so one λ suits all
         table, _ = choose_penalty(features[train], y[train], held, measure)
         return measure(predict(table, features[test]), y[test])
-    pool = ThreadPoolExecutor(kernels.threads())
+    pool = ThreadPoolExecutor(kernels.threads.count)
     with (console.Progress("regressions", len(tasks), "tasks") as progress, ExitStack() as stack):
         stack.callback(pool.shutdown, cancel_futures=True)          # at Ctrl-C, too
         values = pool.map(regress, *zip(*((i, view) for i in range(len(tasks)) for view in VIEWS)))
@@ -1159,7 +1159,7 @@ def write_report(options, show):
 def main():
     options = PARSER.parse_args()
     if options.threads:
-        kernels.set_threads(options.threads)
+        kernels.threads.start(options.threads)
     print(kernels.use(options.device, "fp32"), file=sys.stderr)     # distances cancel in TF32
     with redirect_stdout(sys.stderr if options.json == "-" else sys.stdout):
         result = options.function(options, Output(options.out))

@@ -339,9 +339,9 @@ def test_lrn_follows_its_formula(rng):
 
 def test_results_do_not_depend_on_the_number_of_threads(rng):
     shapes = (7, 13, 11, 6), (7, 13, 11, 8), (3, 3, 6, 8)
-    (x, dy, w), before, results = map(rng.standard_normal, shapes), kernels.threads(), []
+    (x, dy, w), before, results = map(rng.standard_normal, shapes), kernels.threads.count, []
     for count in (1, 2, 3, before):
-        kernels.set_threads(count)
+        kernels.threads.start(count)
         y = kernels.conv_forward(x, w, np.zeros(8), 1, 1, relu=True)
         results.append([y, kernels.sum_gradients([1 * dy, dy], y),
                         *kernels.max_pool_forward(x, 3, 2, gated=True),
@@ -422,7 +422,7 @@ def test_imports_set_nothing():
     """Neither the number of BLAS threads nor a handler of signals: whoever computes first does."""
     run(code="import signal; before = signal.getsignal(2)\n"
              "import data, model, weak, eval\nfrom kernels import cpu\n"
-             "assert cpu._pool._executor is None and cpu._pool._count is None\n"
+             "assert cpu.threads._executor is None and cpu.threads._count is None\n"
              "assert signal.getsignal(2) is before and 'cupy' not in sys.modules")
 
 

@@ -77,7 +77,7 @@ def main():
 def share_machine(options, ranks):
     """Threads and workers for this rank: its part of what the machine's ranks have together."""
     count = ranks.local_size
-    kernels.set_threads(options.threads or max(1, kernels.threads() // count))
+    kernels.threads.start(options.threads or max(1, kernels.threads.count // count))
     if options.workers is None:
         options.workers = min(8, max(1, (os.cpu_count() or 1) // count))
     if ranks.size > 1:

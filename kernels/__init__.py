@@ -6,7 +6,7 @@ specification, with the docstrings: gpu.py has functions of the same names and a
 the CUDA kernels of the .cu files.
 """
 from . import cpu, ranks
-from .cpu import set_threads, threads
+from .cpu import threads
 
 OPERATIONS = (
     "conv_forward", "conv_backward_input", "conv_backward_filter",
@@ -35,7 +35,7 @@ def use(device, precision=None, number=0):
     found, why = _find(device, number)
     if found is None:
         _take(cpu)
-        count = cpu.threads()
+        count = threads.count
         note = f"; --precision {precision} is for a GPU" if precision in PRECISIONS[1:] else ""
         return f"device: CPU, {count} thread{'s' * (count > 1)}, NumPy{why}{note}"
     from . import gpu

@@ -94,10 +94,10 @@ def layers(options):
     rng = np.random.default_rng(0)
     n = options.batch
     a, b = (rng.standard_normal((1536, 1536)).astype(np.float32) for _ in range(2))
-    (seconds,) = timed(lambda: kernels.cpu._pool.run(lambda t: a @ b))
-    limit = 2 * 1536 ** 3 * kernels.threads() / seconds / 1e9
+    (seconds,) = timed(lambda: kernels.threads.share(lambda _: a @ b, range(kernels.threads.count)))
+    limit = 2 * 1536 ** 3 * kernels.threads.count / seconds / 1e9
     print(f"the limit: {limit:.0f} GFLOP/s, a matrix product in each of "
-          f"{kernels.threads()} threads, {blas()}")
+          f"{kernels.threads.count} threads, {blas()}")
     print(f"{'':8}{'forward':>10}{'dx':>10}{'dw':>10}   GFLOP/s and share of the limit, batch {n}")
     for name, size, c, f, k, stride, pad in ALEXNET:
         x = rng.standard_normal((n, size, size, c)).astype(np.float32)
@@ -231,7 +231,7 @@ def step(options):
     names, steps = ["weak.py"], [our_step(options.network, options.batch, options.words)]
     try:
         import torch
-        torch.set_num_threads(kernels.threads())
+        torch.set_num_threads(kernels.threads.count)
         for last in (False, True):
             names.append(f"PyTorch {torch.__version__}, {'channels last' if last else 'NCHW'}")
             steps.append(torch_step(torch, options.network, options.batch, options.words, last))
@@ -239,7 +239,7 @@ def step(options):
         print("PyTorch is not installed: no comparison")
     times = timed(*steps, rounds=options.rounds)
     print(f"{options.network}, batch {options.batch}, K = {options.words}, "
-          f"{kernels.threads()} threads, {blas()}, median of {3 * options.rounds}")
+          f"{kernels.threads.count} threads, {blas()}, median of {3 * options.rounds}")
     for name, seconds in zip(names, times):
         print(f"{name:34}{options.batch / seconds:8.1f} images/s")
     if len(times) > 1:
@@ -550,7 +550,7 @@ def loader(options):
     try:
         import torch
         from torch.utils.data import DataLoader
-        torch.set_num_threads(kernels.threads())
+        torch.set_num_threads(kernels.threads.count)
         labels.append(f"PyTorch {torch.__version__} DataLoader")
         rivals.append(lambda: [step() for _ in DataLoader(
             Photos(paths, recipe), batch_size=n, num_workers=options.workers)])

@@ -41,13 +41,14 @@ def _set_blas_threads(count):
     return any(found["numpy"])
 
 
-class _Pool:
+class Threads:
     """The worker threads, each with single-threaded BLAS; they start when first needed."""
 
     def __init__(self):
         self._count, self._executor = None, None
 
     def start(self, count):
+        """Use so many from now on; another count may change the last bits of sums."""
         if not _set_blas_threads(1):
             count = 1                           # BLAS has threads of its own: do not fight them
         self._count = count
@@ -55,45 +56,31 @@ class _Pool:
 
     @property
     def count(self):
+        """The number of threads in use."""
         if self._count is None:
             self.start(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
                        else os.cpu_count())
         return self._count
 
-    def run(self, work):
-        """work(t) on every thread t, results in the order of t."""
-        numbers = range(self.count)
-        return list((self._executor.map if self._executor else map)(work, numbers))
+    def share(self, work, items):
+        """[work(some)] of all threads in their order; the t-th takes items[t::count]."""
+        shares = [items[t::self.count] for t in range(self.count)]
+        return list((self._executor.map if self._executor else map)(work, shares))
 
     def chunks(self, n, size, work):
-        """work(start, stop) on chunks of range(n); chunk i belongs to thread i modulo count."""
-        def mine(t):
-            for start in range(t * size, n, self.count * size):
+        """work(start, stop) on chunks of range(n), shared among the threads."""
+        def some(starts):
+            for start in starts:
                 work(start, min(start + size, n))
-        self.run(mine)
+        self.share(some, range(0, n, size))
 
 
-_pool = _Pool()
-
-
-def set_threads(count):
-    """Use `count` worker threads from now on; another count may change the last bits of sums."""
-    _pool.start(count)
-
-
-def threads():
-    """The number of worker threads in use."""
-    return _pool.count
-
-
-def share(work, items):
-    """work(some) on every thread, `some` being its share of a list of items."""
-    _pool.run(lambda t: work(items[t::_pool.count]))
+threads = Threads()
 
 
 def _chunk_size(n, bytes_each, limit=PATCH_BYTES):
     """Images a chunk: within the cache, and the threads' shares of equal size."""
-    share = -(-n // _pool.count)
+    share = -(-n // threads.count)
     most = max(1, min(share, limit // max(1, bytes_each)))
     return -(-share // -(-share // most))
 
@@ -140,10 +127,10 @@ def _input_patches(x, w_shape, stride, pad, oh, ow):
     return _patches(x, kh, kw, stride, oh, ow)
 
 
-# Winograd's F(m×m, r×r) (Lavin and Gray 2016, §4): m×m numbers of y = x * w come from 6×6 numbers d of
-# x, m = 7 - r, by 36 products instead of m²r²: a quarter for r = 3, 9/25 for r = 5. y = Aᵀ [(G w Gᵀ)
-# ⊙ (Bᵀ d B)] A is polynomials' product at the points 0, ±1, ±2 and ∞. The transformations are
-# products, too: Bᵀ d B is (Bᵀ ⊗ Bᵀ) d with the numbers of d in a column.
+# Winograd's F(m×m, r×r), m = 7 - r (Lavin and Gray 2016, §4): m×m numbers of y = x * w come from 6×6
+# numbers d of x by 36 products instead of m²r²: a quarter for r = 3, 9/25 for r = 5. Polynomials are
+# multiplied by their values at 0, ±1, ±2 and ∞: y = Aᵀ [(G w Gᵀ) ⊙ (Bᵀ d B)] A. The transformations
+# are products, too: Bᵀ d B is (Bᵀ ⊗ Bᵀ) d with the numbers of d in a column.
 _B = [[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0], [0, -2, -1, 2, 1, 0],
       [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1]]
 _POINTS, _SCALES = [0, 1, -1, 2, -2], np.array([6, -4, -4, 1, 1]) / 24
@@ -226,7 +213,7 @@ def conv_forward(x, w, b, stride=1, pad=0, relu=False, out=None):
         if relu:
             np.maximum(part, 0, out=part)
 
-    _pool.chunks(len(x), size, work)
+    threads.chunks(len(x), size, work)
     return y
 
 
@@ -251,7 +238,7 @@ def conv_backward_input(dy, w, x_shape, stride=1, pad=0, gate=None):
         if gate is not None:
             dx[start:stop] *= gate[start:stop] > 0
 
-    _pool.chunks(n, size, work)
+    threads.chunks(n, size, work)
     return dx
 
 
@@ -270,9 +257,9 @@ def conv_backward_filter(x, dy, w_shape, stride=1, pad=0, out=(None, None)):
         most = np.clip(16 * rows * f * x.itemsize, PATCH_BYTES, 9 * PATCH_BYTES)
         size = _chunk_size(n, oh * ow * rows * x.itemsize, most)
 
-    def partial(t):
+    def partial(starts):
         dw, db, product = None, np.zeros(f, x.dtype), None
-        for start in range(t * size, n, _pool.count * size):
+        for start in starts:
             part, d = x[start:start + size], dy[start:start + size]
             if tiles:                                               # (36, n·tiles, C), … F)
                 left = _transform(_INPUT, part, 6, 7 - r, pad)
@@ -288,15 +275,12 @@ def conv_backward_filter(x, dy, w_shape, stride=1, pad=0, out=(None, None)):
                 dw += product
         return dw, db
 
-    parts = [part for part in _pool.run(partial) if part[0] is not None]
-    dw, db = (functools.reduce(np.add, part) for part in zip(*parts))
-    dw = _FILTER[r].T.astype(x.dtype) @ dw.reshape(36, -1) if tiles else dw
-    return _put(dw.reshape(w_shape), out[0]), _put(db, out[1])
-
-
-def _put(result, out):
-    """The result, in `out` if there is one."""
-    return result if out is None else np.copyto(out, result) or out
+    parts = [part for part in threads.share(partial, range(0, n, size)) if part[0] is not None]
+    dw, db = (np.empty(shape, x.dtype) if y is None else y for y, shape in zip(out, (w_shape, f)))
+    total, db[:] = (functools.reduce(np.add, part) for part in zip(*parts))
+    total = _FILTER[r].T.astype(x.dtype) @ total.reshape(36, -1) if tiles else total
+    dw[:] = total.reshape(w_shape)
+    return dw, db
 
 
 # ---------------------------------------------------------------------------------- pooling
@@ -310,11 +294,10 @@ def _taps(shape, out_shape, kernel, stride, pad=0):
         return slice(first, last), slice(start, start + (last - first - 1) * stride + 1, stride)
 
     found = []
-    for p in range(kernel):
-        for q in range(kernel):
-            (oi, ii), (oj, ij) = along(shape[0], out_shape[0], p), along(shape[1], out_shape[1], q)
-            if oi.stop > oi.start and oj.stop > oj.start:
-                found.append(((slice(None), oi, oj), (slice(None), ii, ij), p * kernel + q))
+    for p, q in np.ndindex(kernel, kernel):
+        (oi, ii), (oj, ij) = along(shape[0], out_shape[0], p), along(shape[1], out_shape[1], q)
+        if oi.stop > oi.start and oj.stop > oj.start:
+            found.append(((slice(None), oi, oj), (slice(None), ii, ij), p * kernel + q))
     return found
 
 
@@ -343,7 +326,7 @@ def max_pool_forward(x, kernel, stride, pad=0, ceil=False, gated=False):
         nowhere = ~(part > 0) if gated else np.isnan(part)
         where |= -nowhere.view(np.uint8)                            # 255 where true
 
-    _pool.chunks(n, _chunk_size(n, x[0].nbytes, POOL_BYTES), work)
+    threads.chunks(n, _chunk_size(n, x[0].nbytes, POOL_BYTES), work)
     return y, place
 
 
@@ -355,7 +338,7 @@ def max_pool_backward(dy, place, x_shape, kernel, stride, pad=0):
         for outs, ins, number in _taps(x_shape[1:3], dy.shape[1:3], kernel, stride, pad):
             dx[start:stop][ins] += dy[start:stop][outs] * (place[start:stop][outs] == number)
 
-    _pool.chunks(len(dy), _chunk_size(len(dy), dx[0].nbytes, POOL_BYTES), work)
+    threads.chunks(len(dy), _chunk_size(len(dy), dx[0].nbytes, POOL_BYTES), work)
     return dx
 
 
@@ -406,7 +389,7 @@ def lrn_forward(x, size=5, k=2.0, alpha=1e-4, beta=0.75):
         scale = k + alpha * _window_sum(part * part, size)
         np.multiply(part, _power(scale, beta), out=y[start:stop])
 
-    _pool.chunks(len(pixels), max(1, 2 * FLAT_CHUNK // x.shape[-1]), work)
+    threads.chunks(len(pixels), max(1, 2 * FLAT_CHUNK // x.shape[-1]), work)
     return y.reshape(x.shape)
 
 
@@ -424,7 +407,7 @@ def lrn_backward(dy, x, size=5, k=2.0, alpha=1e-4, beta=0.75, gated=False):
         if gated:
             dx[start:stop] *= part > 0
 
-    _pool.chunks(len(pixels), max(1, 2 * FLAT_CHUNK // x.shape[-1]), work)
+    threads.chunks(len(pixels), max(1, 2 * FLAT_CHUNK // x.shape[-1]), work)
     return dx.reshape(x.shape)
 
 
@@ -443,7 +426,7 @@ def sum_gradients(terms, gate=None):
         if gate is not None:
             total[start:stop] *= gate[start:stop] > 0
 
-    _pool.chunks(len(total), max(1, FLAT_CHUNK * len(total) // max(1, total.size)), work)
+    threads.chunks(len(total), max(1, FLAT_CHUNK * len(total) // max(1, total.size)), work)
     return total
 
 
@@ -482,7 +465,7 @@ def prepare(photos, top, left, flip, crop):
             deviation = np.sqrt(flat @ flat / flat.size)
             flat *= np.float32(1) / max(deviation, np.float32(1))
 
-    _pool.chunks(len(photos), 8, work)
+    threads.chunks(len(photos), 8, work)
     return y
 
 
@@ -504,7 +487,7 @@ def matmul(a, b, out=None, bias=None, relu=False):
         if relu:
             np.maximum(y[mine], 0, out=y[mine])
 
-    _pool.chunks(max(m, e), -(-max(m, e) // _pool.count), work)
+    threads.chunks(max(m, e), -(-max(m, e) // threads.count), work)
     return y
 
 
@@ -582,7 +565,7 @@ def sgd(w, v, dw, rate, momentum, decay, rows=None, biases=0, filters=()):
         part_v[:len(weights)] += decay * weights
         part_w -= rate * part_v
 
-    _pool.chunks(w.size, FLAT_CHUNK, work)
+    threads.chunks(w.size, FLAT_CHUNK, work)
 
 
 # ---------------------------------------------------------------------------------- arrays
