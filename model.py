@@ -131,7 +131,7 @@ class Output(Layer):
 
     def backward(self, ds):
         # s = e wᵀ + b, so dw = dsᵀ e and de = ds w
-        if self.dw is None or len(self.dw) != ds.shape[1]:          # so many classes as never before
+        if self.dw is None or len(self.dw) != ds.shape[1]:          # another number of classes
             self.dw = self.db = None
         self.dw = kernels.matmul(ds.T, self.x, out=self.dw)         # (K, E)
         self.db = kernels.column_sums(ds, out=self.db)              # (K,)

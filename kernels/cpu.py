@@ -127,24 +127,25 @@ def _input_patches(x, w_shape, stride, pad, oh, ow):
     return _patches(x, kh, kw, stride, oh, ow)
 
 
-# Winograd's F(m×m, r×r), m = 7 - r (Lavin and Gray 2016, §4): m×m numbers of y = x * w come from 6×6
-# numbers d of x by 36 products instead of m²r²: a quarter for r = 3, 9/25 for r = 5. Polynomials are
-# multiplied by their values at 0, ±1, ±2 and ∞: y = Aᵀ [(G w Gᵀ) ⊙ (Bᵀ d B)] A. The transformations
-# are products, too: Bᵀ d B is (Bᵀ ⊗ Bᵀ) d with the numbers of d in a column.
+# Winograd's F(m×m, r×r), m = 7 - r (Lavin and Gray 2016, §4): m×m numbers of y = x * w come from
+# 6×6 numbers d of x by 36 products instead of m²r²: a quarter for r = 3, 9/25 for r = 5. It
+# multiplies polynomials by their values at 0, ±1, ±2 and ∞: y = Aᵀ [(G w Gᵀ) ⊙ (Bᵀ d B)] A. The
+# transformations are products, too: Bᵀ d B is (Bᵀ ⊗ Bᵀ) d with the numbers of d in a column.
 _B = [[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0], [0, -2, -1, 2, 1, 0],
       [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1]]
 _POINTS, _SCALES = [0, 1, -1, 2, -2], np.array([6, -4, -4, 1, 1]) / 24
 
 
-def _powers(count):
-    """Powers 0 to count - 1 of the points, a row each; of ∞ only the last one counts."""
-    return np.vstack([np.vander(_POINTS, count, increasing=True), np.eye(count)[-1]])
+def _matrices(r):
+    """G ⊗ G (36×r²) and Aᵀ ⊗ Aᵀ (m²×36): the points' powers, of which ∞ has only the last."""
+    def powers(count):
+        return np.vstack([np.vander(_POINTS, count, increasing=True), np.eye(count)[-1]])
+    g, a = powers(r) * np.append(_SCALES, 1)[:, None], powers(7 - r).T
+    return np.kron(g, g), np.kron(a, a)
 
 
 _INPUT = np.kron(_B, _B)                                            # 36×36
-_FILTER = {r: np.kron(g, g) for r in (3, 5)                         # 36×r²
-           for g in [_powers(r) * np.append(_SCALES, 1)[:, None]]}
-_OUTPUT = {r: np.kron(a, a) for r in (3, 5) for a in [_powers(7 - r).T]}    # m²×36
+_FILTER, _OUTPUT = ({r: _matrices(r)[i] for r in (3, 5)} for i in (0, 1))
 
 
 def _is_winograd(w_shape, stride, pad):
