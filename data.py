@@ -241,7 +241,7 @@ class Draws:
         self.index, self.seed, self.step, self.sampling = index, seed, step, sampling
         self.positives = positives if sampling == "class" else "all"
         self.count, self.rows = count, range(count)[part]
-        raw = philox(seed, (0, step, 0, DRAWS), 4 * count).reshape(count, 4)
+        raw = philox(seed, (0, step, 0, DRAWS)).random_raw(4 * count).reshape(count, 4)
         self.words = [_below(r, len(index.dictionary)) for r in raw[:, 0]]
         self.everyone = [self._photo(i, raw[i, 1]) for i in range(count)]
         self.photos, self.pixels = self.everyone[part], raw[part, 2]
@@ -263,7 +263,7 @@ class Draws:
             self.weights[row] = 0
             return None
         counter = self.rows[row], self.step, int(self.attempts[row]), DRAWS
-        self.photos[row] = self._photo(self.rows[row], philox(self.seed, counter, 4)[1])
+        self.photos[row] = self._photo(self.rows[row], philox(self.seed, counter).random_raw(4)[1])
         return self.photos[row]
 
     def labels(self, share, targets="all", negatives=0):
@@ -283,7 +283,7 @@ class Draws:
         k, count = len(share), min(negatives, len(share)) if targets == "sampled" else 0
         ends = np.arange(count + 1) * k // max(1, count)
         runs = np.diff(ends)
-        raw = philox(self.seed, (0, self.step, 0, NEGATIVES), len(runs)) >> 32
+        raw = philox(self.seed, (0, self.step, 0, NEGATIVES)).random_raw(len(runs)) >> 32
         drawn = ends[:-1] + (raw * runs.astype(np.uint64) >> 32).astype(int)
         classes = np.union1d(np.concatenate(self.targets), drawn).astype(np.int32)      # (C,)
         absent = (1 - share[classes]) ** (self.count - 1)           # from the other rows

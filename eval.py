@@ -222,7 +222,7 @@ def choose_penalty(x, y, held, goodness):
 
 def split(y, take, seed, number):
     """Boolean (N,): take(n) of each class's n photos at random, a function of (seed, number)."""
-    order = np.argsort(philox(seed, (0, number, 0, SPLITS), len(y)), kind="stable")
+    order = np.argsort(philox(seed, (0, number, 0, SPLITS)).random_raw(len(y)), kind="stable")
     mask = np.zeros(len(y), bool)
     for one in np.unique(y):
         mine = order[y[order] == one]

@@ -657,80 +657,71 @@ NAMES = "Emma Hugo Léa Paris Lyon Oslo Nina Tom Berlin Rome Max Zoé Lima Kyoto
 PHOTOS = 5000
 
 
-class Dice:
-    """Random numbers for one drawn scene, from a counter: scene n is always the same."""
-
-    def __init__(self, seed, n):
-        self.raw = iter((philox(seed, (0, n, 0, SCENES), 160) >> 11) / 2**53)
-
-    def real(self, low=0.0, high=1.0):
-        return low + (high - low) * float(next(self.raw))
-
-    def one(self, things, zipf=0):
-        """One of the things: all alike, or the i-th with a chance of 1/(i + zipf), i from 0."""
-        weights = 1 / (np.arange(len(things)) + zipf) if zipf else np.ones(len(things))
-        ends = np.cumsum(weights / weights.sum())
-        return list(things)[np.searchsorted(ends[:-1], self.real())]
+def choose(rng, things, zipf=0):
+    """One of the things: all alike, or the i-th with a chance of 1/(i + zipf), i from 0."""
+    weights = 1 / (np.arange(len(things)) + zipf) if zipf else np.ones(len(things))
+    return list(things)[rng.choice(len(things), p=weights / weights.sum())]
 
 
 def draw_scene(seed, n, size=96):
-    """Scene n of the drawn set: a picture, and its caption."""
-    dice = Dice(seed, n)
-    place = dice.one(PLACES)
+    """Scene n of the drawn set, always the same: a picture, and its caption."""
+    rng = np.random.Generator(philox(seed, (0, n, 0, SCENES)))
+    place = choose(rng, PLACES)
     sky, ground = PLACES[place]
-    image = Image.new("RGB", (size, size), shade(sky, dice))
+    image = Image.new("RGB", (size, size), shade(sky, rng))
     draw = ImageDraw.Draw(image)
-    draw.rectangle([0, size * dice.real(.55, .75), size, size], shade(ground, dice))
+    draw.rectangle([0, size * rng.uniform(.55, .75), size, size], shade(ground, rng))
     seen = []
-    for _ in range(1 + int(dice.real(0, 2.6))):
-        thing, colour = dice.one(SHAPES, zipf=4), dice.one(COLOURS)
-        wide = size * dice.real(.3, .6)
-        left, top = dice.real(0, size - wide), dice.real(0, size - wide)
+    for _ in range(1 + int(rng.uniform(0, 2.6))):
+        thing, colour = choose(rng, SHAPES, zipf=4), choose(rng, COLOURS)
+        wide = size * rng.uniform(.3, .6)
+        corner = rng.uniform(0, size - wide, 2)                     # left, top
         for shape in SHAPES[thing].split("; "):
-            draw_shape(draw, shape, left, top, wide, COLOURS[colour], dice)
-        seen.append((thing.split(), colour.split()))
-    return image, write_caption(dice, seen, place.split())
+            draw_shape(draw, shape, corner, wide, COLOURS[colour], rng)
+        seen.append((thing, colour))
+    return image, write_caption(rng, seen, place)
 
 
-def draw_shape(draw, shape, left, top, wide, colour, dice):
+def draw_shape(draw, shape, corner, wide, colour, rng):
     """A box, oval, arc or polygon with points in a unit box, in its own colour or in a shade."""
     kind, *numbers = shape.split()
-    fill = numbers.pop() if numbers[-1][0] == "#" else shade(colour, dice)
-    spots = np.array(numbers, float).reshape(-1, 2) * wide + (left, top)        # (points, 2)
+    fill = numbers.pop() if numbers[-1][0] == "#" else shade(colour, rng)
+    spots = np.array(numbers, float).reshape(-1, 2) * wide + corner             # (points, 2)
     kinds = {"box": draw.rectangle, "oval": draw.ellipse, "poly": draw.polygon,
              "arc": lambda box, fill: draw.pieslice(box, 180, 360, fill)}
     kinds[kind](spots.ravel().tolist(), fill=fill)
 
 
-def shade(colour, dice):
+def shade(colour, rng):
     """The colour, a little lighter or darker."""
-    change = dice.real(-22, 22)
-    return tuple(int(min(255, max(0, part + change))) for part in colour)
+    return tuple(np.clip(np.array(colour) + rng.uniform(-22, 22), 0, 255).astype(int).tolist())
 
 
-def write_caption(dice, seen, place):
+def write_caption(rng, seen, place):
     """A caption as people write them: true in the main, and with everything else they write."""
-    french = dice.real() < 0.35
-    words = []
-    for thing, colour in seen:
-        if dice.real() < 0.15:
+    french = rng.random() < 0.35
+    a, also, there, along = (("un", "et", "dans la", "avec") if french else
+                             ("a", "and", "in the", "with"))
+    told = []
+    for names in seen:                          # of a thing and its colour
+        if rng.random() < 0.15:
             continue                            # there, and nobody mentions it
-        named = [thing[french]] if dice.real() < 0.25 else (
-            [thing[1], colour[1]] if french else [colour[0], thing[0]])
-        words.append(f"{'un' if french else 'a'} {' '.join(named)}")
-    text = (" et " if french else " and ").join(words)
-    if dice.real() < 0.6:
-        text += f" dans la {place[1]}" if french else f" in the {place[0]}"
-    if dice.real() < 0.3:
-        text += (" avec " if french else " with ") + dice.one(NAMES, zipf=1)
-    if dice.real() < 0.12:
-        text += f" {dice.one(SHAPES, zipf=4).split()[french]}"   # not in the picture at all
-    for _ in range(int(dice.real(0, 2))):
-        text += f" {'#' if dice.real() < 0.4 else ''}{dice.one(FILLERS, zipf=1)}"
-    if dice.real() < 0.25:
-        text += f" {int(dice.real(1, 2016))}"
-    text = text.strip() or f"IMG {int(dice.real(1, 9999))}"
-    return text.capitalize() + "!" * (dice.real() < 0.1)
+        thing, colour = (name.split()[french] for name in names)
+        both = f"{thing} {colour}" if french else f"{colour} {thing}"
+        told.append(f"{a} {thing if rng.random() < 0.25 else both}")
+    words = [f" {also} ".join(told)]
+    if rng.random() < 0.6:
+        words += [there, place.split()[french]]
+    if rng.random() < 0.3:
+        words += [along, choose(rng, NAMES, zipf=1)]
+    if rng.random() < 0.12:
+        words += [choose(rng, SHAPES, zipf=4).split()[french]]      # not in the picture at all
+    for _ in range(int(rng.uniform(0, 2))):
+        words += ["#" * (rng.random() < 0.4) + choose(rng, FILLERS, zipf=1)]
+    if rng.random() < 0.25:
+        words += [str(int(rng.uniform(1, 2016)))]
+    text = " ".join(words).strip() or f"IMG {int(rng.uniform(1, 9999))}"
+    return text.capitalize() + "!" * (rng.random() < 0.1)
 
 
 def draw_set(folder, seed):
