@@ -199,28 +199,6 @@ class Labels(NamedTuple):
     parts: np.ndarray = None        # (N, T) of a row's weight that its targets have; None: each all
 
 
-class Batch(NamedTuple):
-    """Pixels of one step, where to crop them, and the labels."""
-    photos: np.ndarray              # uint8 (N, S, S, 3)
-    top: np.ndarray                 # (N,)
-    left: np.ndarray                # (N,)
-    flip: np.ndarray                # (N,) True: mirrored
-    labels: Labels
-
-
-def batches(loader, index, seed, start, count, sampling="class", part=slice(None), spare=0,
-            random=True, positives="drawn", **scored):
-    """The Batch of each step from `start` on, without end.
-
-    count: rows of a whole batch, `part` those of them that are made here; spare: pixels that a
-    crop leaves out; random: crops and mirroring; scored: what Draws.labels takes.
-    """
-    draws = (Draws(index, seed, step, count, sampling, part, positives)
-             for step in itertools.count(start))
-    for draw, photos in loader.batches(draws):
-        yield Batch(photos, *draw.crops(spare, random), draw.labels(**scored))
-
-
 class Draws:
     """The photos and labels of one step, a pure function of (seed, step, row, attempt).
 

@@ -1222,10 +1222,10 @@ FAILING = """
 import os, model, weak
 from kernels import console
 step = weak.Run.train_step
-def failing(self, batch):
+def failing(self, *batch):
     if self.ranks.rank == 1 and self.step == 9:
         {what}
-    return step(self, batch)
+    return step(self, *batch)
 weak.Run.train_step = failing
 if int(os.environ["PMI_RANK"]):
     model.save = lambda *_: print("rank 1 writes", file=sys.stderr)
@@ -1281,8 +1281,8 @@ def start(mine):
 def test_infinite_loss_leaves_the_last_checkpoint_untouched(start, monkeypatch):
     training, honest = start("--epochs", 3), weak.Run.train_step
 
-    def spoil(run, batch):
-        honest(run, batch)
+    def spoil(run, *batch):
+        honest(run, *batch)
         run.losses *= math.inf if run.step == 8 else 1
 
     monkeypatch.setattr(weak.Run, "train_step", spoil)

@@ -11,6 +11,7 @@ model.npz (all of the run), best.npz (the weights of the lowest held-out loss), 
 log.jsonl, skipped.txt, curves.png and filters.png.
 """
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -304,8 +305,9 @@ class Run:
                                   options.workers, ranks.local_size, kernels.host_empty)
         if checkpoint:
             self.restore(*checkpoint[1:])
-        self.epoch_size = options.epoch_size or min(EPOCH, max(LEAST_EPOCH, index.training))
-        self.steps = -(-self.epoch_size // options.batch)           # per epoch
+        self.share = index.share(options.sampling, options.positives)           # (K,)
+        epoch_size = options.epoch_size or min(EPOCH, max(LEAST_EPOCH, index.training))
+        self.steps = -(-epoch_size // options.batch)                # per epoch
         most = min(VALIDATED, max(100, evaluation.BLOCK // len(index.dictionary)), index.held_out)
         self.held_out = np.linspace(0, index.held_out - 1, most).astype(int).tolist()
         self.check_space()
@@ -364,24 +366,22 @@ class Run:
     def train(self, interrupt):
         """Train until that is over; False if interrupted before."""
         options = self.options
-        batches = data.batches(
-            self.loader, self.index, options.seed, self.step, options.batch, options.sampling,
-            self.part, self.size - self.crop, options.crop == "random", options.positives,
-            share=self.index.share(options.sampling, options.positives), targets=options.targets,
-            negatives=options.negatives or 0)
+        draws = (data.Draws(self.index, options.seed, step, options.batch, options.sampling,
+                            self.part, options.positives) for step in itertools.count(self.step))
+        batches = self.loader.batches(draws)
         while not self.is_over():
             self.loader.waited = self.ranks.waited = 0.0
             progress = console.Progress(f"epoch {self.epoch + 1}", self.steps * options.batch,
                                         "images", sys.stdout, self.done * options.batch)
             while self.done < self.steps:
-                batch = next(batches)
+                draw, photos = next(batches)
                 good, stop, due = self.ranks.allreduce(     # what all ranks must do alike
-                    [batch.labels.weights.any(), interrupt.asked,
+                    [draw.weights.any(), interrupt.asked,
                      time.monotonic() - self.saved_at > SAVE_SECONDS])
                 self.step, self.done = self.step + 1, self.done + 1
                 self.empty = 0 if good else self.empty + 1
                 if good:
-                    self.train_step(batch)
+                    self.train_step(draw, photos)
                 elif self.empty >= min(EMPTY_STEPS, self.steps):
                     name, why = next(iter(self.loader.skipped.items()), ("none here", ""))
                     raise RuntimeError(f"no photo of the last {self.empty} steps could be read, "
@@ -416,13 +416,15 @@ class Run:
                    "--patience": self.since_best() >= patience}
         return next((option for option, over in reached.items() if over), None)
 
-    def train_step(self, batch):
+    def train_step(self, draw, photos):
         """Forward, loss, backward, update: a step of SGD, by the sum of all ranks' gradients."""
-        options, labels = self.options, batch.labels
+        options = self.options
+        labels = draw.labels(self.share, options.targets, options.negatives)
         if options.targets == "batch" and options.loss == "softmax":
             labels = labels._replace(chance=None)       # as in the paper, whose estimate is biased
         now = model.Pass(options.seed, self.step, self.part.start, labels.classes)
-        x = kernels.prepare(batch.photos, batch.top, batch.left, batch.flip, self.crop)
+        where = draw.crops(self.size - self.crop, options.crop == "random")
+        x = kernels.prepare(photos, *where, self.crop)              # (N, crop, crop, 3)
         s = self.net.forward(x, now)                                # (N, K), or (N, C)
         losses, ds = model.training_loss(self.net, s, labels, model.LOSSES[options.loss])
         self.net.backward(ds, done=self.begin_allreduce)
