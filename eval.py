@@ -689,7 +689,10 @@ class Trained:
         with (data.Loader(folder, names.__getitem__, 0, size, workers) as loader,
               console.Progress("photos", len(names)) as progress):
             rows, found = extract_features(self.net, loader, photos, crop, progress, compute)
-        console.say_skipped(loader.skipped, len(names))
+        if skipped := [f"{name}: {why}" for name, why in loader.skipped.items()]:
+            print(f"{len(skipped):,} of {len(names):,} photos cannot be read: "
+                  + "; ".join(skipped[:10]) + "; …" * (len(skipped) > 10),
+                  file=sys.stderr, flush=True)
         if not found:
             raise ValueError(f"none of the {len(names):,} photos can be read"
                              + f" from {folder!r}" * bool(folder))
