@@ -427,17 +427,11 @@ class Run:
         x = kernels.prepare(photos, *where, self.crop)              # (N, crop, crop, 3)
         s = self.net.forward(x, now)                                # (N, K), or (N, C)
         losses, ds = model.training_loss(self.net, s, labels, model.LOSSES[options.loss])
-        self.net.backward(ds, done=self.begin_allreduce)
+        self.net.backward(ds, done=self.ranks.begin_allreduce)
         self.ranks.wait()
         self.optimiser.step(self.plateau.rate)
         self.losses += losses                   # on a GPU, nobody waits for them
         self.good += 1
-
-    def begin_allreduce(self, layer):
-        """Begin to sum the layer's gradients over the ranks."""
-        for _, one in layer.walk(""):
-            for name in one.shapes:
-                self.ranks.begin_allreduce(getattr(one, "d" + name))
 
     def sum_losses(self):
         """The loss of this rank's rows, summed over the epoch's steps; a GPU is waited for."""
@@ -521,8 +515,8 @@ class Run:
                 self.index.share("image"), self.options.loss)
         return self.ranks.broadcast(result)
 
-    def save(self, last=False):
-        """Write the checkpoint; what fails is said, and the last one is tried again for an hour."""
+    def save(self, then=""):
+        """Write the checkpoint; False if the disk does not take it, said with what happens then."""
         self.sum_losses()                       # which are numbers
         losses = self.ranks.gather(kernels.to_host(self.losses))
         facts = {"options": vars(self.options), "step": self.step, "epoch": self.epoch,
@@ -533,25 +527,20 @@ class Run:
         if not all(np.isfinite(w).all() for w in self.net.state().values()):
             self.check_loss(math.nan, "a weight is")                # the last update diverged
         best = self.since_best() == 0 and self.log[-1]["step"] == self.step
-        for wait in [RETRY_SECONDS] * RETRIES * last + [0] if not self.ranks.rank else ():
-            best = best and not self.write(self.best_path, {}, facts)
-            if self.write(self.path, self.optimiser.v, facts,
-                          f": trying again in {wait} s" * (wait > 0)):
-                self.saved = self.step
-                break
-            time.sleep(wait)
-        self.saved = self.ranks.broadcast(self.saved)
+        files = [(self.best_path, {})] * best + [(self.path, self.optimiser.v)]
+        written, again = [], {self.path: then}
+        for path, velocities in files if not self.ranks.rank else ():
+            try:
+                model.save(path, self.net, velocities, facts, self.index.dictionary)
+                written.append(path)
+            except OSError as error:
+                print(f"step {self.step:,} is not saved: {error.strerror or error}; {path} needs "
+                      f"{self.bytes / 1e6:,.0f} MB, free some space{again.get(path, '')}",
+                      file=sys.stderr, flush=True)
+        if done := self.ranks.broadcast(self.path in written):
+            self.saved = self.step
         self.saved_at = time.monotonic()
-
-    def write(self, path, velocities, facts, then=""):
-        """Write a checkpoint; False, said with what happens then, if the disk does not take it."""
-        try:
-            model.save(path, self.net, velocities, facts, self.index.dictionary)
-            return True
-        except OSError as error:
-            print(f"step {self.step:,} is not saved: {error.strerror or error}; {path} needs "
-                  f"{self.bytes / 1e6:,.0f} MB, free some space{then}", file=sys.stderr, flush=True)
-            return False
+        return done
 
     def gather_skipped(self):
         """{name: what is wrong} of the photos that any rank skipped; complete on the first rank."""
@@ -584,7 +573,10 @@ class Run:
         """Save, draw the pictures, and say what was learned and what to try next."""
         out = self.options.out
         if self.ranks.broadcast(self.saved != self.step or not os.path.exists(self.path)):
-            self.save(last=True)
+            for wait in [RETRY_SECONDS] * RETRIES + [0]:
+                if self.save(f": trying again in {wait} s" * (wait > 0)):
+                    break
+                time.sleep(wait)
         self.write_files()
         if finished and self.saved == self.step:
             weights, *_, line = model.load_best(out)
