@@ -145,7 +145,7 @@ class Index:
             setattr(self, "_" + name, np.load(f"{folder}/{name}.npy", mmap_mode="r"))
         self.training = len(self) - self.held_out                   # they follow the others
         self.labels = len(self._words)          # words of all photos together
-        self._counts = np.diff(self._photo_ends, prepend=0)
+        self.counts = np.diff(self._photo_ends, prepend=0)          # (K,) N_k, training photos
 
     def __len__(self):
         return len(self._word_ends)
@@ -162,13 +162,9 @@ class Index:
         """The training photos that carry a word."""
         return _take(self._photos, self._photo_ends, word)
 
-    def photo_counts(self):
-        """N_k, the number of training photos of each word, (K,)."""
-        return self._counts
-
     def share(self, sampling, positives="drawn"):
         """The share of the training rows that have each word as a target, (K,)."""
-        k, counts = len(self.dictionary), self.photo_counts()
+        k, counts = len(self.dictionary), self.counts
         if sampling == "image":
             return counts / self.training
         if positives == "drawn":
@@ -254,7 +250,7 @@ class Draws:
         words = pad_rows([self.targets[row] for row in self.rows])  # (N, T); share: (K,)
         parts = None
         if self.positives == "balanced":
-            parts = np.where(words < 0, 0, 1 / self.index.photo_counts()[words])
+            parts = np.where(words < 0, 0, 1 / self.index.counts[words])
             parts /= parts.sum(axis=1, keepdims=True)
         if targets == "all":
             return Labels(words, self.weights, share, parts=parts)

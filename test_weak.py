@@ -671,7 +671,7 @@ def test_index_is_the_captions_words(tmp_path):
     for k, word in enumerate(words):
         photos = {index.name(int(photo)) for photo in index.photos(k)}
         assert photos == {n for n in expected if word in expected[n] and n not in held}
-        assert len(photos) == index.photo_counts()[k] > 0
+        assert len(photos) == index.counts[k] > 0
 
 
 def test_index_does_not_depend_on_blocks_or_processes(index, tmp_path, monkeypatch):
@@ -685,7 +685,7 @@ def test_index_does_not_depend_on_blocks_or_processes(index, tmp_path, monkeypat
 def test_index_may_have_no_label_or_one(captions, labels, tmp_path):
     (tmp_path / "c").write_text(captions)
     index = build(tmp_path, data.Text(1, 0, 0), dictionary=["dog"])
-    assert index.labels == len(index) == labels and index.photo_counts().tolist() == [labels]
+    assert index.labels == len(index) == labels and index.counts.tolist() == [labels]
     assert words_by_photo(index) == {"a.jpg": ["dog"]} if labels else not words_by_photo(index)
 
 

@@ -510,9 +510,8 @@ class Run:
         if parts:
             features = kernels.to_device(np.concatenate([x for x, _ in parts]))
             targets = [self.index.words(photo) for _, photos in parts for photo in photos]
-            result = evaluation.word_metrics(
-                features, self.net.output, targets, self.index.photo_counts(),
-                self.index.share("image"), self.options.loss)
+            result = evaluation.word_metrics(features, self.net.output, targets, self.index.counts,
+                                             self.index.share("image"), self.options.loss)
         return self.ranks.broadcast(result)
 
     def save(self, then=""):
@@ -522,7 +521,7 @@ class Run:
         facts = {"options": vars(self.options), "step": self.step, "epoch": self.epoch,
                  "losses": (self.done, self.good, [loss for part in losses for loss in part]),
                  "log": self.log, "plateau": vars(self.plateau),
-                 "counts": self.index.photo_counts().tolist(), "training": self.index.training,
+                 "counts": self.index.counts.tolist(), "training": self.index.training,
                  "skipped": self.gather_skipped()}
         if not all(np.isfinite(w).all() for w in self.net.state().values()):
             self.check_loss(math.nan, "a weight is")                # the last update diverged
@@ -551,7 +550,7 @@ class Run:
         """Texts and pictures for people to look at; losing one of them never ends a run."""
         out, skipped = self.options.out, self.gather_skipped()
         skipped |= dict.fromkeys(self.index.facts["refused_names"], "refused: outside --images")
-        words = zip(self.index.dictionary, self.index.photo_counts())
+        words = zip(self.index.dictionary, self.index.counts)
         texts = {"words.txt": [f"{word}\t{count}" for word, count in words],
                  "log.jsonl": [json.dumps(console.without_nan(row)) for row in self.log],
                  "skipped.txt": [f"{name}\t{why}" for name, why in skipped.items()]}
