@@ -145,7 +145,7 @@ class Index:
             setattr(self, "_" + name, np.load(f"{folder}/{name}.npy", mmap_mode="r"))
         self.training = len(self) - self.held_out                   # they follow the others
         self.labels = len(self._words)          # words of all photos together
-        self._counts = np.diff(self._photo_ends, prepend=0)
+        self.counts = np.diff(self._photo_ends, prepend=0)          # (K,) N_k, training photos
 
     def __len__(self):
         return len(self._word_ends)
@@ -162,13 +162,9 @@ class Index:
         """The training photos that carry a word."""
         return _take(self._photos, self._photo_ends, word)
 
-    def photo_counts(self):
-        """N_k, the number of training photos of each word, (K,)."""
-        return self._counts
-
     def share(self, sampling, positives="drawn"):
         """The share of the training rows that have each word as a target, (K,)."""
-        k, counts = len(self.dictionary), self.photo_counts()
+        k, counts = len(self.dictionary), self.counts
         if sampling == "image":
             return counts / self.training
         if positives == "drawn":
@@ -199,28 +195,6 @@ class Labels(NamedTuple):
     parts: np.ndarray = None        # (N, T) of a row's weight that its targets have; None: each all
 
 
-class Batch(NamedTuple):
-    """Pixels of one step, where to crop them, and the labels."""
-    photos: np.ndarray              # uint8 (N, S, S, 3)
-    top: np.ndarray                 # (N,)
-    left: np.ndarray                # (N,)
-    flip: np.ndarray                # (N,) True: mirrored
-    labels: Labels
-
-
-def batches(loader, index, seed, start, count, sampling="class", part=slice(None), spare=0,
-            random=True, positives="drawn", **scored):
-    """The Batch of each step from `start` on, without end.
-
-    count: rows of a whole batch, `part` those of them that are made here; spare: pixels that a
-    crop leaves out; random: crops and mirroring; scored: what Draws.labels takes.
-    """
-    draws = (Draws(index, seed, step, count, sampling, part, positives)
-             for step in itertools.count(start))
-    for draw, photos in loader.batches(draws):
-        yield Batch(photos, *draw.crops(spare, random), draw.labels(**scored))
-
-
 class Draws:
     """The photos and labels of one step, a pure function of (seed, step, row, attempt).
 
@@ -241,7 +215,7 @@ class Draws:
         self.index, self.seed, self.step, self.sampling = index, seed, step, sampling
         self.positives = positives if sampling == "class" else "all"
         self.count, self.rows = count, range(count)[part]
-        raw = philox(seed, (0, step, 0, DRAWS), 4 * count).reshape(count, 4)
+        raw = philox(seed, (0, step, 0, DRAWS)).random_raw(4 * count).reshape(count, 4)
         self.words = [_below(r, len(index.dictionary)) for r in raw[:, 0]]
         self.everyone = [self._photo(i, raw[i, 1]) for i in range(count)]
         self.photos, self.pixels = self.everyone[part], raw[part, 2]
@@ -263,7 +237,7 @@ class Draws:
             self.weights[row] = 0
             return None
         counter = self.rows[row], self.step, int(self.attempts[row]), DRAWS
-        self.photos[row] = self._photo(self.rows[row], philox(self.seed, counter, 4)[1])
+        self.photos[row] = self._photo(self.rows[row], philox(self.seed, counter).random_raw(4)[1])
         return self.photos[row]
 
     def labels(self, share, targets="all", negatives=0):
@@ -276,14 +250,14 @@ class Draws:
         words = pad_rows([self.targets[row] for row in self.rows])  # (N, T); share: (K,)
         parts = None
         if self.positives == "balanced":
-            parts = np.where(words < 0, 0, 1 / self.index.photo_counts()[words])
+            parts = np.where(words < 0, 0, 1 / self.index.counts[words])
             parts /= parts.sum(axis=1, keepdims=True)
         if targets == "all":
             return Labels(words, self.weights, share, parts=parts)
         k, count = len(share), min(negatives, len(share)) if targets == "sampled" else 0
         ends = np.arange(count + 1) * k // max(1, count)
         runs = np.diff(ends)
-        raw = philox(self.seed, (0, self.step, 0, NEGATIVES), len(runs)) >> 32
+        raw = philox(self.seed, (0, self.step, 0, NEGATIVES)).random_raw(len(runs)) >> 32
         drawn = ends[:-1] + (raw * runs.astype(np.uint64) >> 32).astype(int)
         classes = np.union1d(np.concatenate(self.targets), drawn).astype(np.int32)      # (C,)
         absent = (1 - share[classes]) ** (self.count - 1)           # from the other rows

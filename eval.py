@@ -222,7 +222,7 @@ def choose_penalty(x, y, held, goodness):
 
 def split(y, take, seed, number):
     """Boolean (N,): take(n) of each class's n photos at random, a function of (seed, number)."""
-    order = np.argsort(philox(seed, (0, number, 0, SPLITS), len(y)), kind="stable")
+    order = np.argsort(philox(seed, (0, number, 0, SPLITS)).random_raw(len(y)), kind="stable")
     mask = np.zeros(len(y), bool)
     for one in np.unique(y):
         mine = order[y[order] == one]
@@ -689,7 +689,10 @@ class Trained:
         with (data.Loader(folder, names.__getitem__, 0, size, workers) as loader,
               console.Progress("photos", len(names)) as progress):
             rows, found = extract_features(self.net, loader, photos, crop, progress, compute)
-        console.say_skipped(loader.skipped, len(names))
+        if skipped := [f"{name}: {why}" for name, why in loader.skipped.items()]:
+            print(f"{len(skipped):,} of {len(names):,} photos cannot be read: "
+                  + "; ".join(skipped[:10]) + "; …" * (len(skipped) > 10),
+                  file=sys.stderr, flush=True)
         if not found:
             raise ValueError(f"none of the {len(names):,} photos can be read"
                              + f" from {folder!r}" * bool(folder))

@@ -318,11 +318,13 @@ class Network:
             x = layer.forward(x, Pass())
         return x
 
-    def backward(self, dy, done=lambda layer: None):
-        """All gradients, last layer first, each told to done(layer); the first dx if needed."""
+    def backward(self, dy, done=lambda gradient: None):
+        """All gradients, last layer first, each given to done; returns the first dx if needed."""
         for layer in reversed(self.layers.values()):
             dy = layer.backward(dy)
-            done(layer)
+            for _, one in layer.walk(""):
+                for name in one.shapes:
+                    done(getattr(one, "d" + name))
         return dy
 
     def bytes_per_image(self, size, crop):

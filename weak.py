@@ -11,6 +11,7 @@ model.npz (all of the run), best.npz (the weights of the lowest held-out loss), 
 log.jsonl, skipped.txt, curves.png and filters.png.
 """
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -305,8 +306,9 @@ class Run:
                                   options.workers, ranks.local_size, kernels.host_empty)
         if checkpoint:
             self.restore(*checkpoint[1:])
-        self.epoch_size = options.epoch_size or min(EPOCH, max(LEAST_EPOCH, index.training))
-        self.steps = -(-self.epoch_size // options.batch)           # per epoch
+        self.share = index.share(options.sampling, options.positives)           # (K,)
+        epoch_size = options.epoch_size or min(EPOCH, max(LEAST_EPOCH, index.training))
+        self.steps = -(-epoch_size // options.batch)                # per epoch
         most = min(VALIDATED, max(100, evaluation.BLOCK // len(index.dictionary)), index.held_out)
         self.held_out = np.linspace(0, index.held_out - 1, most).astype(int).tolist()
         self.check_space()
@@ -365,24 +367,22 @@ class Run:
     def train(self, interrupt):
         """Train until that is over; False if interrupted before."""
         options = self.options
-        batches = data.batches(
-            self.loader, self.index, options.seed, self.step, options.batch, options.sampling,
-            self.part, self.size - self.crop, options.crop == "random", options.positives,
-            share=self.index.share(options.sampling, options.positives), targets=options.targets,
-            negatives=options.negatives or 0)
+        draws = (data.Draws(self.index, options.seed, step, options.batch, options.sampling,
+                            self.part, options.positives) for step in itertools.count(self.step))
+        batches = self.loader.batches(draws)
         while not self.is_over():
             self.loader.waited = self.ranks.waited = 0.0
             progress = console.Progress(f"epoch {self.epoch + 1}", self.steps * options.batch,
                                         "images", sys.stdout, self.done * options.batch)
             while self.done < self.steps:
-                batch = next(batches)
+                draw, photos = next(batches)
                 good, stop, due = self.ranks.allreduce(     # what all ranks must do alike
-                    [batch.labels.weights.any(), interrupt.asked,
+                    [draw.weights.any(), interrupt.asked,
                      time.monotonic() - self.saved_at > SAVE_SECONDS])
                 self.step, self.done = self.step + 1, self.done + 1
                 self.empty = 0 if good else self.empty + 1
                 if good:
-                    self.train_step(batch)
+                    self.train_step(draw, photos)
                 elif self.empty >= min(EMPTY_STEPS, self.steps):
                     name, why = next(iter(self.loader.skipped.items()), ("none here", ""))
                     raise RuntimeError(f"no photo of the last {self.empty} steps could be read, "
@@ -417,26 +417,22 @@ class Run:
                    "--patience": self.since_best() >= patience}
         return next((option for option, over in reached.items() if over), None)
 
-    def train_step(self, batch):
+    def train_step(self, draw, photos):
         """Forward, loss, backward, update: a step of SGD, by the sum of all ranks' gradients."""
-        options, labels = self.options, batch.labels
+        options = self.options
+        labels = draw.labels(self.share, options.targets, options.negatives)
         if options.targets == "batch" and options.loss == "softmax":
             labels = labels._replace(chance=None)       # as in the paper, whose estimate is biased
         now = model.Pass(options.seed, self.step, self.part.start, labels.classes)
-        x = kernels.prepare(batch.photos, batch.top, batch.left, batch.flip, self.crop)
+        where = draw.crops(self.size - self.crop, options.crop == "random")
+        x = kernels.prepare(photos, *where, self.crop)              # (N, crop, crop, 3)
         s = self.net.forward(x, now)                                # (N, K), or (N, C)
         losses, ds = model.training_loss(self.net, s, labels, model.LOSSES[options.loss])
-        self.net.backward(ds, done=self.begin_allreduce)
+        self.net.backward(ds, done=self.ranks.begin_allreduce)
         self.ranks.wait()
         self.optimiser.step(self.plateau.rate)
         self.losses += losses                   # on a GPU, nobody waits for them
         self.good += 1
-
-    def begin_allreduce(self, layer):
-        """Begin to sum the layer's gradients over the ranks."""
-        for _, one in layer.walk(""):
-            for name in one.shapes:
-                self.ranks.begin_allreduce(getattr(one, "d" + name))
 
     def sum_losses(self):
         """The loss of this rank's rows, summed over the epoch's steps; a GPU is waited for."""
@@ -515,42 +511,36 @@ class Run:
         if parts:
             features = kernels.to_device(np.concatenate([x for x, _ in parts]))
             targets = [self.index.words(photo) for _, photos in parts for photo in photos]
-            result = evaluation.word_metrics(
-                features, self.net.output, targets, self.index.photo_counts(),
-                self.index.share("image"), self.options.loss)
+            result = evaluation.word_metrics(features, self.net.output, targets, self.index.counts,
+                                             self.index.share("image"), self.options.loss)
         return self.ranks.broadcast(result)
 
-    def save(self, last=False):
-        """Write the checkpoint; what fails is said, and the last one is tried again for an hour."""
+    def save(self, then=""):
+        """Write the checkpoint; False if the disk does not take it, said with what happens then."""
         self.sum_losses()                       # which are numbers
         losses = self.ranks.gather(kernels.to_host(self.losses))
         facts = {"options": vars(self.options), "step": self.step, "epoch": self.epoch,
                  "losses": (self.done, self.good, [loss for part in losses for loss in part]),
                  "log": self.log, "plateau": vars(self.plateau),
-                 "counts": self.index.photo_counts().tolist(), "training": self.index.training,
+                 "counts": self.index.counts.tolist(), "training": self.index.training,
                  "skipped": self.gather_skipped()}
         if not all(np.isfinite(w).all() for w in self.net.state().values()):
             self.check_loss(math.nan, "a weight is")                # the last update diverged
         best = self.since_best() == 0 and self.log[-1]["step"] == self.step
-        for wait in [RETRY_SECONDS] * RETRIES * last + [0] if not self.ranks.rank else ():
-            best = best and not self.write(self.best_path, {}, facts)
-            if self.write(self.path, self.optimiser.v, facts,
-                          f": trying again in {wait} s" * (wait > 0)):
-                self.saved = self.step
-                break
-            time.sleep(wait)
-        self.saved = self.ranks.broadcast(self.saved)
+        files = [(self.best_path, {})] * best + [(self.path, self.optimiser.v)]
+        written, again = [], {self.path: then}
+        for path, velocities in files if not self.ranks.rank else ():
+            try:
+                model.save(path, self.net, velocities, facts, self.index.dictionary)
+                written.append(path)
+            except OSError as error:
+                print(f"step {self.step:,} is not saved: {error.strerror or error}; {path} needs "
+                      f"{self.bytes / 1e6:,.0f} MB, free some space{again.get(path, '')}",
+                      file=sys.stderr, flush=True)
+        if done := self.ranks.broadcast(self.path in written):
+            self.saved = self.step
         self.saved_at = time.monotonic()
-
-    def write(self, path, velocities, facts, then=""):
-        """Write a checkpoint; False, said with what happens then, if the disk does not take it."""
-        try:
-            model.save(path, self.net, velocities, facts, self.index.dictionary)
-            return True
-        except OSError as error:
-            print(f"step {self.step:,} is not saved: {error.strerror or error}; {path} needs "
-                  f"{self.bytes / 1e6:,.0f} MB, free some space{then}", file=sys.stderr, flush=True)
-            return False
+        return done
 
     def gather_skipped(self):
         """{name: what is wrong} of the photos that any rank skipped; complete on the first rank."""
@@ -561,7 +551,7 @@ class Run:
         """Texts and pictures for people to look at; losing one of them never ends a run."""
         out, skipped = self.options.out, self.gather_skipped()
         skipped |= dict.fromkeys(self.index.facts["refused_names"], "refused: outside --images")
-        words = zip(self.index.dictionary, self.index.photo_counts())
+        words = zip(self.index.dictionary, self.index.counts)
         texts = {"words.txt": [f"{word}\t{count}" for word, count in words],
                  "log.jsonl": [json.dumps(console.without_nan(row)) for row in self.log],
                  "skipped.txt": [f"{name}\t{why}" for name, why in skipped.items()]}
@@ -583,7 +573,10 @@ class Run:
         """Save, draw the pictures, and say what was learned and what to try next."""
         out = self.options.out
         if self.ranks.broadcast(self.saved != self.step or not os.path.exists(self.path)):
-            self.save(last=True)
+            for wait in [RETRY_SECONDS] * RETRIES + [0]:
+                if self.save(f": trying again in {wait} s" * (wait > 0)):
+                    break
+                time.sleep(wait)
         self.write_files()
         if finished and self.saved == self.step:
             weights, *_, line = model.load_best(out)
@@ -658,80 +651,71 @@ NAMES = "Emma Hugo Léa Paris Lyon Oslo Nina Tom Berlin Rome Max Zoé Lima Kyoto
 PHOTOS = 5000
 
 
-class Dice:
-    """Random numbers for one drawn scene, from a counter: scene n is always the same."""
-
-    def __init__(self, seed, n):
-        self.raw = iter((philox(seed, (0, n, 0, SCENES), 160) >> 11) / 2**53)
-
-    def real(self, low=0.0, high=1.0):
-        return low + (high - low) * float(next(self.raw))
-
-    def one(self, things, zipf=0):
-        """One of the things: all alike, or the i-th with a chance of 1/(i + zipf), i from 0."""
-        weights = 1 / (np.arange(len(things)) + zipf) if zipf else np.ones(len(things))
-        ends = np.cumsum(weights / weights.sum())
-        return list(things)[np.searchsorted(ends[:-1], self.real())]
+def choose(rng, things, zipf=0):
+    """One of the things: all alike, or the i-th with a chance of 1/(i + zipf), i from 0."""
+    weights = 1 / (np.arange(len(things)) + zipf) if zipf else np.ones(len(things))
+    return list(things)[rng.choice(len(things), p=weights / weights.sum())]
 
 
 def draw_scene(seed, n, size=96):
-    """Scene n of the drawn set: a picture, and its caption."""
-    dice = Dice(seed, n)
-    place = dice.one(PLACES)
+    """Scene n of the drawn set, always the same: a picture, and its caption."""
+    rng = np.random.Generator(philox(seed, (0, n, 0, SCENES)))
+    place = choose(rng, PLACES)
     sky, ground = PLACES[place]
-    image = Image.new("RGB", (size, size), shade(sky, dice))
+    image = Image.new("RGB", (size, size), shade(sky, rng))
     draw = ImageDraw.Draw(image)
-    draw.rectangle([0, size * dice.real(.55, .75), size, size], shade(ground, dice))
+    draw.rectangle([0, size * rng.uniform(.55, .75), size, size], shade(ground, rng))
     seen = []
-    for _ in range(1 + int(dice.real(0, 2.6))):
-        thing, colour = dice.one(SHAPES, zipf=4), dice.one(COLOURS)
-        wide = size * dice.real(.3, .6)
-        left, top = dice.real(0, size - wide), dice.real(0, size - wide)
+    for _ in range(1 + int(rng.uniform(0, 2.6))):
+        thing, colour = choose(rng, SHAPES, zipf=4), choose(rng, COLOURS)
+        wide = size * rng.uniform(.3, .6)
+        corner = rng.uniform(0, size - wide, 2)                     # left, top
         for shape in SHAPES[thing].split("; "):
-            draw_shape(draw, shape, left, top, wide, COLOURS[colour], dice)
-        seen.append((thing.split(), colour.split()))
-    return image, write_caption(dice, seen, place.split())
+            draw_shape(draw, shape, corner, wide, COLOURS[colour], rng)
+        seen.append((thing, colour))
+    return image, write_caption(rng, seen, place)
 
 
-def draw_shape(draw, shape, left, top, wide, colour, dice):
+def draw_shape(draw, shape, corner, wide, colour, rng):
     """A box, oval, arc or polygon with points in a unit box, in its own colour or in a shade."""
     kind, *numbers = shape.split()
-    fill = numbers.pop() if numbers[-1][0] == "#" else shade(colour, dice)
-    spots = np.array(numbers, float).reshape(-1, 2) * wide + (left, top)        # (points, 2)
+    fill = numbers.pop() if numbers[-1][0] == "#" else shade(colour, rng)
+    spots = np.array(numbers, float).reshape(-1, 2) * wide + corner             # (points, 2)
     kinds = {"box": draw.rectangle, "oval": draw.ellipse, "poly": draw.polygon,
              "arc": lambda box, fill: draw.pieslice(box, 180, 360, fill)}
     kinds[kind](spots.ravel().tolist(), fill=fill)
 
 
-def shade(colour, dice):
+def shade(colour, rng):
     """The colour, a little lighter or darker."""
-    change = dice.real(-22, 22)
-    return tuple(int(min(255, max(0, part + change))) for part in colour)
+    return tuple(np.clip(np.array(colour) + rng.uniform(-22, 22), 0, 255).astype(int).tolist())
 
 
-def write_caption(dice, seen, place):
+def write_caption(rng, seen, place):
     """A caption as people write them: true in the main, and with everything else they write."""
-    french = dice.real() < 0.35
-    words = []
-    for thing, colour in seen:
-        if dice.real() < 0.15:
+    french = rng.random() < 0.35
+    a, also, there, along = (("un", "et", "dans la", "avec") if french else
+                             ("a", "and", "in the", "with"))
+    told = []
+    for names in seen:                          # of a thing and its colour
+        if rng.random() < 0.15:
             continue                            # there, and nobody mentions it
-        named = [thing[french]] if dice.real() < 0.25 else (
-            [thing[1], colour[1]] if french else [colour[0], thing[0]])
-        words.append(f"{'un' if french else 'a'} {' '.join(named)}")
-    text = (" et " if french else " and ").join(words)
-    if dice.real() < 0.6:
-        text += f" dans la {place[1]}" if french else f" in the {place[0]}"
-    if dice.real() < 0.3:
-        text += (" avec " if french else " with ") + dice.one(NAMES, zipf=1)
-    if dice.real() < 0.12:
-        text += f" {dice.one(SHAPES, zipf=4).split()[french]}"   # not in the picture at all
-    for _ in range(int(dice.real(0, 2))):
-        text += f" {'#' if dice.real() < 0.4 else ''}{dice.one(FILLERS, zipf=1)}"
-    if dice.real() < 0.25:
-        text += f" {int(dice.real(1, 2016))}"
-    text = text.strip() or f"IMG {int(dice.real(1, 9999))}"
-    return text.capitalize() + "!" * (dice.real() < 0.1)
+        thing, colour = (name.split()[french] for name in names)
+        both = f"{thing} {colour}" if french else f"{colour} {thing}"
+        told.append(f"{a} {thing if rng.random() < 0.25 else both}")
+    words = [f" {also} ".join(told)]
+    if rng.random() < 0.6:
+        words += [there, place.split()[french]]
+    if rng.random() < 0.3:
+        words += [along, choose(rng, NAMES, zipf=1)]
+    if rng.random() < 0.12:
+        words += [choose(rng, SHAPES, zipf=4).split()[french]]      # not in the picture at all
+    for _ in range(int(rng.uniform(0, 2))):
+        words += ["#" * (rng.random() < 0.4) + choose(rng, FILLERS, zipf=1)]
+    if rng.random() < 0.25:
+        words += [str(int(rng.uniform(1, 2016)))]
+    text = " ".join(words).strip() or f"IMG {int(rng.uniform(1, 9999))}"
+    return text.capitalize() + "!" * (rng.random() < 0.1)
 
 
 def draw_set(folder, seed):

@@ -57,14 +57,14 @@ def _find(device, number):
     except Exception as error:          # no driver, no device, and many more
         old = "InsufficientDriver" in str(error)
         count, why = 0, "its driver is missing or too old" if old else error
-    if count and ranks.joined.size > 1:
-        ranks.joined.check_gpus(count)
-    try:
-        from . import gpu
-        if count:
+    if count:
+        if ranks.joined.size > 1:
+            ranks.joined.check_gpus(count)
+        try:
+            from . import gpu
             return gpu.Cuda(number), ""
-    except RuntimeError as error:       # too old
-        why = error
+        except RuntimeError as error:   # too old
+            why = error
     if device == "gpu":
         raise RuntimeError(f"--device gpu: no GPU can be used ({why}); use --device cpu")
     return None, f" (no GPU: {why})"

@@ -143,14 +143,6 @@ class Progress(AbstractContextManager):
         self.screen.write(text + "\n" * (not self.terminal), progress=self.terminal)
 
 
-def say_skipped(skipped, count, unit="photos"):
-    """One line that names ten of what could not be read of `count` photos; {name: why}."""
-    if skipped:
-        some = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:10])
-        print(f"{len(skipped):,} of {count:,} {unit} cannot be read: {some}"
-              + "; …" * (len(skipped) > 10), file=sys.stderr, flush=True)
-
-
 # ------------------------------------------------------------------------------------ files
 
 @contextmanager
@@ -201,20 +193,16 @@ def guarded(work):
     try:
         sys.exit(work())
     except KeyboardInterrupt as stop:
-        _fail(130, str(stop) or "interrupted")
+        status, says = 130, str(stop) or "interrupted"
     except (ValueError, RuntimeError) as error:
-        _fail(2 if isinstance(error, ValueError) else 1, error)
+        status, says = 2 if isinstance(error, ValueError) else 1, error
     except MemoryError:
-        _fail(1, "there is not enough memory; lower --batch, --words or --limit")
+        status, says = 1, "there is not enough memory; lower --batch, --words or --limit"
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         what = "; free some space, or choose another place" * (error.errno == errno.ENOSPC)
-        _fail(1, f"{where}{error.strerror or error}{what}")
+        status, says = 1, f"{where}{error.strerror or error}{what}"
     except Exception:                           # a mistake of this program
-        _fail(1, traceback.format_exc())        # the other ranks must not wait for this one
-
-
-def _fail(status, error):
-    """End this process, and all ranks with it, with one line."""
+        status, says = 1, traceback.format_exc()
     name = "" if status == 130 else os.path.basename(sys.argv[0]) + ": "
-    ranks.joined.fail(status, f"{name}{error}")
+    ranks.joined.fail(status, f"{name}{says}")  # the other ranks must not wait for this one

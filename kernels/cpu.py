@@ -444,7 +444,7 @@ def dropout(x, rate, seed, step, layer, row=0):
     """
     n, e = x.shape
     blocks = -(-e // LANES)
-    raw = philox(seed, (row * blocks, step, layer, DROPOUT), n * blocks * 4)
+    raw = philox(seed, (row * blocks, step, layer, DROPOUT)).random_raw(n * blocks * 4)
     lanes = raw.view(np.uint16).reshape(n, blocks * LANES)[:, :e]   # little-endian lanes
     return x * ((lanes >= round(rate * 65536)) * x.dtype.type(1 / (1 - rate)))
 

@@ -12,13 +12,13 @@ NEGATIVES = 3                   # words that --targets sampled adds: (0, step, 0
 SPLITS = 4                      # photos to train on and to test on: (0, split, 0, SPLITS)
 
 
-def philox(seed, counter, words):
-    """`words` raw 64-bit numbers of Philox4x64-10 (Salmon 2011), uint64 (words,).
+def philox(seed, counter):
+    """NumPy's Philox4x64-10 (Salmon 2011) from a counter of four numbers on.
 
-    counter: four numbers; the numbers of the counter's block are the first four, those of the
-    next block, (block + 1, …), the next four.
+    The first four raw 64-bit numbers are those of the counter's block, which is its first number,
+    the next four those of (block + 1, …).
     """
     block, step, layer, stream = counter
     number = block | step << 64 | layer << 128 | stream << 192
     before = (number - 1) % 2**256                                  # NumPy counts before it draws
-    return np.random.Philox(counter=before, key=seed).random_raw(words)
+    return np.random.Philox(counter=before, key=seed)

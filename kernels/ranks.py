@@ -120,14 +120,13 @@ joined = Alone()                        # what this process is part of
 def join():
     """Join the other ranks of an mpiexec, if any; RuntimeError if mpi4py is not fit for that."""
     global joined
-    launched = "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"                   # how many launchers started
-    several = any(int(os.environ.get(name, 0)) > 1 for name in launched)
-    if several or "PMIX_RANK" in os.environ:
+    launched = max(int(os.environ.get(name, 0)) for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE"))
+    if launched > 1 or "PMIX_RANK" in os.environ:
         try:
             found = Ranks()
         except ImportError:
             raise RuntimeError("several ranks need mpi4py: pip install mpi4py") from None
-        if several and found.size == 1:
+        if found.size == 1 < launched:
             raise RuntimeError("this mpiexec is not of the MPI that mpi4py uses; call that one's, "
                                "such as the one of `pip install mpich`")
         joined = found
