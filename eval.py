@@ -25,7 +25,7 @@ import signal
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, redirect_stdout, suppress
+from contextlib import redirect_stdout, suppress
 from html import escape
 
 if __name__ == "__main__":
@@ -55,10 +55,7 @@ SPREAD = " ±"                           # after a key: its deviation
 
 def top_words(scores, k):
     """The k best-scored words of each photo, best first: (N, K) -> (N, k)."""
-    k = min(k, scores.shape[1])
-    best = np.argpartition(-scores, k - 1, axis=1)[:, :k]           # (N, k), unordered
-    order = np.argsort(-np.take_along_axis(scores, best, 1), axis=1, kind="stable")
-    return np.take_along_axis(best, order, 1)
+    return np.argsort(-scores, axis=1, kind="stable")[:, :k]
 
 
 def precision_at(best, carried):
@@ -248,11 +245,11 @@ TILES = 1 << 18, 1 << 25                        # numbers at a time: in a core's
 
 
 def share_blocks(n, work):
-    """work(slices of rows, n numbers each): on a CPU its share on each thread, on a GPU all."""
+    """work(slice) for slices of n rows, n numbers each; on a CPU all threads share them."""
     gpu = kernels.memory() is not None
     size = max(1, TILES[gpu] // n)
     blocks = [slice(start, min(n, start + size)) for start in range(0, n, size)]
-    work(blocks) if gpu else cpu.share(work, blocks)
+    list(map(work, blocks)) if gpu else cpu.share(work, blocks)
 
 
 def conditional(d, perplexity, steps=40):
@@ -276,12 +273,11 @@ def affinities(x, perplexity):
     p = np.empty_like(x, shape=(n, n))
     unit = squares.mean()                                           # distances of about 1
 
-    def work(blocks):
-        for block in blocks:
-            d = squares[block, None] + squares - 2 * (x[block] @ x.T)           # (B, N)
-            d = np.maximum(d / unit, 0)
-            d[np.arange(len(d)), np.arange(block.start, block.stop)] = FAR
-            p[block] = conditional(d, perplexity)
+    def work(block):
+        d = squares[block, None] + squares - 2 * (x[block] @ x.T)   # (B, N)
+        d = np.maximum(d / unit, 0)
+        d[np.arange(len(d)), np.arange(block.start, block.stop)] = FAR
+        p[block] = conditional(d, perplexity)
 
     share_blocks(n, work)
     return (p + p.T) / (2 * n)
@@ -297,25 +293,16 @@ def tsne_gradient(p, y, exaggeration=1, divergence=False):
     n, columns, one = len(y), y.T.copy(), np.ones_like(y[:, 0])     # columns (2, N)
     pull, push, sums, losses = np.empty_like(y), np.empty_like(y), one.copy(), one.copy()
 
-    def work(blocks):
-        most = max((block.stop - block.start for block in blocks), default=0)
-        space = np.empty_like(y, shape=(4, most, n))                # used again and again
-        for block in blocks:
-            part = space[:, :block.stop - block.start]
-            apart, near, product = part[:2], part[2], part[3]       # (2, B, N), (B, N), (B, N)
-            np.subtract(columns[:, block, None], columns[:, None], out=apart)
-            np.square(apart[0], out=near)
-            near += np.square(apart[1], out=product)
-            near += 1
-            np.reciprocal(near, out=near)
-            sums[block] = near @ one
-            np.multiply(p[block], near, out=product)
-            if divergence:
-                log = np.log(np.maximum(p[block], 1e-30) / near)
-                losses[block] = (p[block] * log).sum(axis=1)
-            for force, weights in (pull, product), (push, np.square(near, out=near)):
-                # a product takes half the time of einsum: (2, B, 1, N) times (B, N, 1)
-                force[block] = (apart[:, :, None] @ weights[..., None])[..., 0, 0].T
+    def work(block):
+        apart = columns[:, block, None] - columns[:, None]          # (2, B, N)
+        near = 1 / (np.square(apart[0]) + np.square(apart[1]) + 1)  # (B, N)
+        sums[block] = near @ one
+        if divergence:
+            log = np.log(np.maximum(p[block], 1e-30) / near)
+            losses[block] = (p[block] * log).sum(axis=1)
+        for force, weights in (pull, p[block] * near), (push, near * near):
+            # a product takes half the time of einsum: (2, B, 1, N) times (B, N, 1)
+            force[block] = (apart[:, :, None] @ weights[..., None])[..., 0, 0].T
 
     share_blocks(n, work)
     z = sums.sum(dtype=np.float64) - n
@@ -558,11 +545,10 @@ def command(name, options):
 def name_output(option, ending="", required=True):
     """An option that names a file to write: its name ends so, and its folder takes files."""
     def check(path):
-        if path == "-" and option == "--json":
-            return path                         # standard output
         if not path.lower().endswith(ending):
             raise argparse.ArgumentTypeError(f"{path}: its name must end in {ending}")
-        if os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
+        folder = os.path.dirname(path) or "."
+        if path != "-" and (os.path.isdir(path) or not os.access(folder, os.W_OK)):
             raise argparse.ArgumentTypeError(f"cannot write {path}; choose another place")
         return path
     return {option: dict(type=check, required=required, metavar="FILE" + ending,
@@ -887,9 +873,8 @@ def transfer_features(options, show):
         features = units((x[view] - mean).astype(np.float32))       # so one λ suits all
         table, _ = choose_penalty(features[train], y[train], held, measure)
         return measure(predict(table, features[test]), y[test])
-    pool = ThreadPoolExecutor(kernels.threads())
-    with (console.Progress("regressions", len(tasks), "tasks") as progress, ExitStack() as stack):
-        stack.callback(pool.shutdown, cancel_futures=True)          # at Ctrl-C, too
+    with (ThreadPoolExecutor(kernels.threads()) as pool,            # at Ctrl-C map cancels its work
+          console.Progress("regressions", len(tasks), "tasks") as progress):
         values = pool.map(regress, *zip(*((i, view) for i in range(len(tasks)) for view in VIEWS)))
         for name, y, train, test in tasks:
             chance = float(y[test].mean()) if voc else 1 / float(y.max() + 1)

@@ -87,8 +87,8 @@ def threads():
 
 
 def share(work, items):
-    """work(some) on every thread, `some` being its share of a list of items."""
-    _pool.run(lambda t: work(items[t::_pool.count]))
+    """work(item) for all of a list of items, each thread its share of them."""
+    _pool.run(lambda t: list(map(work, items[t::_pool.count])))
 
 
 def _chunk_size(n, bytes_each, limit=PATCH_BYTES):
