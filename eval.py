@@ -1,17 +1,9 @@
 """The paper's experiments on a trained run, using the model, and the pictures of a run.
 
-    python eval.py words     --model RUN [RUN ...]           precision@k, AUC, AP (Table 1, Fig. 2)
-    python eval.py tag       --model RUN PHOTO|DIR...        words for photos
-    python eval.py search    --model RUN WORD... --out PNG   the best photos for words (Fig. 3)
-    python eval.py features  --model RUN --images DIR --out FILE.npz
-    python eval.py transfer  --model RUN --images DIR        DIR/class/*.jpg, or Pascal VOC (Fig. 5)
-    python eval.py similar   --model RUN --pairs FILE...     word<TAB>word<TAB>score (Table 5)
-    python eval.py translate --model RUN --pairs FILE        word<TAB>word (Tables 6 and 7)
-    python eval.py neighbors --model RUN WORD...             nearest words
-    python eval.py map       --model RUN [--words] --out PNG t-SNE of photos or words (Figs. 4, 6)
-    python eval.py report    --model RUN --out FILE.html     all of it on one page
+    python eval.py COMMAND --model RUN …        RUN is a run's folder; the README has examples
+    python eval.py --help                       the commands, with the paper's tables and figures
 
-RUN is a run's folder. Fractions, not percent. Here: metrics, regression, t-SNE, pictures, commands.
+Fractions, not percent. Here: metrics, regression, t-SNE, pictures, commands.
 """
 import argparse
 import base64
@@ -274,8 +266,7 @@ def affinities(x, perplexity):
     unit = squares.mean()                                           # distances of about 1
 
     def work(block):
-        d = squares[block, None] + squares - 2 * (x[block] @ x.T)   # (B, N)
-        d = np.maximum(d / unit, 0)
+        d = np.maximum(squares[block, None] + squares - 2 * (x[block] @ x.T), 0) / unit     # (B, N)
         d[np.arange(len(d)), np.arange(block.start, block.stop)] = FAR
         p[block] = conditional(d, perplexity)
 
