@@ -1,17 +1,9 @@
 """The paper's experiments on a trained run, using the model, and the pictures of a run.
 
-    python eval.py words     --model RUN [RUN ...]           precision@k, AUC, AP (Table 1, Fig. 2)
-    python eval.py tag       --model RUN PHOTO|DIR...        words for photos
-    python eval.py search    --model RUN WORD... --out PNG   the best photos for words (Fig. 3)
-    python eval.py features  --model RUN --images DIR --out FILE.npz
-    python eval.py transfer  --model RUN --images DIR        DIR/class/*.jpg, or Pascal VOC (Fig. 5)
-    python eval.py similar   --model RUN --pairs FILE...     word<TAB>word<TAB>score (Table 5)
-    python eval.py translate --model RUN --pairs FILE        word<TAB>word (Tables 6 and 7)
-    python eval.py neighbors --model RUN WORD...             nearest words
-    python eval.py map       --model RUN [--words] --out PNG t-SNE of photos or words (Figs. 4, 6)
-    python eval.py report    --model RUN --out FILE.html     all of it on one page
+    python eval.py COMMAND --model RUN …        RUN is a run's folder; the README has examples
+    python eval.py --help                       the commands, with the paper's tables and figures
 
-RUN is a run's folder. Fractions, not percent. Here: metrics, regression, t-SNE, pictures, commands.
+Fractions, not percent. Here: metrics, regression, t-SNE, pictures, commands.
 """
 import argparse
 import base64
@@ -25,7 +17,7 @@ import signal
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, redirect_stdout, suppress
+from contextlib import redirect_stdout, suppress
 from html import escape
 
 if __name__ == "__main__":
@@ -55,10 +47,7 @@ SPREAD = " ±"                           # after a key: its deviation
 
 def top_words(scores, k):
     """The k best-scored words of each photo, best first: (N, K) -> (N, k)."""
-    k = min(k, scores.shape[1])
-    best = np.argpartition(-scores, k - 1, axis=1)[:, :k]           # (N, k), unordered
-    order = np.argsort(-np.take_along_axis(scores, best, 1), axis=1, kind="stable")
-    return np.take_along_axis(best, order, 1)
+    return np.argsort(-scores, axis=1, kind="stable")[:, :k]
 
 
 def precision_at(best, carried):
@@ -558,11 +547,10 @@ def command(name, options):
 def name_output(option, ending="", required=True):
     """An option that names a file to write: its name ends so, and its folder takes files."""
     def check(path):
-        if path == "-" and option == "--json":
-            return path                         # standard output
         if not path.lower().endswith(ending):
             raise argparse.ArgumentTypeError(f"{path}: its name must end in {ending}")
-        if os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
+        folder = os.path.dirname(path) or "."
+        if path != "-" and (os.path.isdir(path) or not os.access(folder, os.W_OK)):
             raise argparse.ArgumentTypeError(f"cannot write {path}; choose another place")
         return path
     return {option: dict(type=check, required=required, metavar="FILE" + ending,
@@ -890,9 +878,8 @@ def transfer_features(options, show):
         features = units((x[view] - mean).astype(np.float32))       # so one λ suits all
         table, _ = choose_penalty(features[train], y[train], held, measure)
         return measure(predict(table, features[test]), y[test])
-    pool = ThreadPoolExecutor(kernels.threads.count)
-    with (console.Progress("regressions", len(tasks), "tasks") as progress, ExitStack() as stack):
-        stack.callback(pool.shutdown, cancel_futures=True)          # at Ctrl-C, too
+    with (ThreadPoolExecutor(kernels.threads.count) as pool,            # at Ctrl-C map cancels its work
+          console.Progress("regressions", len(tasks), "tasks") as progress):
         values = pool.map(regress, *zip(*((i, view) for i in range(len(tasks)) for view in VIEWS)))
         for name, y, train, test in tasks:
             chance = float(y[test].mean()) if voc else 1 / float(y.max() + 1)
