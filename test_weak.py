@@ -195,7 +195,7 @@ def test_network_gradient_is_numerical(build, crop, n, rng):
             ends.append(loss_of(net.forward(x, TRAINING))[0] if len(ends) < 2 else None)
         numeric = (ends[0] - ends[1]) / 2e-7
         exact = sum((dw * direction).sum() for _, dw, direction in mine)
-        assert abs(numeric - exact) < 1e-4 * max(1, abs(numeric)), (module, exact, numeric)
+        assert abs(numeric - exact) < 1e-6 * max(1, abs(numeric)), (module, exact, numeric)
 
 
 def test_gathered_output_is_the_full_one_on_its_classes(rng):
