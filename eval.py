@@ -47,7 +47,10 @@ SPREAD = " ±"                           # after a key: its deviation
 
 def top_words(scores, k):
     """The k best-scored words of each photo, best first: (N, K) -> (N, k)."""
-    return np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    k = min(k, scores.shape[1])
+    best = np.argpartition(-scores, k - 1, axis=1)[:, :k]           # (N, k), unordered
+    order = np.argsort(-np.take_along_axis(scores, best, 1), axis=1, kind="stable")
+    return np.take_along_axis(best, order, 1)
 
 
 def precision_at(best, carried):
