@@ -881,7 +881,7 @@ def transfer_features(options, show):
         features = units((x[view] - mean).astype(np.float32))       # so one λ suits all
         table, _ = choose_penalty(features[train], y[train], held, measure)
         return measure(predict(table, features[test]), y[test])
-    with (ThreadPoolExecutor(kernels.threads.count) as pool,            # at Ctrl-C map cancels its work
+    with (ThreadPoolExecutor(kernels.threads.count) as pool,        # at Ctrl-C map cancels its work
           console.Progress("regressions", len(tasks), "tasks") as progress):
         values = pool.map(regress, *zip(*((i, view) for i in range(len(tasks)) for view in VIEWS)))
         for name, y, train, test in tasks:

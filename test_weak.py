@@ -1305,7 +1305,7 @@ def test_best_epoch_that_finds_no_space_costs_nothing_else(start, losses, monkey
 
     monkeypatch.setattr(model, "save", full)
     assert training.train(weak.Interrupt()) and facts_of("r")["step"] == 18
-    assert capsys.readouterr().err.count("best.npz needs") == 1
+    assert capsys.readouterr().err.count("best.npz is not saved") == 1
     assert model.load("r/best.npz")[2]["epoch"] == 2
 
 

@@ -299,7 +299,7 @@ class Run:
         self.step = self.epoch = 0
         self.log, self.saved = [], None         # a row an epoch; the step of the checkpoint
         self.path, self.best_path = (f"{options.out}/{name}.npz" for name in ("model", "best"))
-        self.saved_at = time.monotonic()
+        self.saved_at, self.written = time.monotonic(), {}          # the step of each file written
         self.empty = 0                          # steps without a photo since the last good one
         self.begin_epoch()
         self.loader = data.Loader(options.images, index.name, len(index), self.size,
@@ -351,13 +351,13 @@ class Run:
             raise ValueError(f"{self.options.out} has {disk / 1e6:,.0f} MB free, and saving needs "
                              f"{5 * weights / 1e6:,.0f}; free some, or choose another --out")
         batch, each = self.options.batch, self.net.bytes_per_image(self.size, self.crop)
-        need = weights + each * (self.part.stop - self.part.start)  # gradients are still to come
+        need = each * (self.part.stop - self.part.start)
         place = "this machine" if gpu is None else "the GPU"
-        free = data.MEMORY / self.ranks.local_size - 2 * weights if gpu is None else gpu
+        free = data.MEMORY / self.ranks.local_size - 3 * weights if gpu is None else gpu
         print(f"memory: a step of --batch {batch} takes {need / 1e9:,.2f} of {free / 1e9:,.1f} GB "
               f"that {place} has left for it, {each / 1e6:,.1f} MB an image", flush=True)
         if need > free:
-            most = int((free - weights) / each) * self.ranks.size
+            most = int(free / each) * self.ranks.size
             raise ValueError(f"--batch {batch} does not fit into {place}'s memory; use "
                              + (f"--batch {most} or less" if most > 0 else
                                 "--device cpu, or a smaller --network or --words"))
@@ -526,18 +526,18 @@ class Run:
                  "skipped": self.gather_skipped()}
         if not all(np.isfinite(w).all() for w in self.net.state().values()):
             self.check_loss(math.nan, "a weight is")                # the last update diverged
-        best = self.since_best() == 0 and self.log[-1]["step"] == self.step
-        files = [(self.best_path, {})] * best + [(self.path, self.optimiser.v)]
-        written, again = [], {self.path: then}
-        for path, velocities in files if not self.ranks.rank else ():
+        best = (self.since_best() == 0 and self.log[-1]["step"] == self.step
+                and self.written.get(self.best_path) != self.step)
+        files = [(self.best_path, {}, "")] * best + [(self.path, self.optimiser.v, then)]
+        for path, velocities, then in files if not self.ranks.rank else ():
             try:
                 model.save(path, self.net, velocities, facts, self.index.dictionary)
-                written.append(path)
+                self.written[path] = self.step
             except OSError as error:
-                print(f"step {self.step:,} is not saved: {error.strerror or error}; {path} needs "
-                      f"{self.bytes / 1e6:,.0f} MB, free some space{again.get(path, '')}",
+                print(f"step {self.step:,}: {path} is not saved: {error.strerror or error}; saving "
+                      f"needs {self.bytes / 1e6:,.0f} MB, free some space{then}",
                       file=sys.stderr, flush=True)
-        if done := self.ranks.broadcast(self.path in written):
+        if done := self.ranks.broadcast(self.written.get(self.path) == self.step):
             self.saved = self.step
         self.saved_at = time.monotonic()
         return done

@@ -155,7 +155,7 @@ def _is_winograd(w_shape, stride, pad):
 
 
 def _tiles_chunk(w_shape, y_shape, itemsize):
-    """Images a chunk: their tiles are about as large as the filters, which each chunk reads."""
+    """Images a chunk: their tiles are as large as the filters that it reads, up to 8 MB."""
     (r, _, c, f), (n, oh, ow, _) = w_shape, y_shape
     each = 36 * -(-oh // (7 - r)) * -(-ow // (7 - r)) * max(c, f) * itemsize
     return _chunk_size(n, each, np.clip(36 * c * f * itemsize, TILE_BYTES, 8 * TILE_BYTES))
