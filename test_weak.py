@@ -1266,6 +1266,21 @@ def test_full_disk_costs_a_run_only_the_checkpoint(start, monkeypatch, capsys):
     assert not [name for name in os.listdir("r") if name.endswith(".part")]
 
 
+def test_last_save_is_tried_again_but_a_best_one_that_is_there_is_not(start, monkeypatch):
+    training, honest, tries = start("--epochs", 1), model.save, []
+    assert training.train(weak.Interrupt())
+    os.remove("r/model.npz")                    # somebody needs the space
+
+    def full(path, *rest):
+        tries.append(path)
+        (no_space if len(tries) < 3 else honest)(path, *rest)
+
+    monkeypatch.setattr(model, "save", full)
+    monkeypatch.setattr(weak, "RETRY_SECONDS", 0)
+    training.finish(True)
+    assert tries == ["r/model.npz"] * 3 and facts_of("r")["step"] == 6
+
+
 @pytest.fixture
 def losses(monkeypatch):
     """losses(one, …): what training takes for the held-out losses of its epochs."""

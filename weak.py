@@ -529,13 +529,14 @@ class Run:
         best = (self.since_best() == 0 and self.log[-1]["step"] == self.step
                 and self.written.get(self.best_path) != self.step)
         files = [(self.best_path, {}, "")] * best + [(self.path, self.optimiser.v, then)]
-        for path, velocities, then in files if not self.ranks.rank else ():
+        for path, velocities, next_try in files if not self.ranks.rank else ():
+            self.written.pop(path, None)        # what was here before may be gone
             try:
                 model.save(path, self.net, velocities, facts, self.index.dictionary)
                 self.written[path] = self.step
             except OSError as error:
                 print(f"step {self.step:,}: {path} is not saved: {error.strerror or error}; saving "
-                      f"needs {self.bytes / 1e6:,.0f} MB, free some space{then}",
+                      f"needs {self.bytes / 1e6:,.0f} MB, free some space{next_try}",
                       file=sys.stderr, flush=True)
         if done := self.ranks.broadcast(self.written.get(self.path) == self.step):
             self.saved = self.step
