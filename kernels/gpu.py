@@ -296,11 +296,10 @@ def conv_backward_filter(x, dy, w_shape, stride=1, pad=0, out=(None, None)):
 
 
 def column_sums(x, out=None):
-    """A block for 32 columns, which adds them in a fixed order."""
+    """A thread for each column, which adds it in order."""
     _dense(x)
-    m, e = x.shape
-    y = _empty(e) if out is None else out
-    _launch("pointwise.cu", "column_sums", (-(-e // 32),), (32, 8), (x, y, m, e), shared=4 * 32 * 8)
+    y = _empty(x.shape[1]) if out is None else out
+    _reduce(None, y, sums=x, db=y)
     return y
 
 
@@ -441,16 +440,13 @@ def one_vs_all_loss(s, targets, weights, positive, negative):
 
 
 def sgd(w, v, dw, rate, momentum, decay, rows=None, biases=0, filters=()):
-    """A thread for each four numbers, or with rows for each number of dw."""
+    """A thread for each four numbers of dw."""
     global _trained
     _dense(w, v, dw)
-    constants = float(rate), float(momentum), float(decay)
-    if rows is None:
-        _each("sgd.cu", "sgd", -(-w.size // 4), (w, v, dw, w.size, w.size - biases, *constants))
-    else:
-        rows = _device.xp.asarray(rows, np.int32)
-        _each("sgd.cu", "sgd_rows", dw.size, (
-            w, v, dw, rows, dw.size, w.size // len(w), *constants))
+    rows = None if rows is None else _device.xp.asarray(rows, np.int32)
+    _each("sgd.cu", "sgd", -(-dw.size // 4), (
+        w, v, dw, rows, dw.size, dw.size - biases, w.size // len(w), float(rate), float(momentum),
+        float(decay)))
     if filters and _trained[0] is w:
         _trained[1]()
     elif filters:

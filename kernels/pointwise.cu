@@ -123,8 +123,8 @@ filters(const float* weights, float* forms, const int* table, int round)
 
 // y = Σ_z parts[z] in the order of z, + bias, 0 where a gate (total) is not positive, then with
 // relu max(y, 0), where a NaN stays; parts (Z, total). The threads beyond total add the rows of
-// `sums` (shares, cols), which go to db. The end of a split convolution, of a filter gradient, and
-// of a product, which is one part and stays in place. Called by gpu._reduce.
+// `sums` (shares, cols), which go to db. The end of a split convolution, of a filter gradient, of a
+// product, which is one part and stays in place, and gpu.column_sums. Called by gpu._reduce.
 extern "C" __global__ void
 reduce(const float* parts, float* y, const float* bias, const float* gate, const float* sums,
        float* db, unsigned threads, unsigned total, int count, int cols, int pitch, int shares,
@@ -145,23 +145,4 @@ reduce(const float* parts, float* y, const float* bias, const float* gate, const
     if (gate && !(gate[index] > 0)) sum = 0;
     y[static_cast<long long>(index / cols) * pitch + index % cols] =
         rounded(relu && sum < 0 ? 0 : sum, round);
-}
-
-// y[e] = Σ_m x[m, e]; x (M, E). A block of 32×8 threads takes 32 columns; its eight sums a column
-// are added in a fixed order. Called by gpu.column_sums.
-extern "C" __global__ void
-column_sums(const float* x, float* y, int m, int e)
-{
-    float* sums = shared_memory();                          // 8 × 32
-    const int col = blockIdx.x * 32 + threadIdx.x;
-    float sum = 0;
-    if (col < e)
-        for (int row = threadIdx.y; row < m; row += 8)
-            sum += x[static_cast<long long>(row) * e + col];
-    sums[threadIdx.y * 32 + threadIdx.x] = sum;
-    __syncthreads();                                        // the eight sums are there
-    if (threadIdx.y == 0 && col < e) {
-        for (int part = 1; part < 8; part++) sum += sums[part * 32 + threadIdx.x];
-        y[col] = sum;
-    }
 }
