@@ -352,25 +352,20 @@ def avg_pool_backward(dy, x_shape, kernel, stride, gate=None):
 
 # ------------------------------------------------------------------------- normalisation
 
-def _lrn(kernel, arrays, kept, size, k, alpha, beta, *more):
-    """A block for a few pixels, which keeps `kept` numbers a channel in shared memory."""
-    _dense(*arrays)
-    out, c = arrays[-1], arrays[-1].shape[-1]
+def lrn_backward(dy, x, size=5, k=2.0, alpha=1e-4, beta=0.75, gated=False):
+    """A block for a few pixels, which keeps three numbers a channel in shared memory."""
+    _dense(dy, x)
+    out, c, kept = _empty(x.shape), x.shape[-1], 1 if dy is None else 3
     pixels, rows = out.size // c, max(1, LRN_BYTES // (4 * c * kept))
-    _launch("lrn.cu", kernel, (-(-pixels // rows),), (BLOCK,), (
-        *arrays, pixels, c, rows, size // 2, float(k), float(alpha), float(beta), *more),
+    _launch("lrn.cu", "lrn", (-(-pixels // rows),), (BLOCK,), (
+        dy, x, out, pixels, c, rows, size // 2, float(k), float(alpha), float(beta), gated, "tf32"),
             shared=4 * c * rows * kept)
     return out
 
 
 def lrn_forward(x, size=5, k=2.0, alpha=1e-4, beta=0.75):
-    """A block for a few pixels."""
-    return _lrn("lrn_forward", (x, _empty(x.shape)), 1, size, k, alpha, beta, "tf32")
-
-
-def lrn_backward(dy, x, size=5, k=2.0, alpha=1e-4, beta=0.75, gated=False):
-    """A block for a few pixels."""
-    return _lrn("lrn_backward", (dy, x, _empty(x.shape)), 3, size, k, alpha, beta, gated, "tf32")
+    """The same kernel without dy, which keeps one."""
+    return lrn_backward(None, x, size, k, alpha, beta)
 
 
 # ------------------------------------------------------------------------- pointwise passes

@@ -4,7 +4,7 @@
 //   backward   dx_c = dy_c s_c^-β - 2αβ x_c Σ dy_c' x_c' s_c'^(-β-1)  over the same c'
 //
 // A block takes `rows` pixels at a time into shared memory, so each number is read once.
-// Called by gpu.lrn_forward and gpu.lrn_backward.
+// Without dy this is the forward pass. Called by gpu.lrn_backward.
 
 __device__ float window_sum(const float* row, int channel, int c, int half, bool squared)
 {
@@ -20,10 +20,12 @@ __device__ float power(float s, float beta)                // s^-β, by roots wh
 }
 
 extern "C" __global__ void
-lrn_forward(const float* x, float* y, int pixels, int c, int rows, int half, float k, float alpha,
-            float beta, int round)
+lrn(const float* dy, const float* x, float* out, int pixels, int c, int rows, int half, float k,
+    float alpha, float beta, int gated, int round)
 {
     float* xs = shared_memory();                            // rows × C
+    float* near = xs + rows * c;                            // backward: dy x s^(-β-1)
+    float* own = near + rows * c;                           // … dy s^-β
     const long long start = static_cast<long long>(blockIdx.x) * rows * c;
     const int count = min(rows, pixels - static_cast<int>(blockIdx.x) * rows) * c;
     for (int at = threadIdx.x; at < count; at += blockDim.x) xs[at] = x[start + at];
@@ -31,32 +33,19 @@ lrn_forward(const float* x, float* y, int pixels, int c, int rows, int half, flo
     for (int at = threadIdx.x; at < count; at += blockDim.x) {
         const int channel = at % c;
         const float s = k + alpha * window_sum(xs + at - channel, channel, c, half, true);
-        y[start + at] = rounded(xs[at] * power(s, beta), round);
+        if (dy) {
+            own[at] = dy[start + at] * power(s, beta);
+            near[at] = own[at] * xs[at] / s;
+        } else {
+            out[start + at] = rounded(xs[at] * power(s, beta), round);
+        }
     }
-}
-
-extern "C" __global__ void
-lrn_backward(const float* dy, const float* x, float* dx, int pixels, int c, int rows, int half,
-             float k, float alpha, float beta, int gated, int round)
-{
-    float* xs = shared_memory();                            // rows × C
-    float* near = xs + rows * c;                            // dy x s^(-β-1)
-    float* own = near + rows * c;                           // dy s^-β
-    const long long start = static_cast<long long>(blockIdx.x) * rows * c;
-    const int count = min(rows, pixels - static_cast<int>(blockIdx.x) * rows) * c;
-    for (int at = threadIdx.x; at < count; at += blockDim.x) xs[at] = x[start + at];
-    __syncthreads();                                        // all of xs is there
-    for (int at = threadIdx.x; at < count; at += blockDim.x) {
-        const int channel = at % c;
-        const float s = k + alpha * window_sum(xs + at - channel, channel, c, half, true);
-        own[at] = dy[start + at] * power(s, beta);
-        near[at] = own[at] * xs[at] / s;
-    }
+    if (!dy) return;
     __syncthreads();                                        // all of near is there
     for (int at = threadIdx.x; at < count; at += blockDim.x) {
         const int channel = at % c;
         const float sum = window_sum(near + at - channel, channel, c, half, false);
         const float number = own[at] - 2 * alpha * beta * xs[at] * sum;
-        dx[start + at] = gated && !(xs[at] > 0) ? 0 : rounded(number, round);
+        out[start + at] = gated && !(xs[at] > 0) ? 0 : rounded(number, round);
     }
 }
