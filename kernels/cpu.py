@@ -9,6 +9,7 @@ Chunks belong to threads by number and partial sums are added in a fixed order, 
 result depend on the number of threads and on nothing else.
 """
 import ctypes
+import functools
 import glob
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -258,7 +259,7 @@ def conv_backward_filter(x, dy, w_shape, stride=1, pad=0, out=(None, None)):
         size = _chunk_size(n, oh * ow * rows * x.itemsize, most)
 
     def partial(starts):
-        dw, db, product = 0, np.zeros(f, x.dtype), None
+        dw, db, product = None, np.zeros(f, x.dtype), None
         for start in starts:
             part, d = x[start:start + size], dy[start:start + size]
             if tiles:                                               # (36, n·tiles, C), … F)
@@ -268,12 +269,16 @@ def conv_backward_filter(x, dy, w_shape, stride=1, pad=0, out=(None, None)):
                 left = _input_patches(part, w_shape, stride, pad, oh, ow)
                 right = d.reshape(-1, f)
             db += np.ones(d.size // f, d.dtype) @ d.reshape(-1, f)
-            product = np.matmul(left.swapaxes(-1, -2), right, out=product)
-            dw += product                                           # (KH*KW*C, F), or (36, C, F)
+            if dw is None:
+                dw = np.matmul(left.swapaxes(-1, -2), right)        # (KH*KW*C, F), or (36, C, F)
+            else:
+                product = np.matmul(left.swapaxes(-1, -2), right, out=product)
+                dw += product
         return dw, db
 
+    parts = [part for part in threads.share(partial, range(0, n, size)) if part[0] is not None]
     dw, db = (np.empty(shape, x.dtype) if y is None else y for y, shape in zip(out, (w_shape, f)))
-    total, db[:] = map(sum, zip(*threads.share(partial, range(0, n, size))))
+    total, db[:] = (functools.reduce(np.add, part) for part in zip(*parts))
     total = _FILTER[r].T.astype(x.dtype) @ total.reshape(36, -1) if tiles else total
     dw[:] = total.reshape(w_shape)
     return dw, db
