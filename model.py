@@ -45,7 +45,7 @@ class Layer:
     relu = False                        # whether it ends in a ReLU
     gated = False                       # whether its x comes out of one: see Network
     shapes = {}                         # of the parameters, by name; gradients are d + name
-    parts = ()                          # the networks that the layer is made of, if it is
+    layers = {}                         # those that it is made of, by name, if it is
     x = None                            # what is kept for the backward pass
     dw = db = None                      # where their memory is, once there is some
 
@@ -62,10 +62,15 @@ class Layer:
         """x, if a ReLU made it and it is kept, or None."""
         return self.x if self.gated else None
 
-    def walk(self, path):
+    def walk(self, *names):
         """(path, layer) of itself, or else of all the layers that it is made of, in order."""
-        inner = [row for part in self.parts for row in part.walk(f"{path}.")]
-        return inner or [(path, self)]
+        inner = [row for name, one in self.layers.items() for row in one.walk(*names, name)]
+        return inner or [(".".join(map(str, names)), self)]
+
+    def parameters(self):
+        """(path, layer, attribute) of everything learned, e.g. ("conv1.w", conv1, "w")."""
+        return [(f"{path}.{name}", layer, name) for path, layer in self.walk()
+                for name in layer.shapes]
 
 
 class Conv(Layer):
@@ -222,23 +227,23 @@ class Concat(Layer):
     relu = True
 
     def __init__(self, *branches):
-        self.parts = [Network([(f"{i}.{j}", layer) for j, layer in enumerate(branch)], True)
-                      for i, branch in enumerate(branches)]         # their paths: 0.0, 1.0, …
-        assert all(branch.output.relu for branch in self.parts)
-        stops = np.cumsum([0] + [branch.output.shapes["b"][0] for branch in self.parts])
+        self.branches = [Network(list(enumerate(branch)), True) for branch in branches]
+        self.layers = dict(enumerate(self.branches))                # their paths: 0.0, 1.0, …
+        assert all(branch.output.relu for branch in self.branches)
+        stops = np.cumsum([0] + [branch.output.shapes["b"][0] for branch in self.branches])
         self.slices = [slice(a, b) for a, b in zip(stops, stops[1:])]
 
     def forward(self, x, now):
         self.x = x                                                  # (N, H, W, C)
         y = np.empty_like(x, shape=(*x.shape[:3], self.slices[-1].stop))    # (N, H, W, ΣF)
-        for branch, mine in zip(self.parts, self.slices):
+        for branch, mine in zip(self.branches, self.slices):
             branch.forward(x, now, out=y[..., mine])
         return y
 
     def backward(self, dy):
         # every branch saw the same x, so its gradients add up
         return kernels.sum_gradients([branch.backward(dy[..., mine]) for branch, mine in
-                                      zip(self.parts, self.slices)], self.gate)     # (N, H, W, C)
+                                      zip(self.branches, self.slices)], self.gate)  # (N, H, W, C)
 
 
 class Head(Layer):
@@ -249,7 +254,7 @@ class Head(Layer):
 
     def __init__(self, *rows):
         self.branch = Network(rows, True)
-        self.parts = [self.branch]
+        self.layers = self.branch.layers
 
     def forward(self, x, now):
         self.x, self.s = x, None if now.step is None else self.branch.forward(x, now)
@@ -262,34 +267,25 @@ class Head(Layer):
 
 # --------------------------------------------------------------------------------- networks
 
-class Network:
+class Network(Layer):
     """Layers one after the other, by name: rows of (name, layer)."""
 
     def __init__(self, rows, needs_dx=False):
-        self.layers, (_, before) = dict(rows), rows[0]
-        for _, layer in rows[1:]:
+        self.layers = dict(rows)
+        for (_, before), (_, layer) in zip(rows, rows[1:]):
             passes = isinstance(before, (Flatten, Dropout))         # positive where its x is
-            before, layer.gated = layer, before.gated if passes else before.relu
+            layer.gated = before.gated if passes else before.relu
         self.first, self.output = rows[0][1], rows[-1][1]
         self.heads = [layer for layer in self.layers.values() if isinstance(layer, Head)]
         self.first.needs_dx = needs_dx
-
-    def walk(self, before=""):
-        """(path, layer) of all layers that have no parts, first to last; `before` is their path."""
-        return [row for name, layer in self.layers.items() for row in layer.walk(before + name)]
 
     def init(self, seed):
         """First weights, each layer's from a counter of its own: a larger K changes no other."""
         for name, layer in self.layers.items():
             rng = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(name.encode())]))
-            for _, one in layer.walk(name):
+            for _, one in layer.walk():
                 one.init(rng)
         return self.load(self.state())
-
-    def parameters(self):
-        """(path, layer, attribute) of everything learned, e.g. ("conv1.w", conv1, "w")."""
-        return [(f"{path}.{name}", layer, name) for path, layer in self.walk()
-                for name in layer.shapes]
 
     def state(self):
         """{path: array} of everything learned, as NumPy arrays."""
@@ -322,9 +318,8 @@ class Network:
         """All gradients, last layer first, each given to done; returns the first dx if needed."""
         for layer in reversed(self.layers.values()):
             dy = layer.backward(dy)
-            for _, one in layer.walk(""):
-                for name in one.shapes:
-                    done(getattr(one, "d" + name))
+            for _, one, name in layer.parameters():
+                done(getattr(one, "d" + name))
         return dy
 
     def bytes_per_image(self, size, crop):

@@ -182,7 +182,7 @@ def torch_network(torch, layers):
             size, k, alpha, beta = layer.constants
             parts.append(nn.LocalResponseNorm(size, alpha * size, beta, k))
         elif isinstance(layer, model.Concat):
-            parts.append(concat(layer.parts))
+            parts.append(concat(layer.branches))
             channels = layer.slices[-1].stop
         elif isinstance(layer, model.Head):
             parts.append(head(layer.branch))
