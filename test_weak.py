@@ -1407,7 +1407,7 @@ def test_progress_fits_the_terminal(monkeypatch):
     stream.isatty, stream.fileno = lambda: True, lambda: 0
     with console.Progress("epoch 1", 1000, stream=stream) as progress:
         progress.shown = 0
-        progress.tick(10, "loss 4, waited for photos 5%, 2 min for all epochs")
+        progress.tick(10, lambda: "loss 4, waited for photos 5%, 2 min for all epochs")
     line = stream.getvalue().partition("\r")[0]
     assert len(line) < 40 and line.startswith("epoch 1: 10 of 1,000 photos")
 

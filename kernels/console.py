@@ -125,16 +125,15 @@ class Progress(AbstractContextManager):
         """Seconds that the rest will take at this rate."""
         return max(0, self.total - self.done) / self.rate()
 
-    def tick(self, count=1, note=""):
-        """`count` units are done; `note` is a text to show, or a function that makes it."""
+    def tick(self, count=1, note=lambda: ""):
+        """`count` units are done; `note` makes a text to show."""
         self.done += count
         now = time.monotonic()
         if now - self.shown < (0.5 if self.terminal else 10):
             return
         self.shown = now
         parts = [f"{self.what}: {self.done:,} of {self.total:,} {self.unit}",
-                 f"{duration(self.left())} left", f"{self.rate():.3g}/s",
-                 note() if callable(note) else note]
+                 f"{duration(self.left())} left", f"{self.rate():.3g}/s", note()]
         text = ", ".join(filter(None, parts))
         with suppress(OSError, ValueError):     # no terminal
             width = os.get_terminal_size(self.screen.fileno()).columns or 80
