@@ -246,25 +246,6 @@ class Concat(Layer):
                                       zip(self.branches, self.slices)], self.gate)  # (N, H, W, C)
 
 
-class Head(Layer):
-    """y = x; while training, an auxiliary classifier on x, its scores s (Szegedy 2014, §5).
-
-    Whoever computes the loss of s leaves the gradient in `ds`: see `training_loss`.
-    """
-
-    def __init__(self, *rows):
-        self.branch = Network(rows, True)
-        self.layers = self.branch.layers
-
-    def forward(self, x, now):
-        self.x, self.s = x, None if now.step is None else self.branch.forward(x, now)
-        return x                                                    # s (N, K), or (N, C)
-
-    def backward(self, dy):
-        # x goes on and into the branch, so the two gradients add up
-        return kernels.sum_gradients([self.branch.backward(self.ds), dy], self.gate)
-
-
 # --------------------------------------------------------------------------------- networks
 
 class Network(Layer):
@@ -336,6 +317,21 @@ class Network(Layer):
         return sum(sizes) + 3 * max(sizes) + 2 * 3 * size ** 2
 
 
+class Head(Network):
+    """y = x; while training, an auxiliary classifier on x, its scores s (Szegedy 2014, §5).
+
+    Whoever computes the loss of s leaves the gradient in `ds`: see `training_loss`.
+    """
+
+    def forward(self, x, now):
+        self.x, self.s = x, None if now.step is None else super().forward(x, now)
+        return x                                                    # s (N, K), or (N, C)
+
+    def backward(self, dy):
+        # x goes on and into the classifier, so the two gradients add up
+        return kernels.sum_gradients([super().backward(self.ds), dy], self.gate)
+
+
 def alexnet(k, dropout):
     """AlexNet in one tower (Krizhevsky 2014): 57.0M + 4,097 K parameters."""
     return Network([                                                        # 224 x 224 x 3
@@ -383,12 +379,12 @@ def inception(c, n1, reduce3, n3, reduce5, n5, pooled):
 
 def auxiliary(c, k):
     """An auxiliary classifier on 14 x 14 pixels (Szegedy 2014, §5)."""
-    return Head(("pool", AvgPool(5, 3)),                                    # 4
-                ("conv", Conv(c, 128, 1)),
-                ("flat", Flatten()),                                        # 2048
-                ("fc", Linear(2048, 1024)),
-                ("drop", Dropout(HEAD_DROPOUT)),
-                ("output", Output(1024, k)))
+    return Head([("pool", AvgPool(5, 3)),                                   # 4
+                 ("conv", Conv(c, 128, 1)),
+                 ("flat", Flatten()),                                       # 2048
+                 ("fc", Linear(2048, 1024)),
+                 ("drop", Dropout(HEAD_DROPOUT)),
+                 ("output", Output(1024, k))], needs_dx=True)
 
 
 def googlenet(k, dropout):

@@ -169,9 +169,9 @@ def some_labels(rng, n, k):
 @pytest.mark.parametrize("build, crop, n", [
     (lambda: model.small(11, 0.3), 64, 3), (lambda: model.alexnet(11, 0.5), 224, 1),
     (lambda: model.googlenet(11, 0.4), 224, 1),
-    (lambda: alone(Conv(3, 4, 3), model.Head(("conv", Conv(4, 2, 2)), ("flat", Flatten()),
-                                             ("drop", model.Dropout(0.4)),
-                                             ("output", model.Output(2 * 9 * 9, 11))),
+    (lambda: alone(Conv(3, 4, 3), model.Head([("conv", Conv(4, 2, 2)), ("flat", Flatten()),
+                                              ("drop", model.Dropout(0.4)),
+                                              ("output", model.Output(2 * 9 * 9, 11))], True),
                    Conv(4, 2, 3), Flatten(), model.Output(2 * 8 * 8, 11)), 12, 3)],
     ids=["small", "alexnet", "googlenet", "head"])
 def test_network_gradient_is_numerical(build, crop, n, rng):
@@ -345,7 +345,7 @@ def test_networks_agree_with_pytorch(name, rng):
     recipe = model.NETWORKS[name]
     net = as_float64(recipe.build(50, 0.0), 1)
     for head in net.heads:
-        head.branch.layers["drop"].rate = 0     # masks are our own affair
+        head.layers["drop"].rate = 0     # masks are our own affair
     torch.set_default_dtype(torch.float64)
     theirs = bench.torch_network(torch, net.layers)
     for part in theirs.modules():
@@ -1797,9 +1797,9 @@ def tiny_googlenet(k, dropout):
         ("conv1", model.Conv(3, 8, 7, stride=4, pad=3)), ("norm1", model.LRN()),
         ("pool1", model.MaxPool(3, 2, ceil=True)),                          # 8
         ("3a", model.inception(8, 4, 4, 8, 4, 4, 8)),                       # 8, 24 channels
-        ("head", model.Head(("pool", model.AvgPool(5, 3)), ("conv", model.Conv(24, 8, 1)),
-                            ("flat", model.Flatten()), ("fc", model.Linear(32, 12)),
-                            ("drop", model.Dropout(0.7)), ("output", model.Output(12, k)))),
+        ("head", model.Head([("pool", model.AvgPool(5, 3)), ("conv", model.Conv(24, 8, 1)),
+                             ("flat", model.Flatten()), ("fc", model.Linear(32, 12)),
+                             ("drop", model.Dropout(0.7)), ("output", model.Output(12, k))], True)),
         ("3b", model.inception(24, 8, 8, 8, 4, 8, 8)),                      # 8, 32 channels
         ("pool5", model.AvgPool(8, 1)), ("flat", model.Flatten()),
         ("drop", model.Dropout(dropout)), ("output", model.Output(32, k))])

@@ -148,9 +148,9 @@ def torch_joints(torch):
             return torch.cat([branch(x) for branch in self.branches], 1)
 
     class Head(torch.nn.Module):
-        def __init__(self, branch):
+        def __init__(self, layers):
             super().__init__()
-            self.branch = torch_network(torch, branch.layers)
+            self.branch = torch_network(torch, layers)
 
         def forward(self, x):
             self.s = self.branch(x) if self.training else None
@@ -185,7 +185,7 @@ def torch_network(torch, layers):
             parts.append(concat(layer.branches))
             channels = layer.slices[-1].stop
         elif isinstance(layer, model.Head):
-            parts.append(head(layer.branch))
+            parts.append(head(layer.layers))
         elif isinstance(layer, model.Flatten):
             parts.append(nn.Flatten())
         elif isinstance(layer, model.Dropout) and layer.rate:
