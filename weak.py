@@ -494,7 +494,7 @@ class Run:
         line += f", {len(skipped):,} photos cannot be read" * bool(skipped)
         self.plateau.update(result.get("loss", loss))
         self.begin_epoch()
-        sums = self.ranks.gather(self.ranks.size > 1 and model.checksum(self.net.state()))
+        sums = self.ranks.gather([self.ranks.size > 1 and model.checksum(self.net.state())])
         if len(set(sums)) > 1:                  # to the bit
             raise RuntimeError(f"the ranks' weights differ after step {self.step:,}: are their "
                                "machines and libraries alike?")
@@ -506,11 +506,10 @@ class Run:
         """Metrics on the held-out photos, of which each rank takes a part; None without any."""
         mine = self.held_out[self.ranks.part(len(self.held_out))]
         features, found = evaluation.extract_features(self.net, self.loader, mine, self.crop)
-        parts = [part for part in self.ranks.gather((kernels.to_host(features), found)) if part[1]]
-        result = None
-        if parts:
-            features = kernels.to_device(np.concatenate([x for x, _ in parts]))
-            targets = [self.index.words(photo) for _, photos in parts for photo in photos]
+        result, rows = None, self.ranks.gather(zip(kernels.to_host(features), found))
+        if rows:
+            features = kernels.to_device(np.stack([e for e, _ in rows]))        # (N, E)
+            targets = [self.index.words(photo) for _, photo in rows]
             result = evaluation.word_metrics(features, self.net.output, targets, self.index.counts,
                                              self.index.share("image"), self.options.loss)
         return self.ranks.broadcast(result)
@@ -518,9 +517,8 @@ class Run:
     def save(self, then=""):
         """Write the checkpoint; False if the disk does not take it, said with what happens then."""
         self.sum_losses()                       # which are numbers
-        losses = self.ranks.gather(kernels.to_host(self.losses))
         facts = {"options": vars(self.options), "step": self.step, "epoch": self.epoch,
-                 "losses": (self.done, self.good, [loss for part in losses for loss in part]),
+                 "losses": (self.done, self.good, self.ranks.gather(kernels.to_host(self.losses))),
                  "log": self.log, "plateau": vars(self.plateau),
                  "counts": self.index.counts.tolist(), "training": self.index.training,
                  "skipped": self.gather_skipped()}
@@ -545,8 +543,7 @@ class Run:
 
     def gather_skipped(self):
         """{name: what is wrong} of the photos that any rank skipped; complete on the first rank."""
-        return {name: why for skipped in self.ranks.gather(self.loader.skipped)
-                for name, why in skipped.items()}
+        return dict(self.ranks.gather(self.loader.skipped.items()))
 
     def write_files(self):
         """Texts and pictures for people to look at; losing one of them never ends a run."""
@@ -601,7 +598,7 @@ class Run:
 
     def say_doubles(self):
         """Held-out photos whose very bytes were trained on make a score too good: name them."""
-        digests = [row for part in self.ranks.gather(self.loader.digests) for row in part.items()]
+        digests = self.ranks.gather(self.loader.digests.items())
         first, name = self.index.held_out, self.index.name          # first training photo
         trained = {digest: photo for photo, digest in digests if photo >= first}
         doubles = [f"{name(photo)} = {name(trained[digest])}" for photo, digest in digests

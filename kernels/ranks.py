@@ -28,9 +28,9 @@ class Alone:
         """Σ over the ranks of a few numbers, float64."""
         return np.array(numbers, np.float64)
 
-    def gather(self, thing):
-        """Every rank's thing in the order of ranks, on the first rank; on the others nothing."""
-        return [thing]
+    def gather(self, rows):
+        """All ranks' rows in the order of ranks, a list, on the first rank; on the others []."""
+        return list(rows)
 
     def broadcast(self, thing):
         """The first rank's thing, on all ranks."""
@@ -65,8 +65,8 @@ class Ranks(Alone):
     def allreduce(self, numbers):
         return self.world.allreduce(np.array(numbers, np.float64))
 
-    def gather(self, thing):
-        return self.world.gather(thing) or []
+    def gather(self, rows):
+        return [row for part in self.world.gather(list(rows)) or () for row in part]
 
     def broadcast(self, thing):
         here = self.world.Ibarrier()
