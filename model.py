@@ -41,7 +41,7 @@ class Layer:
     in a ReLU is given the gradient of s, and that of a network whose last layer does.
     """
 
-    needs_dx = True                     # the first layer's dx is nobody's input
+    needs_dx = True                     # that of a network's first Conv is nobody's input
     relu = False                        # whether it ends in a ReLU
     gated = False                       # whether its x comes out of one: see Network
     shapes = {}                         # of the parameters, by name; gradients are d + name
@@ -108,8 +108,7 @@ class Linear(Layer):
         # dy (N, E) is that of x w + b, so dw = xᵀ dy and dx = dy wᵀ
         self.dw = kernels.matmul(self.x.T, dy, out=self.dw)         # (D, E)
         self.db = kernels.column_sums(dy, out=self.db)              # (E,)
-        if self.needs_dx:
-            return kernels.sum_gradients([kernels.matmul(dy, self.w.T)], self.gate)     # (N, D)
+        return kernels.sum_gradients([kernels.matmul(dy, self.w.T)], self.gate)         # (N, D)
 
 
 class Output(Layer):
