@@ -210,10 +210,7 @@ def lock_folder(out):
 # ------------------------------------------------------------------------------------- data
 
 def read_captions(options, ranks=several.Alone()):
-    """The index, which the first rank builds; sets --format, --stop-words and --lr if not given.
-
-    ValueError if no photo is there.
-    """
+    """The index; sets --format, --stop-words, --lr if not given. ValueError without any photo."""
     text = data.Text(options.words, options.stop_words, options.valid)
     folder = os.path.join(options.out, "index")
     if not ranks.rank:
