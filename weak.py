@@ -63,7 +63,7 @@ def main():
     print(kernels.use(options.device, options.precision, ranks.local_rank), flush=True)
     lock = None if ranks.rank else lock_folder(options.out)         # until the end
     if options.drawn and not ranks.rank:
-        draw_set(os.path.dirname(options.captions), options.seed)
+        draw_set(options.images, options.captions, options.seed)
     index = read_captions(options, ranks)
     run = Run(options, index, checkpoint, ranks)
     try:
@@ -713,17 +713,16 @@ def write_caption(rng, seen, place):
     return text.capitalize() + "!" * (rng.random() < 0.1)
 
 
-def draw_set(folder, seed):
+def draw_set(folder, captions, seed):
     """The picture set that `python weak.py` trains on, unless it is already there."""
-    captions = os.path.join(folder, "captions.tsv")
     if os.path.exists(captions):
         return
-    os.makedirs(os.path.join(folder, "photos"), exist_ok=True)
-    print(f"drawing {PHOTOS:,} captioned pictures into {folder}", flush=True)
+    os.makedirs(folder, exist_ok=True)
+    print(f"drawing {PHOTOS:,} captioned pictures into {os.path.dirname(captions)}", flush=True)
     with console.whole_file(captions, "w", encoding="utf-8") as file:
         for n in range(PHOTOS):
             image, caption = draw_scene(seed, n)
-            image.save(os.path.join(folder, "photos", f"{n:05}.jpg"), quality=90)
+            image.save(os.path.join(folder, f"{n:05}.jpg"), quality=90)
             file.write(f"{n:05}.jpg\t{caption}\n")
 
 
