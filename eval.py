@@ -772,7 +772,8 @@ def predict_words(options, show):
     show.table(["run", *keys], {run: [row[key] for key in keys] for run, row in result.items()})
     curve, chance = join_seeds(result.values(), keys), {**last["chance"], "auc": None}
     up = "precision@10", "auc", *transfers
-    panels = [plot_picture(curve, keys[0], key, key, chance.get(key), np.log10) for key in up]
+    panels = [plot_picture(curve, keys[0], key, {"auc": "AUC, mean of words"}.get(key, key),
+                           chance.get(key), np.log10) for key in up]
     show.picture(Image.fromarray(np.hstack(panels)), "against training photos: " + ", ".join(up))
     return {"runs": result, "words": len(words)}
 
