@@ -53,12 +53,6 @@ def top_words(scores, k):
     return np.take_along_axis(best, order, 1)
 
 
-def precision_at(best, carried):
-    """Precision@k (N, len(KS)) of best (N, max k): the share that each photo carries (Table 1)."""
-    hits = carried[np.arange(len(best))[:, None], best].toarray()
-    return np.stack([hits[:, :k].sum(axis=1) / k for k in KS], axis=1)
-
-
 def auc_and_ap(scores, carried):
     """Area under the ROC curve and average precision of each column.
 
@@ -91,34 +85,35 @@ def word_metrics(features, output, targets, counts, share, loss_name):
         auc[block], ap[block] = auc_and_ap(kernels.to_host(scores), columns[:, block].toarray())
     sizes, positives, scored = carried.sum(axis=1), carried.sum(axis=0), np.isfinite(ap)
     order, third = np.argsort(-counts, kind="stable"), max(1, k // 3)
-    baseline = precision_at(np.tile(order[:max(KS)], (n, 1)), carried)
     return {
-        **_by_k(precision.mean(axis=0)), "auc": _mean(auc), "map": _mean(ap), "loss": loss,
+        **_by_k(precision), "auc": _mean(auc), "map": _mean(ap), "loss": loss,
         "auc_frequent": _mean(auc[order[:third]]), "auc_rare": _mean(auc[order[-third:]]),
         "deciles": {f"{i} of 10": {"words": len(part), "photos": float(counts[part].mean()),
                                    "auc": _mean(auc[part]), "map": _mean(ap[part])}
                     for i, part in enumerate(np.array_split(order, 10), 1) if len(part)},
         "photos": n, "words": int(scored.sum()), "dictionary": k,
         "ceiling": _by_k(np.minimum.outer(sizes, KS).mean(axis=0) / KS),
-        "baseline": _by_k(baseline.mean(axis=0)),
+        "baseline": _by_k(positives[order[:k]].sum() / (n * k) for k in KS),
         "chance": {**_by_k(sizes.mean() / k * np.minimum(KS, k) / KS), "auc": 0.5,
                    "map": _mean(positives[scored] / n)},
     }
 
 
 def _score_photos(features, output, targets, carried, share, loss_name):
-    """Precision@k of each photo, (N, len(KS)), and the mean loss; a block of photos at a time."""
+    """Mean precision@k (len(KS),) (Table 1) and mean loss, summed a block of photos at a time."""
     n, size = len(targets), max(1, BLOCK // len(share))
-    precision, loss = [], 0.0
+    precision, loss = np.zeros(len(KS)), 0.0
     for block in (slice(start, start + size) for start in range(0, n, size)):
         part, scores = targets[block], output.forward(features[block], model.Pass())    # (B, K)
-        precision.append(precision_at(top_words(kernels.to_host(scores), max(KS)), carried[block]))
+        best = top_words(kernels.to_host(scores), max(KS))
+        hits = carried[block][np.arange(len(best))[:, None], best].toarray()
+        precision += [hits[:, :k].sum() / (n * k) for k in KS]
         # under eq. 2 a photo's words share its weight, as training with one word a row does
         weights = [1 / len(words) if loss_name == "softmax" else 1 for words in part]
         labels = data.Labels(data.pad_rows(part), np.array(weights) / n, share)
         losses, _ = model.LOSSES[loss_name](scores, labels)
         loss += float(kernels.to_host(losses).sum())
-    return np.concatenate(precision), loss
+    return precision, loss
 
 
 def _by_k(values, ks=KS):
