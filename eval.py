@@ -531,7 +531,7 @@ COMMANDS = PARSER.add_subparsers(required=True, metavar="COMMAND")
 
 
 def command(name, options):
-    """Make the function under this line a command; it is given its options and an Output."""
+    """Make the function under this line a command, given options, an Output and the run(s)."""
     def register(function):
         says = console.summary(function.__doc__)
         parser = COMMANDS.add_parser(name, help=says, description=says)
@@ -569,7 +569,7 @@ MAPPING = {"--limit": dict(type=number(int, 10, 100_000), default=2000, help="po
            "--perplexity": dict(type=number(float, 1), default=30, help="how many are near, about"),
            "--steps": dict(type=number(int, 1), default=1000, help="of gradient descent"),
            "--size": dict(type=number(int, 100, 20_000), default=1600, help="pixels of a side")}
-COMMON = {"--model": dict(required=True, metavar="RUN", help="a run's folder, or one of its .npz"),
+COMMON = {"--model": dict(required=True, nargs=1, metavar="RUN", help="a run's folder, or an .npz"),
           "--workers": dict(type=number(int, 0, MOST_THREADS), default=2, help="threads to decode"),
           "--device": dict(choices=kernels.DEVICES, default="auto", help="where to compute"),
           "--threads": dict(type=number(int, 1, MOST_THREADS), help="threads that compute"),
@@ -725,12 +725,12 @@ class Trained:
     "--deciles": dict(action="store_true", help="AUC and AP by frequency of the words, too"),
     "--transfer": dict(nargs="+", metavar="DIR", help="accuracy of features, as `transfer`, too"),
     "--all": dict(action="store_true", help="score all photos, not the held-out ones")})
-def predict_words(options, show):
+def predict_words(options, show, *runs):
     """Precision@k, AUC and AP of words for photos that were not trained on (Table 1, Fig. 2).
 
     Of several runs: on photos that none of them trained on, over the words that all of them know.
     """
-    runs = sorted(map(Trained, options.model), key=lambda run: run.training)
+    runs = sorted(runs, key=lambda run: run.training)
     words = [word for word in runs[-1].words if all(word in run.classes for run in runs)]
     if not words:
         raise ValueError("the runs' dictionaries have no word in common")
@@ -749,8 +749,8 @@ def predict_words(options, show):
             run.counts[classes] / run.training, run.options["loss"]), "skipped": len(skipped)}
         for key, path in transfers.items():
             show.line(f"{run.run}: {key}")
-            rows = transfer_features(argparse.Namespace(**{
-                **vars(options), "model": run.run, "images": path}), show)["rows"]
+            changed = argparse.Namespace(**{**vars(options), "images": path})
+            rows = transfer_features(changed, show, run)["rows"]
             deviations = rows.get("± deviation", [0, 0])
             result[run.run] |= {key: rows["mean"][1], key + SPREAD: deviations[1]}
     last = result[runs[-1].run]
@@ -798,9 +798,9 @@ def print_words(result, show=Output()):
 @command("tag", TOP | {
     "photos": dict(nargs="+", metavar="PHOTO", help="picture files, or folders of them"),
     "--threshold": dict(type=number(float, 0, 1), help="instead of --top: the least probability")})
-def tag_photos(options, show):
+def tag_photos(options, show, run):
     """The words of photos with probabilities: of one word among K, or after one-vs-all of each."""
-    run, least, tags = Trained(options.model), options.threshold, {}
+    least, tags = options.threshold, {}
     top = options.top if least is None else len(run.words)
     names = [os.path.join(path, name) if name else path for path in options.photos
              for name in (data.list_photos(path) if os.path.isdir(path) else [""])]
@@ -813,9 +813,8 @@ def tag_photos(options, show):
 
 
 @command("search", WORDS | IMAGES | TOP | FONT | name_output("--out", ".png"))
-def search_photos(options, show):
+def search_photos(options, show, run):
     """The photos that score highest for a word, with their scores (Fig. 3)."""
-    run = Trained(options.model)
     now = model.Pass(classes=run.find_words(options.words))
     folder, names = run.photos(options)
     s, found, skipped = run.read(folder, names, options.workers,
@@ -834,10 +833,9 @@ def search_photos(options, show):
     "--layer": dict(help="of that name, all its pixels; the last hidden one if not given"),
     "--crops": dict(type=int, choices=(1, 10), default=1,
                     help="central crop, or the mean of corners, centre and their mirror images")})
-def write_features(options, show):
+def write_features(options, show, run):
     """Features of a folder's photos, one crop or the mean of ten, into an .npz with their names."""
-    run, names = Trained(options.model), data.list_photos(options.images)
-    net, crop = run.net, run.recipe.crop
+    names, net, crop = data.list_photos(options.images), run.net, run.recipe.crop
     def write(x, pixels, _):
         crops, n, spare = [x], len(pixels), pixels.shape[1] - crop
         if options.crops == 10:
@@ -859,7 +857,7 @@ def write_features(options, show):
 
 @command("transfer", FOLDER | SPLITTING | {
     "--layer": dict(help="of that name, the mean of its pixels; the last hidden one if not given")})
-def transfer_features(options, show):
+def transfer_features(options, show, run):
     """Regression on features: DIR/class/*.jpg, or a Pascal VOC folder (Fig. 5, Tables 2 to 4)."""
     voc = os.path.isdir(os.path.join(options.images, "JPEGImages"))
     labels = read_voc(options.images) if voc else {
@@ -867,7 +865,7 @@ def transfer_features(options, show):
     list_tasks, measure = (list_classes, voc_ap) if voc else (
         list_splits, lambda scores, y: float((scores.argmax(axis=1) == y).mean()))  # accuracy
     list_tasks(list(labels.values()), options)                      # may fail: before the work
-    x, found, skipped = extract_views(options, list(labels))
+    x, found, skipped = extract_views(options, run, list(labels))
     tasks, rows = list_tasks([labels[name] for name in found], options), {}
     def regress(i, view):
         _, y, train, test = tasks[i]
@@ -893,9 +891,8 @@ def transfer_features(options, show):
     return {"columns": columns, "rows": rows, "photos": len(found), "skipped": skipped}
 
 
-def extract_views(options, names):
+def extract_views(options, run, names):
     """{view: (N, D)} of the photos by each of VIEWS, the names of those found, the skipped."""
-    run = Trained(options.model)
     nets = run.net, run.recipe.build(len(run.words), 0).init(run.options["seed"])
     def compute(x, pixels, _):
         raw = [np.asarray(Image.fromarray(photo).resize((RAW, RAW), Image.Resampling.BOX)).ravel()
@@ -953,10 +950,9 @@ def list_classes(labels, _):
 
 @command("similar", {
     "--pairs": dict(nargs="+", required=True, metavar="FILE", help="word<TAB>word<TAB>score")})
-def compare_similarity(options, show):
+def compare_similarity(options, show, run):
     """Spearman's ρ of the cosines of the words' vectors with human scores (Table 5)."""
-    run, result = Trained(options.model), {}
-    vectors = units(kernels.to_host(run.net.output.w))
+    vectors, result = units(kernels.to_host(run.net.output.w)), {}
     for path in options.pairs:
         pairs, count = run.read_pairs(path, scored=True)
         rho = p = float("nan")
@@ -972,9 +968,8 @@ def compare_similarity(options, show):
 
 
 @command("neighbors", WORDS | TOP)
-def find_neighbors(options, show):
+def find_neighbors(options, show, run):
     """The words whose vectors are nearest to a word's, by cosine."""
-    run = Trained(options.model)
     classes = run.find_words(options.words)
     vectors = units(kernels.to_host(run.net.output.w))
     cosines = cpu.matmul(vectors[classes], vectors.T)               # (words, K)
@@ -985,9 +980,8 @@ def find_neighbors(options, show):
 @command("translate", {
     "--pairs": dict(required=True, metavar="FILE", help="word<TAB>its translation"),
     "--csls": dict(action="store_true", help="correct the cosine for hubs")})
-def translate_words(options, show):
+def translate_words(options, show, run):
     """Precision@k of finding a word's translation by its vector's nearest (Tables 6 and 7)."""
-    run = Trained(options.model)
     known, count = run.read_pairs(options.pairs)
     pairs = np.array(sorted({pair for pair in known if pair[0] != pair[1]}))
     if len(pairs) < 2:
@@ -1014,12 +1008,11 @@ def translate_words(options, show):
 
 @command("map", IMAGES | MAPPING | FONT | name_output("--out", ".png") | {
     "--words": dict(action="store_true", help="a map of words, not of photos")})
-def draw_map(options, show):
+def draw_map(options, show, run):
     """A map by t-SNE: photos by their features (Fig. 4), or words by their vectors (Fig. 6)."""
-    run, skipped = Trained(options.model), {}
     if options.words:
         most = np.argsort(-run.counts, kind="stable")[:options.limit]
-        x = kernels.to_host(run.net.output.w)[most]
+        x, skipped = kernels.to_host(run.net.output.w)[most], {}
     else:
         folder, names = run.photos(options)
         spread = np.linspace(0, len(names) - 1, min(len(names), options.limit)).astype(int)
@@ -1065,9 +1058,8 @@ svg { font-family: sans-serif; text-anchor: middle; dominant-baseline: central }
 """
 
 
-def show_examples(options, show):
+def show_examples(options, show, run):
     """Held-out photos with the model's words, ✓ where their captions have them, ✗ where not."""
-    run = Trained(options.model)
     index = run.index(options.captions, run.words, run.options["valid"], options.workers)
     numbers = {index.name(i): i for i in range(min(100, index.held_out))}
     folder, result, figures = options.images or run.options["images"], {}, []
@@ -1085,9 +1077,8 @@ def show_examples(options, show):
     return result
 
 
-def show_run(options, show):
+def show_run(options, show, run):
     """What the run was trained on, how, how long, and its learning curves."""
-    run = Trained(options.model)
     log, hidden = run.log, ("images", "captions", "out", "drawn", "resume", "device")
     photos = run.options["batch"] * np.diff([row["step"] for row in log], prepend=0)
     seconds = sum(photos / [row["images_per_second"] for row in log])
@@ -1106,13 +1097,13 @@ def show_run(options, show):
     "--pairs-similar": dict(nargs="+", metavar="FILE", help="as `similar --pairs`"),
     "--translate": dict(metavar="FILE", help="as `translate --pairs`"),
     "--transfer": dict(nargs="+", metavar="DIR", help="as `transfer --images`")})
-def write_report(options, show):
+def write_report(options, show, run):
     """All experiments that the options allow, in one HTML file with its pictures inside."""
-    some = {"words": options.words or Trained(options.model).words[:8], "top": 6}
+    some = {"words": options.words or run.words[:8], "top": 6}
     parts = [                                   # title, command, changed options
         ("The model at work", show_examples, {}),
         ("The run", show_run, {}),
-        ("Word prediction", predict_words, {"model": [options.model], "transfer": ()}),
+        ("Word prediction", predict_words, {"transfer": ()}),
         ("More photos", predict_words, {"model": options.series}),
         ("Photos for words", search_photos, some),
         ("A map of photos", draw_map, {"words": False}),
@@ -1130,13 +1121,14 @@ def write_report(options, show):
         print(f"\n{title}", flush=True)
         note = console.summary(function.__doc__)
         page.html.append(f'<h2>{escape(title)}</h2><p class="note">{escape(note)}</p>')
+        changed = argparse.Namespace(**{**vars(options), **changes})
         try:
-            result[title] = function(argparse.Namespace(**{**vars(options), **changes}), page)
+            result[title] = function(changed, page, *map(Trained, changed.model))
         except (ValueError, OSError) as error:
             failed[title] = str(error)
             page.html.append(f'<p class="wrong">{escape(str(error))}</p>')
             print(f"{title}: {error}", file=sys.stderr)
-    name = escape(os.path.basename(os.path.abspath(options.model)))
+    name = escape(os.path.basename(os.path.abspath(run.run)))
     with console.whole_file(options.out, "w", encoding="utf-8", errors="replace") as file:
         file.write('<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
                    f'content="width=device-width"><title>{name}</title><style>{STYLE}</style>'
@@ -1151,7 +1143,7 @@ def main():
         kernels.threads.start(options.threads)
     print(kernels.use(options.device, "fp32"), file=sys.stderr)     # distances cancel in TF32
     with redirect_stdout(sys.stderr if options.json == "-" else sys.stdout):
-        result = options.function(options, Output(options.out))
+        result = options.function(options, Output(options.out), *map(Trained, options.model))
     if options.json:
         console.write_json(options.json, result)
     return 1 if result.get("failed") else 0
