@@ -1390,9 +1390,17 @@ def test_fine_tuning_keeps_the_rows_of_words_that_both_know(start):
 
 
 def test_printing_ends_nothing_and_steers_no_terminal():
-    full = io.StringIO()
+    class Busy(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, text):                  # the handler of a signal prints, too
+            busy.write("stopping")
+            return len(text)
+
+    full, busy = io.StringIO(), console.Screen(io.TextIOWrapper(io.BufferedWriter(Busy())))
     full.write = no_space
-    for stream in full, open(os.devnull):
+    for stream in full, open(os.devnull), busy:
         print("lost", file=console.Screen(stream), flush=True)
     shown, other = (console.Screen(io.StringIO()) for _ in range(2))
     shown.write("epoch 1", progress=True)

@@ -94,7 +94,7 @@ class Screen:
         return len(text)
 
     def _put(self, text):
-        with suppress(OSError, ValueError):     # full, closed, or lost
+        with suppress(OSError, ValueError, RuntimeError):   # full, closed, lost; Ctrl-C in a write
             self.stream.write(text)
             self.stream.flush()
 
