@@ -17,7 +17,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -1230,38 +1229,6 @@ def test_diverged_weights_are_not_saved(rate, mine):
     assert not os.path.exists("r/model.npz")
 
 
-def test_full_disk_costs_a_run_only_the_checkpoint(start, monkeypatch, capsys):
-    training, honest, tries = start("--epochs", 2), os.fsync, []
-
-    def full(descriptor):
-        if training.epoch == 1 or training.epoch == 2 and len(tries) < 4:
-            tries.append(descriptor)
-            no_space()
-        honest(descriptor)
-
-    monkeypatch.setattr(os, "fsync", full)
-    monkeypatch.setattr(weak, "RETRY_SECONDS", 0)
-    assert training.train(weak.Interrupt()) and "free some space" in capsys.readouterr().err
-    training.finish(True)                       # the last one is tried until there is room
-    assert len(tries) >= 4 and facts_of("r")["step"] == 12
-    assert not [name for name in os.listdir("r") if name.endswith(".part")]
-
-
-def test_last_save_is_tried_again_but_a_best_one_that_is_there_is_not(start, monkeypatch):
-    training, honest, tries = start("--epochs", 1), model.save, []
-    assert training.train(weak.Interrupt())
-    os.remove("r/model.npz")                    # somebody needs the space
-
-    def full(path, *rest):
-        tries.append(path)
-        (no_space if len(tries) < 3 else honest)(path, *rest)
-
-    monkeypatch.setattr(model, "save", full)
-    monkeypatch.setattr(weak, "RETRY_SECONDS", 0)
-    training.finish(True)
-    assert tries == ["r/model.npz"] * 3 and facts_of("r")["step"] == 6
-
-
 @pytest.fixture
 def losses(monkeypatch):
     """losses(one, …): what training takes for the held-out losses of its epochs."""
@@ -1292,72 +1259,70 @@ def test_best_epoch_is_kept_evaluated_and_known_after_a_resume(mine, train, loss
         train("--resume", "--out", "r")
 
 
-def test_best_epoch_that_finds_no_space_costs_nothing_else(start, losses, monkeypatch, capsys):
-    training, honest = start("--epochs", 3), model.save
-    losses(3.0, 2.0, 2.0)
+@pytest.mark.parametrize("lost", [False, True])
+def test_full_disk_costs_a_run_only_what_it_cannot_save(lost, start, losses, monkeypatch, capsys):
+    """The last checkpoint, or one lost since, is tried until there is room; a best one there not.
+    """
+    training, honest, tries = start("--epochs", 3), model.save, []
+    losses(3.0, 2.5, 2.0, 2.0)
 
     def full(path, *rest):
-        (no_space if "best" in path and training.epoch == 1 else honest)(path, *rest)
+        tries.append(path)
+        (no_space if len(tries) in (1, 2, 6 + lost, 7 + lost) else honest)(path, *rest)
 
     monkeypatch.setattr(model, "save", full)
-    assert training.train(weak.Interrupt()) and facts_of("r")["step"] == 18
-    assert capsys.readouterr().err.count("best.npz is not saved") == 1
-    assert model.load("r/best.npz")[2]["epoch"] == 2
+    monkeypatch.setattr(evaluation, "save_image", no_space)
+    monkeypatch.setattr(weak, "RETRY_SECONDS", 0)
+    assert training.train(weak.Interrupt())
+    if lost:
+        os.remove("r/model.npz")                # somebody needs the space
+    training.finish(True)
+    assert tries == ["r/best.npz", "r/model.npz"] * 3 + ["r/model.npz"] * (2 + lost)
+    assert facts_of("r")["step"] == model.load("r/best.npz")[2]["step"] == 18
+    said = capsys.readouterr().err
+    assert said.count("best.npz is not saved") == 1 and said.count("free some space") == 4
+    assert "text or picture not written" in said
 
 
-SAVER = """
-import model
-net = model.small(500, 0).init(0)
-optimiser = model.SGD(net, 0.9, 0)
-for step in range(10**6):
-    for _, layer, name in net.parameters():
-        getattr(layer, name)[...] = step
-    model.save(sys.argv[1], net, optimiser.v, {"step": step}, ["a"])
-    print(step, flush=True)
-"""
+@pytest.fixture
+def checkpoint(tmp_path):
+    """checkpoint(step) is saved, and its path returned."""
+    net, path = model.small(5, 0).init(0), str(tmp_path / "model.npz")
+    optimiser = model.SGD(net, 0.9, 0)
+
+    def checkpoint(step):
+        model.save(path, net, optimiser.v, {"step": step}, ["a"])
+        return path
+    return checkpoint
 
 
-def test_checkpoint_is_whole_after_kill_in_mid_save(tmp_path, rng):
-    path = str(tmp_path / "model.npz")
-    for _ in range(4):
-        process = subprocess.Popen([sys.executable, "-c", IMPORTING + SAVER, path],
-                                   stdout=subprocess.PIPE, text=True)
-        process.stdout.readline()
-        time.sleep(rng.uniform(0.01, 0.2))
-        process.kill()
-        process.wait()
-        with np.load(path) as file:
-            step = json.loads(file["facts"].tobytes())["step"]
-            assert all((file[key] == step).all() for key in file.files if key.startswith("w/"))
+def test_checkpoint_takes_the_place_of_another_when_it_is_whole(checkpoint, tmp_path, monkeypatch):
+    """So a process that is killed leaves one of them, and a full disk the one before."""
+    path, seen = checkpoint(1), []
+    write(tmp_path, "model.npz.part")           # of a process that was killed
+
+    monkeypatch.setattr(os, "fsync", lambda _: seen.append(
+        {place.name: model.load(place)[2]["step"] for place in tmp_path.iterdir()}))
+    checkpoint(2)
+    assert seen == [{"model.npz": 1, "model.npz.part": 2}, {"model.npz": 2}]
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint(3)
+    assert os.listdir(tmp_path) == ["model.npz"] and model.load(path)[2]["step"] == 2
 
 
-TAMPERED = {
-    "a fact is missing": lambda arrays, facts: facts.pop("plateau"),
-    "an option is missing": lambda arrays, facts: facts["options"].pop("sampling"),
-    "a rate is text": lambda arrays, facts: facts["plateau"].update(rate="x"),
-    "unknown network": lambda arrays, facts: facts["options"].update(network="vgg"),
-    "batch of nothing": lambda arrays, facts: facts["options"].update(batch=0),
-    "no velocity": lambda arrays, facts: arrays.pop("v/fc5.w"),
-    "bytes": lambda arrays, facts: arrays.update({"w/fc5.b": arrays["w/fc5.b"].astype(np.int8)}),
-    "complex": lambda arrays, facts: arrays.update({"w/fc5.b": arrays["w/fc5.b"] * 1j}),
-    "a pipe": None}
-
-
-@pytest.mark.parametrize("name", TAMPERED)
-def test_tampered_checkpoint_ends_in_one_line(name, start, train):
-    start("--epochs", 1).save()
-    with np.load("r/model.npz") as file:
+@pytest.mark.parametrize("tamper", [
+    lambda arrays: arrays["facts"].put(9, ord("7")), lambda arrays: arrays.pop("v/fc5.w"),
+    lambda arrays: arrays.update({"w/fc5.b": arrays["w/fc5.b"].view(np.int32)})],
+    ids=["a fact", "no velocity", "another type"])
+def test_tampered_checkpoint_ends_in_one_line(tamper, checkpoint):
+    path = checkpoint(1)
+    with np.load(path) as file:
         arrays = dict(file)
-    os.remove("r/model.npz")
-    if TAMPERED[name]:
-        facts = json.loads(arrays["facts"].tobytes())
-        TAMPERED[name](arrays, facts)
-        arrays["facts"] = np.frombuffer(json.dumps(facts).encode(), np.uint8)
-        np.savez("r/model.npz", **arrays)
-    else:
-        os.mkfifo("r/model.npz")
-    with pytest.raises(ValueError, match="^[^\n]*(not a|no) model[^\n]*$"):
-        train("--resume", "--out", "r")
+    tamper(arrays)
+    np.savez(path, **arrays)
+    with pytest.raises(ValueError, match="^[^\n]*is not a model of weak.py, or it is damaged$"):
+        model.load(path)
 
 
 def test_fine_tuning_keeps_the_rows_of_words_that_both_know(start):
@@ -1456,6 +1421,7 @@ BAD = {
     "rate infinite": (["--lr", "inf"], "--lr"),
     "out is somebody else's": (["--out", "other"], "holds other things"),
     "nothing to resume": (["--resume", "--out", "fresh"], "no model at"),
+    "a pipe to resume": (["--resume", "--out", "photos"], "no model at photos/model.npz"),
     "a batch of one word": (["--targets", "batch", "--batch", 1], "--batch 2"),
     "negatives of nothing": (["--negatives", 5], "--targets sampled"),
 }
@@ -1467,6 +1433,7 @@ def test_bad_input_is_one_line_with_the_remedy(name, tmp_path, photos, train):
     write(tmp_path, "other/words.txt", **{"torn.gz": gzip.compress(b"a.jpg\tx y z\n" * 9999)[:-40]},
           empty="", blank="a.jpg\t\nb.jpg\t12\n", json='{"images": [', sheet=b"PK\3\4" + bytes(99),
           odd="who,what\na.jpg,x\n", absolute="/a.jpg\tx y\n")
+    os.mkfifo(photos / "model.npz")             # which nobody reads, and so nobody waits
     arguments, remedy = BAD[name]
     with pytest.raises(ValueError) as error:
         train(*arguments)
