@@ -566,10 +566,10 @@ class Softmax:
         """The frequencies play no part in eq. 2."""
 
     def __call__(self, s, labels):
-        """With labels.inclusion_probability π, each class counts for 1/π classes in the rows that
+        """The losses (N,) and their gradient.
 
-        do not carry it, and the sum over some is an unbiased estimate of that over all (sampled
-        softmax).
+        With labels.inclusion_probability π, each class counts for 1/π classes in the rows that do
+        not carry it: the sum over some is an unbiased estimate of that over all (sampled softmax).
         """
         labels = _as_labels(labels)
         shift = None
@@ -604,10 +604,11 @@ class OneVersusAll:
         self.label_frequency = np.asarray(label_frequency)
 
     def __call__(self, s, labels):
-        """A class's positives weigh 1 / (K f), f its frequency, and its negatives 1 / (K (1 - f)),
+        """The losses (N,) and their gradient.
 
-        so each class counts 1/K for either. With labels.inclusion_probability π a negative counts
-        for 1/π of them, as in Softmax.
+        A class's positives weigh 1 / (K f), f its frequency, and its negatives 1 / (K (1 - f)), so
+        each class counts 1/K for either. With labels.inclusion_probability π a negative counts for
+        1/π of them, as in Softmax.
         """
         labels = _as_labels(labels)
         k = len(self.label_frequency)
