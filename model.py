@@ -1,21 +1,25 @@
-"""Layers with forward and backward, the networks, losses, SGD, and checkpoints (paper, §3).
+"""Layers with forward and backward, the networks, losses and SGD (paper, §3).
 
 Axis letters, everywhere: N images, H×W pixels, C channels in, F filters out, KH×KW filter, OH×OW
 output pixels, D features in, E embedding (the last hidden layer), K words. Tensors x w b y and
 their gradients dx dw db dy; s are scores, ds their gradient. Arrays are float32 (float64 in
 gradient checks), NHWC.
+
+    net = model.small(k=80)                             # 80 words; print(net) shows its layers
+    x = np.random.randn(8, 64, 64, 3).astype("float32")             # (N, H, W, C)
+    scores = net.forward_training(x, model.Context())   # [s], s (N, K)
+    losses, gradients = model.training_losses(model.Softmax(), scores, np.arange(8))
+    net.backward(gradients)                             # net.conv1.dw is there
+    model.SGD(net, momentum=0.9, decay=5e-4).step(rate=0.01)
 """
-import json
-import os
 import zlib
 from collections import namedtuple
-from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
 
 import kernels
-from kernels.console import whole_file
+from data import Labels
 
 OUTPUT_STD = 0.001                      # first scores near 0: the loss starts at ln K
 HEAD_WEIGHT = 0.3                       # of an auxiliary classifier's loss (Szegedy 2014, §5)
@@ -24,138 +28,172 @@ HEAD_DROPOUT = 0.7
 
 # ----------------------------------------------------------------------------------- layers
 
-class Pass(NamedTuple):
-    """What a forward pass depends on besides x and the weights."""
+class Context(NamedTuple):
+    """What a training pass depends on besides x and the weights."""
 
-    seed: int = 0
-    step: int | None = None             # None: evaluation, without dropout and auxiliary heads
-    row: int = 0                        # of x[0] in the whole batch, for dropout's counter
-    classes: np.ndarray | None = None   # the words that scores are wanted of; None: all K
+    seed: int = 0                       # seed, step and row: the counter of dropout's masks
+    step: int = 0
+    row: int = 0                        # of x[0] in the whole batch, where several ranks share it
+    classes: np.ndarray | None = None   # the words (C,) that scores are wanted of; None: all K
 
 
 class Layer:
-    """What all layers share.
+    """What all layers share: `forward` keeps what `backward` needs, which returns dx.
 
-    A ReLU, y = max(s, 0), lets the gradient through where y > 0. The layer after it sees to that:
-    its dx is 0 where its x, which is this y, is not positive. So `backward` of a layer that ends
-    in a ReLU is given the gradient of s, and that of a network whose last layer does.
+    `backward` assigns the gradients of the weights, dw and db, and never changes its dy.
     """
 
-    needs_dx = True                     # that of a network's first Conv is nobody's input
-    relu = False                        # whether it ends in a ReLU
-    gated = False                       # whether its x comes out of one: see Network
     shapes = {}                         # of the parameters, by name; gradients are d + name
     layers = {}                         # those that it is made of, by name, if it is
-    x = None                            # what is kept for the backward pass
-    dw = db = None                      # where their memory is, once there is some
 
-    def init(self, rng):
+    def draw_weights(self, rng):
         """First weights, of variance 2 / fan-in: ReLU layers keep the scale (He 2015, eq. 10)."""
-        if self.shapes:
-            shape = self.shapes["w"]
-            std = np.sqrt(2 / np.prod(shape[:-1]))
-            self.w = rng.standard_normal(shape, np.float32) * np.float32(std)
-            self.b = np.zeros(shape[-1], np.float32)
+        if not self.shapes:
+            return
+        shape = self.shapes["w"]
+        std = np.sqrt(2 / np.prod(shape[:-1]))
+        self.w = rng.standard_normal(shape, np.float32) * np.float32(std)
+        self.b = np.zeros(shape[-1], np.float32)
 
-    @property
-    def gate(self):
-        """x, if a ReLU made it and it is kept, or None."""
-        return self.x if self.gated else None
+    def forward_training(self, x, context):
+        """As `forward`; layers that do something else while training say so."""
+        return self.forward(x)
 
     def walk(self, *names):
         """(path, layer) of itself, or else of all the layers that it is made of, in order."""
-        inner = [row for name, one in self.layers.items() for row in one.walk(*names, name)]
-        return inner or [(".".join(map(str, names)), self)]
+        if not self.layers:
+            return [(".".join(names), self)]
+        rows = []
+        for name, layer in self.layers.items():
+            rows += layer.walk(*names, name)
+        return rows
 
     def parameters(self):
         """(path, layer, attribute) of everything learned, e.g. ("conv1.w", conv1, "w")."""
-        return [(f"{path}.{name}", layer, name) for path, layer in self.walk()
-                for name in layer.shapes]
+        return [(f"{path}.{name}" if path else name, layer, name)
+                for path, layer in self.walk() for name in layer.shapes]
 
 
 class Conv(Layer):
-    """y = relu(x * w + b), a convolution with stride and zero padding."""
+    """y = relu(x * w + b), a convolution with stride and zero padding, or without the ReLU."""
+
+    needs_dx = True                     # False for a network's first layer, whose x is the photo
 
     def __init__(self, c, f, kernel, stride=1, pad=0, relu=True):
         self.shapes = {"w": (kernel, kernel, c, f), "b": (f,)}
-        self.stride, self.pad, self.relu = stride, pad, relu
+        self.stride = stride
+        self.pad = pad
+        self.relu = relu
+        self.x = None
+        self.y = None
 
-    def forward(self, x, now, out=None):
+    def forward(self, x):
+        c = self.shapes["w"][2]
+        if x.ndim != 4 or x.shape[3] != c:
+            raise ValueError(f"this convolution takes images (N, H, W, C) with C = {c}, not an "
+                             f"array of shape {x.shape}")
         self.x = x                                                  # (N, H, W, C)
-        return kernels.conv_forward(x, self.w, self.b, self.stride, self.pad, self.relu, out)
+        self.y = kernels.conv_forward(x, self.w, self.b, self.stride, self.pad, self.relu)
+        return self.y                                               # (N, OH, OW, F)
 
     def backward(self, dy):
-        # dy (N, OH, OW, F) is that of x * w + b, which is linear in x, w and b
-        window = self.stride, self.pad
-        self.dw, self.db = kernels.conv_backward_filter(self.x, dy, self.w.shape, *window,
-                                                        out=(self.dw, self.db))
-        if self.needs_dx:
-            return kernels.conv_backward_input(
-                dy, self.w, self.x.shape, *window, self.gate)       # (N, H, W, C)
+        if self.relu:
+            dy = kernels.relu_backward(dy, self.y)                  # that of x * w + b
+        self.dw, self.db = kernels.conv_backward_filter(
+            self.x, dy, self.w.shape, self.stride, self.pad)
+        if not self.needs_dx:
+            return None
+        return kernels.conv_backward_input(
+            dy, self.w, self.x.shape, self.stride, self.pad)        # (N, H, W, C)
 
 
 class Linear(Layer):
     """y = relu(x w + b), or without the ReLU."""
 
     def __init__(self, d, e, relu=True):
-        self.shapes, self.relu = {"w": (d, e), "b": (e,)}, relu
+        self.shapes = {"w": (d, e), "b": (e,)}
+        self.relu = relu
+        self.x = None
+        self.y = None
 
-    def forward(self, x, now):
+    def forward(self, x):
+        d = self.shapes["w"][0]
+        if x.ndim != 2 or x.shape[1] != d:
+            raise ValueError(f"this layer takes features (N, {d}), not an array of shape "
+                             f"{x.shape}; have the images another size than the network's?")
         self.x = x                                                  # (N, D)
-        return kernels.matmul(x, self.w, bias=self.b, relu=self.relu)           # (N, E)
+        self.y = kernels.matmul(x, self.w, self.b, self.relu)
+        return self.y                                               # (N, E)
 
     def backward(self, dy):
-        # dy (N, E) is that of x w + b, so dw = xᵀ dy and dx = dy wᵀ
-        self.dw = kernels.matmul(self.x.T, dy, out=self.dw)         # (D, E)
-        self.db = kernels.column_sums(dy, out=self.db)              # (E,)
-        return kernels.sum_gradients([kernels.matmul(dy, self.w.T)], self.gate)         # (N, D)
+        if self.relu:
+            dy = kernels.relu_backward(dy, self.y)                  # that of x w + b
+        # y = x w + b, so dw = xᵀ dy and dx = dy wᵀ
+        self.dw = kernels.matmul(self.x.T, dy)                      # (D, E)
+        self.db = dy.sum(axis=0)                                    # (E,)
+        return kernels.matmul(dy, self.w.T)                         # (N, D)
 
 
 class Output(Layer):
     """s = e wᵀ + b: a row of w for each word, which is also the word's embedding (paper, §5.3).
 
-    With the classes of a batch in the pass, only their rows are gathered and get a gradient, so
+    With the classes of a batch in the context, only their rows are gathered and get a gradient, so
     that a step's time does not depend on K (paper, §3: SGD over targets).
     """
 
     def __init__(self, e, k):
         self.shapes = {"w": (k, e), "b": (k,)}
+        self.x = None
+        self.classes = None             # those of the last forward pass; None: all K
+        self.used_w = None              # and their rows of w, (C, E)
 
-    def init(self, rng):
+    def draw_weights(self, rng):
         k, e = self.shapes["w"]
-        self.w, self.b = np.empty((k, e), np.float32), np.zeros(k, np.float32)
-        for part in np.array_split(self.w, 1 + self.w.size // (1 << 24)):       # bounded memory
-            part[...] = rng.standard_normal(part.shape) * OUTPUT_STD
+        self.w = np.empty((k, e), np.float32)
+        self.b = np.zeros(k, np.float32)
+        for rows in np.array_split(self.w, 1 + self.w.size // (1 << 24)):       # bounded memory
+            rows[...] = rng.standard_normal(rows.shape) * OUTPUT_STD
 
-    def forward(self, x, now):
-        self.x, self.classes = x, now.classes                       # (N, E)
-        rows = slice(None) if now.classes is None else now.classes
-        self.used = self.w[rows]
-        return kernels.matmul(x, self.used.T, bias=self.b[rows])    # (N, K), or (N, C)
+    def scores(self, x, classes=None):
+        """The scores of features x (N, E): (N, K), or (N, C) of some classes."""
+        if classes is None:
+            return kernels.matmul(x, self.w.T, self.b)
+        return kernels.matmul(x, self.w[classes].T, self.b[classes])
+
+    def forward(self, x):
+        return self.forward_training(x, Context())
+
+    def forward_training(self, x, context):
+        self.x = x                                                  # (N, E)
+        self.classes = context.classes
+        self.used_w = self.w if self.classes is None else self.w[self.classes]
+        return self.scores(x, self.classes)                         # (N, K), or (N, C)
 
     def backward(self, ds):
         # s = e wᵀ + b, so dw = dsᵀ e and de = ds w
-        if self.dw is None or len(self.dw) != ds.shape[1]:          # another number of classes
-            self.dw = self.db = None
-        self.dw = kernels.matmul(ds.T, self.x, out=self.dw)         # (K, E)
-        self.db = kernels.column_sums(ds, out=self.db)              # (K,)
-        return kernels.sum_gradients([kernels.matmul(ds, self.used)], self.gate)        # (N, E)
+        self.dw = kernels.matmul(ds.T, self.x)                      # (K, E), or (C, E)
+        self.db = ds.sum(axis=0)                                    # (K,), or (C,)
+        return kernels.matmul(ds, self.used_w)                      # (N, E)
 
 
 class MaxPool(Layer):
     """y = the maximum of each window; windows may overlap, and hang over the edge with `ceil`."""
 
     def __init__(self, kernel, stride, pad=0, ceil=False):
-        self.kernel, self.stride, self.pad, self.ceil = kernel, stride, pad, ceil
+        self.kernel = kernel
+        self.stride = stride
+        self.pad = pad
+        self.ceil = ceil
+        self.argmax = None              # the place of each maximum in its window
+        self.x_shape = None
 
-    def forward(self, x, now):
-        self.shape = x.shape                                        # (N, H, W, C)
-        y, self.place = kernels.max_pool_forward(x, self.kernel, self.stride, self.pad, self.ceil,
-                                                 self.gated)
+    def forward(self, x):
+        self.x_shape = x.shape                                      # (N, H, W, C)
+        y, self.argmax = kernels.max_pool_forward(x, self.kernel, self.stride, self.pad, self.ceil)
         return y                                                    # (N, OH, OW, C)
 
     def backward(self, dy):
-        return kernels.max_pool_backward(dy, self.place, self.shape, self.kernel, self.stride,
+        return kernels.max_pool_backward(dy, self.argmax, self.x_shape, self.kernel, self.stride,
                                          self.pad)                  # (N, H, W, C)
 
 
@@ -163,14 +201,16 @@ class AvgPool(Layer):
     """y = the mean of each window."""
 
     def __init__(self, kernel, stride):
-        self.kernel, self.stride = kernel, stride
+        self.kernel = kernel
+        self.stride = stride
+        self.x_shape = None
 
-    def forward(self, x, now):
-        self.x = x                                                  # (N, H, W, C)
+    def forward(self, x):
+        self.x_shape = x.shape                                      # (N, H, W, C)
         return kernels.avg_pool_forward(x, self.kernel, self.stride)            # (N, OH, OW, C)
 
     def backward(self, dy):
-        return kernels.avg_pool_backward(dy, self.x.shape, self.kernel, self.stride, self.gate)
+        return kernels.avg_pool_backward(dy, self.x_shape, self.kernel, self.stride)
 
 
 class LRN(Layer):
@@ -178,13 +218,14 @@ class LRN(Layer):
 
     def __init__(self, size=5, k=2.0, alpha=1e-4, beta=0.75):
         self.constants = size, k, alpha, beta
+        self.x = None
 
-    def forward(self, x, now):
+    def forward(self, x):
         self.x = x                                                  # (N, H, W, C)
         return kernels.lrn_forward(x, *self.constants)
 
     def backward(self, dy):
-        return kernels.lrn_backward(dy, self.x, *self.constants, self.gated)
+        return kernels.lrn_backward(dy, self.x, *self.constants)
 
 
 class Dropout(Layer):
@@ -192,80 +233,127 @@ class Dropout(Layer):
 
     def __init__(self, rate):
         self.rate = rate
+        self.stream = 0                 # of its masks: each Dropout has its own
+        self.counter = None
 
-    def init(self, rng):
-        self.stream = int(rng.integers(1 << 32))                    # its own stream of masks
+    def draw_weights(self, rng):
+        self.stream = int(rng.integers(1 << 32))
 
-    def forward(self, x, now):
-        drops = self.rate and now.step is not None
-        self.counter = (now.seed, now.step, self.stream, now.row) if drops else None
-        return kernels.dropout(x, self.rate, *self.counter) if drops else x     # (N, E)
+    def forward(self, x):
+        return x
+
+    def forward_training(self, x, context):
+        if not self.rate:
+            return x
+        self.counter = context.seed, context.step, self.stream, context.row
+        return kernels.dropout(x, self.rate, *self.counter)         # (N, E)
 
     def backward(self, dy):
+        if not self.rate:
+            return dy
         # y = x · mask, so dx = dy · mask: the counter draws the same mask again
-        return kernels.dropout(dy, self.rate, *self.counter) if self.counter else dy
+        return kernels.dropout(dy, self.rate, *self.counter)
 
 
 class Flatten(Layer):
     """(N, H, W, C) -> (N, H*W*C)."""
 
-    def forward(self, x, now):
-        self.x = x
+    def __init__(self):
+        self.x_shape = None
+
+    def forward(self, x):
+        self.x_shape = x.shape
         return x.reshape(len(x), -1)                                # (N, H*W*C)
 
     def backward(self, dy):
-        return dy.reshape(self.x.shape)                             # (N, H, W, C)
+        return dy.reshape(self.x_shape)                             # (N, H, W, C)
+
+
+class Sequential(Layer):
+    """Layers one after the other."""
+
+    def __init__(self, *layers):
+        self.layers = {str(number): layer for number, layer in enumerate(layers)}
+
+    def forward(self, x):
+        for layer in self.layers.values():
+            x = layer.forward(x)
+        return x
+
+    def forward_training(self, x, context):
+        for layer in self.layers.values():
+            x = layer.forward_training(x, context)
+        return x
+
+    def backward(self, dy):
+        for layer in reversed(self.layers.values()):
+            dy = layer.backward(dy)
+        return dy
 
 
 class Concat(Layer):
     """Branches side by side on one input, joined along the channels (inception modules).
 
-    Each branch keeps H×W and ends in a Conv with ReLU, which writes into its slice of y: no copy.
+    Each branch is a list of layers that keep H×W.
     """
 
-    relu = True
-
     def __init__(self, *branches):
-        self.branches = [Network(list(enumerate(branch)), True) for branch in branches]
-        self.layers = dict(enumerate(self.branches))                # their paths: 0.0, 1.0, …
-        assert all(branch.output.relu for branch in self.branches)
-        stops = np.cumsum([0] + [branch.output.shapes["b"][0] for branch in self.branches])
-        self.slices = [slice(a, b) for a, b in zip(stops, stops[1:])]
+        self.branches = [Sequential(*branch) for branch in branches]
+        self.layers = {str(number): branch for number, branch in enumerate(self.branches)}
+        self.stops = None               # the channel of y behind each branch's
 
-    def forward(self, x, now):
-        self.x = x                                                  # (N, H, W, C)
-        y = np.empty_like(x, shape=(*x.shape[:3], self.slices[-1].stop))    # (N, H, W, ΣF)
-        for branch, mine in zip(self.branches, self.slices):
-            branch.forward(x, now, out=y[..., mine])
-        return y
+    def forward(self, x):
+        return self._join([branch.forward(x) for branch in self.branches])
+
+    def forward_training(self, x, context):
+        return self._join([branch.forward_training(x, context) for branch in self.branches])
+
+    def _join(self, outputs):
+        self.stops = np.cumsum([y.shape[3] for y in outputs]).tolist()
+        return np.concatenate(outputs, axis=3)                      # (N, H, W, ΣF)
 
     def backward(self, dy):
+        gradients = []
+        start = 0
+        for branch, stop in zip(self.branches, self.stops):
+            gradients.append(branch.backward(dy[..., start:stop].copy()))
+            start = stop
         # every branch saw the same x, so its gradients add up
-        return kernels.sum_gradients([branch.backward(dy[..., mine]) for branch, mine in
-                                      zip(self.branches, self.slices)], self.gate)  # (N, H, W, C)
+        return kernels.sum_gradients(gradients)                     # (N, H, W, C)
 
 
 # --------------------------------------------------------------------------------- networks
 
-class Network(Layer):
-    """Layers one after the other, by name: rows of (name, layer)."""
+class Head(Sequential):
+    """An auxiliary classifier beside a network's layers, for training only (Szegedy 2014, §5).
 
-    def __init__(self, rows, needs_dx=False):
+    It reads the x that the layer after it reads, and gives scores of its own.
+    """
+
+    def __init__(self, rows):
         self.layers = dict(rows)
-        for (_, before), (_, layer) in zip(rows, rows[1:]):
-            passes = isinstance(before, (Flatten, Dropout))         # positive where its x is
-            layer.gated = before.gated if passes else before.relu
-        self.first, self.output = rows[0][1], rows[-1][1]
-        self.heads = [layer for layer in self.layers.values() if isinstance(layer, Head)]
-        self.first.needs_dx = needs_dx
 
-    def init(self, seed):
+
+class Network(Layer):
+    """Layers one after the other, by name, and auxiliary heads: rows of (name, layer)."""
+
+    def __init__(self, rows, seed=0):
+        """seed: of the first weights; None for none, where `load` brings them."""
+        self.layers = dict(rows)
+        self.chain = [layer for layer in self.layers.values() if not isinstance(layer, Head)]
+        self.first = self.chain[0]
+        self.output = self.chain[-1]
+        self.first.needs_dx = False     # the photo needs no gradient
+        if seed is not None:
+            self.draw_weights(seed)
+
+    def draw_weights(self, seed):
         """First weights, each layer's from a counter of its own: a larger K changes no other."""
         for name, layer in self.layers.items():
             rng = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(name.encode())]))
-            for _, one in layer.walk():
-                one.init(rng)
-        return self.load(self.state())
+            for _, inner in layer.walk():
+                inner.draw_weights(rng)
+        self.load(self.state())
 
     def state(self):
         """{path: array} of everything learned, as NumPy arrays."""
@@ -278,60 +366,88 @@ class Network(Layer):
             setattr(layer, attribute, kernels.to_device(state[path]))
         return self
 
-    def forward(self, x, now=Pass(), out=None):
-        """The last layer's y, into `out` if given; with a step number in `now` this is training."""
-        for layer in self.layers.values():
-            into = {"out": out} if out is not None and layer is self.output else {}
-            x = layer.forward(x, now, **into)
+    def forward(self, x):
+        """The scores (N, K), as in evaluation: without dropout and auxiliary heads."""
+        for layer in self.chain:
+            x = layer.forward(x)
         return x
+
+    def forward_training(self, x, context):
+        """The scores of the auxiliary heads, in their order, and then the network's own, a list."""
+        scores = []
+        for layer in self.layers.values():
+            if isinstance(layer, Head):
+                scores.append(layer.forward_training(x, context))
+            else:
+                x = layer.forward_training(x, context)
+        return [*scores, x]
+
+    def backward(self, gradients, done=None):
+        """All gradients, last layer first, from those of forward_training's scores.
+
+        done(array) is called with each parameter's gradient as soon as it is there. Returns the
+        first layer's dx, which is None where that is a Conv.
+        """
+        *head_gradients, dy = gradients
+        for layer in reversed(self.layers.values()):
+            if isinstance(layer, Head):
+                # x goes on and into the classifier, so the two gradients add up
+                dy = kernels.sum_gradients([dy, layer.backward(head_gradients.pop())])
+            else:
+                dy = layer.backward(dy)
+            for _, inner, name in layer.parameters() if done else ():
+                done(getattr(inner, "d" + name))
+        return dy
 
     def features(self, x, last=None):
         """The last hidden layer e = f(x; θ), (N, E), or what the layer called `last` gives (§3)."""
-        if last and last not in self.layers:
-            raise ValueError(f"the layer {last} is none of {', '.join(self.layers)}")
-        stop = list(self.layers).index(last) + 1 if last else -1
-        for layer in list(self.layers.values())[:stop]:
-            x = layer.forward(x, Pass())
+        names = [name for name, layer in self.layers.items() if not isinstance(layer, Head)]
+        if last and last not in names:
+            raise ValueError(f"--layer {last} is none of {', '.join(names)}")
+        stop = names.index(last) + 1 if last else -1
+        for layer in self.chain[:stop]:
+            x = layer.forward(x)
         return x
-
-    def backward(self, dy, done=lambda gradient: None):
-        """All gradients, last layer first, each given to done; returns the first dx if needed."""
-        for layer in reversed(self.layers.values()):
-            dy = layer.backward(dy)
-            for _, one, name in layer.parameters():
-                done(getattr(one, "d" + name))
-        return dy
 
     def bytes_per_image(self, size, crop):
         """Device memory that one image of a batch takes in a training step.
 
-        Most layers' inputs stay for the backward pass, which holds up to three gradients as large
-        as the largest; the photo is there twice, on its way and in use.
+        What layers keep stays for the backward pass, which holds up to three gradients as large as
+        the largest; the photo is there twice, on its way and in use.
         """
-        x = kernels.prepare(np.zeros((1, size, size, 3), np.uint8), [0], [0], [False], crop)
-        self.forward(x, Pass(step=0, classes=np.zeros(1, np.int32)))
-        kept = [layer.x for _, layer in self.walk() if layer.x is not None]
-        wholes = [x if x.base is None else x.base for x in kept]
-        sizes = {id(whole): whole.nbytes for whole in wholes}.values()
-        return sum(sizes) + 3 * max(sizes) + 2 * 3 * size ** 2
+        corner = np.zeros(1, int)
+        photos = np.zeros((1, size, size, 3), np.uint8)
+        x = kernels.prepare(photos, corner, corner, corner, crop)
+        self.forward_training(x, Context(classes=np.zeros(1, np.int32)))
+        sizes = {}                      # by identity, for a layer's y is the next one's x
+        for _, layer in self.walk():
+            for name in ("x", "y", "argmax"):
+                kept = getattr(layer, name, None)
+                if kept is not None:
+                    whole = kept if kept.base is None else kept.base
+                    sizes[id(whole)] = whole.nbytes
+        return sum(sizes.values()) + 3 * max(sizes.values()) + 2 * 3 * size**2
+
+    def __getattr__(self, name):
+        """A layer by its name, as in net.conv1."""
+        layers = self.__dict__.get("layers", {})
+        if name not in layers:
+            raise AttributeError(f"the network has no layer {name}, but {', '.join(layers)}")
+        return layers[name]
+
+    def __repr__(self):
+        """A line for each layer: its name, kind, shape of w and number of parameters."""
+        lines = []
+        total = 0
+        for name, layer in self.layers.items():
+            count = sum(int(np.prod(inner.shapes[p])) for _, inner, p in layer.parameters())
+            shape = layer.shapes.get("w", "")
+            lines.append(f"{name:8} {type(layer).__name__:8} {str(shape):20} {count:12,}".rstrip())
+            total += count
+        return "\n".join([*lines, f"{total:,} parameters"])
 
 
-class Head(Network):
-    """y = x; while training, an auxiliary classifier on x, its scores s (Szegedy 2014, §5).
-
-    Whoever computes the loss of s leaves the gradient in `ds`: see `training_loss`.
-    """
-
-    def forward(self, x, now):
-        self.x, self.s = x, None if now.step is None else super().forward(x, now)
-        return x                                                    # s (N, K), or (N, C)
-
-    def backward(self, dy):
-        # x goes on and into the classifier, so the two gradients add up
-        return kernels.sum_gradients([super().backward(self.ds), dy], self.gate)
-
-
-def alexnet(k, dropout):
+def alexnet(k, dropout=0.0, seed=0):
     """AlexNet in one tower (Krizhevsky 2014): 57.0M + 4,097 K parameters."""
     return Network([                                                        # 224 x 224 x 3
         ("conv1", Conv(3, 64, 11, stride=4, pad=2)),                        # 55
@@ -348,10 +464,10 @@ def alexnet(k, dropout):
         ("drop7", Dropout(dropout)),
         ("fc7", Linear(4096, 4096)),                                        # the feature e
         ("output", Output(4096, k)),
-    ])
+    ], seed)
 
 
-def small(k, dropout):
+def small(k, dropout=0.0, seed=0):
     """A small AlexNet for 64 x 64 pixels that two CPU cores train in minutes."""
     return Network([                                                        # 64 x 64 x 3
         ("conv1", Conv(3, 32, 5, stride=2, pad=2)),                         # 32
@@ -365,7 +481,7 @@ def small(k, dropout):
         ("drop5", Dropout(dropout)),
         ("fc5", Linear(2048, 512)),                                         # the feature e
         ("output", Output(512, k)),
-    ])
+    ], seed)
 
 
 def inception(c, n1, reduce3, n3, reduce5, n5, pooled):
@@ -383,10 +499,10 @@ def auxiliary(c, k):
                  ("flat", Flatten()),                                       # 2048
                  ("fc", Linear(2048, 1024)),
                  ("drop", Dropout(HEAD_DROPOUT)),
-                 ("output", Output(1024, k))], needs_dx=True)
+                 ("output", Output(1024, k))])
 
 
-def googlenet(k, dropout):
+def googlenet(k, dropout=0.0, seed=0):
     """GoogLeNet (Szegedy 2014, table 1): 5.97M + 1,025 K parameters, 10.3M + 3,075 K with heads."""
     return Network([                                                        # 224 x 224 x 3
         ("conv1", Conv(3, 64, 7, stride=2, pad=3)),                         # 112
@@ -414,10 +530,10 @@ def googlenet(k, dropout):
         ("flat", Flatten()),                                                # the feature e, 1024
         ("drop5", Dropout(dropout)),
         ("output", Output(1024, k)),
-    ])
+    ], seed)
 
 
-# build(K, dropout); pixels of the decoded photo, and of what the network sees; options' defaults
+# build(K, dropout, seed); pixels of the decoded photo, and of what the network sees; defaults
 Recipe = namedtuple("Recipe", "build size crop batch dropout lr")
 
 NETWORKS = {
@@ -428,44 +544,116 @@ NETWORKS = {
 
 
 # ---------------------------------------------------------------------------------- losses
-# loss(s, labels) -> each row's part of ℓ, (N,), and ∂ℓ/∂s in the memory of s, (N, C). The labels
-# (data.Labels) say which columns of s are targets, what each row weighs, and which words, if not
-# all K, the columns stand for.
+# loss(s, labels) -> each row's part of ℓ, (N,), and ∂ℓ/∂s, (N, K). The labels (data.Labels) say
+# which columns of s are targets, what each row weighs, and which words, if not all K, the columns
+# stand for; or they are the classes of N photos, (N,), of which each weighs 1/N. A loss is made
+# with the label frequency, (K,): the part of the rows that carry each word.
 
-def softmax(s, labels):
-    """The multi-class logistic loss (eq. 2), over all K words or over some classes.
+def _as_labels(labels):
+    if isinstance(labels, Labels):
+        return labels
+    targets = np.asarray(labels, np.int32).reshape(len(labels), -1)             # (N, T)
+    return Labels(targets, np.full(len(targets), 1 / len(targets), np.float32))
 
-    With labels.chance, each class counts for 1/chance classes where a row does not carry it, and
-    the sum over some is an unbiased estimate of that over all (sampled softmax).
+
+class Softmax:
+    """The multi-class logistic loss (eq. 2), over all K words or over some classes."""
+
+    balances = True                     # the targets of a photo may share its weight
+    corrects_batch = False              # over a batch's own words it is eq. 2 as it stands (§3)
+
+    def __init__(self, label_frequency=None):
+        """The frequencies play no part in eq. 2."""
+
+    def __call__(self, s, labels):
+        """The losses (N,) and their gradient.
+
+        With labels.inclusion_probability π, each class counts for 1/π classes in the rows that do
+        not carry it: the sum over some is an unbiased estimate of that over all (sampled softmax).
+        """
+        labels = _as_labels(labels)
+        shift = None
+        if labels.inclusion_probability is not None:
+            shift = -np.log(labels.inclusion_probability)
+        weights = np.repeat(labels.weights[:, None], labels.targets.shape[1], axis=1)
+        if labels.target_weights is not None:
+            weights = weights * labels.target_weights
+        return kernels.softmax_loss(s, labels.targets, weights, shift)
+
+    def probabilities(self, s):
+        """p (N, K), of one word among all, from scores of NumPy."""
+        exps = np.exp(s - s.max(axis=1, keepdims=True))
+        return exps / exps.sum(axis=1, keepdims=True)
+
+    def photo_weights(self, targets):
+        """In validation a photo's words share its weight, as one drawn word a row does: (N,)."""
+        return np.array([1 / max(1, len(words)) for words in targets])
+
+    def of_guessing(self, k, words_per_photo):
+        """The loss of one that finds all K words alike, a photo's mean."""
+        return np.log(k)
+
+
+class OneVersusAll:
+    """The one-versus-all logistic loss (eq. 1), its class weights scaled by N / K."""
+
+    balances = False
+    corrects_batch = True
+
+    def __init__(self, label_frequency):
+        self.label_frequency = np.asarray(label_frequency)
+
+    def __call__(self, s, labels):
+        """The losses (N,) and their gradient.
+
+        A class's positives weigh 1 / (K f), f its frequency, and its negatives 1 / (K (1 - f)), so
+        each class counts 1/K for either. With labels.inclusion_probability π a negative counts for
+        1/π of them, as in Softmax.
+        """
+        labels = _as_labels(labels)
+        k = len(self.label_frequency)
+        frequency = self.label_frequency
+        if labels.classes is not None:
+            frequency = frequency[labels.classes]                   # (C,)
+        others = k * (1 - frequency)
+        if labels.inclusion_probability is not None:
+            others = others * labels.inclusion_probability
+        # 0 for a word that every row carries, or that no other row can bring
+        negative = np.divide(1, others, out=np.zeros_like(others), where=others > 0)
+        return kernels.one_vs_all_loss(s, labels.targets, labels.weights, 1 / (k * frequency),
+                                       negative)
+
+    def probabilities(self, s):
+        """σ(s) (N, K), of each word by itself, from scores of NumPy."""
+        small = np.exp(-np.abs(s))                                  # no overflow
+        return np.where(s > 0, 1, small) / (1 + small)
+
+    def photo_weights(self, targets):
+        """In validation each photo counts once, whatever its words are: (N,)."""
+        return np.ones(len(targets))
+
+    def of_guessing(self, k, words_per_photo):
+        """The loss of one that finds all K words alike: as in Softmax, for each word of a photo."""
+        return np.log(k) * words_per_photo
+
+
+LOSSES = {"softmax": Softmax, "one-vs-all": OneVersusAll}
+
+
+def training_losses(loss, scores, labels):
+    """What SGD minimises: the losses of the network's own scores, (N,), and all gradients, a list.
+
+    scores: as of Network.forward_training. An auxiliary head's loss counts HEAD_WEIGHT.
     """
-    shift = None if labels.chance is None else -np.log(labels.chance)
-    parts = np.ones(labels.targets.shape) if labels.parts is None else labels.parts
-    return kernels.softmax_loss(s, labels.targets, labels.weights[:, None] * parts, shift)
-
-
-def one_vs_all(s, labels):
-    """The one-versus-all logistic loss (eq. 1), its class weights scaled by N / K.
-
-    Of the training rows a share carries each word. A class's positives weigh 1 / (K share) and its
-    negatives 1 / (K (1 - share)), so each class counts 1/K for either. With labels.chance a
-    negative counts for 1/chance of them, as in `softmax`.
-    """
-    k = len(labels.share)
-    share = labels.share[... if labels.classes is None else labels.classes]     # (K,), or (C,)
-    others = k * (1 - share) * (1 if labels.chance is None else labels.chance)
-    # 0 for a word that every row carries, or that no other row can bring
-    negative = np.divide(1, others, out=np.zeros_like(others), where=others > 0)
-    return kernels.one_vs_all_loss(s, labels.targets, labels.weights, 1 / (k * share), negative)
-
-
-LOSSES = {"softmax": softmax, "one-vs-all": one_vs_all}
-
-
-def training_loss(net, s, labels, loss):
-    """The scores' losses, (N,), and ∂ℓ/∂s; auxiliary heads count HEAD_WEIGHT, and keep theirs."""
-    for head in net.heads:
-        _, head.ds = loss(head.s, labels._replace(weights=HEAD_WEIGHT * labels.weights))
-    return loss(s, labels)
+    labels = _as_labels(labels)
+    *head_scores, own_scores = scores
+    head_labels = labels._replace(weights=HEAD_WEIGHT * labels.weights)
+    gradients = []
+    for s in head_scores:
+        _, ds = loss(s, head_labels)
+        gradients.append(ds)
+    losses, ds = loss(own_scores, labels)
+    return losses, [*gradients, ds]
 
 
 # ------------------------------------------------------------------------------------- SGD
@@ -473,41 +661,35 @@ def training_loss(net, s, labels, loss):
 class SGD:
     """v ← μ v + dw + λ w; w ← w - η v. The decay λ is for weights, not for biases.
 
-    All weights, then all biases, become parts of one array, and so do velocities and gradients: a
-    step is one pass. If `sparse`, output layers stay apart, and only the rows of a batch's classes
-    move: the others keep weights and velocities, as if no time had passed for them.
+    Of an output layer only the rows of the last batch's classes move, if it had some: the others
+    keep weights and velocities, as if no time had passed for them.
     """
 
-    def __init__(self, net, momentum, decay, sparse=False):
-        self.momentum, self.decay = momentum, decay
-        rows = sorted(net.parameters(), key=lambda row: row[2] == "b")
-        self.apart = [row for row in rows if sparse and isinstance(row[1], Output)]
-        self.v = {path: np.zeros_like(getattr(layer, name)) for path, layer, name in self.apart}
-        rows = [row for row in rows if row not in self.apart]
-        w = np.concatenate([getattr(layer, name).reshape(-1) for _, layer, name in rows])
-        self.joined = w, v, dw = w, np.zeros_like(w), np.empty_like(w)
-        end, self.biases = 0, sum(layer.b.size for _, layer, name in rows if name == "b")
-        for path, layer, name in rows:
-            shape, end, start = layer.shapes[name], end + getattr(layer, name).size, end
-            self.v[path] = v[start:end].reshape(shape)
-            setattr(layer, name, w[start:end].reshape(shape))
-            setattr(layer, "d" + name, dw[start:end].reshape(shape))
-        self.filters = [layer.w for _, layer in net.walk() if isinstance(layer, Conv)]
+    def __init__(self, net, momentum, decay):
+        self.net = net
+        self.momentum = momentum
+        self.decay = decay
+        self.v = {path: np.zeros_like(getattr(layer, name))
+                  for path, layer, name in net.parameters()}
 
     def step(self, rate):
-        kernels.sgd(*self.joined, rate, self.momentum, self.decay, biases=self.biases,
-                    filters=self.filters)
-        for path, layer, name in self.apart:
-            kernels.sgd(getattr(layer, name), self.v[path], getattr(layer, "d" + name), rate,
-                        self.momentum, self.decay if name == "w" else 0, layer.classes)
+        """Move all weights by their gradients."""
+        for path, layer, name in self.net.parameters():
+            w = getattr(layer, name)
+            dw = getattr(layer, "d" + name)
+            decay = 0 if name == "b" else self.decay
+            rows = layer.classes if isinstance(layer, Output) else None
+            kernels.sgd(w, self.v[path], dw, rate, self.momentum, decay, rows)
 
 
 class Plateau:
     """The paper's rule: halve the rate when the validation error rose."""
 
     def __init__(self, rate, epochs_per_rate):
-        self.rate, self.epochs_per_rate = rate, epochs_per_rate
-        self.epochs, self.error = 0, None       # epochs at this rate, the last validation error
+        self.rate = rate
+        self.epochs_per_rate = epochs_per_rate
+        self.epochs = 0                 # at this rate
+        self.error = None               # the last validation error
 
     def update(self, error):
         """After an epoch: may halve `rate`."""
@@ -515,59 +697,5 @@ class Plateau:
         rose = self.error is not None and error > self.error
         self.error = error
         if rose and self.epochs >= self.epochs_per_rate:
-            self.rate, self.epochs = self.rate / 2, 0
-
-
-# ------------------------------------------------------------------------------ checkpoints
-
-def save(path, net, velocities, facts, words):
-    """Write a checkpoint: weights `w/…`, velocities `v/…`, `facts` (JSON) and the dictionary."""
-    arrays = {"w/" + key: value for key, value in net.state().items()}
-    arrays |= {"v/" + key: kernels.to_host(value) for key, value in velocities.items()}
-    for key, text in (("facts", json.dumps(facts)), ("words", "\n".join(words))):
-        arrays[key] = np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8)
-    with whole_file(path) as file:
-        np.savez(file, **arrays, checksum=checksum(arrays))
-
-
-def checksum(arrays):
-    """The CRC-32 of {name: array}, so that a checkpoint is what was saved, or is refused."""
-    total = 0
-    for name, array in sorted(arrays.items()):
-        total = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), total)
-        total = zlib.crc32(np.ascontiguousarray(array), total)
-    return total
-
-
-def load(path):
-    """A checkpoint: (weights, velocities, facts, words); ValueError if it is none."""
-    if not os.path.isfile(path):                # a pipe would keep us waiting
-        raise ValueError(f"no model at {path}; train one with `python weak.py --out "
-                         f"{os.path.dirname(path) or '.'}`")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-        if arrays.pop("checksum") != checksum(arrays):
-            raise ValueError("this is not what was saved")
-        facts = json.loads(arrays["facts"].tobytes())
-        words = arrays["words"].tobytes().decode("utf-8", "surrogateescape").split("\n")
-    except Exception:                           # a broken zip file raises anything
-        raise ValueError(f"{path} is not a model of weak.py, or it is damaged") from None
-    return (*({key[2:]: value for key, value in arrays.items() if key.startswith(kind)}
-              for kind in ("w/", "v/")), facts, words)
-
-
-def load_best(run):
-    """Weights, facts with the whole log, words, and a line that says what these are.
-
-    run: a folder, whose best.npz is taken where there is one, or a file. ValueError as in `load`.
-    """
-    paths = run, os.path.join(run, "best.npz"), os.path.join(run, "model.npz")
-    path = next(filter(os.path.isfile, paths), paths[-1])
-    weights, _, facts, words = load(path)
-    log = os.path.join(os.path.dirname(path), "log.jsonl")      # best.npz has that of its own epoch
-    with suppress(OSError, ValueError), open(log) as file:
-        facts["log"] = max(facts["log"], list(map(json.loads, file)), key=len)
-    line = f"{path}: step {facts['step']:,}, epoch {facts['epoch']} of {len(facts['log'])}"
-    loss = {row["step"]: row["validation_loss"] for row in facts["log"]}.get(facts["step"])
-    return weights, facts, words, line + (f", held-out loss {loss:.4f}" if loss else "")
+            self.rate /= 2
+            self.epochs = 0
