@@ -1153,7 +1153,7 @@ def failing(self, *batch):
 weak.Run.train_step = failing
 if int(os.environ["PMI_RANK"]):
     model.save = lambda *_: print("rank 1 writes", file=sys.stderr)
-console.guarded(weak.main)
+console.run_command(weak.main)
 """
 
 
@@ -1183,7 +1183,7 @@ def test_mpi_that_does_not_fit_is_said_with_the_remedy(variable, missing, remedy
     pytest.importorskip("mpi4py")
     monkeypatch.setenv(variable, "2")
     done = run(code=f"sys.modules[{missing}] = None\nimport weak\nfrom kernels import console\n"
-                    "console.guarded(weak.main)", expect=1)
+                    "console.run_command(weak.main)", expect=1)
     assert remedy in done.stderr.splitlines()[-1]                   # mpi4py itself may warn
 
 
@@ -1292,17 +1292,20 @@ def checkpoint(tmp_path):
 
 def test_checkpoint_takes_the_place_of_another_when_it_is_whole(checkpoint, tmp_path, monkeypatch):
     """So a process that is killed leaves one of them, and a full disk the one before."""
-    path, seen = checkpoint(1), []
-    write(tmp_path, "model.npz.part")           # of a process that was killed
+    path = checkpoint(1)
+    steps = []                                  # of the files that are there at each fsync
 
-    monkeypatch.setattr(os, "fsync", lambda _: seen.append(
-        {place.name: model.load(place)[2]["step"] for place in tmp_path.iterdir()}))
+    def fsync(_):
+        steps.append(sorted(model.load(place)[2]["step"] for place in tmp_path.iterdir()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
     checkpoint(2)
-    assert seen == [{"model.npz": 1, "model.npz.part": 2}, {"model.npz": 2}]
+    assert steps == [[1, 2], [2]]
     monkeypatch.setattr(os, "fsync", no_space)
     with pytest.raises(OSError, match="No space"):
         checkpoint(3)
-    assert os.listdir(tmp_path) == ["model.npz"] and model.load(path)[2]["step"] == 2
+    assert os.listdir(tmp_path) == ["model.npz"]
+    assert model.load(path)[2]["step"] == 2
 
 
 @pytest.mark.parametrize("tamper", [
@@ -1354,8 +1357,8 @@ def test_progress_fits_the_terminal(monkeypatch):
     stream = io.StringIO()
     stream.isatty, stream.fileno = lambda: True, lambda: 0
     with console.Progress("epoch 1", 1000, stream=stream) as progress:
-        progress.shown = 0
-        progress.tick(10, lambda: "loss 4, waited for photos 5%, 2 min for all epochs")
+        progress.done += 10
+        progress.show("loss 4, waited for photos 5%, 2 min for all epochs")
     line = stream.getvalue().partition("\r")[0]
     assert len(line) < 40 and line.startswith("epoch 1: 10 of 1,000 photos")
 
@@ -1936,7 +1939,7 @@ import model, test_weak, weak
 model.NETWORKS["small"] = model.NETWORKS["small"]._replace(build=test_weak.tiny_googlenet)
 weak.VALIDATED = 4
 with test_weak.emulated(gpus={gpus}):
-    test_weak.console.guarded(weak.main)
+    test_weak.console.run_command(weak.main)
 """
 
 
