@@ -1328,7 +1328,7 @@ def test_two_ranks_are_one_and_one_goes_on(options, mine, train):
 
 FAILING = """
 import os, model, weak
-from kernels import console, cpu, gpu, philox, reference
+from kernels import console
 step = weak.Run.train_step
 def failing(self, *batch):
     if self.ranks.rank == 1 and self.step == 9:
