@@ -1150,4 +1150,4 @@ def main():
 
 
 if __name__ == "__main__":
-    console.guarded(main)
+    console.run_command(main)
