@@ -663,7 +663,7 @@ def test_network_is_used_from_python_in_five_lines(rng):
     losses, gradients = model.training_losses(
         model.Softmax(), net.forward_training(x, model.Context()), np.arange(4))
     net.backward(gradients)
-    assert losses == pytest.approx(np.full(4, math.log(80) / 4), rel=0.02)
+    assert losses == pytest.approx(np.full(4, math.log(80) / 4), rel=0.05)
     assert net.conv1.dw.shape == (5, 5, 3, 32) and net.conv1 is net.layers["conv1"]
     shown = repr(net)
     assert "conv1    Conv     (5, 5, 3, 32)" in shown and "1,378,608 parameters" in shown
