@@ -776,8 +776,8 @@ class Trained:
         facts = checkpoint.facts
         self.name = run
         self.folder = os.path.dirname(path) or "."
-        self.log = longest_log(facts, self.folder)
-        print(describe_weights(path, facts, self.log), file=sys.stderr, flush=True)
+        self.log = whole_log(path, facts)
+        print(describe_checkpoint(path, facts), file=sys.stderr, flush=True)
         self.words = checkpoint.words
         self.classes = {word: i for i, word in enumerate(self.words)}
         self.options = facts["options"]
@@ -852,14 +852,15 @@ class Trained:
         return kernels.to_host(self.net.output.w)
 
 
-def longest_log(facts, folder):
-    """The rows of a run's log: best.npz has those up to its own epoch, log.jsonl may have more."""
-    rows = data.read_log(folder)
+def whole_log(path, facts):
+    """The rows of a run's log: a checkpoint has those up to itself, log.jsonl may have more."""
+    rows = data.read_log(os.path.dirname(path) or ".")
     return rows if len(rows) > len(facts["log"]) else facts["log"]
 
 
-def describe_weights(path, facts, log):
-    """A line that says which weights a checkpoint holds, and their held-out loss if it is known."""
+def describe_checkpoint(path, facts):
+    """A line that says which weights these are, and their held-out loss if it is known."""
+    log = whole_log(path, facts)
     line = f"{path}: step {facts['step']:,}, epoch {facts['epoch']} of {len(log)}"
     for row in log:
         if row["step"] == facts["step"] and row["validation_loss"]:
@@ -1730,8 +1731,8 @@ def write_report(options, show, run):
         changed = change(options, all=False, deciles=False, layer=None)
         changed = change(changed, **changes)
         try:
-            runs = [Trained(path) for path in changes.get("model", ())]
-            results[title] = function(changed, page, *(runs or [run]))
+            runs = [run if path == run.name else Trained(path) for path in changed.model]
+            results[title] = function(changed, page, *runs)
         except (ValueError, OSError) as error:
             failed[title] = str(error)
             page.html.append(f'<p class="wrong">{escape(str(error))}</p>')
