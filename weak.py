@@ -57,6 +57,8 @@ HARMLESS = {"resume", "out", "images", "epochs", "min_lr", "patience", "workers"
 
 def main():
     ranks = several.join()
+    if ranks.rank:                              # the first rank speaks for all
+        sys.stdout = open(os.devnull, "w")
     options, checkpoint = parse()
     warnings.filterwarnings("ignore", "(overflow|invalid value)", RuntimeWarning)   # the loss says
     share_machine(options, ranks)
@@ -384,7 +386,9 @@ class Run:
                     name, why = next(iter(self.loader.skipped.items()), ("none here", ""))
                     raise RuntimeError(f"no photo of the last {self.empty} steps could be read, "
                                        f"e.g. {name}: {why}; {self.say_kept()}")
-                progress.tick(options.batch, lambda: self.describe(progress))
+                progress.done += options.batch
+                if progress.is_due():
+                    progress.show(self.describe(progress))
                 if stop:
                     return False
                 if due:
@@ -727,4 +731,4 @@ def draw_set(folder, captions, seed):
 
 
 if __name__ == "__main__":
-    console.guarded(main)
+    console.run_command(main)
