@@ -1318,7 +1318,7 @@ def test_run_of_another_order_of_photos_is_not_resumed(start, train):
     checkpoint = data.load_checkpoint("r/model.npz")
     del checkpoint.facts["order"]               # as in the versions before
     data.save_checkpoint("r/model.npz", checkpoint)
-    with pytest.raises(ValueError, match="in another order; begin a new run by --from"):
+    with pytest.raises(ValueError, match="in another order; begin .* by --from r$"):
         train("--resume", "--out", "r")
 
 
@@ -1766,9 +1766,9 @@ def test_checkpoint_is_saved_within_a_long_epoch(start, monkeypatch):
     saved = []
     honest = weak.save
 
-    def save(run, then=""):
+    def save(run):
         saved.append(run.step)
-        return honest(run, then)
+        honest(run)
 
     monkeypatch.setattr(weak, "save", save)
     weak.train(training, weak.Interrupt())
