@@ -3,7 +3,8 @@
     python eval.py COMMAND --model RUN …        RUN is a run's folder; the README has examples
     python eval.py --help                       the commands, with the paper's tables and figures
 
-Fractions, not percent. Here: metrics, regression, t-SNE, pictures, commands.
+Metrics are fractions, not percent. In this order: metrics, features, regression, maps by t-SNE,
+pictures, trained runs, what the commands share, and the commands themselves.
 """
 import argparse
 import base64
@@ -11,14 +12,14 @@ import difflib
 import functools
 import glob
 import io
-import itertools
 import os
 import signal
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stdout
 from html import escape
+from typing import NamedTuple
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # while the rest is imported
@@ -28,19 +29,27 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.linalg import eigh
 from scipy.optimize import minimize
 from scipy.sparse import csr_array
-from scipy.special import expit, log_softmax, softmax
+from scipy.special import log_softmax
 from scipy.stats import hypergeom, rankdata, spearmanr
 
 import data
 import kernels
 import model
-from kernels import console, cpu
+from kernels import console
 from kernels.console import MOST_THREADS, number
 from kernels.philox import SPLITS, philox
 
 BLOCK = 20_000_000              # scores held at a time
 KS = (1, 5, 10)                 # precision@k
-SPREAD = " ±"                           # after a key: its deviation
+SPREAD = " ±"                   # ends the key of a value's standard deviation
+MOST_COMPARED = 200_000         # photos among which duplicates are looked for
+
+
+def slices(n, size):
+    """Slices that cover range(n), of `size` numbers each; of one at least."""
+    size = max(1, size)
+    for start in range(0, n, size):
+        yield slice(start, min(n, start + size))
 
 
 # ---------------------------------------------------------------------------------- metrics
@@ -59,7 +68,8 @@ def auc_and_ap(scores, carried):
     scores, carried (N, words): NaN for a word that all photos carry, or none. Ties count half in
     the AUC (it is the Mann-Whitney statistic); in the AP, the first of tied photos ranks first.
     """
-    n, positives = len(scores), carried.sum(axis=0)
+    n = len(scores)
+    positives = carried.sum(axis=0)                                 # (words,)
     both = (positives > 0) & (positives < n)
     ranks = (rankdata(scores, axis=0) * carried).sum(axis=0)
     auc = (ranks - positives * (positives + 1) / 2) / np.maximum(1, positives * (n - positives))
@@ -69,58 +79,98 @@ def auc_and_ap(scores, carried):
     return np.where(both, auc, np.nan), np.where(both, ap, np.nan)
 
 
-def word_metrics(features, output, targets, counts, share, loss_name):
-    """What `words` reports, a plain dictionary, from features (N, E) and each photo's classes.
+def word_metrics(features, output, targets, counts, loss):
+    """What `words` reports of N photos, as a plain dictionary.
 
-    output: the layer of the K words; targets: N arrays of classes; counts (K,): the training photos
-    of each word, for baseline, thirds, tenths; share (K,): theirs of all; the loss is a mean.
+    features (N, E); output: the layer of the K words; targets: N arrays, the classes of each
+    photo's words; counts (K,): the training photos of each word, for baseline, thirds and tenths;
+    loss: one of model.LOSSES, made with the frequencies of the words among the training photos.
     """
-    n, k = len(targets), len(counts)
-    photos = np.repeat(np.arange(n), [len(words) for words in targets])
-    carried = csr_array((np.ones(len(photos), bool), (photos, np.concatenate(targets))), (n, k))
-    precision, loss = _score_photos(features, output, targets, carried, share, loss_name)
-    (auc, ap), columns, size = np.full((2, k), np.nan), carried.tocsc(), max(1, BLOCK // 4 // n)
-    for block in (slice(start, start + size) for start in range(0, k, size)):
-        scores = kernels.matmul(features, output.w[block].T) + output.b[block]  # (N, B)
-        auc[block], ap[block] = auc_and_ap(kernels.to_host(scores), columns[:, block].toarray())
-    sizes, positives, scored = carried.sum(axis=1), carried.sum(axis=0), np.isfinite(ap)
-    order, third = np.argsort(-counts, kind="stable"), max(1, k // 3)
+    n = len(targets)
+    k = len(counts)
+    carried = mark_words(targets, k)                                # (N, K)
+    precision, mean_loss = score_photos(features, output, targets, carried, loss)
+    auc, ap = score_words(features, output, carried)                # (K,) each
+    sizes = carried.sum(axis=1)                                     # (N,) words of a photo
+    positives = carried.sum(axis=0)                                 # (K,) photos of a word
+    scored = np.isfinite(ap)
+    by_frequency = np.argsort(-counts, kind="stable")               # (K,)
+    third = max(1, k // 3)
     return {
-        **_by_k(precision), "auc": _mean(auc), "map": _mean(ap), "loss": loss,
-        "auc_frequent": _mean(auc[order[:third]]), "auc_rare": _mean(auc[order[-third:]]),
-        "deciles": {f"{i} of 10": {"words": len(part), "photos": float(counts[part].mean()),
-                                   "auc": _mean(auc[part]), "map": _mean(ap[part])}
-                    for i, part in enumerate(np.array_split(order, 10), 1) if len(part)},
-        "photos": n, "words": int(scored.sum()), "dictionary": k,
-        "ceiling": _by_k(np.minimum.outer(sizes, KS).mean(axis=0) / KS),
-        "baseline": _by_k(positives[order[:k]].sum() / (n * k) for k in KS),
-        "chance": {**_by_k(sizes.mean() / k * np.minimum(KS, k) / KS), "auc": 0.5,
-                   "map": _mean(positives[scored] / n)},
+        **name_precisions(precision),
+        "auc": mean_of_finite(auc),
+        "map": mean_of_finite(ap),
+        "loss": mean_loss,
+        "auc_frequent": mean_of_finite(auc[by_frequency[:third]]),
+        "auc_rare": mean_of_finite(auc[by_frequency[-third:]]),
+        "deciles": score_deciles(auc, ap, counts, by_frequency),
+        "photos": n,
+        "words": int(scored.sum()),
+        "dictionary": k,
+        "ceiling": name_precisions(np.minimum.outer(sizes, KS).mean(axis=0) / KS),
+        "baseline": name_precisions([positives[by_frequency[:top]].sum() / (n * top)
+                                     for top in KS]),
+        "chance": {**name_precisions(sizes.mean() / k * np.minimum(KS, k) / KS),
+                   "auc": 0.5, "map": mean_of_finite(positives[scored] / n)},
     }
 
 
-def _score_photos(features, output, targets, carried, share, loss_name):
+def mark_words(targets, k):
+    """Which of the K words each photo carries, a sparse boolean (N, K)."""
+    sizes = [len(words) for words in targets]
+    photos = np.repeat(np.arange(len(targets)), sizes)
+    marks = np.ones(len(photos), bool)
+    return csr_array((marks, (photos, np.concatenate(targets))), (len(targets), k))
+
+
+def score_photos(features, output, targets, carried, loss):
     """Mean precision@k (len(KS),) (Table 1) and mean loss, summed a block of photos at a time."""
-    n, size = len(targets), max(1, BLOCK // len(share))
-    precision, loss = np.zeros(len(KS)), 0.0
-    for block in (slice(start, start + size) for start in range(0, n, size)):
-        part, scores = targets[block], output.forward(features[block], model.Pass())    # (B, K)
+    n, k = carried.shape
+    hits = np.zeros(len(KS))
+    total = 0.0
+    for photos in slices(n, BLOCK // k):
+        scores = output.scores(features[photos])                    # (B, K)
         best = top_words(kernels.to_host(scores), max(KS))
-        hits = carried[block][np.arange(len(best))[:, None], best].toarray()
-        precision += [hits[:, :k].sum() / (n * k) for k in KS]
-        # under eq. 2 a photo's words share its weight, as training with one word a row does
-        weights = [1 / len(words) if loss_name == "softmax" else 1 for words in part]
-        labels = data.Labels(data.pad_rows(part), np.array(weights) / n, share)
-        losses, _ = model.LOSSES[loss_name](scores, labels)
-        loss += float(kernels.to_host(losses).sum())
-    return precision, loss
+        rows = np.arange(len(best))[:, None]                        # (B, 1)
+        right = carried[photos][rows, best].toarray()               # (B, 10)
+        hits += [right[:, :top].sum() for top in KS]
+        weights = loss.photo_weights(targets[photos])               # (B,)
+        losses, _ = loss(scores, data.Labels(data.pad_rows(targets[photos]), weights))
+        total += float(kernels.to_host(losses).sum())
+    return hits / (n * np.array(KS)), total / n
 
 
-def _by_k(values, ks=KS):
+def score_words(features, output, carried):
+    """AUC and average precision of each word, (K,) each, a block of words at a time."""
+    n, k = carried.shape
+    columns = carried.tocsc()
+    auc = np.full(k, np.nan)
+    ap = np.full(k, np.nan)
+    for words in slices(k, BLOCK // 4 // n):
+        classes = np.arange(words.start, words.stop)
+        scores = kernels.to_host(output.scores(features, classes))              # (N, B)
+        auc[words], ap[words] = auc_and_ap(scores, columns[:, words].toarray())
+    return auc, ap
+
+
+def score_deciles(auc, ap, counts, by_frequency):
+    """{"1 of 10": numbers of the most frequent tenth of the words, …}; fewer where K < 10."""
+    deciles = {}
+    for i, words in enumerate(np.array_split(by_frequency, 10), 1):
+        if len(words):
+            deciles[f"{i} of 10"] = {
+                "words": len(words), "photos": float(counts[words].mean()),
+                "auc": mean_of_finite(auc[words]), "map": mean_of_finite(ap[words])}
+    return deciles
+
+
+def name_precisions(values, ks=KS):
+    """{"precision@1": value, …}."""
     return {f"precision@{k}": float(value) for k, value in zip(ks, values)}
 
 
-def _mean(values):
+def mean_of_finite(values):
+    """The mean of the values that are numbers; NaN where none is."""
     return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
 
 
@@ -131,38 +181,67 @@ def units(x):
 
 def csls(cosines, k=10):
     """2 cos(x, y) - r(x) - r(y), r the mean of the k best: hubs get less (Conneau 2018, §2.3)."""
-    rows, columns = (np.sort(c, axis=1)[:, -k:].mean(axis=1) for c in (cosines, cosines.T))
+    rows = mean_of_best(cosines, k)                                 # (S,)
+    columns = mean_of_best(cosines.T, k)                            # (T,)
     return 2 * cosines - rows[:, None] - columns                    # (S, T)
+
+
+def mean_of_best(cosines, k):
+    """The mean of the k largest numbers of each row."""
+    return np.sort(cosines, axis=1)[:, -k:].mean(axis=1)
 
 
 def retrieval(scores, right, ks=KS):
     """How often a row's k best columns hold a right one, and k drawn by chance do; both (S, T)."""
-    found = np.take_along_axis(right, top_words(scores, max(ks)), 1)            # (S, k)
-    columns, good = right.shape[1], right.sum(axis=1)               # T, (S,)
+    hits = np.take_along_axis(right, top_words(scores, max(ks)), 1)             # (S, k)
+    precision = [hits[:, :k].any(axis=1).mean() for k in ks]
+    columns = right.shape[1]                                        # T
+    good = right.sum(axis=1)                                        # (S,)
     chance = [hypergeom.sf(0, columns, good, min(k, columns)).mean() for k in ks]
-    return {**_by_k([found[:, :k].any(axis=1).mean() for k in ks], ks), "chance": _by_k(chance, ks)}
+    return {**name_precisions(precision, ks), "chance": name_precisions(chance, ks)}
 
 
-def extract_features(net, loader, photos, crop, progress=None, compute=None):
-    """Features (N, E) of the photos that can be read, or what else is computed, and their numbers.
+# --------------------------------------------------------------------------------- features
 
-    compute(x, pixels, numbers) gives rows of some photos: their pixels are uint8 (n, S, S, 3), and
-    x (n, crop, crop, 3) the same for a network, cropped centrally.
+def central_crops(loader, photos, crop, progress=None):
+    """Yield (numbers (n,), x, pixels) of the photos that can be read, n at a time.
+
+    pixels are uint8 (n, S, S, 3), as decoded; x (n, crop, crop, 3) is their centre for a network.
     """
-    compute, parts, found = compute or (lambda x, *_: net.features(x)), [], []
     for numbers, pixels in loader.read(photos, progress):
-        middle = data.centre(len(pixels), pixels.shape[1] - crop)
-        parts.append(compute(kernels.prepare(pixels, *middle, crop), pixels, numbers))
-        found += numbers.tolist()
-    return np.concatenate(parts) if parts else np.zeros((0, 1), np.float32), found
+        top, left, flip = data.centre(len(pixels), pixels.shape[1] - crop)
+        yield numbers, kernels.prepare(pixels, top, left, flip, crop), pixels
+
+
+def extract_features(net, loader, photos, crop, progress=None):
+    """Features (N, E) of the photos that can be read, and the N numbers of these photos."""
+    readable = []
+    features = []
+    for numbers, x, _ in central_crops(loader, photos, crop, progress):
+        readable += numbers.tolist()
+        features.append(net.features(x))                            # (n, E)
+    if not features:
+        return np.zeros((0, 1), np.float32), readable
+    return np.concatenate(features), readable
+
+
+def ten_crops(pixels, crop):
+    """Yield x (n, crop, crop, 3) of the corners, the centre, and their mirror images."""
+    n = len(pixels)
+    spare = pixels.shape[1] - crop
+    middle = spare // 2
+    for top, left in ((0, 0), (0, spare), (spare, 0), (spare, spare), (middle, middle)):
+        for flip in (False, True):
+            yield kernels.prepare(pixels, np.full(n, top), np.full(n, left), np.full(n, flip), crop)
 
 
 # ------------------------------------------------------------------ regression (paper, §5.2)
 
 PENALTIES = 10.0 ** np.arange(-1, -7, -1)       # λ to choose from, strongest first
-HELD = 0.2                                      # share of the training photos that chooses λ
+USUAL_PENALTY = 1e-4                            # where no photo can be held out to choose
+HELD = 0.2                                      # fraction of the training photos that chooses λ
 RAW = 16                                        # raw pixels: that many rows and columns
-VIEWS = "this model", "untrained network", f"raw pixels, {RAW} × {RAW}"
+VIEWS = ("this model", "untrained network", f"raw pixels, {RAW} × {RAW}")
 FIT = {"maxiter": 300, "maxcor": 10, "gtol": 1e-5, "ftol": 1e-8}
 
 
@@ -173,8 +252,10 @@ def logistic(flat, x, y, penalty):
     the scores s, and ∂ℓ/∂w = xᵀ ∂ℓ/∂s + λ w. x (N, D), y (N,) classes; flat is w (D, C) with the
     row b (C,) under it, which is not penalised. Products have the precision of x, sums are float64.
     """
-    table, rows = flat.reshape(x.shape[1] + 1, -1), np.arange(len(x))
-    w, log_p = table[:-1], log_softmax(predict(table, x), axis=1)   # (D, C), (N, C)
+    table = flat.reshape(x.shape[1] + 1, -1)                        # (D+1, C)
+    w = table[:-1]
+    rows = np.arange(len(x))
+    log_p = log_softmax(predict(table, x), axis=1)                  # (N, C)
     loss = -log_p[rows, y].mean(dtype=np.float64) + penalty / 2 * (w * w).sum()
     ds = np.exp(log_p) / len(x)                                     # (N, C)
     ds[rows, y] -= 1 / len(x)
@@ -183,9 +264,11 @@ def logistic(flat, x, y, penalty):
 
 def fit(x, y, penalty, start=None):
     """The table (D+1, C) of w and b that minimises `logistic`, by L-BFGS from `start`."""
-    start = np.zeros((x.shape[1] + 1, y.max() + 1)) if start is None else start
-    found = minimize(logistic, start.ravel(), (x, y, penalty), "L-BFGS-B", True, options=FIT)
-    return found.x.reshape(start.shape)
+    if start is None:
+        start = np.zeros((x.shape[1] + 1, y.max() + 1))
+    result = minimize(logistic, start.ravel(), args=(x, y, penalty), method="L-BFGS-B", jac=True,
+                      options=FIT)
+    return result.x.reshape(start.shape)
 
 
 def predict(table, x):
@@ -194,183 +277,254 @@ def predict(table, x):
 
 
 def choose_penalty(x, y, held, goodness):
-    """The fit to all with the λ whose fit to the rest is best on those held (N,), and that λ.
-
-    With one photo a class nothing can be held, and λ is 10⁻⁴.
-    """
-    table, best = None, (-np.inf, 1e-4)
-    for penalty in PENALTIES if held.any() else ():
-        table = fit(x[~held], y[~held], penalty, table)             # from that of a stronger λ
+    """The fit to all with the λ whose fit to the rest is best on those held (N,), and that λ."""
+    if not held.any():                          # one photo a class
+        return fit(x, y, USUAL_PENALTY), USUAL_PENALTY
+    table = None
+    best_table = None
+    best_penalty = USUAL_PENALTY
+    best_value = -np.inf
+    for penalty in PENALTIES:
+        table = fit(x[~held], y[~held], penalty, table)             # begins at a stronger λ's
         value = goodness(predict(table, x[held]), y[held])
-        if value > best[0]:
-            best = value, penalty, table
-    return fit(x, y, *best[1:]), best[1]
+        if value > best_value:
+            best_value = value
+            best_penalty = penalty
+            best_table = table
+    return fit(x, y, best_penalty, best_table), best_penalty
 
 
 def split(y, take, seed, number):
     """Boolean (N,): take(n) of each class's n photos at random, a function of (seed, number)."""
     order = np.argsort(philox(seed, (0, number, 0, SPLITS)).random_raw(len(y)), kind="stable")
     mask = np.zeros(len(y), bool)
-    for one in np.unique(y):
-        mine = order[y[order] == one]
-        mask[mine[:take(len(mine))]] = True
+    for label in np.unique(y):
+        photos = order[y[order] == label]
+        mask[photos[:take(len(photos))]] = True
     return mask
+
+
+def accuracy(scores, y):
+    """How often the class with the highest of the scores (N, C) is the photo's."""
+    return float((scores.argmax(axis=1) == y).mean())
 
 
 def voc_ap(scores, y):
     """Average precision of scores (N, 2) as in Pascal VOC 2007; y (N,) is 1 where the class is."""
     hits = np.cumsum(y[np.argsort(scores[:, 0] - scores[:, 1], kind="stable")])
-    precision, recall = hits / np.arange(1, len(hits) + 1), hits / max(1, hits[-1])
+    precision = hits / np.arange(1, len(hits) + 1)
+    recall = hits / max(1, hits[-1])
     highest = np.maximum.accumulate(precision[::-1])[::-1]          # at that recall or a greater
     return float(highest[np.searchsorted(recall, np.arange(11) / 10 - 1e-12)].mean())
 
 
 # ----------------------------------------------------- maps (van der Maaten and Hinton 2008)
 
-EXAGGERATION, EXAGGERATED = 4, 100              # P is larger by that factor, for so many steps
-MOMENTUM, SLOW = (0.5, 0.8), 250                 # the first one for so many steps, then the second
+EXAGGERATION = 4                                # P is larger by that factor …
+EXAGGERATED = 100                               # … for so many steps
+MOMENTUM = 0.8
+FIRST_MOMENTUM = 0.5                            # for so many steps:
+SLOW = 250
 COMPONENTS = 50                                 # principal components that distances are taken of
 FAR = 1e20                                      # the squared distance of a point from itself
-TILES = 1 << 18, 1 << 25                        # numbers at a time: in a core's cache, on a GPU
+CPU_TILE = 1 << 18                              # numbers at a time that stay in a core's cache
+GPU_TILE = 1 << 25
 
 
-def share_blocks(n, work):
-    """work(slices of rows, n numbers each): on a CPU its share on each thread, on a GPU all."""
-    gpu = kernels.memory() is not None
-    size = max(1, TILES[gpu] // n)
-    blocks = [slice(start, min(n, start + size)) for start in range(0, n, size)]
-    work(blocks) if gpu else kernels.threads.share(work, blocks)
+def work_on_rows(n, work):
+    """work(slice) for slices that cover n rows of n numbers; on a CPU, threads share them."""
+    def work_between(start, stop):
+        work(slice(start, stop))
+
+    if kernels.memory() is None:                # on a CPU
+        kernels.threads.chunks(n, max(1, CPU_TILE // n), work_between)
+    else:
+        for rows in slices(n, GPU_TILE // n):
+            work(rows)
 
 
 def conditional(d, perplexity, steps=40):
     """p_j|i ∝ exp(-β_i d_ij) of squared distances d (B, N), with an entropy of ln perplexity."""
     d = d - d.min(axis=1, keepdims=True)                            # changes no p_j|i (2008, §2)
     beta = np.ones_like(d[:, :1])
-    low, high = np.zeros_like(beta), np.full_like(beta, np.inf)
+    low = np.zeros_like(beta)
+    high = np.full_like(beta, np.inf)
     for _ in range(steps):                                          # of bisection
         p = np.exp(-d * beta)
         total = p.sum(axis=1, keepdims=True)
         entropy = np.log(total) + beta * (d * p).sum(axis=1, keepdims=True) / total
         wide = entropy > np.log(perplexity)                         # β must grow
-        low, high = np.where(wide, beta, low), np.where(wide, high, beta)
+        low = np.where(wide, beta, low)
+        high = np.where(wide, high, beta)
         beta = np.where(np.isinf(high), beta * 2, (low + high) / 2)
     return p / total
 
 
 def affinities(x, perplexity):
     """P (N, N) of points x (N, D): symmetric, sums to 1; p_ij = (p_j|i + p_i|j) / 2N."""
-    n, squares = len(x), (x * x).sum(axis=1)                        # (N,)
-    p = np.empty_like(x, shape=(n, n))
+    n = len(x)
+    squares = (x * x).sum(axis=1)                                   # (N,)
     unit = squares.mean()                                           # distances of about 1
+    p = np.empty_like(x, shape=(n, n))
 
-    def work(blocks):
-        for block in blocks:
-            d = squares[block, None] + squares - 2 * (x[block] @ x.T)           # (B, N)
-            d = np.maximum(d / unit, 0)
-            d[np.arange(len(d)), np.arange(block.start, block.stop)] = FAR
-            p[block] = conditional(d, perplexity)
+    def work(rows):
+        d = squares[rows, None] + squares - 2 * (x[rows] @ x.T)     # (B, N)
+        d = np.maximum(d / unit, 0)
+        d[np.arange(len(d)), np.arange(rows.start, rows.stop)] = FAR
+        p[rows] = conditional(d, perplexity)
 
-    share_blocks(n, work)
+    work_on_rows(n, work)
     return (p + p.T) / (2 * n)
 
 
-def tsne_gradient(p, y, exaggeration=1, divergence=False):
-    """∂KL(P‖Q)/∂y (N, 2) with exaggeration·P for P, and KL(P‖Q) if `divergence`, or None.
+def closeness(y, rows):
+    """n_ij = 1 / (1 + |y_i - y_j|²) of some rows i and all points j: (B, N)."""
+    across = y[rows, 0, None] - y[:, 0].copy()                      # (B, N)
+    down = y[rows, 1, None] - y[:, 1].copy()
+    return 1 / (1 + across * across + down * down)
 
-    n_ij = 1 / (1 + |y_i - y_j|²), q_ij = n_ij / Z, Z = Σ n over i ≠ j;
-    ∂KL/∂y_i = 4 Σ_j (p_ij - q_ij) n_ij (y_i - y_j) (2008, eq. 5), here as pull and push, since Z
-    is known at the end only; KL = log Z + Σ p log (p / n), where 0 log 0 is 0.
+
+def tsne_gradient(p, y, exaggeration=1):
+    """∂KL(P‖Q)/∂y (N, 2), with exaggeration·P for P (N, N).
+
+    q_ij = n_ij / Z, where Z = Σ n over i ≠ j; ∂KL/∂y_i = 4 Σ_j (p_ij - q_ij) n_ij (y_i - y_j)
+    (2008, eq. 5). As Z is known at the end only, the sums of p n and of n² are apart.
     """
-    n, columns, one = len(y), y.T.copy(), np.ones_like(y[:, 0])     # columns (2, N)
-    pull, push, sums, losses = np.empty_like(y), np.empty_like(y), one.copy(), one.copy()
+    n = len(y)
+    pull = np.empty_like(y)
+    push = np.empty_like(y)
+    sums = np.empty_like(y[:, 0])
 
-    def work(blocks):
-        most = max((block.stop - block.start for block in blocks), default=0)
-        space = np.empty_like(y, shape=(4, most, n))                # used again and again
-        for block in blocks:
-            part = space[:, :block.stop - block.start]
-            apart, near, product = part[:2], part[2], part[3]       # (2, B, N), (B, N), (B, N)
-            np.subtract(columns[:, block, None], columns[:, None], out=apart)
-            np.square(apart[0], out=near)
-            near += np.square(apart[1], out=product)
-            near += 1
-            np.reciprocal(near, out=near)
-            sums[block] = near @ one
-            np.multiply(p[block], near, out=product)
-            if divergence:
-                log = np.log(np.maximum(p[block], 1e-30) / near)
-                losses[block] = (p[block] * log).sum(axis=1)
-            for force, weights in (pull, product), (push, np.square(near, out=near)):
-                # a product takes half the time of einsum: (2, B, 1, N) times (B, N, 1)
-                force[block] = (apart[:, :, None] @ weights[..., None])[..., 0, 0].T
+    def work(rows):
+        near = closeness(y, rows)                                   # (B, N)
+        sums[rows] = near.sum(axis=1)
+        pull[rows] = add_forces(p[rows] * near, y, rows)
+        push[rows] = add_forces(near * near, y, rows)
 
-    share_blocks(n, work)
+    work_on_rows(n, work)
+    z = sums.sum(dtype=np.float64) - n                              # n_ii is 1
+    return 4 * (exaggeration * pull - push / z).astype(y.dtype)
+
+
+def add_forces(weights, y, rows):
+    """Σ_j w_ij (y_i - y_j) of some rows i, (B, 2): y_i Σ_j w_ij - Σ_j w_ij y_j."""
+    return y[rows] * weights.sum(axis=1, keepdims=True) - weights @ y
+
+
+def divergence(p, y):
+    """KL(P‖Q) = log Z + Σ p log (p / n) of a map y (N, 2), where 0 log 0 is 0."""
+    n = len(y)
+    sums = np.empty_like(y[:, 0])
+    losses = np.empty_like(sums)
+
+    def work(rows):
+        near = closeness(y, rows)                                   # (B, N)
+        sums[rows] = near.sum(axis=1)
+        losses[rows] = (p[rows] * np.log(np.maximum(p[rows], 1e-30) / near)).sum(axis=1)
+
+    work_on_rows(n, work)
     z = sums.sum(dtype=np.float64) - n
-    gradient = 4 * (exaggeration * pull - push / z).astype(y.dtype)
-    kl = float(kernels.to_host(np.log(z) + losses.sum(dtype=np.float64))) if divergence else None
-    return gradient, kl
+    return float(kernels.to_host(np.log(z) + losses.sum(dtype=np.float64)))
+
+
+def principal_components(x, count):
+    """Points x (N, D) along their `count` widest directions, the widest first, about their mean."""
+    x = np.asarray(x, np.float32) - x.mean(axis=0, dtype=np.float64).astype(np.float32)
+    last = x.shape[1] - 1
+    _, axes = eigh(x.T @ x, subset_by_index=(max(0, last + 1 - count), last))   # ascending
+    return x @ axes[:, ::-1].astype(np.float32)                     # (N, count)
 
 
 def tsne(x, perplexity, steps):
-    """Places (N, 2) for points x (N, D), and their KL divergence: exact t-SNE, float32.
+    """A map (N, 2) of points x (N, D), and its KL divergence: exact t-SNE, float32.
 
-    Distances are those of the first principal components. The first places are the widest two,
-    tiny; each coordinate has a gain that grows while its gradient keeps its sign (2008, §3.4).
+    It begins with the two widest principal components, made tiny. Each coordinate has a gain that
+    grows while its gradient keeps its sign (2008, §3.4).
     """
-    x = np.asarray(x, np.float32) - x.mean(axis=0, dtype=np.float64).astype(np.float32)
-    last = x.shape[1] - 1
-    _, axes = eigh(cpu.matmul(x.T, x), subset_by_index=(max(0, last + 1 - COMPONENTS), last))
-    x = kernels.to_device(x @ axes[:, ::-1].astype(np.float32))     # the widest first
-    p = affinities(x, perplexity)
+    x = kernels.to_device(principal_components(x, COMPONENTS))
+    p = affinities(x, perplexity)                                   # (N, N)
     y = x[:, :2] * (1e-4 / x[:, 0].std())                           # (N, 2)
-    velocity, gain = np.zeros_like(y), np.ones_like(y)
+    velocity = np.zeros_like(y)
+    gain = np.ones_like(y)
     rate = max(50, len(x) / EXAGGERATION / 4)
     with console.Progress(f"t-SNE of {len(x):,} points", steps, "steps") as progress:
         for step in range(1, steps + 1):
-            gradient, _ = tsne_gradient(p, y, EXAGGERATION if step <= EXAGGERATED else 1)
+            gradient = tsne_gradient(p, y, EXAGGERATION if step <= EXAGGERATED else 1)
             turned = (gradient > 0) == (velocity > 0)               # velocity is downhill
             gain = np.maximum(np.where(turned, gain * 0.8, gain + 0.2), 0.01)
-            velocity = MOMENTUM[step > SLOW] * velocity - rate * gain * gradient
+            momentum = FIRST_MOMENTUM if step <= SLOW else MOMENTUM
+            velocity = momentum * velocity - rate * gain * gradient
             y = y + velocity
             y = y - y.mean(axis=0)
             progress.tick()
-    return kernels.to_host(y), tsne_gradient(p, y, divergence=True)[1]
+    return kernels.to_host(y), divergence(p, y)
 
 
 # -------------------------------------------------------------------------------- pictures
 
-INK, PALE, COLOURS = (40, 40, 40), (225, 225, 225), (
-    (31, 98, 180), (214, 92, 20), (46, 140, 70), (140, 60, 150))
+INK = (40, 40, 40)
+PALE = (225, 225, 225)
+COLOURS = ((31, 98, 180), (214, 92, 20), (46, 140, 70), (140, 60, 150))
 FONTS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/share/fonts",
          "/System/Library/Fonts", "/Library/Fonts", "~/Library/Fonts")
+CURVES = {                                      # key of a log's row: title
+    "loss": "training loss", "validation_loss": "held-out loss",
+    "precision@10": "held-out precision@10", "auc": "held-out AUC, mean of words"}
 
 
-@functools.cache
+def save_image(image, path):
+    """Write a picture file, whole or not at all."""
+    with console.whole_file(path) as file:
+        image.save(file, "PNG")
+
+
+def thumbnail(path, side):
+    """A photo in its own shape, its longer side of `side` pixels."""
+    return Image.fromarray(data.decode(path, side, square=False))
+
+
 class Fonts:
     """Fonts with the letters of words: the given one, Pillow's own, or any of the system's."""
 
     def __init__(self, given=None):
-        files = [path for folder in FONTS for path in glob.glob(
-            os.path.expanduser(folder) + "/**/*.[ot]t[fc]", recursive=True)
-            if "LastResort" not in path]                            # which has boxes for all
-        self.paths = [given, None, *sorted(files, key=lambda path: "Sans-Regular" not in path)]
-        self.lost = False
+        self.first = [given, None]              # None is Pillow's own
+        self.system = list_fonts()
+        self.warned = False
         try:
             open_font(given, 20)
         except OSError:
             raise argparse.ArgumentTypeError(f"{given} is no font that can be read") from None
 
     def find(self, word, size):
-        """A font that has all letters of the word; where none has, it is said once, and how."""
-        for place, path in enumerate(self.paths):
+        """A font that has all letters of the word; where none has, one that shows boxes."""
+        for path in self.first + self.system:
             if all(has_letter(path, letter) for letter in word):
-                self.paths.insert(min(place, 2), self.paths.pop(place))         # sooner next time
+                self.try_sooner(path)
                 return open_font(path, size)
-        if not self.lost:
+        self.warn(word)
+        return open_font(self.first[0], size)
+
+    def try_sooner(self, path):
+        """A font of the system that one word needed, the next one may need, too."""
+        if path in self.system:
+            self.system.remove(path)
+            self.system.insert(0, path)
+
+    def warn(self, word):
+        """Say once that there are words without a font, and how to mend that."""
+        if not self.warned:
             print(f"no font has the letters of {word}: pictures show boxes; install the packages "
                   "fonts-noto-core and fonts-noto-cjk, or give --font FILE", file=sys.stderr)
-        self.lost = True
-        return open_font(self.paths[0], size)
+        self.warned = True
+
+
+def list_fonts():
+    """Paths of the system's fonts, the plainest first."""
+    paths = []
+    for folder in FONTS:
+        paths += glob.glob(os.path.expanduser(folder) + "/**/*.[ot]t[fc]", recursive=True)
+    paths = [path for path in paths if "LastResort" not in path]    # which has boxes for all
+    return sorted(paths, key=lambda path: "Sans-Regular" not in path)
 
 
 @functools.lru_cache(1000)
@@ -381,231 +535,475 @@ def open_font(path, size):
 
 @functools.cache
 def has_letter(path, letter):
-    """Whether a font draws the letter otherwise than one that no font has."""
-    with suppress(OSError):                     # a broken file, or one of coloured pictures
-        one, none = (open_font(path, 20).getmask(text) for text in (letter, "\uffff"))
-        return (one.size, bytes(one)) != (none.size, bytes(none))
-    return False
-
-
-def save_image(image, path):
-    """Write a picture file, whole or not at all."""
-    with console.whole_file(path) as file:
-        image.save(file, "PNG")
+    """Whether a font draws the letter otherwise than a character that no font has."""
+    try:
+        font = open_font(path, 20)
+        drawn = font.getmask(letter)
+        missing = font.getmask("\uffff")
+    except OSError:                             # a broken file, or one of coloured pictures
+        return False
+    return (drawn.size, bytes(drawn)) != (missing.size, bytes(missing))
 
 
 def filters_picture(w, zoom=6):
     """The first layer's filters (KH, KW, 3, F), each stretched to full contrast, as a grid."""
     kh, kw, _, f = w.shape
     side = int(np.ceil(np.sqrt(f)))
-    low, high = w.min(axis=(0, 1, 2)), w.max(axis=(0, 1, 2))
+    low = w.min(axis=(0, 1, 2))                                     # (F,)
+    high = w.max(axis=(0, 1, 2))
+    stretched = (w - low) / np.maximum(high - low, 1e-12) * 255
     tiles = np.full((side * side, kh + 1, kw + 1, 3), 255, np.uint8)            # with white edges
-    tiles[:f, 1:, 1:] = ((w - low) / np.maximum(high - low, 1e-12) * 255).transpose(3, 0, 1, 2)
-    rows = np.concatenate(tiles.reshape(side, side, kh + 1, kw + 1, 3), axis=1)
-    return Image.fromarray(np.concatenate(rows, axis=1).repeat(zoom, axis=0).repeat(zoom, axis=1))
+    tiles[:f, 1:, 1:] = stretched.transpose(3, 0, 1, 2)
+    grid = tiles.reshape(side, side, kh + 1, kw + 1, 3)
+    grid = grid.transpose(0, 2, 1, 3, 4)                            # (side, KH+1, side, KW+1, 3)
+    pixels = grid.reshape(side * (kh + 1), side * (kw + 1), 3)
+    return Image.fromarray(pixels.repeat(zoom, axis=0).repeat(zoom, axis=1))
 
 
 def curves_picture(log):
     """The learning curves of a run's log, over the epochs."""
-    titles = {"loss": "training loss", "validation_loss": "held-out loss",
-              "precision@10": "held-out precision@10", "auc": "held-out AUC, mean of words"}
-    panels = [plot_picture(log, "epoch", key, title, {"auc": 0.5}.get(key), colour=colour)
-              for colour, (key, title) in zip(COLOURS, titles.items())]
+    panels = []
+    for colour, (key, title) in zip(COLOURS, CURVES.items()):
+        chance = 0.5 if key == "auc" else None
+        panels.append(plot_picture(log, "epoch", key, title, chance, colour=colour))
     return Image.fromarray(np.vstack([np.hstack(panels[:2]), np.hstack(panels[2:])]))
 
 
 def round_ticks(low, high):
     """Multiples of 1, 2, 2.5 or 5 times a power of ten around low … high, in 5 steps at most."""
     if high - low <= 1e-9 * abs(high):          # flat
-        low, high = low - (abs(low) / 10 or 1), high + (abs(high) / 10 or 1)
-    for step in 10 ** np.floor(np.log10((high - low) / 5)) * np.array([1, 2, 2.5, 5, 10, 20]):
-        first, last = np.floor(low / step + 1e-9), np.ceil(high / step - 1e-9)
+        margin = abs(high) / 10 if high else 1
+        low -= margin
+        high += margin
+    power = 10 ** np.floor(np.log10((high - low) / 5))
+    for step in power * np.array([1, 2, 2.5, 5, 10, 20]):
+        first = np.floor(low / step + 1e-9)
+        last = np.ceil(high / step - 1e-9)
         if last - first <= 5:
             return step * np.arange(first, last + 1) + 0.0          # no -0
 
 
-def plot_picture(rows, across, key, title, chance=None, axis=np.asarray, colour=COLOURS[0]):
-    """A curve of row[key] against axis(row[across]), with a broken line at `chance`.
+class Plot:
+    """A picture of a curve: a frame with a title, into which ticks, lines and points are drawn."""
+
+    SIZE = (480, 310)
+    LEFT = 70                                   # of the frame, in pixels
+    RIGHT = 450
+    TOP = 45
+    BOTTOM = 265
+
+    def __init__(self, title):
+        self.image = Image.new("RGB", self.SIZE, "white")
+        self.draw = ImageDraw.Draw(self.image)
+        self.font = ImageFont.load_default(14)
+        corners = [(self.LEFT, self.TOP), (self.LEFT, self.BOTTOM), (self.RIGHT, self.BOTTOM)]
+        self.draw.line(corners, INK)
+        self.write((self.LEFT, 17), title, "la")
+
+    def write(self, place, text, anchor):
+        """Text at a place; the anchor says which of its points is there, as in Pillow."""
+        self.draw.text(place, text, INK, self.font, anchor=anchor)
+
+    def set_axes(self, xs, ticks, scale):
+        """What is at the frame's edges; x is shown at scale(x)."""
+        self.scale = scale
+        self.xs = xs[[0, -1]]
+        self.ys = ticks[[0, -1]]
+
+    def across(self, x):
+        """Pixels from the left."""
+        return np.interp(self.scale(x), self.scale(self.xs), [self.LEFT, self.RIGHT])
+
+    def down(self, y):
+        """Pixels from the top."""
+        return np.interp(y, self.ys, [self.BOTTOM, self.TOP])
+
+    def draw_heights(self, ticks):
+        """A pale line for each of the ticks, and its number."""
+        for tick in ticks:
+            height = self.down(tick)
+            self.draw.line([(self.LEFT + 1, height), (self.RIGHT, height)], PALE)
+            self.write((self.LEFT - 6, height), f"{tick:.6g}", "rm")
+
+    def draw_chance(self, chance):
+        """A broken line."""
+        height = self.down(chance)
+        for left in range(self.LEFT, self.RIGHT, 8):
+            self.draw.line([(left, height), (left + 4, height)], INK)
+        self.write((self.RIGHT, height - 2), "chance", "rd")
+
+    def draw_steps(self, xs, name):
+        """Whole numbers under the frame, and what they count."""
+        for x in xs if len(xs) < 7 else round_ticks(xs[0], xs[-1]):
+            if xs[0] <= x <= xs[-1] and x % 1 == 0:
+                self.write((self.across(x), self.BOTTOM + 6), f"{x:,.0f}", "ma")
+        self.write((self.RIGHT, self.BOTTOM + 24), name, "ra")
+
+    def draw_curve(self, xs, ys, spreads, colour):
+        """A line through points with error bars, of twice the spread."""
+        points = list(zip(self.across(xs), self.down(ys)))
+        self.draw.line(points, colour, 2)
+        for (x, y), low, high in zip(points, self.down(ys - spreads), self.down(ys + spreads)):
+            self.draw.ellipse([x - 2, y - 2, x + 2, y + 2], colour)
+            self.draw.line([(x, low), (x, high)], colour)
+
+
+def plot_picture(rows, across, key, title, chance=None, scale=np.asarray, colour=COLOURS[0]):
+    """A curve of row[key] against scale(row[across]), with a broken line at `chance`.
 
     row[key + SPREAD], if there, is half the length of an error bar.
     """
-    image, (left, right, top, bottom) = Image.new("RGB", (480, 310), "white"), (70, 450, 45, 265)
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
-    draw.line([(left, top), (left, bottom), (right, bottom)], INK)
-    rows = [row for row in rows if np.isfinite(np.array(row.get(key), float))]      # None is NaN
-    xs, ys, spreads = (np.array([row.get(name, 0) for row in rows], float)
-                       for name in (across, key, key + SPREAD))
-    draw.text((left, 17), title + ": nothing to show" * (not len(ys)), INK, font)
-    if not len(ys):
-        return image
-    shown = [*(ys - spreads), *(ys + spreads), ys[0] if chance is None else chance]
-    ticks = round_ticks(min(shown), max(shown))
-    height = functools.partial(np.interp, xp=ticks[[0, -1]], fp=[bottom, top])
-    for tick in ticks:
-        draw.line([(left + 1, height(tick)), (right, height(tick))], PALE)
-        draw.text((left - 6, height(tick)), f"{tick:.6g}", INK, font, anchor="rm")
+    rows = [row for row in rows if row.get(key) is not None and np.isfinite(row[key])]
+    if not rows:
+        return Plot(title + ": nothing to show").image
+    xs = np.array([row[across] for row in rows], float)
+    ys = np.array([row[key] for row in rows], float)
+    spreads = np.array([row.get(key + SPREAD, 0) for row in rows], float)
+    shown = [*(ys - spreads), *(ys + spreads)]
     if chance is not None:
-        for dash in range(left, right, 8):
-            draw.line([(dash, height(chance)), (dash + 4, height(chance))], INK)
-        draw.text((right, height(chance) - 2), "chance", INK, font, anchor="rd")
-    for x in xs if len(xs) < 7 else round_ticks(xs[0], xs[-1]):
-        if xs[0] <= x <= xs[-1] and x % 1 == 0:
-            place = np.interp(axis(x), axis(xs[[0, -1]]), [left, right])
-            draw.text((place, bottom + 6), f"{x:,.0f}", INK, font, anchor="ma")
-    draw.text((right, bottom + 24), across.replace("_", " "), INK, font, anchor="ra")
-    spots = list(zip(np.interp(axis(xs), axis(xs[[0, -1]]), [left, right]), height(ys)))
-    draw.line(spots, colour, 2)
-    for (x, y), low, high in zip(spots, height(ys - spreads), height(ys + spreads)):
-        draw.ellipse([x - 2, y - 2, x + 2, y + 2], colour)
-        draw.line([(x, low), (x, high)], colour)
-    return image
+        shown.append(chance)
+    ticks = round_ticks(min(shown), max(shown))
+    plot = Plot(title)
+    plot.set_axes(xs, ticks, scale)
+    plot.draw_heights(ticks)
+    if chance is not None:
+        plot.draw_chance(chance)
+    plot.draw_steps(xs, across.replace("_", " "))
+    plot.draw_curve(xs, ys, spreads, colour)
+    return plot.image
 
 
-def thumbnail(path, side):
-    """A photo in its own shape, its longer side of `side` pixels."""
-    return Image.fromarray(data.decode(path, side, square=False)[0])
-
-
-def grid_picture(found, find, fonts, side=150):
+def grid_picture(rankings, find, fonts, side=150):
     """Words above their photos, {word: {name: score}}; find(name) is a photo's path (Fig. 3)."""
-    columns = max(map(len, found.values()))
-    image = Image.new("RGB", (columns * (side + 6) + 6, len(found) * (side + 56) + 6), "white")
-    draw, small_font = ImageDraw.Draw(image), ImageFont.load_default(13)
-    for line, (word, photos) in enumerate(found.items()):
-        top = 6 + line * (side + 56)
+    columns = max(len(photos) for photos in rankings.values())
+    width = columns * (side + 6) + 6
+    height = len(rankings) * (side + 56) + 6
+    image = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(image)
+    small_font = ImageFont.load_default(13)
+    for row, (word, photos) in enumerate(rankings.items()):
+        top = 6 + row * (side + 56)
         draw.text((8, top + 20), word, INK, fonts.find(word, 20), "ls")
         for column, (name, score) in enumerate(photos.items()):
-            left, photo = 6 + column * (side + 6), thumbnail(find(name), side)
+            left = 6 + column * (side + 6)
+            photo = thumbnail(find(name), side)
             image.paste(photo, (left, top + 28 + side - photo.height))
             draw.text((left + 2, top + side + 31), f"{score:.2f}", INK, small_font)
     return image
 
 
 def mosaic_picture(paths, y, size):
-    """Photos at places (N, 2) in [0, 1]², each in the nearest free cell of a grid (Fig. 4)."""
+    """Photos at points (N, 2) in [0, 1]², each in the nearest free cell of a grid (Fig. 4)."""
     side = int(np.ceil(np.sqrt(1.5 * len(y))))                      # so that the shape shows
-    each = max(1, size // side)                                     # pixels of a photo
+    cell = max(1, size // side)                                     # pixels of a photo
     image = Image.new("RGB", (max(size, side), max(size, side)), "white")
-    edge = (image.width - side * each) // 2
-    cells = np.argwhere(np.ones((side, side)))                      # (side², 2)
-    for path, spot in zip(paths, y * (side - 1)):
-        nearest = ((cells - spot) ** 2).sum(axis=1).argmin()
-        place = cells[nearest] * each + edge                        # left, top
-        image.paste(Image.fromarray(data.decode(path, each)[0]), tuple(place.tolist()))
-        cells = np.delete(cells, nearest, axis=0)
+    edge = (image.width - side * cell) // 2
+    free = np.argwhere(np.ones((side, side)))                       # (side², 2)
+    for path, point in zip(paths, y * (side - 1)):
+        nearest = ((free - point) ** 2).sum(axis=1).argmin()
+        left, top = free[nearest] * cell + edge
+        image.paste(Image.fromarray(data.decode(path, cell)), (int(left), int(top)))
+        free = np.delete(free, nearest, axis=0)
     return image
 
 
-def words_picture(names, spots, weights, size, fonts):
-    """Words at spots (N, 2) in [0, 1]², without overlaps (Fig. 6): an image, and SVG <text>s.
+def words_picture(names, y, weights, size, fonts):
+    """Words at points (N, 2) in [0, 1]², without overlaps (Fig. 6): an image, and SVG <text>s.
 
-    The heaviest words come first and are largest; where others are in the way, a word moves along
-    a spiral, and after 300 turns it is left out.
+    The heaviest words come first and are largest; a word that finds no place is left out.
     """
-    image, texts, boxes = Image.new("RGB", (size, size), "white"), [], np.zeros((0, 4))
-    draw, spots, steps = ImageDraw.Draw(image), (0.05 + 0.9 * spots) * size, np.arange(300)
-    spiral = np.stack([np.cos(2.4 * steps), np.sin(2.4 * steps)], 1) * (
-        np.sqrt(steps) * size / 300)[:, None]                       # (300, 2), from the centre out
+    image = Image.new("RGB", (size, size), "white")
+    draw = ImageDraw.Draw(image)
+    centres = (0.05 + 0.9 * y) * size                               # (N, 2)
+    spiral = spiral_from_centre(size)
     largest = 0.65 * size / (6 + len(names) ** 0.5)
-    for place, i in enumerate(np.argsort(-weights, kind="stable")):
-        height = max(9, largest * (1 - 0.6 * place / len(names)))
-        word, font, colour = names[i], fonts.find(names[i], height), COLOURS[len(texts) % 4]
-        box = np.array(font.getbbox(word, "1", anchor="mm"))        # hinted: whole pixels
-        tried = np.tile(spots[i] + spiral, 2) + box + (-2, -1, 2, 1)
-        inside = (tried[:, :2] >= 0).all(axis=1) & (tried[:, 2:] <= size).all(axis=1)
-        apart = ((tried[:, None, :2] >= boxes[:, 2:]) | (tried[:, None, 2:] <= boxes[:, :2]))
-        good = np.flatnonzero(inside & apart.any(axis=2).all(axis=1))
-        if len(good):
-            boxes = np.vstack([boxes, tried[good[0]]])
-            x, y = spots[i] + spiral[good[0]]
-            draw.text((x, y), word, colour, font, "mm")
-            texts.append(f'<text x="{x:.0f}" y="{y:.0f}" font-size="{height:.1f}" textLength="'
-                         f'{box[2] - box[0]:.0f}" fill="rgb{colour}">{escape(word)}</text>')
+    boxes = np.zeros((0, 4))                                        # of the words that are there
+    texts = []
+    for rank, i in enumerate(np.argsort(-weights, kind="stable")):
+        height = max(9, largest * (1 - 0.6 * rank / len(names)))
+        font = fonts.find(names[i], height)
+        box = np.array(font.getbbox(names[i], "1", anchor="mm"))    # hinted: whole pixels
+        place = find_place(centres[i] + spiral, box, boxes, size)
+        if place is None:
+            continue
+        boxes = np.vstack([boxes, np.tile(place, 2) + box + MARGIN])
+        colour = COLOURS[len(texts) % len(COLOURS)]
+        draw.text(tuple(place), names[i], colour, font, "mm")
+        texts.append(svg_text(names[i], place, height, box[2] - box[0], colour))
     return image, texts
 
 
-# ------------------------------------------------------------------ commands and their options
-
-PARSER = console.Parser(description=console.summary(__doc__))
-COMMANDS = PARSER.add_subparsers(required=True, metavar="COMMAND")
+MARGIN = np.array([-2, -1, 2, 1])                                   # around a word, pixels
 
 
-def command(name, options):
-    """Make the function under this line a command, given options, an Output and the run(s)."""
-    def register(function):
-        says = console.summary(function.__doc__)
-        parser = COMMANDS.add_parser(name, help=says, description=says)
-        parser.set_defaults(function=function, out=None, all=False, deciles=False, layer=None)
-        for option, settings in {**COMMON, **options}.items():
-            parser.add_argument(option, **settings)
-        return function
-    return register
+def spiral_from_centre(size, steps=300):
+    """Points (steps, 2) of a spiral around (0, 0), the nearest first."""
+    step = np.arange(steps)
+    radius = np.sqrt(step) * size / 300
+    return np.stack([radius * np.cos(2.4 * step), radius * np.sin(2.4 * step)], axis=1)
 
 
-def name_output(option, ending="", required=True):
-    """An option that names a file to write: its name ends so, and its folder takes files."""
-    def check(path):
-        if not path.lower().endswith(ending):
-            raise argparse.ArgumentTypeError(f"{path}: its name must end in {ending}")
-        folder = os.path.dirname(path) or "."
-        if path != "-" and (os.path.isdir(path) or not os.access(folder, os.W_OK)):
-            raise argparse.ArgumentTypeError(f"cannot write {path}; choose another place")
-        return path
-    return {option: dict(type=check, required=required, metavar="FILE" + ending,
-                         help="the file to write" + ", or - " * (option == "--json"))}
+def find_place(places, box, boxes, size):
+    """The first of the places (T, 2) where a word's box (4,) is inside and free, or None.
+
+    boxes (B, 4): those of the words that are there; all are left, top, right, bottom.
+    """
+    tried = np.tile(places, 2) + box + MARGIN                       # (T, 4)
+    inside = (tried[:, :2] >= 0).all(axis=1) & (tried[:, 2:] <= size).all(axis=1)
+    beyond = tried[:, None, :2] >= boxes[:, 2:]                     # (T, B, 2)
+    before = tried[:, None, 2:] <= boxes[:, :2]
+    free = (beyond | before).any(axis=2).all(axis=1)
+    good = np.flatnonzero(inside & free)
+    return places[good[0]] if len(good) else None
 
 
-WORDS = {"words": dict(nargs="+", metavar="WORD", help="words of the dictionary")}
-TOP = {"--top": dict(type=number(int, 1), default=6, help="how many to show for each")}
-FOLDER = {"--images": dict(required=True, metavar="DIR", help="folder of photos")}
-IMAGES = {"--images": dict(metavar="DIR", help="folder of photos; the run's if not given")}
-CAPTIONS = {"--captions": dict(metavar="FILE", help="captions; the run's if not given")}
-FONT = {"--font": dict(type=Fonts, metavar="FILE", help="of words; else any with their letters")}
-SPLITTING = {"--splits": dict(type=number(int, 1, 10_000), default=10, help="random splits"),
-             "--train-share": dict(type=number(float, 0, 1), default=0.5, help="of each class"),
-             "--train-per-class": dict(type=number(int, 1), help="instead: so many photos"),
-             "--seed": dict(type=number(int, 0, below=2**63), default=0, help="of the splits")}
-MAPPING = {"--limit": dict(type=number(int, 10, 100_000), default=2000, help="points at most"),
-           "--perplexity": dict(type=number(float, 1), default=30, help="how many are near, about"),
-           "--steps": dict(type=number(int, 1), default=1000, help="of gradient descent"),
-           "--size": dict(type=number(int, 100, 20_000), default=1600, help="pixels of a side")}
-COMMON = {"--model": dict(required=True, nargs=1, metavar="RUN", help="a run's folder, or an .npz"),
-          "--workers": dict(type=number(int, 0, MOST_THREADS), default=2, help="threads to decode"),
-          "--device": dict(choices=kernels.DEVICES, default="auto", help="where to compute"),
-          "--threads": dict(type=number(int, 1, MOST_THREADS), help="threads that compute"),
-          **name_output("--json", required=False)}
+def svg_text(word, place, height, width, colour):
+    """An SVG element of a word around a place, of so many pixels."""
+    x, y = place
+    return (f'<text x="{x:.0f}" y="{y:.0f}" font-size="{height:.1f}" textLength="{width:.0f}" '
+            f'fill="rgb{colour}">{escape(word)}</text>')
 
+
+# ----------------------------------------------------------------------------- trained runs
+
+class Trained:
+    """A run's model, by default its best: `net`, `words`, `options`, `counts` (N_k), `log`."""
+
+    def __init__(self, run):
+        """run: a run's folder, or a checkpoint; it says on stderr which weights these are."""
+        path = data.find_checkpoint(run)
+        checkpoint = data.load_checkpoint(path)
+        facts = checkpoint.facts
+        self.name = run
+        self.folder = os.path.dirname(path) or "."
+        self.log = whole_log(path, facts)
+        print(describe_checkpoint(path, facts), file=sys.stderr, flush=True)
+        self.words = checkpoint.words
+        self.classes = {word: i for i, word in enumerate(self.words)}
+        self.options = facts["options"]
+        if self.options["drawn"]:               # wherever the run's folder is now
+            self.options.update(data.drawn_sources(self.folder))
+        self.training = facts["training"]       # photos
+        self.counts = np.array(facts["counts"])
+        self.loss = self.make_loss(self.counts)
+        self.recipe = model.NETWORKS[self.options["network"]]
+        self.net = self.recipe.build(len(self.words), self.options["dropout"], seed=None)
+        self.net.load(checkpoint.weights)
+
+    def make_loss(self, counts):
+        """The run's loss for words with so many training photos."""
+        return model.LOSSES[self.options["loss"]](counts / self.training)
+
+    def index(self, captions, words, valid):
+        """The index of the captions under a dictionary of these words; the run's own if it fits.
+
+        captions: a file, or None for the run's; valid: the fraction of the photos held out.
+        """
+        captions = captions or self.options["captions"]
+        text = data.Text(self.options["words"], self.options["stop_words"], valid)
+        if captions == self.options["captions"]:
+            kind = self.options["format"]
+        else:
+            kind = data.recognise(captions)
+        own = data.cached_index(captions, os.path.join(self.folder, "index"), text, kind)
+        if own is not None and own.dictionary == words:
+            return own
+        folder = os.path.join(self.writable_folder(), "index-eval")
+        return data.build_index(captions, folder, text, kind, words)
+
+    def writable_folder(self):
+        """The run's folder, or a temporary one where that takes no files."""
+        if os.access(self.folder, os.W_OK):
+            return self.folder
+        self.scratch = tempfile.TemporaryDirectory()                # until the run is forgotten
+        return self.scratch.name
+
+    def photos(self, options):
+        """The folder and names of the photos: those of --images, or the held-out ones."""
+        if options.images:
+            return options.images, data.list_photos(options.images)
+        index = self.index(None, self.words, self.options["valid"])
+        return self.options["images"], [index.name(i) for i in range(index.held_out)]
+
+    def read(self, folder, names, workers):
+        """The photos of a folder for this network."""
+        return PhotoReader(folder, names, self.recipe, workers)
+
+    def features(self, folder, names, workers):
+        """Features (N, E) of a folder's photos that can be read, and the reader that read them."""
+        reader = self.read(folder, names, workers)
+        features = [self.net.features(x) for _, x, _ in reader]
+        return np.concatenate(features), reader
+
+    def find_words(self, words):
+        """Classes of words as a person gives them."""
+        classes = []
+        for word in words:
+            word = " ".join(data.words_of(word))
+            if word not in self.classes:
+                near = ", ".join(near_words(word, self.words)) or "none"
+                raise ValueError(f"{word!r} is not among the model's {len(self.words):,} words, "
+                                 f"which are in {self.folder}/words.txt; near in spelling: {near}")
+            classes.append(self.classes[word])
+        return np.array(classes, np.int32)
+
+    def vectors(self):
+        """The words' vectors, the rows of the output layer's w, as NumPy: (K, E)."""
+        return kernels.to_host(self.net.output.w)
+
+
+def whole_log(path, facts):
+    """The rows of a run's log: a checkpoint has those up to itself, log.jsonl may have more."""
+    rows = data.read_log(os.path.dirname(path) or ".")
+    return rows if len(rows) > len(facts["log"]) else facts["log"]
+
+
+def describe_checkpoint(path, facts):
+    """A line that says which weights these are, and their held-out loss if it is known."""
+    log = whole_log(path, facts)
+    line = f"{path}: step {facts['step']:,}, epoch {facts['epoch']} of {len(log)}"
+    for row in log:
+        if row["step"] == facts["step"] and row["validation_loss"]:
+            line += f", held-out loss {row['validation_loss']:.4f}"
+    return line
+
+
+def near_words(word, words, count=3):
+    """Words that begin with this one, then those spelt nearly alike, same first letter first."""
+    if not word:
+        return []
+    longer = [other for other in words if other.startswith(word)]
+    close = difflib.get_close_matches(word, words, 9, 0.65)
+    close.sort(key=lambda other: other[0] != word[0])
+    return list(dict.fromkeys(longer + close))[:count]
+
+
+class PhotoReader:
+    """Photos to iterate over, once, in batches for a network: (names, x, pixels).
+
+    x and pixels are as of central_crops. Progress is shown; at the end, photos that cannot be read
+    are said, and stand in `skipped`, {name: why}; `names` are the others. ValueError if none can.
+    """
+
+    def __init__(self, folder, names, recipe, workers):
+        self.folder = folder
+        self.asked = names
+        self.recipe = recipe
+        self.workers = workers
+        self.names = []
+        self.skipped = {}
+
+    def __iter__(self):
+        if not self.asked:
+            raise ValueError("there is no photo: none is held out, or none has words of the model")
+        count = len(self.asked)
+        size = self.recipe.size
+        with (data.Loader(self.folder, self.asked.__getitem__, 0, size, self.workers) as loader,
+              console.Progress("photos", count) as progress):
+            crops = central_crops(loader, range(count), self.recipe.crop, progress)
+            for numbers, x, pixels in crops:
+                names = [self.asked[i] for i in numbers]
+                self.names += names
+                yield names, x, pixels
+        self.skipped = loader.skipped
+        self.report_skipped()
+
+    def report_skipped(self):
+        """Say what cannot be read."""
+        count = len(self.asked)
+        if self.skipped:
+            reasons = [f"{name}: {why}" for name, why in self.skipped.items()]
+            more = "; …" if len(reasons) > 10 else ""
+            print(f"{len(reasons):,} of {count:,} photos cannot be read: "
+                  f"{'; '.join(reasons[:10])}{more}", file=sys.stderr, flush=True)
+        if not self.names:
+            place = f" from {self.folder!r}" if self.folder else ""
+            raise ValueError(f"none of the {count:,} photos can be read{place}")
+
+
+def read_pairs(path, run, scored=False):
+    """[(class, class, score)] of a file's lines whose two words the run knows; how many it has.
+
+    Lines are word<TAB>word, and <TAB>score if `scored`, else the score is 0. The first may be a
+    heading.
+    """
+    kind = "word<TAB>word<TAB>score" if scored else "word<TAB>word"
+    lines = read_lines(path, kind)
+    pairs = []
+    for place, line in lines.items():
+        first, second, score = split_pair(line)
+        if scored and score is None:
+            if place > 1:
+                raise ValueError(f"--pairs: line {place} of {path} is not {kind}: {line[:60]!r}")
+            continue
+        classes = [run.classes.get(" ".join(data.words_of(word))) for word in (first, second)]
+        if None not in classes:
+            pairs.append((*classes, score if scored else 0))
+    return pairs, len(lines)
+
+
+def read_lines(path, kind):
+    """{number of a line: its text} of those with text; the first is line 1."""
+    try:
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
+            lines = [line.strip() for line in file]
+    except OSError as error:
+        raise ValueError(f"--pairs: {path}: {error.strerror}; it takes a file of {kind} lines"
+                         ) from None
+    return {place: line for place, line in enumerate(lines, 1) if line}
+
+
+def split_pair(line):
+    """Two words and a score of a line, by tabs or spaces; "" and None where it has less."""
+    columns = line.split("\t") if "\t" in line else line.split()
+    columns += ["", "", ""]
+    try:
+        score = float(columns[2])
+    except ValueError:
+        score = np.nan
+    return columns[0], columns[1], score if np.isfinite(score) else None
+
+
+# ------------------------------------------------------------------ what the commands share
 
 class Output:
-    """Shows what a command found: on the terminal, in the picture file `out`, and as HTML."""
+    """Shows what a command finds: on the terminal, in the picture file `out`, and as HTML."""
 
     def __init__(self, out=None):
-        self.out, self.html = out, []
+        self.out = out
+        self.html = []
 
     def line(self, text):
         print(text)
         self.html.append(f'<p class="note">{escape(text)}</p>')
 
     def best(self, names, scores, others, top, least=-np.inf):
-        """{name: {other: score}}: the `top` best of the others, none below `least`, by name."""
+        """{name: {other: score}}: the `top` best of the others, none below `least`, by name.
+
+        scores (len(names), len(others)).
+        """
         result = {}
         for name, row, best in zip(names, scores, top_words(scores, top)):
             result[name] = {others[i]: float(row[i]) for i in best if row[i] >= least}
-            text = ", ".join(f"{other} {value:.3g}" for other, value in result[name].items())
+            items = [f"{other} {value:.3g}" for other, value in result[name].items()]
+            text = ", ".join(items)
             print(f"{name}: {text or f'no word above {least:g}'}", flush=True)
             self.html.append(f"<p><b>{escape(name)}</b>: {escape(text)}</p>")
         return result
 
     def table(self, heading, rows):
         """A heading over rows of texts and numbers, {name: row}; the names are on the left."""
-        rows = [[format(cell, {str: "", int: ","}.get(type(cell), ".4f")) for cell in row]
-                for row in (heading, *((name, *row) for name, row in rows.items()))]
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        for first, *rest in rows:
-            print("  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]).rstrip())
-        lines = "</tr><tr>".join("".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row)
-                                 for tag, row in zip(["th"] + ["td"] * len(rows), rows))
-        self.html.append(f'<div class="wide"><table><tr>{lines}</tr></table></div>')
+        lines = [list(heading)]
+        for name, row in rows.items():
+            lines.append([name] + [format_cell(cell) for cell in row])
+        widths = [max(len(cell) for cell in column) for column in zip(*lines)]
+        for first, *rest in lines:
+            cells = [first.ljust(widths[0])]
+            cells += [cell.rjust(width) for cell, width in zip(rest, widths[1:])]
+            print("  ".join(cells).rstrip())
+        body = [html_row(line, "td") for line in lines[1:]]
+        self.html.append('<div class="wide"><table>' + html_row(lines[0], "th") + "".join(body)
+                         + "</table></div>")
 
     def picture(self, image, what, kind="png", html=None):
         """An image, into the file, or on the page: of that kind, or as this HTML."""
@@ -617,9 +1015,23 @@ class Output:
 
     def photos(self, photos):
         """Photos beside each other on the page: (path, what it shows, HTML to stand under it)."""
-        self.html.append('<div class="photos">' + "".join(
-            f"<figure>{image_html(thumbnail(path, 200), what, 'jpeg')}<figcaption>{below}"
-            "</figcaption></figure>" for path, what, below in photos) + "</div>")
+        self.html.append('<div class="photos">')
+        for path, what, below in photos:
+            image = image_html(thumbnail(path, 200), what, "jpeg")
+            self.html.append(f"<figure>{image}<figcaption>{below}</figcaption></figure>")
+        self.html.append("</div>")
+
+
+def format_cell(cell):
+    """A text as it is, a whole number with commas, another number with four decimals."""
+    if isinstance(cell, str):
+        return cell
+    return f"{cell:,}" if isinstance(cell, int) else f"{cell:.4f}"
+
+
+def html_row(cells, tag):
+    """A row of a table; tag: th for a heading, or td."""
+    return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
 
 def image_html(image, what, kind):
@@ -630,414 +1042,657 @@ def image_html(image, what, kind):
     return f'<img class="{kind}" alt="{escape(what)}" src="data:image/{kind};base64,{text}">'
 
 
-@functools.cache
-class Trained:
-    """A run's model, by default its best: `net`, `words`, `options`, `counts` (N_k)."""
-
-    def __init__(self, run):
-        self.run = run
-        self.folder = os.path.dirname(run) or "." if os.path.isfile(run) else run
-        weights, facts, self.words, line = model.load_best(run)
-        print(line, file=sys.stderr, flush=True)
-        self.classes = {word: i for i, word in enumerate(self.words)}
-        self.options, self.training, self.log = map(facts.get, ("options", "training", "log"))
-        if self.options["drawn"]:               # wherever the run's folder is now
-            self.options |= data.drawn_sources(self.folder)
-        self.counts = np.array(facts["counts"])
-        self.recipe = model.NETWORKS[self.options["network"]]
-        self.net = self.recipe.build(len(self.words), self.options["dropout"]).load(weights)
-
-    def index(self, captions, words, valid, processes):
-        """The index of the captions under a dictionary of these words; the run's own if it fits."""
-        captions, options, folder = captions or self.options["captions"], self.options, self.folder
-        text = data.Text(options["words"], options["stop_words"], valid)
-        kind = (captions == options["captions"] and options["format"]) or data.recognise(captions)
-        own = data.cached_index(captions, os.path.join(folder, "index"), text, kind)
-        if own is not None and own.dictionary == words:
-            return own
-        if not os.access(folder, os.W_OK):
-            self.spare = tempfile.TemporaryDirectory()              # until the end
-            folder = self.spare.name
-        return data.build_index(captions, f"{folder}/index-eval", text, kind, words, processes)
-
-    def photos(self, options):
-        """The folder and names of the photos: those of --images, or the held-out ones."""
-        if options.images:
-            return options.images, data.list_photos(options.images)
-        index = self.index(None, self.words, self.options["valid"], options.workers)
-        return self.options["images"], [index.name(i) for i in range(index.held_out)]
-
-    def read(self, folder, names, workers, compute=None):
-        """extract_features of a folder's photos: rows, names of those found, what is skipped."""
-        if not names:
-            raise ValueError("there is no photo: none is held out, or none has words of the model")
-        size, crop, photos = self.recipe.size, self.recipe.crop, range(len(names))
-        with (data.Loader(folder, names.__getitem__, 0, size, workers) as loader,
-              console.Progress("photos", len(names)) as progress):
-            rows, found = extract_features(self.net, loader, photos, crop, progress, compute)
-        if skipped := [f"{name}: {why}" for name, why in loader.skipped.items()]:
-            print(f"{len(skipped):,} of {len(names):,} photos cannot be read: "
-                  + "; ".join(skipped[:10]) + "; …" * (len(skipped) > 10),
-                  file=sys.stderr, flush=True)
-        if not found:
-            raise ValueError(f"none of the {len(names):,} photos can be read"
-                             + f" from {folder!r}" * bool(folder))
-        return rows, [names[i] for i in found], loader.skipped
-
-    def find_words(self, words):
-        """Classes of words as a person gives them."""
-        names = [" ".join(data.words_of(word)) for word in words]
-        for name in names:
-            if name not in self.classes:
-                close = [word for word in self.words if name and word.startswith(name)] + sorted(
-                    difflib.get_close_matches(name, self.words, 9, 0.65),
-                    key=lambda word: word[0] != name[0])            # the same first letter first
-                raise ValueError(f"{name!r} is not among the model's {len(self.words):,} words, "
-                                 f"which are in {self.folder}/words.txt; near in spelling: "
-                                 + (", ".join(list(dict.fromkeys(close))[:3]) or "none"))
-        return np.array([self.classes[name] for name in names], np.int32)
-
-    def read_pairs(self, path, scored=False):
-        """[(class, class[, score])] of a file's lines whose words are known; how many it has."""
-        kind, pairs = "word<TAB>word" + "<TAB>score" * scored, []
-        try:
-            with open(path, encoding="utf-8-sig", errors="replace") as file:
-                lines = {place: line.strip() for place, line in enumerate(file, 1) if line.strip()}
-        except OSError as error:
-            raise ValueError(f"--pairs: {path}: {error.strerror}; it takes a file of {kind} lines"
-                             ) from None
-        for place, line in lines.items():
-            one, two, score, *_ = [*(line.split("\t") if "\t" in line else line.split()), *" " * 3]
-            try:
-                score = float(score) if scored else 0
-            except ValueError:
-                score = np.nan
-            if not np.isfinite(score) and place > 1:                # the first may be a heading
-                raise ValueError(f"--pairs: line {place} of {path} is not {kind}: {line[:60]!r}")
-            names = [" ".join(data.words_of(word)) for word in (one, two)]
-            if np.isfinite(score) and all(name in self.classes for name in names):
-                pairs.append((*map(self.classes.get, names), *[score] * scored))
-        return pairs, len(lines)
+PARSER = console.Parser(description=console.summary(__doc__))
+COMMANDS = PARSER.add_subparsers(required=True, metavar="COMMAND")
 
 
-@command("words", IMAGES | CAPTIONS | SPLITTING | name_output("--out", ".png", False) | {
-    "--model": dict(required=True, metavar="RUN", nargs="+", help="trained runs' folders"),
-    "--deciles": dict(action="store_true", help="AUC and AP by frequency of the words, too"),
-    "--transfer": dict(nargs="+", metavar="DIR", help="accuracy of features, as `transfer`, too"),
-    "--all": dict(action="store_true", help="score all photos, not the held-out ones")})
+def command(name, *options, runs=1):
+    """Make the function under this line a command with these options.
+
+    It is called with the options' values, an Output and the Trained run; with runs="+", all runs.
+    """
+    def register(function):
+        says = console.summary(function.__doc__)
+        parser = COMMANDS.add_parser(name, help=says, description=says)
+        parser.set_defaults(function=function, out=None)
+        parser.add_argument("--model", required=True, nargs=runs, metavar="RUN",
+                            help="a run's folder, or an .npz")
+        for flag, settings in options + COMMON:
+            parser.add_argument(flag, **settings)
+        return function
+    return register
+
+
+def option(flag, **settings):
+    """An option of a command, as of argparse's add_argument."""
+    return flag, settings
+
+
+def output_option(flag, ending="", required=True, **settings):
+    """An option that names a file to write: its name ends so, and its folder takes files."""
+    def check(path):
+        if not path.lower().endswith(ending):
+            raise argparse.ArgumentTypeError(f"{path}: its name must end in {ending}")
+        folder = os.path.dirname(path) or "."
+        if path != "-" and (os.path.isdir(path) or not os.access(folder, os.W_OK)):
+            raise argparse.ArgumentTypeError(f"cannot write {path}; choose another place")
+        return path
+
+    settings = {"help": "the file to write", **settings}
+    return option(flag, type=check, required=required, metavar="FILE" + ending, **settings)
+
+
+COMMON = (
+    option("--workers", type=number(int, 0, MOST_THREADS), default=2, help="threads to decode"),
+    option("--device", choices=kernels.DEVICES, default="auto", help="where to compute"),
+    option("--threads", type=number(int, 1, MOST_THREADS), help="threads that compute"),
+    output_option("--json", required=False, help="the file to write, or - "))
+WORDS = option("words", nargs="+", metavar="WORD", help="words of the dictionary")
+TOP = option("--top", type=number(int, 1), default=6, help="how many to show for each")
+FOLDER = option("--images", required=True, metavar="DIR", help="folder of photos")
+IMAGES = option("--images", metavar="DIR", help="folder of photos; the run's if not given")
+CAPTIONS = option("--captions", metavar="FILE", help="captions; the run's if not given")
+FONT = option("--font", type=Fonts, metavar="FILE", help="of words; else any with their letters")
+SPLITTING = (
+    option("--splits", type=number(int, 1, 10_000), default=10, help="random splits"),
+    option("--train-share", type=number(float, 0, 1), default=0.5, help="of each class"),
+    option("--train-per-class", type=number(int, 1), help="instead: so many photos"),
+    option("--seed", type=number(int, 0, below=2**63), default=0, help="of the splits"))
+MAPPING = (
+    option("--limit", type=number(int, 10, 100_000), default=2000, help="points at most"),
+    option("--perplexity", type=number(float, 1), default=30, help="how many are near, about"),
+    option("--steps", type=number(int, 1), default=1000, help="of gradient descent"),
+    option("--size", type=number(int, 100, 20_000), default=1600, help="pixels of a side"))
+
+
+def change(options, **changes):
+    """The options with some values changed."""
+    return argparse.Namespace(**{**vars(options), **changes})
+
+
+# --------------------------------------------------------------------------- words (Table 1)
+
+@command("words", IMAGES, CAPTIONS, *SPLITTING, output_option("--out", ".png", required=False),
+         option("--deciles", action="store_true", help="AUC and AP by frequency of the words, too"),
+         option("--transfer", nargs="+", metavar="DIR",
+                help="accuracy of features, as `transfer`, too"),
+         option("--all", action="store_true", help="score all photos, not the held-out ones"),
+         runs="+")
 def predict_words(options, show, *runs):
     """Precision@k, AUC and AP of words for photos that were not trained on (Table 1, Fig. 2).
 
     Of several runs: on photos that none of them trained on, over the words that all of them know.
     """
     runs = sorted(runs, key=lambda run: run.training)
+    words = common_words(runs)
+    valid = min(run.options["valid"] for run in runs)
+    index = runs[-1].index(options.captions, words, valid)
+    folder = options.images or runs[-1].options["images"]
+    count = len(index) if options.all else index.held_out
+    photos = {index.name(i): i for i in range(count)}
+    results = {}
+    for run in runs:
+        results[run.name] = score_run(run, index, words, folder, photos, options.workers)
+        for images in options.transfer or ():
+            results[run.name].update(score_transfer(run, images, options, show))
+    if not options.all:
+        warn_about_duplicates(index, folder, show)
+    if options.deciles:
+        show_deciles(results, show)
+    if len(runs) > 1 or show.out:
+        show_curve(results, [transfer_key(images) for images in options.transfer or ()], show)
+        return {"runs": results, "words": len(words)}
+    print_words(results[run.name], show)
+    return results[run.name]
+
+
+def common_words(runs):
+    """The words that all runs know, in the order of the last one."""
     words = [word for word in runs[-1].words if all(word in run.classes for run in runs)]
     if not words:
         raise ValueError("the runs' dictionaries have no word in common")
-    index = runs[-1].index(options.captions, words, min(run.options["valid"] for run in runs),
-                           options.workers)
-    numbers = {index.name(i): i for i in range(len(index) if options.all else index.held_out)}
-    images, result = options.images or runs[-1].options["images"], {}
-    transfers = {f"transfer to {os.path.basename(os.path.normpath(path))}": path
-                 for path in options.transfer or ()}
-    for run in runs:
-        x, found, skipped = run.read(images, list(numbers), options.workers)
-        classes, output = run.find_words(words), model.Output(x.shape[1], len(words))
-        output.w, output.b = run.net.output.w[classes], run.net.output.b[classes]
-        result[run.run] = {"training_photos": run.training, **word_metrics(
-            x, output, [index.words(numbers[name]) for name in found], run.counts[classes],
-            run.counts[classes] / run.training, run.options["loss"]), "skipped": len(skipped)}
-        for key, path in transfers.items():
-            show.line(f"{run.run}: {key}")
-            changed = argparse.Namespace(**{**vars(options), "images": path})
-            rows = transfer_features(changed, show, run)["rows"]
-            deviations = rows.get("± deviation", [0, 0])
-            result[run.run] |= {key: rows["mean"][1], key + SPREAD: deviations[1]}
-    last = result[runs[-1].run]
-    if options.deciles:
-        show.table(["words by frequency", "photos", *(f"{key}, {run}" for run in result
-                                                       for key in ("AUC", "AP"))],
-                   {name: [f"{part['photos']:,.0f}", *(row["deciles"][name][key] for row in
-                           result.values() for key in ("auc", "map"))]
-                    for name, part in last["deciles"].items()})
-    if len(runs) == 1 and not show.out:
-        print_words(last, show)
-        return last
-    keys = "training_photos", *_by_k(KS), "auc", *transfers
-    show.table(["run", *keys], {run: [row[key] for key in keys] for run, row in result.items()})
-    curve, chance = join_seeds(result.values(), keys), {**last["chance"], "auc": None}
-    up = "precision@10", "auc", *transfers
-    panels = [plot_picture(curve, keys[0], key, {"auc": "AUC, mean of words"}.get(key, key),
-                           chance.get(key), np.log10) for key in up]
-    show.picture(Image.fromarray(np.hstack(panels)), "against training photos: " + ", ".join(up))
-    return {"runs": result, "words": len(words)}
+    return words
+
+
+def score_run(run, index, words, folder, photos, workers):
+    """word_metrics of a run over the words of the index, for photos {name: number in the index}."""
+    features, reader = run.features(folder, list(photos), workers)
+    classes = run.find_words(words)
+    counts = run.counts[classes]
+    output = model.Output(features.shape[1], len(words))
+    output.w = run.net.output.w[classes]
+    output.b = run.net.output.b[classes]
+    targets = [index.words(photos[name]) for name in reader.names]
+    metrics = word_metrics(features, output, targets, counts, run.make_loss(counts))
+    return {"training_photos": run.training, **metrics, "skipped": len(reader.skipped)}
+
+
+def transfer_key(images):
+    """The name of the accuracy on a folder of photos."""
+    return f"transfer to {os.path.basename(os.path.normpath(images))}"
+
+
+def score_transfer(run, images, options, show):
+    """The run's mean accuracy on a folder's photos, and its standard deviation over the splits."""
+    key = transfer_key(images)
+    show.line(f"{run.name}: {key}")
+    rows = transfer_features(change(options, images=images, layer=None), show, run)["rows"]
+    deviations = rows.get("± deviation", [0, 0])
+    return {key: rows["mean"][1], key + SPREAD: deviations[1]}      # after that of chance
+
+
+def warn_about_duplicates(index, folder, show):
+    """Held-out photos whose very bytes were trained on make scores too good: say how many."""
+    if len(index) > MOST_COMPARED:
+        show.line(f"whether held-out photos are also training photos was not looked for, as there "
+                  f"are more than {MOST_COMPARED:,}")
+        return
+    names = [index.name(i) for i in range(len(index))]
+    pairs = data.find_duplicates(folder, names[:index.held_out], names[index.held_out:])
+    if pairs:
+        examples = ", ".join(f"{held_out} = {training}" for held_out, training in pairs[:3])
+        more = ", …" if len(pairs) > 3 else ""
+        show.line(f"{len(pairs):,} held-out photos are byte-identical to training photos: "
+                  f"{examples}{more}")
+
+
+def show_deciles(results, show):
+    """AUC and AP of the words by frequency: a row for each tenth of them, two columns a run."""
+    heading = ["words by frequency", "photos"]
+    for name in results:
+        heading += [f"AUC, {name}", f"AP, {name}"]
+    rows = {}
+    for result in results.values():
+        for name, decile in result["deciles"].items():
+            rows.setdefault(name, [])
+            rows[name] += [decile["auc"], decile["map"]]
+    for name, decile in result["deciles"].items():                  # the largest run's
+        rows[name].insert(0, f"{decile['photos']:,.0f}")
+    show.table(heading, rows)
+
+
+def show_curve(results, transfers, show):
+    """The runs' numbers as a table, and curves of some against their training photos (Fig. 2)."""
+    keys = ["training_photos", *name_precisions(KS), "auc", *transfers]
+    rows = {}
+    for name, result in results.items():
+        rows[name] = [result[key] for key in keys]
+    show.table(["run", *keys], rows)
+    curve = join_seeds(results.values(), keys)
+    largest = list(results.values())[-1]
+    drawn = ["precision@10", "auc", *transfers]
+    panels = []
+    for key in drawn:
+        title = "AUC, mean of words" if key == "auc" else key
+        chance = None if key == "auc" else largest["chance"].get(key)
+        panels.append(plot_picture(curve, "training_photos", key, title, chance, np.log10))
+    image = Image.fromarray(np.hstack(panels))
+    show.picture(image, "against training photos: " + ", ".join(drawn))
 
 
 def join_seeds(rows, keys):
-    """Rows with as many training photos as one: means, and by key + SPREAD their deviations."""
-    joined = {}
+    """Rows with equal numbers of training photos as one: means, and deviations by key + SPREAD."""
+    groups = {}
     for row in rows:
-        joined.setdefault(row["training_photos"], []).append(row)
-    return [{key: np.mean([row[key] for row in same]) for key in keys} | {
-        key + SPREAD: np.std([row[key] for row in same], ddof=1) if len(same) > 1
-        else same[0].get(key + SPREAD, 0) for key in keys} for same in joined.values()]
+        groups.setdefault(row["training_photos"], []).append(row)
+    return [join_rows(group, keys) for group in groups.values()]
+
+
+def join_rows(rows, keys):
+    """The mean and deviation of each key; one row keeps the deviation that it has, or has none."""
+    joined = {}
+    for key in keys:
+        values = [row[key] for row in rows]
+        joined[key] = np.mean(values)
+        if len(rows) > 1:
+            joined[key + SPREAD] = np.std(values, ddof=1)
+        else:
+            joined[key + SPREAD] = rows[0].get(key + SPREAD, 0)
+    return joined
 
 
 def print_words(result, show=Output()):
     """Show the numbers of `words` (Table 1)."""
-    show.line("{photos:,} photos, {words:,} of {dictionary:,} words occur in them".format(**result))
-    parts, ap = [result[key] for key in ("baseline", "chance", "ceiling")], result["chance"]["map"]
-    rows = {key: [part[key] for part in (result, *parts)] for key in _by_k(KS)}
-    show.table(["", "model", "frequent words", "chance", "ceiling"], rows | {
-        "AUC, mean of words": [result["auc"], 0.5, 0.5, 1],
-        "AP, mean of words": [result["map"], ap, ap, 1]})
+    show.line(f"{result['photos']:,} photos, {result['words']:,} of {result['dictionary']:,} words "
+              "occur in them")
+    columns = [result, result["baseline"], result["chance"], result["ceiling"]]
+    rows = {}
+    for key in name_precisions(KS):
+        rows[key] = [column[key] for column in columns]
+    ap = result["chance"]["map"]
+    rows["AUC, mean of words"] = [result["auc"], 0.5, 0.5, 1]
+    rows["AP, mean of words"] = [result["map"], ap, ap, 1]
+    show.table(["", "model", "frequent words", "chance", "ceiling"], rows)
     show.line(f"AUC of the most frequent third of the words {result['auc_frequent']:.4f}, "
               f"of the rarest third {result['auc_rare']:.4f}")
 
 
-@command("tag", TOP | {
-    "photos": dict(nargs="+", metavar="PHOTO", help="picture files, or folders of them"),
-    "--threshold": dict(type=number(float, 0, 1), help="instead of --top: the least probability")})
+# -------------------------------------------------------------------- photos, one at a time
+
+@command("tag", TOP,
+         option("photos", nargs="+", metavar="PHOTO", help="picture files, or folders of them"),
+         option("--threshold", type=number(float, 0, 1),
+                help="instead of --top: the least probability"))
 def tag_photos(options, show, run):
     """The words of photos with probabilities: of one word among K, or after one-vs-all of each."""
-    least, tags = options.threshold, {}
-    top = options.top if least is None else len(run.words)
-    names = [os.path.join(path, name) if name else path for path in options.photos
-             for name in (data.list_photos(path) if os.path.isdir(path) else [""])]
-    def tag(x, _, numbers):
+    top = options.top
+    least = 0
+    if options.threshold is not None:
+        top = len(run.words)
+        least = options.threshold
+    tags = {}
+    reader = run.read("", expand_folders(options.photos), options.workers)
+    for names, x, _ in reader:
         s = kernels.to_host(run.net.forward(x))                     # (n, K)
-        p = expit(s) if run.options["loss"] == "one-vs-all" else softmax(s, axis=1)
-        tags.update(show.best([names[i] for i in numbers], p, run.words, top, least or 0))
-        return np.zeros((len(p), 0))                                # nothing to keep
-    return {"tags": tags, "failed": run.read("", names, options.workers, tag)[2]}
+        tags.update(show.best(names, run.loss.probabilities(s), run.words, top, least))
+    return {"tags": tags, "failed": reader.skipped}
 
 
-@command("search", WORDS | IMAGES | TOP | FONT | name_output("--out", ".png"))
+def expand_folders(paths):
+    """The paths, with those of all photos in place of a folder's."""
+    files = []
+    for path in paths:
+        if os.path.isdir(path):
+            files += [os.path.join(path, name) for name in data.list_photos(path)]
+        else:
+            files.append(path)
+    return files
+
+
+@command("search", WORDS, IMAGES, TOP, FONT, output_option("--out", ".png"))
 def search_photos(options, show, run):
     """The photos that score highest for a word, with their scores (Fig. 3)."""
-    now = model.Pass(classes=run.find_words(options.words))
+    classes = run.find_words(options.words)
     folder, names = run.photos(options)
-    s, found, skipped = run.read(folder, names, options.workers,
-                                 lambda x, *_: kernels.to_host(run.net.forward(x, now)))
-    best, find = Output().best(options.words, s.T, found, options.top), data.Folder(folder).find
+    reader = run.read(folder, names, options.workers)
+    scores = []
+    for _, x, _ in reader:
+        features = run.net.features(x)
+        scores.append(kernels.to_host(run.net.output.scores(features, classes)))    # (n, C)
+    s = np.concatenate(scores)                                      # (N, C)
+    rankings = Output().best(options.words, s.T, reader.names, options.top)
+    find = data.Folder(folder).find
     if show.out:
-        show.picture(grid_picture(best, find, options.font or Fonts()), "photos for words")
-    for word, scores in () if show.out else best.items():
+        fonts = options.font or Fonts()
+        show.picture(grid_picture(rankings, find, fonts), "photos for words")
+    else:
+        show_photos(rankings, find, show)
+    return {"words": rankings, "photos": len(reader.names), "skipped": reader.skipped}
+
+
+def show_photos(rankings, find, show):
+    """Words above their photos, {word: {name: score}}, on the page."""
+    for word, photos in rankings.items():
         show.html.append(f"<h3>{escape(word)}</h3>")
-        show.photos((find(name), f"{word}: {name}", f"{score:.2f}")
-                    for name, score in scores.items())
-    return {"words": best, "photos": len(found), "skipped": skipped}
+        show.photos([(find(name), f"{word}: {name}", f"{score:.2f}")
+                     for name, score in photos.items()])
 
 
-@command("features", FOLDER | name_output("--out", ".npz") | {
-    "--layer": dict(help="of that name, all its pixels; the last hidden one if not given"),
-    "--crops": dict(type=int, choices=(1, 10), default=1,
-                    help="central crop, or the mean of corners, centre and their mirror images")})
+@command("features", FOLDER, output_option("--out", ".npz"),
+         option("--layer", help="of that name, all its pixels; the last hidden one if not given"),
+         option("--crops", type=int, choices=(1, 10), default=1,
+                help="central crop, or the mean of corners, centre and their mirror images"))
 def write_features(options, show, run):
     """Features of a folder's photos, one crop or the mean of ten, into an .npz with their names."""
-    names, net, crop = data.list_photos(options.images), run.net, run.recipe.crop
-    def write(x, pixels, _):
-        crops, n, spare = [x], len(pixels), pixels.shape[1] - crop
-        if options.crops == 10:
-            places = (0, 0), (0, spare), (spare, 0), (spare, spare), (spare // 2, spare // 2)
-            crops = [kernels.prepare(pixels, np.full(n, top), np.full(n, left), np.full(n, flip),
-                                     crop) for top, left in places for flip in (False, True)]
-        x = sum(kernels.to_host(net.features(x, options.layer)) for x in crops) / len(crops)
-        raw.write(x.astype(np.float32).tobytes())
-        return np.zeros((n, 0))                                     # nothing to keep
-    with tempfile.TemporaryFile(dir=os.path.dirname(os.path.abspath(options.out))) as raw:
-        _, found, skipped = run.read(options.images, names, options.workers, write)
+    reader = run.read(options.images, data.list_photos(options.images), options.workers)
+    folder = os.path.dirname(os.path.abspath(options.out))
+    with tempfile.TemporaryFile(dir=folder) as raw:                 # more than memory holds
+        for _, x, pixels in reader:
+            crops = [x] if options.crops == 1 else ten_crops(pixels, run.recipe.crop)
+            features = mean_features(run.net, crops, options.layer)
+            raw.write(features.tobytes())
         raw.flush()
-        features = np.memmap(raw, np.float32, "r").reshape(len(found), -1)      # (N, D)
+        features = np.memmap(raw, np.float32, "r").reshape(len(reader.names), -1)   # (N, D)
         with console.whole_file(options.out) as file:
-            np.savez(file, names=np.array(found), features=features)
+            np.savez(file, names=np.array(reader.names), features=features)
     show.line(f"{options.out}: features {features.shape} float32 and names")
-    return {"photos": len(found), "numbers": features.shape[1], "skipped": skipped}
+    return {"photos": len(reader.names), "numbers": features.shape[1], "skipped": reader.skipped}
 
 
-@command("transfer", FOLDER | SPLITTING | {
-    "--layer": dict(help="of that name, the mean of its pixels; the last hidden one if not given")})
+def mean_features(net, crops, layer):
+    """What a layer, or the last hidden one, makes of photos' crops, on average: float32 (n, …)."""
+    features = [kernels.to_host(net.features(x, layer)) for x in crops]
+    return np.mean(features, axis=0, dtype=np.float32)
+
+
+# ----------------------------------------------------------- transfer (Fig. 5, Tables 2 to 4)
+
+class Task(NamedTuple):
+    """A regression that is trained and tested: of N photos, boolean (N,) each say which for."""
+
+    name: str
+    y: np.ndarray                   # (N,) classes
+    train: np.ndarray
+    test: np.ndarray
+
+
+@command("transfer", FOLDER, *SPLITTING,
+         option("--layer",
+                help="of that name, the mean of its pixels; the last hidden one if not given"))
 def transfer_features(options, show, run):
     """Regression on features: DIR/class/*.jpg, or a Pascal VOC folder (Fig. 5, Tables 2 to 4)."""
-    voc = os.path.isdir(os.path.join(options.images, "JPEGImages"))
-    labels = read_voc(options.images) if voc else {
-        name: name.split(os.sep)[0] for name in data.list_photos(options.images) if os.sep in name}
-    list_tasks, measure = (list_classes, voc_ap) if voc else (
-        list_splits, lambda scores, y: float((scores.argmax(axis=1) == y).mean()))  # accuracy
-    list_tasks(list(labels.values()), options)                      # may fail: before the work
-    x, found, skipped = extract_views(options, run, list(labels))
-    tasks, rows = list_tasks([labels[name] for name in found], options), {}
-    def regress(i, view):
-        _, y, train, test = tasks[i]
-        held = split(y[train], lambda n: min(n - 1, max(1, round(HELD * n))), options.seed,
-                     2 * i + 1)
-        mean = x[view][train].mean(axis=0, dtype=np.float64)
-        features = units((x[view] - mean).astype(np.float32))       # so one λ suits all
-        table, _ = choose_penalty(features[train], y[train], held, measure)
-        return measure(predict(table, features[test]), y[test])
-    with (ThreadPoolExecutor(kernels.threads.count) as pool,        # at Ctrl-C map cancels its work
-          console.Progress("regressions", len(tasks), "tasks") as progress):
-        values = pool.map(regress, *zip(*((i, view) for i in range(len(tasks)) for view in VIEWS)))
-        for name, y, train, test in tasks:
-            chance = float(y[test].mean()) if voc else 1 / float(y.max() + 1)
-            rows[name] = [chance, *itertools.islice(values, len(VIEWS))]
-            progress.tick()
-    columns, values = ["chance", *VIEWS], np.array(list(rows.values()))
+    is_voc = os.path.isdir(os.path.join(options.images, "JPEGImages"))
+    collection = Voc(options) if is_voc else SubFolders(options)
+    collection.tasks(list(collection.labels))                       # may fail: before the work
+    reader = run.read(options.images, list(collection.labels), options.workers)
+    views = extract_views(run, reader, options.layer)
+    tasks = collection.tasks(reader.names)
+    rows = run_regressions(tasks, views, collection, options.seed)
+    values = np.array(list(rows.values()))                          # (tasks, 1 + views)
     rows["mean"] = values.mean(axis=0).tolist()
     if len(values) > 1:
         rows["± deviation"] = values.std(axis=0, ddof=1).tolist()
-    show.line(f"{len(found):,} photos; {train.sum():,} to train and {test.sum():,} to test")
-    show.table(["average precision" if voc else "accuracy", *columns], rows)
-    return {"columns": columns, "rows": rows, "photos": len(found), "skipped": skipped}
+    count = len(reader.names)
+    show.line(f"{count:,} photos; {tasks[-1].train.sum():,} to train and "
+              f"{tasks[-1].test.sum():,} to test")
+    columns = ["chance", *VIEWS]
+    show.table([collection.measured, *columns], rows)
+    return {"columns": columns, "rows": rows, "photos": count, "skipped": reader.skipped}
 
 
-def extract_views(options, run, names):
-    """{view: (N, D)} of the photos by each of VIEWS, the names of those found, the skipped."""
-    nets = run.net, run.recipe.build(len(run.words), 0).init(run.options["seed"])
-    def compute(x, pixels, _):
-        raw = [np.asarray(Image.fromarray(photo).resize((RAW, RAW), Image.Resampling.BOX)).ravel()
-               for photo in pixels]
-        y = [kernels.to_host(net.features(x, options.layer)) for net in nets]
-        return np.hstack([*(e.mean(axis=tuple(range(1, e.ndim - 1))) for e in y), raw])
-    x, found, skipped = run.read(options.images, names, options.workers, compute)
-    e = (x.shape[1] - 3 * RAW * RAW) // 2                           # x (N, 2 E + 3 RAW²)
-    return dict(zip(VIEWS, np.split(x, (e, 2 * e), axis=1))), found, skipped
+def extract_views(run, reader, layer):
+    """{view: (N, D)} of the reader's photos by each of VIEWS."""
+    untrained = run.recipe.build(len(run.words), 0, seed=run.options["seed"])
+    batches = []
+    for _, x, pixels in reader:
+        batches.append([mean_of_pixels(kernels.to_host(run.net.features(x, layer))),
+                        mean_of_pixels(kernels.to_host(untrained.features(x, layer))),
+                        shrink(pixels)])
+    views = {}
+    for i, view in enumerate(VIEWS):
+        views[view] = np.concatenate([batch[i] for batch in batches])
+    return views
 
 
-def list_splits(labels, options):
-    """(name, classes (N,), photos to train on, photos to test on) of each random split."""
-    classes, y = np.unique(labels, return_inverse=True)
-    counts, least = np.bincount(y, minlength=1), (options.train_per_class or 2) + 1
-    if len(classes) < 2 or counts.min() < least:
-        found = ", ".join(f"{name} {count}" for name, count in zip(classes, counts)) or "none"
-        raise ValueError(f"--images: two or more sub-folders of {least} or more photos are needed, "
-                         f"to train, choose and test; there are {found}")
-    count, share = options.train_per_class, options.train_share
-    trains = [split(y, lambda n: count or min(n - 1, max(2, round(share * n))), options.seed, 2 * i)
-              for i in range(options.splits)]
-    return [(f"split {i}", y, train, ~train) for i, train in enumerate(trains, 1)]
+def mean_of_pixels(features):
+    """(n, H, W, C) -> (n, C); (n, E) stays."""
+    return features.mean(axis=tuple(range(1, features.ndim - 1)))
 
 
-def read_voc(folder):
-    """{photo: (is it for training, {class: 1, 0 if difficult, -1 if not there})} of VOC's lists."""
-    labels, lists = {}, os.path.join(glob.escape(folder), "ImageSets", "Main")
-    for path in glob.glob(f"{lists}/*_trainval.txt") + glob.glob(f"{lists}/*_test.txt"):
+def shrink(pixels):
+    """Photos uint8 (n, S, S, 3) as rows of RAW x RAW pixels: (n, 3 RAW²)."""
+    rows = []
+    for photo in pixels:
+        image = Image.fromarray(photo).resize((RAW, RAW), Image.Resampling.BOX)
+        rows.append(np.asarray(image).ravel())
+    return np.stack(rows)
+
+
+def run_regressions(tasks, views, collection, seed):
+    """{task: [chance, what its regression on each view is worth]}, threads sharing the work."""
+    results = {}
+    rows = {}
+    pool = ThreadPoolExecutor(kernels.threads.count)
+    try:
+        for i, task in enumerate(tasks):
+            for view in VIEWS:
+                results[task.name, view] = pool.submit(
+                    regress, views[view], task, collection.measure, seed, 2 * i + 1)
+        with console.Progress("regressions", len(tasks), "tasks") as progress:
+            for task in tasks:
+                values = [results[task.name, view].result() for view in VIEWS]
+                rows[task.name] = [collection.chance(task), *values]
+                progress.tick()
+    finally:
+        pool.shutdown(cancel_futures=True)      # after Ctrl-C
+    return rows
+
+
+def regress(x, task, measure, seed, number):
+    """What a regression on features x (N, D) is worth on the task's photos to test.
+
+    Of those to train on some are held out, a function of (seed, number), which choose λ.
+    """
+    y = task.y[task.train]
+    held = split(y, lambda n: min(n - 1, max(1, round(HELD * n))), seed, number)
+    mean = x[task.train].mean(axis=0, dtype=np.float64)
+    features = units((x - mean).astype(np.float32))                 # so one λ suits all
+    table, _ = choose_penalty(features[task.train], y, held, measure)
+    return measure(predict(table, features[task.test]), task.y[task.test])
+
+
+class SubFolders:
+    """Photos in folders of their classes, DIR/class/*.jpg: accuracy on random splits (Fig. 5)."""
+
+    measured = "accuracy"
+    measure = staticmethod(accuracy)
+
+    def __init__(self, options):
+        self.options = options
+        names = [name for name in data.list_photos(options.images) if os.sep in name]
+        self.labels = {name: name.split(os.sep)[0] for name in names}
+
+    def tasks(self, names):
+        """A Task of the photos for each split; ValueError where there are too few."""
+        classes, y = np.unique([self.labels[name] for name in names], return_inverse=True)
+        self.check(classes, np.bincount(y, minlength=1))
+        tasks = []
+        for i in range(self.options.splits):
+            train = split(y, self.count_to_train, self.options.seed, 2 * i)
+            tasks.append(Task(f"split {i + 1}", y, train, ~train))
+        return tasks
+
+    def count_to_train(self, n):
+        """How many of a class's n photos are trained on."""
+        wanted = max(2, round(self.options.train_share * n))
+        return self.options.train_per_class or min(n - 1, wanted)
+
+    def check(self, classes, counts):
+        """ValueError where a class has no photos to train, choose λ and test."""
+        least = (self.options.train_per_class or 2) + 1
+        if len(classes) < 2 or counts.min() < least:
+            there = [f"{name} {count}" for name, count in zip(classes, counts)]
+            raise ValueError(f"--images: two or more sub-folders of {least} or more photos are "
+                             f"needed, to train, choose and test; there are "
+                             f"{', '.join(there) or 'none'}")
+
+    def chance(self, task):
+        """The accuracy of guessing."""
+        return 1 / float(task.y.max() + 1)
+
+
+class Voc:
+    """Pascal VOC's folder: average precision of each class on its own split (Tables 2 to 4)."""
+
+    measured = "average precision"
+    measure = staticmethod(voc_ap)
+
+    def __init__(self, options):
+        """labels: {photo: {class: 1, or 0 where it is difficult, -1 where it is not there}}."""
+        self.labels = {}
+        self.trained = set()                    # the photos to train on
+        lists = os.path.join(glob.escape(options.images), "ImageSets", "Main")
+        for path in glob.glob(f"{lists}/*_trainval.txt") + glob.glob(f"{lists}/*_test.txt"):
+            self.read_list(path)
+
+    def read_list(self, path):
+        """Add the labels of class_trainval.txt or class_test.txt."""
         name, _, part = os.path.basename(path).removesuffix(".txt").rpartition("_")
         with open(path, encoding="utf-8", errors="replace") as file:
-            for line in filter(str.strip, file):
-                photo, label = [*line.split(), "", ""][:2]
-                if label not in ("-1", "0", "1") or data.refused(photo):
-                    raise ValueError(f"--images: a line of {path} is not the name of a photo in "
-                                     f"JPEGImages and 1, 0 or -1: {line.strip()[:60]!r}")
-                photo = os.path.join("JPEGImages", photo + ".jpg")
-                labels.setdefault(photo, (part == "trainval", {}))[1][name] = int(label)
-    return labels
+            lines = [line.strip() for line in file if line.strip()]
+        for line in lines:
+            photo, _, label = line.partition(" ")
+            if label.strip() not in ("-1", "0", "1") or data.refused(photo):
+                raise ValueError(f"--images: a line of {path} is not the name of a photo in "
+                                 f"JPEGImages and 1, 0 or -1: {line[:60]!r}")
+            photo = os.path.join("JPEGImages", photo + ".jpg")
+            self.labels.setdefault(photo, {})
+            self.labels[photo][name] = int(label)
+            if part == "trainval":
+                self.trained.add(photo)
+
+    def tasks(self, names):
+        """A Task of the photos for each class that they can train and test."""
+        training = np.array([name in self.trained for name in names])           # (N,)
+        classes = set()
+        for name in names:
+            classes.update(self.labels[name])
+        tasks = []
+        for kind in sorted(classes):
+            label = np.array([self.labels[name].get(kind, 0) for name in names])
+            y = (label > 0).astype(int)
+            train = training & (label != 0)
+            test = ~training & (label != 0)
+            if min(np.bincount(y[train], minlength=2)) > 1 and min(
+                    np.bincount(y[test], minlength=2)) > 0:
+                tasks.append(Task(kind, y, train, test))
+        if not tasks:
+            raise ValueError("--images: ImageSets/Main lists for no class two photos with it and "
+                             "two without to train on, and both kinds to test")
+        return tasks
+
+    def chance(self, task):
+        """The average precision of guessing."""
+        return float(task.y[task.test].mean())
 
 
-def list_classes(labels, _):
-    """(class, 1 where it is (N,), photos to train on, photos to test on) of each VOC class."""
-    tasks, part = [], np.array([train for train, _ in labels])
-    for name in sorted(set().union(*(classes for _, classes in labels))):
-        label = np.array([classes.get(name, 0) for _, classes in labels])
-        y, train, test = (label > 0).astype(int), part & (label != 0), ~part & (label != 0)
-        if min(np.bincount(y[train], minlength=2)) > 1 and min(np.bincount(y[test], minlength=2)):
-            tasks.append((name, y, train, test))
-    if not tasks:
-        raise ValueError("--images: ImageSets/Main lists for no class two photos with it and two "
-                         "without to train on, and both kinds to test")
-    return tasks
+# --------------------------------------------------------------- words' vectors (Tables 5 to 7)
 
-
-@command("similar", {
-    "--pairs": dict(nargs="+", required=True, metavar="FILE", help="word<TAB>word<TAB>score")})
+@command("similar", option("--pairs", nargs="+", required=True, metavar="FILE",
+                           help="word<TAB>word<TAB>score"))
 def compare_similarity(options, show, run):
     """Spearman's ρ of the cosines of the words' vectors with human scores (Table 5)."""
-    vectors, result = units(kernels.to_host(run.net.output.w)), {}
+    vectors = units(run.vectors())                                  # (K, E)
+    result = {}
+    rows = {}
     for path in options.pairs:
-        pairs, count = run.read_pairs(path, scored=True)
-        rho = p = float("nan")
-        if len(pairs) > 2:
-            one, two, human = map(np.array, zip(*pairs))
-            rho, p = map(float, spearmanr((vectors[one] * vectors[two]).sum(axis=1), human))
-        result[os.path.basename(path)] = {"rho": rho, "p": p, "covered": len(pairs), "of": count}
-    if all(row["covered"] < 3 for row in result.values()):
+        pairs, count = read_pairs(path, run, scored=True)
+        rho, p = correlate(vectors, pairs)
+        name = os.path.basename(path)
+        result[name] = {"rho": rho, "p": p, "covered": len(pairs), "of": count}
+        rows[name] = [rho, f"{p:.2g}", len(pairs), count]
+    if max(row["covered"] for row in result.values()) < 3:
         raise ValueError("--pairs: of no file the model knows both words of 3 pairs")
-    show.table(["word pairs", "Spearman's ρ", "p-value", "covered", "of"], {
-        name: (row | {"p": f"{row['p']:.2g}"}).values() for name, row in result.items()})
+    show.table(["word pairs", "Spearman's ρ", "p-value", "covered", "of"], rows)
     return result
 
 
-@command("neighbors", WORDS | TOP)
+def correlate(vectors, pairs):
+    """Spearman's ρ of cosines with the scores of pairs (class, class, score), and its p-value."""
+    if len(pairs) < 3:
+        return float("nan"), float("nan")
+    first, second, scores = np.array(pairs).T
+    cosines = (vectors[first.astype(int)] * vectors[second.astype(int)]).sum(axis=1)
+    rho, p = spearmanr(cosines, scores)
+    return float(rho), float(p)
+
+
+@command("neighbors", WORDS, TOP)
 def find_neighbors(options, show, run):
     """The words whose vectors are nearest to a word's, by cosine."""
     classes = run.find_words(options.words)
-    vectors = units(kernels.to_host(run.net.output.w))
-    cosines = cpu.matmul(vectors[classes], vectors.T)               # (words, K)
-    cosines[np.arange(len(classes)), classes] = -np.inf
+    vectors = units(run.vectors())                                  # (K, E)
+    cosines = vectors[classes] @ vectors.T                          # (words, K)
+    cosines[np.arange(len(classes)), classes] = -np.inf             # not the word itself
     return {"neighbors": show.best(options.words, cosines, run.words, options.top, least=-1)}
 
 
-@command("translate", {
-    "--pairs": dict(required=True, metavar="FILE", help="word<TAB>its translation"),
-    "--csls": dict(action="store_true", help="correct the cosine for hubs")})
+@command("translate",
+         option("--pairs", required=True, metavar="FILE", help="word<TAB>its translation"),
+         option("--csls", action="store_true", help="correct the cosine for hubs"))
 def translate_words(options, show, run):
     """Precision@k of finding a word's translation by its vector's nearest (Tables 6 and 7)."""
-    known, count = run.read_pairs(options.pairs)
-    pairs = np.array(sorted({pair for pair in known if pair[0] != pair[1]}))
+    rows, count = read_pairs(options.pairs, run)
+    known = {(source, target) for source, target, _ in rows}
+    pairs = np.array(sorted(pair for pair in known if pair[0] != pair[1]))      # (P, 2)
     if len(pairs) < 2:
         raise ValueError(f"--pairs: the model knows both words of {len(pairs)} of {count:,} pairs "
                          "(not counting pairs of one word); it takes 2")
-    (sources, rows), (targets, columns) = (np.unique(side, return_inverse=True) for side in pairs.T)
-    vectors = units(kernels.to_host(run.net.output.w))
-    scores = cpu.matmul(vectors[sources], vectors[targets].T)       # (S, T)
-    scores = csls(scores) if options.csls else scores
-    scores[np.equal.outer(sources, targets)] = -np.inf              # a word is not its translation
-    right = csr_array((np.ones(len(pairs), bool), (rows, columns)), scores.shape).toarray()
-    ways = {"forward": retrieval(scores, right), "backward": retrieval(scores.T, right.T)}
-    alike, nearest = len(set(known)) - len(pairs), scores.argmax(axis=1)        # (S,)
-    found = [f"{run.words[sources[i]]} {run.words[targets[j]]}" + " !" * (not right[i, j])
-             for i, j in enumerate(nearest)]
+    sources, rows = np.unique(pairs[:, 0], return_inverse=True)     # (S,), (P,)
+    targets, columns = np.unique(pairs[:, 1], return_inverse=True)  # (T,), (P,)
+    scores = score_translations(run, sources, targets, options.csls)            # (S, T)
+    right = np.zeros(scores.shape, bool)
+    right[rows, columns] = True
+    alike = len(known) - len(pairs)
     show.line(f"{len(pairs):,} pairs of {len(sources):,} and {len(targets):,} words that the model "
               f"knows, of {count:,}; {alike:,} spelt alike are left out")
-    heading = "by CSLS" if options.csls else "by cosine", "forward", "chance", "backward", "chance"
-    show.table(heading, {key: [part[key] for way in ways.values() for part in (way, way["chance"])]
-                         for key in _by_k(KS)})
-    best = show.best(["best pairs (! is wrong)"], scores.max(axis=1)[None], found, 12)
+    ways = {"forward": retrieval(scores, right), "backward": retrieval(scores.T, right.T)}
+    show_ways(ways, options.csls, show)
+    best = show_best_pairs(run, sources, targets, scores, right, show)
     return {"pairs": len(pairs), "alike": alike, **ways, "best": best}
 
 
-@command("map", IMAGES | MAPPING | FONT | name_output("--out", ".png") | {
-    "--words": dict(action="store_true", help="a map of words, not of photos")})
+def score_translations(run, sources, targets, by_csls):
+    """How near the vectors of two kinds of words are: classes (S,), (T,) -> (S, T)."""
+    vectors = units(run.vectors())                                  # (K, E)
+    scores = vectors[sources] @ vectors[targets].T                  # (S, T)
+    if by_csls:
+        scores = csls(scores)
+    scores[np.equal.outer(sources, targets)] = -np.inf              # a word is not its translation
+    return scores
+
+
+def show_ways(ways, by_csls, show):
+    """A row for each precision@k, two columns for each way."""
+    heading = ["by CSLS" if by_csls else "by cosine"]
+    rows = {key: [] for key in name_precisions(KS)}
+    for name, precision in ways.items():
+        heading += [name, "chance"]
+        for key in rows:
+            rows[key] += [precision[key], precision["chance"][key]]
+    show.table(heading, rows)
+
+
+def show_best_pairs(run, sources, targets, scores, right, show):
+    """The words nearest to a translation, and that: {heading: {pair: score}}, ! marks wrong ones."""
+    names = []
+    nearest = scores.argmax(axis=1)                                 # (S,)
+    for i, j in enumerate(nearest):
+        name = f"{run.words[sources[i]]} {run.words[targets[j]]}"
+        names.append(name if right[i, j] else name + " !")
+    return show.best(["best pairs (! is wrong)"], scores.max(axis=1)[None], names, 12)
+
+
+# ------------------------------------------------------------------------ maps (Figs. 4 and 6)
+
+@command("map", IMAGES, *MAPPING, FONT, output_option("--out", ".png"),
+         option("--words", action="store_true", help="a map of words, not of photos"))
 def draw_map(options, show, run):
     """A map by t-SNE: photos by their features (Fig. 4), or words by their vectors (Fig. 6)."""
-    if options.words:
-        most = np.argsort(-run.counts, kind="stable")[:options.limit]
-        x, skipped = kernels.to_host(run.net.output.w)[most], {}
-    else:
-        folder, names = run.photos(options)
-        spread = np.linspace(0, len(names) - 1, min(len(names), options.limit)).astype(int)
-        names = [names[i] for i in spread]
-        x, found, skipped = run.read(folder, names, options.workers)
+    draw = map_words if options.words else map_photos
+    return draw(options, show, run)
+
+
+def map_photos(options, show, run):
+    """A map of photos, of which --limit are taken evenly from all."""
+    folder, names = run.photos(options)
+    count = min(len(names), options.limit)
+    names = [names[int(i)] for i in np.linspace(0, len(names) - 1, count)]
+    features, reader = run.features(folder, names, options.workers)
+    y, result = place_points(kernels.to_host(features), "photos", options, show)
+    find = data.Folder(folder).find
+    paths = [find(name) for name in reader.names]
+    show.picture(mosaic_picture(paths, y, options.size), "a map of photos", "jpeg")
+    return {**result, "skipped": reader.skipped}
+
+
+def map_words(options, show, run):
+    """A map of the --limit most frequent words."""
+    most = np.argsort(-run.counts, kind="stable")[:options.limit]
+    y, result = place_points(run.vectors()[most], "words", options, show)
+    size = options.size if show.out else min(options.size, 800)
+    fonts = options.font or Fonts()
+    names = [run.words[i] for i in most]
+    image, texts = words_picture(names, y, run.counts[most], size, fonts)
+    if len(texts) < len(names):
+        show.line(f"{len(names) - len(texts):,} words have no room; --size has more")
+    svg = f'<svg viewBox="0 0 {size} {size}">{"".join(texts)}</svg>'
+    show.picture(image, "a map of words", html=svg)
+    return {**result, "skipped": {}}
+
+
+def place_points(x, what, options, show):
+    """Points (N, 2) in [0, 1]² for vectors x (N, D), near each other by cosine, and the numbers."""
     if len(x) < 10:
         raise ValueError(f"a map of {len(x)} points is none; it takes 10 or more")
     perplexity = min(options.perplexity, (len(x) - 1) / 3)
-    y, kl = tsne(units(kernels.to_host(x)), perplexity, options.steps)
+    y, kl = tsne(units(x), perplexity, options.steps)
     y = (y - y.min(axis=0)) / np.maximum(np.ptp(y, axis=0), 1e-12)
-    show.line(f"{len(x):,} {'words' if options.words else 'photos'}, perplexity {perplexity:g}, "
-              f"KL divergence {kl:.4f}")
-    if options.words:
-        fonts, size = options.font or Fonts(), options.size if show.out else min(options.size, 800)
-        names = [run.words[i] for i in most]
-        image, texts = words_picture(names, y, run.counts[most], size, fonts)
-        if len(texts) < len(x):
-            show.line(f"{len(x) - len(texts):,} words have no room; --size has more")
-        svg = f'<svg viewBox="0 0 {size} {size}">{"".join(texts)}</svg>'
-        show.picture(image, "a map of words", html=svg)
-    else:
-        image = mosaic_picture(map(data.Folder(folder).find, found), y, options.size)
-        show.picture(image, "a map of photos", "jpeg")
-    return {"points": len(x), "perplexity": perplexity, "kl": kl, "skipped": skipped}
+    show.line(f"{len(x):,} {what}, perplexity {perplexity:g}, KL divergence {kl:.4f}")
+    return y, {"points": len(x), "perplexity": perplexity, "kl": kl}
 
+
+# ---------------------------------------------------------------------------------- report
 
 STYLE = """
 :root { color-scheme: light dark } h1 { line-height: 1.2 } h1, p { overflow-wrap: anywhere }
@@ -1058,96 +1713,135 @@ svg { font-family: sans-serif; text-anchor: middle; dominant-baseline: central }
 """
 
 
-def show_examples(options, show, run):
-    """Held-out photos with the model's words, ✓ where their captions have them, ✗ where not."""
-    index = run.index(options.captions, run.words, run.options["valid"], options.workers)
-    numbers = {index.name(i): i for i in range(min(100, index.held_out))}
-    folder, result, figures = options.images or run.options["images"], {}, []
-    s, found, _ = run.read(folder, list(numbers), options.workers,
-                           lambda x, *_: kernels.to_host(run.net.forward(x)))
-    for name, best in zip(found[:12], top_words(s, 5)):
-        true = [run.words[i] for i in index.words(numbers[name])]
-        best, carried = [run.words[i] for i in best], ", ".join(true)
-        lines = [f"<b>✓ {escape(w)}</b>" if w in true else f"<s>✗ {escape(w)}</s>" for w in best]
-        figures.append((data.Folder(folder).find(name), f"a photo of: {carried}",
-                        f"{'<br>'.join(lines)}<p>Its words: {escape(carried)}</p>"))
-        result[name] = {"best": best, "words": true}
-        print(f"{name}: {', '.join(best)}; its words are {carried}")
-    show.photos(figures)
-    return result
-
-
-def show_run(options, show, run):
-    """What the run was trained on, how, how long, and its learning curves."""
-    log, hidden = run.log, ("images", "captions", "out", "drawn", "resume", "device")
-    photos = run.options["batch"] * np.diff([row["step"] for row in log], prepend=0)
-    seconds = sum(photos / [row["images_per_second"] for row in log])
-    show.line(f"{run.training:,} training photos, {len(run.words):,} words; epochs: "
-              f"{len(log)}, {photos.sum():,} photos in {console.duration(seconds)} of training")
-    show.line(", ".join(f"--{key.replace('_', '-')} {value}" for key, value in
-                        run.options.items() if value is not None and key not in hidden))
-    show.picture(curves_picture(log), "learning curves: loss, precision and AUC after each epoch")
-    return {"epochs": len(log), "photos": int(photos.sum()), "seconds": seconds}
-
-
-@command("report", CAPTIONS | IMAGES | SPLITTING | MAPPING | FONT
-         | name_output("--out", ".html") | {
-    "words": dict(nargs="*", metavar="WORD", help="words to search photos for"),
-    "--series": dict(nargs="+", metavar="RUN", help="runs for `words` side by side"),
-    "--pairs-similar": dict(nargs="+", metavar="FILE", help="as `similar --pairs`"),
-    "--translate": dict(metavar="FILE", help="as `translate --pairs`"),
-    "--transfer": dict(nargs="+", metavar="DIR", help="as `transfer --images`")})
+@command("report", CAPTIONS, IMAGES, *SPLITTING, *MAPPING, FONT, output_option("--out", ".html"),
+         option("words", nargs="*", metavar="WORD", help="words to search photos for"),
+         option("--series", nargs="+", metavar="RUN", help="runs for `words` side by side"),
+         option("--pairs-similar", nargs="+", metavar="FILE", help="as `similar --pairs`"),
+         option("--translate", metavar="FILE", help="as `translate --pairs`"),
+         option("--transfer", nargs="+", metavar="DIR", help="as `transfer --images`"))
 def write_report(options, show, run):
     """All experiments that the options allow, in one HTML file with its pictures inside."""
-    some = {"words": options.words or run.words[:8], "top": 6}
-    parts = [                                   # title, command, changed options
-        ("The model at work", show_examples, {}),
-        ("The run", show_run, {}),
-        ("Word prediction", predict_words, {"transfer": ()}),
-        ("More photos", predict_words, {"model": options.series}),
-        ("Photos for words", search_photos, some),
-        ("A map of photos", draw_map, {"words": False}),
-        ("A map of words", draw_map, {"words": True}),
-        ("Nearest words", find_neighbors, some),
-        ("Similar words", compare_similarity, {"pairs": options.pairs_similar}),
-        *(("Translation" + ", corrected for hubs" * csls, translate_words,
-           {"pairs": options.translate, "csls": csls}) for csls in (False, True)),
-        *((f"Transfer to {os.path.normpath(path)}", transfer_features, {"images": path})
-          for path in options.transfer or ())]
-    page, failed, result = Output(), {}, {}
-    for title, function, changes in parts:
-        if None in changes.values():            # an option that is not given
-            continue
+    page = Output()
+    results = {}
+    failed = {}
+    for title, function, changes in list_sections(options, run):
         print(f"\n{title}", flush=True)
         note = console.summary(function.__doc__)
         page.html.append(f'<h2>{escape(title)}</h2><p class="note">{escape(note)}</p>')
-        changed = argparse.Namespace(**{**vars(options), **changes})
+        changed = change(options, all=False, deciles=False, layer=None)
+        changed = change(changed, **changes)
         try:
-            result[title] = function(changed, page, *map(Trained, changed.model))
+            runs = [run if path == run.name else Trained(path) for path in changed.model]
+            results[title] = function(changed, page, *runs)
         except (ValueError, OSError) as error:
             failed[title] = str(error)
             page.html.append(f'<p class="wrong">{escape(str(error))}</p>')
             print(f"{title}: {error}", file=sys.stderr)
-    name = escape(os.path.basename(os.path.abspath(run.run)))
-    with console.whole_file(options.out, "w", encoding="utf-8", errors="replace") as file:
-        file.write('<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
-                   f'content="width=device-width"><title>{name}</title><style>{STYLE}</style>'
-                   f"<h1>What {name} learned from captions</h1>" + "\n".join(page.html) + "\n")
+    write_page(options.out, os.path.basename(os.path.abspath(run.name)), page.html)
     show.line(f"\n{options.out}: {os.path.getsize(options.out) / 1e6:.1f} MB")
-    return {"parts": result, "failed": failed}
+    return {"parts": results, "failed": failed}
 
 
-def main():
-    options = PARSER.parse_args()
+def list_sections(options, run):
+    """(title, function of a command, its options that differ) of each section of the report."""
+    few = {"words": options.words or run.words[:8], "top": 6}
+    sections = [("The model at work", show_examples, {}),
+                ("The run", show_run, {}),
+                ("Word prediction", predict_words, {"transfer": ()})]
+    if options.series:
+        sections.append(("More photos", predict_words, {"model": options.series}))
+    sections += [("Photos for words", search_photos, few),
+                 ("A map of photos", draw_map, {"words": False}),
+                 ("A map of words", draw_map, {"words": True}),
+                 ("Nearest words", find_neighbors, few)]
+    if options.pairs_similar:
+        sections.append(("Similar words", compare_similarity, {"pairs": options.pairs_similar}))
+    if options.translate:
+        pairs = {"pairs": options.translate}
+        sections += [("Translation", translate_words, {**pairs, "csls": False}),
+                     ("Translation, corrected for hubs", translate_words, {**pairs, "csls": True})]
+    for path in options.transfer or ():
+        title = f"Transfer to {os.path.normpath(path)}"
+        sections.append((title, transfer_features, {"images": path}))
+    return sections
+
+
+def write_page(path, name, html):
+    """Write an HTML file about a run of that name."""
+    name = escape(name)
+    head = ('<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
+            f'content="width=device-width"><title>{name}</title><style>{STYLE}</style>')
+    with console.whole_file(path, "w", encoding="utf-8", errors="replace") as file:
+        file.write(f"{head}<h1>What {name} learned from captions</h1>")
+        file.write("\n".join(html) + "\n")
+
+
+def show_examples(options, show, run):
+    """Held-out photos with the model's words, ✓ where their captions have them, ✗ where not."""
+    index = run.index(options.captions, run.words, run.options["valid"])
+    numbers = {index.name(i): i for i in range(min(100, index.held_out))}
+    folder = options.images or run.options["images"]
+    reader = run.read(folder, list(numbers), options.workers)
+    scores = [kernels.to_host(run.net.forward(x)) for _, x, _ in reader]
+    best = top_words(np.concatenate(scores), 5)                     # (N, 5)
+    find = data.Folder(folder).find
+    result = {}
+    figures = []
+    for name, classes in zip(reader.names[:12], best):
+        guessed = [run.words[i] for i in classes]
+        carried = [run.words[i] for i in index.words(numbers[name])]
+        result[name] = {"best": guessed, "words": carried}
+        caption = ", ".join(carried)
+        print(f"{name}: {', '.join(guessed)}; its words are {caption}")
+        html = mark_guesses(guessed, carried)
+        figures.append((find(name), f"a photo of: {caption}",
+                        f"{html}<p>Its words: {escape(caption)}</p>"))
+    show.photos(figures)
+    return result
+
+
+def mark_guesses(guessed, carried):
+    """Lines of HTML: ✓ before the words that a photo carries, ✗ before the others."""
+    lines = []
+    for word in guessed:
+        if word in carried:
+            lines.append(f"<b>✓ {escape(word)}</b>")
+        else:
+            lines.append(f"<s>✗ {escape(word)}</s>")
+    return "<br>".join(lines)
+
+
+def show_run(options, show, run):
+    """What the run was trained on, how, how long, and its learning curves."""
+    steps = np.diff([row["step"] for row in run.log], prepend=0)    # of each epoch
+    photos = run.options["batch"] * steps
+    seconds = sum(photos / [row["images_per_second"] for row in run.log])
+    show.line(f"{run.training:,} training photos, {len(run.words):,} words; epochs: "
+              f"{len(run.log)}, {photos.sum():,} photos in {console.duration(seconds)} of training")
+    hidden = ("images", "captions", "out", "drawn", "resume", "device")
+    settings = []
+    for key, value in run.options.items():
+        if value is not None and key not in hidden:
+            settings.append(f"--{key.replace('_', '-')} {value}")
+    show.line(", ".join(settings))
+    image = curves_picture(run.log)
+    show.picture(image, "learning curves: loss, precision and AUC after each epoch")
+    return {"epochs": len(run.log), "photos": int(photos.sum()), "seconds": seconds}
+
+
+def main(arguments=None):
+    options = PARSER.parse_args(arguments)
     if options.threads:
         kernels.threads.start(options.threads)
     print(kernels.use(options.device, "fp32"), file=sys.stderr)     # distances cancel in TF32
-    with redirect_stdout(sys.stderr if options.json == "-" else sys.stdout):
-        result = options.function(options, Output(options.out), *map(Trained, options.model))
+    terminal = sys.stderr if options.json == "-" else sys.stdout
+    with redirect_stdout(terminal):
+        runs = [Trained(path) for path in options.model]
+        result = options.function(options, Output(options.out), *runs)
     if options.json:
         console.write_json(options.json, result)
     return 1 if result.get("failed") else 0
 
 
 if __name__ == "__main__":
-    console.guarded(main)
+    console.run_command(main)

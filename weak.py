@@ -6,21 +6,26 @@
     python weak.py --resume --out runs/NAME              go on where a run stopped
 
 Joulin, van der Maaten, Jabri, Vasilache: Learning Visual Features from Large Weakly Supervised
-Data (2016). `main` is the table of contents, `Run.train` the method. A run's folder holds
-model.npz (all of the run), best.npz (the weights of the lowest held-out loss), words.txt,
+Data (2016). `main` is the table of contents, `train` and `train_step` the method. A run's folder
+holds model.npz (all of the run), best.npz (the weights of the lowest held-out loss), words.txt,
 log.jsonl, skipped.txt, curves.png and filters.png.
 """
+import argparse
 import fcntl
+import glob
 import itertools
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
 import time
 import warnings
-from contextlib import ExitStack
+import zlib
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # while the rest is imported
@@ -41,50 +46,44 @@ EPOCH = 1_000_000               # training images between two validations
 LEAST_EPOCH = 10_000            # … for collections smaller than that
 EPOCHS_PER_RATE = 10            # epochs that each learning rate is kept at least
 LEAST_RATE = 1e-6               # training stops below
-MOMENTUM, DECAY = 0.9, 5e-4     # not stated in the paper; Krizhevsky's (2012, §5)
-SAVE_SECONDS = 600
+MOMENTUM = 0.9                  # not stated in the paper; Krizhevsky's (2012, §5)
+DECAY = 5e-4                    # likewise
 PATIENCE = 2                    # learning rates' epochs without a lower held-out loss
+NEGATIVES = 1000                # of --targets sampled
+VALIDATED = 10_000              # held-out photos scored after an epoch, at most
+DIVERGED = 10                   # times the loss of guessing: training diverges
+SAVE_SECONDS = 600              # between two checkpoints within an epoch
 RETRY_SECONDS = 10              # between two tries to make the last save on a full disk
 RETRIES = 360                   # of them: an hour
 EMPTY_STEPS = 100               # steps in a row without a photo that can be read: give up
-NEGATIVES = 1000                # of --targets sampled
-VALIDATED = 10_000              # held-out photos scored after an epoch, at most
+ORDER = 2                       # version of the order in which photos are drawn
 DRAWN = {"words": 80, "stop_words": 10, "epochs": 3, "epoch_size": 9_000,
-         "positives": "balanced"}       # without arguments
-HARMLESS = {"resume", "out", "images", "epochs", "min_lr", "patience", "workers", "threads",
-            "device", "precision"}      # options that a resumed run may change
+         "positives": "balanced"}       # without --images
+CHANGEABLE = {"resume", "out", "images", "epochs", "min_lr", "patience", "workers", "threads",
+              "device", "precision"}    # options that a resumed run may change
 
 
-def main():
+def main(arguments=None):
+    """Train as the arguments say, a list, or else those of the command; returns the exit status."""
     ranks = several.join()
-    options, checkpoint = parse()
-    warnings.filterwarnings("ignore", "(overflow|invalid value)", RuntimeWarning)   # the loss says
+    if ranks.rank:                              # the first rank speaks for all
+        sys.stdout = open(os.devnull, "w")
+    options, checkpoint = read_options(arguments)
     share_machine(options, ranks)
     print(kernels.use(options.device, options.precision, ranks.local_rank), flush=True)
-    lock = None if ranks.rank else lock_folder(options.out)         # until the end
-    if options.drawn and not ranks.rank:
-        draw_set(options.images, options.captions, options.seed)
+    if ranks.rank == 0:
+        lock = lock_folder(options.out)         # held until main returns
+        if options.drawn:
+            draw_set(options.images, options.captions, options.seed)
     index = read_captions(options, ranks)
-    run = Run(options, index, checkpoint, ranks)
+    run = begin_run(options, index, checkpoint, ranks)
     try:
         with Interrupt() as interrupt:
-            finished = run.train(interrupt)
-        run.finish(finished)
+            finished = train(run, interrupt)
+        finish(run, finished)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; {run.say_kept()}") from None
+        raise KeyboardInterrupt(f"interrupted; {describe_saved(run)}") from None
     return 0 if finished else 130
-
-
-def share_machine(options, ranks):
-    """Threads and workers for this rank: its part of what the machine's ranks have together."""
-    count = ranks.local_size
-    kernels.threads.start(options.threads or max(1, kernels.threads.count // count))
-    if options.workers is None:
-        options.workers = min(8, max(1, (os.cpu_count() or 1) // count))
-    if ranks.size > 1:
-        print(f"ranks: {ranks.size}, {count} on this machine; they share --batch {options.batch}")
-    if options.batch < ranks.size:
-        raise ValueError(f"--batch {options.batch} is less than the {ranks.size} ranks: raise it")
 
 
 # ---------------------------------------------------------------------------------- options
@@ -92,7 +91,15 @@ def share_machine(options, ranks):
 def make_parser():
     """All options; the defaults of --batch, --dropout and --lr depend on the network."""
     parser = console.Parser(description=console.summary(__doc__))
-    add = parser.add_argument_group("data").add_argument
+    add_data_options(parser.add_argument_group("data").add_argument)
+    add_model_options(parser.add_argument_group("model").add_argument)
+    add_training_options(parser.add_argument_group("training").add_argument)
+    add_running_options(parser.add_argument_group("running").add_argument)
+    return parser
+
+
+def add_data_options(add):
+    """Where photos and captions are, and how they are drawn."""
     add("--images", type=os.path.abspath, metavar="DIR", help="photos' folder; else a set is drawn")
     add("--captions", type=os.path.abspath, metavar="FILE", help="also .gz or .bz2; if not given "
         "photo.txt beside photo.jpg, or else the sub-folders' names")
@@ -106,7 +113,10 @@ def make_parser():
         "photo; or a photo with all its words")
     add("--positives", choices=data.POSITIVES, default="drawn", help="of a photo drawn by class: "
         "the drawn word, or all its words, each of the same weight or balanced as the drawn ones")
-    add = parser.add_argument_group("model").add_argument
+
+
+def add_model_options(add):
+    """The network, its loss, and its first weights."""
     add("--network", choices=model.NETWORKS, default="small", help="small: 64x64 pixels, for CPUs")
     add("--loss", choices=model.LOSSES, default="softmax", help="the paper's equation 2, or 1")
     add("--targets", choices=("all", "batch", "sampled"), default="all",
@@ -114,7 +124,10 @@ def make_parser():
     add("--negatives", type=number(int, 1), help=f"of --targets sampled; if not given {NEGATIVES}")
     add("--dropout", type=number(float, 0, below=1), help="rate; if not given the network's")
     add("--from", type=os.path.abspath, metavar="RUN", help="begin with its weights (fine-tuning)")
-    add = parser.add_argument_group("training").add_argument
+
+
+def add_training_options(add):
+    """SGD, its learning rate, and when training ends."""
     add("--batch", type=number(int, 1), help="photos a step; if not given the network's")
     add("--lr", type=number(float, above=0), help="first learning rate; if not given the "
         "network's, times 0.8 / √n where n words of a photo, on average, are targets")
@@ -129,66 +142,119 @@ def make_parser():
     add("--patience", type=number(int, 1), metavar="N", help="stop when the held-out loss was not "
         f"lower for N epochs; if neither this nor --epochs is given {PATIENCE} x --epochs-per-lr")
     add("--seed", type=number(int, 0, below=2**63), default=0, help="of all random numbers")
-    add = parser.add_argument_group("running").add_argument
+
+
+def add_running_options(add):
+    """The run's folder, and the machine."""
     add("--out", metavar="DIR", help="folder of the run; if not given runs/ and the images' name")
     add("--resume", action="store_true", help="go on with the run in --out, with its options")
-    add("--device", choices=kernels.DEVICES, default="auto", help="where to compute")
+    add("--device", choices=kernels.DEVICES, default="auto",
+        help="where to compute; reference: on the CPU, by the plain code that one reads")
     add("--precision", choices=kernels.PRECISIONS, help="on a GPU; if not given tf32 if it has it")
-    add("--workers", type=number(int, 0, console.MOST_THREADS), help="threads that decode photos, "
-        "processes that read captions; if not given one a core; 0: none, for whole tracebacks")
+    add("--workers", type=number(int, 0, console.MOST_THREADS), help="threads that decode photos; "
+        "if not given one a core; 0: none, for whole tracebacks")
     add("--threads", type=number(int, 1, console.MOST_THREADS), help="that compute, on the CPU")
-    return parser
 
 
-def parse(arguments=None):
+def read_options(arguments=None):
     """The options, and the checkpoint to go on with or None; ValueError for what cannot be."""
-    parser, checkpoint = make_parser(), None
-    options = parser.parse_args(arguments)
-    drawn = not options.images and not options.resume
-    if drawn and options.captions:
-        raise ValueError("--captions goes with --images, the folder that its photos are in")
-    out = options.out or os.path.join("runs", os.path.basename(options.images or "drawn"))
+    if arguments is not None:
+        arguments = [str(argument) for argument in arguments]
+    parser = make_parser()
+    given = parser.parse_given(arguments)
+    out = given.get("out") or default_folder(given)
     path = os.path.join(out, "model.npz")
-    recipe = model.NETWORKS[options.network]    # --lr depends on the captions, too
-    defaults = {"drawn": drawn, "batch": recipe.batch, "dropout": recipe.dropout,
-                "negatives": NEGATIVES if options.targets == "sampled" else None}
-    defaults |= DRAWN if drawn else {}
-    if options.resume:
-        checkpoint = model.load(path)
-        if not checkpoint[1]:
-            raise ValueError(f"{path} has weights only, as best.npz; begin a new run by --from")
-        defaults = checkpoint[2]["options"]
+    checkpoint = None
+    if given.get("resume"):
+        checkpoint = load_run(path)
+        options = resumed_options(parser.defaults(), checkpoint.facts["options"], given, out)
     elif os.path.exists(path):
         raise ValueError(f"{path} holds a trained model; use --resume, or choose another --out")
-    parser.set_defaults(**defaults)
-    options, stored = parser.parse_args(arguments), vars(parser.parse_args([]))
-    changed = [f"--{key.replace('_', '-')} ({stored[key]}, now {value})"
-               for key, value in vars(options).items()
-               if key not in HARMLESS and stored[key] != value]
-    if options.resume and changed:
-        raise ValueError(f"the run in {out} began with other options: {', '.join(changed)}; "
-                         "leave them out, or choose another --out")
-    options.out, options.captions = out, options.captions or options.images
+    else:
+        options = new_options(parser.defaults(), given)
+    options.out = out
     if options.drawn:
         vars(options).update(data.drawn_sources(out))
-    return check_options(options), checkpoint
+    check_options(options)
+    return options, checkpoint
+
+
+def default_folder(given):
+    """The folder of a run for which --out is not given."""
+    return os.path.join("runs", os.path.basename(given.get("images", "drawn")))
+
+
+def load_run(path):
+    """The checkpoint of a run; ValueError unless training can go on from it."""
+    checkpoint = data.load_checkpoint(path)
+    if not checkpoint.velocities:
+        raise ValueError(f"{path} has weights only, as best.npz; begin a new run by --from")
+    if checkpoint.facts.get("order") != ORDER:
+        raise ValueError(f"{path} is of another version of weak.py, which draws photos in another "
+                         "order; begin a new run by --from")
+    return checkpoint
+
+
+def resumed_options(defaults, stored, given, out):
+    """The options that the run began with; ValueError if others than CHANGEABLE are changed."""
+    changes = []
+    for name, value in given.items():
+        if name not in CHANGEABLE and stored.get(name) != value:
+            changes.append(f"--{name.replace('_', '-')} ({stored.get(name)}, now {value})")
+    if changes:
+        raise ValueError(f"the run in {out} began with other options: {', '.join(changes)}; "
+                         "leave them out, or choose another --out")
+    return argparse.Namespace(**{**defaults, **stored, **given})
+
+
+def new_options(defaults, given):
+    """The options of a new run, with the defaults that depend on other options."""
+    drawn = "images" not in given
+    if drawn and "captions" in given:
+        raise ValueError("--captions goes with --images, the folder that its photos are in")
+    if drawn:
+        defaults = {**defaults, **DRAWN}
+    options = argparse.Namespace(**{**defaults, **given})
+    options.drawn = drawn
+    options.captions = options.captions or options.images
+    recipe = model.NETWORKS[options.network]    # --lr depends on the captions, too
+    if options.batch is None:
+        options.batch = recipe.batch
+    if options.dropout is None:
+        options.dropout = recipe.dropout
+    if options.targets == "sampled" and options.negatives is None:
+        options.negatives = NEGATIVES
+    return options
 
 
 def check_options(options):
-    """The options; ValueError for what no run can be made of."""
+    """ValueError for what no run can be made of."""
     if not options.drawn and not os.path.isdir(options.images):
         raise ValueError(f"images: there is no folder {options.images}")
     if not (options.drawn or os.path.isfile(options.captions) or os.path.isdir(options.captions)):
         raise ValueError(f"captions: {options.captions} is no file; save a pipe to one first")
     if options.positives != "drawn" and options.sampling == "image":
         raise ValueError("--positives goes with --sampling class: by image all words are targets")
-    if options.positives == "balanced" and options.loss != "softmax":
-        raise ValueError("--positives balanced goes with --loss softmax")
+    if options.positives == "balanced" and not model.LOSSES[options.loss].balances:
+        raise ValueError(f"--positives balanced is impossible with --loss {options.loss}; "
+                         "use --positives drawn")
     if options.negatives and options.targets != "sampled":
         raise ValueError("--negatives goes with --targets sampled")
     if options.targets == "batch" and options.batch == 1:
         raise ValueError("--targets batch compares a batch's photos; use --batch 2 or more")
-    return options
+
+
+def share_machine(options, ranks):
+    """Threads and workers for this rank: its part of what the machine's ranks have together."""
+    count = ranks.local_size
+    if options.batch < ranks.size:
+        raise ValueError(f"--batch {options.batch} is less than the {ranks.size} ranks: raise it")
+    if ranks.size > 1:
+        print(f"ranks: {ranks.size}, {count} on this machine; they share --batch {options.batch}")
+    kernels.threads.start(options.threads or max(1, kernels.threads.count // count))
+    if options.workers is None:
+        cores = os.cpu_count() or 1
+        options.workers = min(8, max(1, cores // count))
 
 
 def lock_folder(out):
@@ -200,6 +266,7 @@ def lock_folder(out):
             raise ValueError(f"{out} holds other things than a run; choose another --out")
         lock = open(path, "a")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        remove_unfinished_files(out)
         return lock
     except BlockingIOError:
         raise ValueError(f"another run is using {out}; choose another --out") from None
@@ -207,15 +274,21 @@ def lock_folder(out):
         raise ValueError(f"--out {out}: {error.strerror}; choose another") from None
 
 
+def remove_unfinished_files(out):
+    """Remove what a run that was killed left of the files that it was writing."""
+    for path in glob.glob(os.path.join(glob.escape(out), "*.*.part")):
+        if os.path.isfile(path):
+            os.remove(path)
+
+
 # ------------------------------------------------------------------------------------- data
 
-def read_captions(options, ranks=several.Alone()):
+def read_captions(options, ranks):
     """The index; sets --format, --stop-words, --lr if not given. ValueError without any photo."""
     text = data.Text(options.words, options.stop_words, options.valid)
     folder = os.path.join(options.out, "index")
-    if not ranks.rank:
-        data.build_index(options.captions, folder, text, options.format,
-                         processes=options.workers * ranks.local_size)
+    if ranks.rank == 0:
+        data.build_index(options.captions, folder, text, options.format)
     ranks.broadcast(None)                       # the others wait here
     try:
         index = data.Index(folder)
@@ -225,386 +298,704 @@ def read_captions(options, ranks=several.Alone()):
     options.format = index.facts["fingerprint"]["format"]
     options.stop_words = index.facts["stop_words"]
     describe_index(index, options)
-    rate = model.NETWORKS[options.network].lr
-    if options.sampling == "image" or options.positives == "all":
-        targets = index.share(options.sampling, options.positives).sum()        # of a row
-        rate = float(f"{0.8 * rate / math.sqrt(targets):.2g}")      # as 1 / √targets diverged
-    options.lr = options.lr or rate
+    if options.lr is None:
+        options.lr = default_rate(options, index)
     print(f"first learning rate: {options.lr:g}")
     if options.lr < options.min_lr:
         raise ValueError(f"--lr {options.lr:g} is below --min-lr {options.min_lr:g}: lower that")
-    if not ranks.rank:
+    if ranks.rank == 0:
         data.check_photos(options.images, index)
     return index
 
 
 def describe_index(index, options):
-    """Lines that say what the captions hold, and what of it is left out."""
+    """Print what the captions hold, and what of it is left out."""
     facts = index.facts
     print(f"captions: {facts['captions']:,} as {options.format}, {len(index):,} photos "
           f"({index.held_out:,} held out), {len(index.dictionary):,} words, "
           f"{index.labels / max(1, len(index)):.2f} a photo", flush=True)
+    # the most frequent words that are left out, and behind them the first that are too rare
     words = [f"{word} ({times:,} times)" for word, times in facts["left_out"]]
-    stop, rarer = ", ".join(words[:min(facts["stop_words"], 5)]), ", ".join(words[-3:])
-    for fact, what in (
-            ("bad_lines", "lines are no captions"),
-            ("refused", "names are absolute or leave --images: refused"),
-            ("without_words", "photos have no word of the dictionary"),
-            ("emoji", "have emoji or other pictures among the words, which do not count"),
-            ("stop_words", f"stop words are left out, e.g. {stop}"),
-            ("rest", f"rarer words are left out, e.g. {rarer}")):
+    stop_words = ", ".join(words[:min(facts["stop_words"], 5)])
+    rare_words = ", ".join(words[-3:])
+    notes = {
+        "bad_lines": "lines are no captions",
+        "refused": "names are absolute or leave --images: refused",
+        "without_words": "photos have no word of the dictionary",
+        "stop_words": f"stop words are left out, e.g. {stop_words}",
+        "rest": f"rarer words are left out, e.g. {rare_words}"}
+    for fact, note in notes.items():
         if facts[fact]:
-            print(f"captions: {facts[fact]:,} {what}")
+            print(f"captions: {facts[fact]:,} {note}")
+
+
+def default_rate(options, index):
+    """The network's learning rate, lowered where a photo has several words as targets."""
+    rate = model.NETWORKS[options.network].lr
+    if options.sampling == "class" and options.positives != "all":
+        return rate
+    targets = index.label_frequency(options.sampling, options.positives).sum()      # of a row
+    return float(f"{0.8 * rate / math.sqrt(targets):.2g}")          # as 1 / √targets diverged
+
+
+# ------------------------------------------------------------------------------ the run's state
+
+@dataclass
+class Epoch:
+    """The epoch under way."""
+
+    losses: np.ndarray                  # of each row of this rank, summed over the steps
+    steps: int = 0                      # that were made
+    trained: int = 0                    # … with at least one photo
+    shown_loss: float = 0.0             # the sum of `losses` when progress was last shown
+    shown_trained: int = 0              # … and `trained` then
+
+
+@dataclass
+class Run:
+    """A training run: what it is made of, and how far it is."""
+
+    options: argparse.Namespace
+    index: data.Index
+    ranks: several.Alone
+    net: model.Network
+    loss: object                        # of model.LOSSES, for the rows that training draws
+    held_out_loss: object               # … and for photos as they are
+    sgd: model.SGD
+    schedule: model.Plateau             # of the learning rate
+    sampler: data.BatchSampler
+    loader: data.Loader
+    current: Epoch
+    step: int = 0                       # steps that were made
+    epoch: int = 0                      # epochs that are over
+    log: list = field(default_factory=list)     # a dictionary for each of them
+    empty_steps: int = 0                # steps without a photo since the last one with some
+    saved: int | None = None            # the step of model.npz
+    saved_best: int | None = None       # the step of best.npz, if this process wrote it
+    saved_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def recipe(self):
+        """The network's row of model.NETWORKS."""
+        return model.NETWORKS[self.options.network]
+
+    @property
+    def steps_per_epoch(self):
+        """Batches between two validations."""
+        size = self.options.epoch_size
+        if size is None:
+            size = min(EPOCH, max(LEAST_EPOCH, self.index.training))
+        return math.ceil(size / self.options.batch)
+
+    def path(self, name):
+        """The path of a file of the run."""
+        return os.path.join(self.options.out, name)
+
+
+def begin_run(options, index, checkpoint, ranks):
+    """A new run, or the one of the checkpoint as it was when that was written."""
+    recipe = model.NETWORKS[options.network]
+    frequency = index.label_frequency(options.sampling, options.positives)          # (K,)
+    loss = model.LOSSES[options.loss]
+    rows = ranks.part(options.batch)
+    net = make_network(options, index, checkpoint)
+    run = Run(
+        options, index, ranks, net,
+        loss=loss(frequency),
+        held_out_loss=loss(index.label_frequency("image")),
+        sgd=model.SGD(net, options.momentum, options.weight_decay),
+        schedule=model.Plateau(options.lr, options.epochs_per_lr),
+        sampler=data.BatchSampler(
+            index, options.seed, options.batch, options.sampling, options.positives,
+            spare=recipe.size - recipe.crop, random_crops=options.crop == "random", rows=rows),
+        loader=data.Loader(options.images, index.name, len(index), recipe.size, options.workers,
+                           ranks.local_size, kernels.host_empty),
+        current=new_epoch(rows))
+    if checkpoint:
+        restore(run, checkpoint)
+    check_disk(run)
+    check_memory(run)
+    write_files(run)
+    return run
+
+
+def make_network(options, index, checkpoint):
+    """The network with its first weights, or those to go on with."""
+    if checkpoint and checkpoint.words != index.dictionary:
+        raise ValueError("the captions, and so the dictionary, changed; choose another --out")
+    build = model.NETWORKS[options.network].build
+    net = build(len(index.dictionary), options.dropout, seed=options.seed)
+    source = getattr(options, "from")
+    if checkpoint:
+        check_arrays(checkpoint.weights, net.state(), options.out)
+        net.load(checkpoint.weights)
+    elif source:
+        load_weights_from(source, net, options.network, index.dictionary)
+    return net
+
+
+def check_arrays(arrays, expected, out):
+    """ValueError unless a checkpoint's arrays are as many and as large as this run's."""
+    def describe(array):
+        return array.shape, array.dtype
+
+    fits = arrays.keys() == expected.keys() and all(
+        describe(arrays[name]) == describe(expected[name]) for name in expected)
+    if not fits:
+        raise ValueError(f"{out}/model.npz does not fit its own options, or it is damaged; choose "
+                         "another --out")
+
+
+def load_weights_from(source, net, network, dictionary):
+    """Take another run's weights; in output layers, only those of words that both runs know."""
+    path = data.find_checkpoint(source)
+    checkpoint = data.load_checkpoint(path)
+    if checkpoint.facts["options"]["network"] != network:
+        raise ValueError(f"--from: that run is of --network "
+                         f"{checkpoint.facts['options']['network']}")
+    _, rows, their_rows = np.intersect1d(dictionary, checkpoint.words, return_indices=True)
+    for name, layer, attribute in net.parameters():
+        weights = checkpoint.weights[name]
+        if isinstance(layer, model.Output):
+            getattr(layer, attribute)[rows] = kernels.to_device(weights[their_rows])
+        else:
+            setattr(layer, attribute, kernels.to_device(weights))
+    print(f"beginning with {describe_checkpoint(path, checkpoint.facts)}, and {len(rows):,} of "
+          f"its {len(checkpoint.words):,} words", flush=True)
+
+
+def describe_checkpoint(path, facts):
+    """A line that says which epoch of its run a checkpoint is of."""
+    log = data.read_log(os.path.dirname(path)) or facts["log"]      # of epochs after it, too
+    text = f"{path}: step {facts['step']:,}, epoch {facts['epoch']} of {len(log)}"
+    for row in log:
+        if row["step"] == facts["step"] and row["validation_loss"] is not None:
+            text += f", held-out loss {row['validation_loss']:.4f}"
+    return text
+
+
+def new_epoch(rows):
+    """An epoch of which nothing is done yet; rows: the slice of a batch that is this rank's."""
+    return Epoch(losses=kernels.to_device(np.zeros(rows.stop - rows.start)))
+
+
+def restore(run, checkpoint):
+    """Go on exactly where the checkpoint was written."""
+    facts = checkpoint.facts
+    check_arrays(checkpoint.velocities, run.sgd.v, run.options.out)
+    for name, v in run.sgd.v.items():
+        v[...] = kernels.to_device(checkpoint.velocities[name])
+    run.step = facts["step"]
+    run.saved = facts["step"]
+    run.epoch = facts["epoch"]
+    run.log = facts["log"]
+    vars(run.schedule).update(facts["plateau"])
+    run.loader.skipped.update(facts["skipped"])
+    steps, trained, losses = facts["losses"]
+    rows = run.ranks.part(run.options.batch)
+    run.current = Epoch(kernels.to_device(np.array(losses)[rows]), steps, trained)
+    reason = stop_reason(run)
+    if reason:
+        print(f"this run is finished; to train on, change {reason}", flush=True)
+    else:
+        print(f"going on at step {run.step:,}, epoch {run.epoch + 1}", flush=True)
+
+
+def weight_bytes(run):
+    """Bytes of all weights, which are those of all velocities."""
+    return sum(v.nbytes for v in run.sgd.v.values())
+
+
+def check_disk(run):
+    """Say what a checkpoint takes; ValueError if the disk has no room to write it safely."""
+    size = weight_bytes(run)
+    out = run.options.out
+    free = shutil.disk_usage(out).free
+    print(f"{run.options.network}: {size // 4:,} parameters; checkpoint and best model take "
+          f"{3 * size / 1e6:,.0f} MB of {free / 1e9:,.1f} GB free", flush=True)
+    needed = 5 * size                           # the next checkpoint is written beside the last
+    if free < needed:
+        raise ValueError(f"{out} has {free / 1e6:,.0f} MB free, and saving needs "
+                         f"{needed / 1e6:,.0f}; free some, or choose another --out")
+
+
+def check_memory(run):
+    """Say what memory a step takes; ValueError if that is more than there is."""
+    batch = run.options.batch
+    rows = run.ranks.part(batch)
+    image = run.net.bytes_per_image(run.recipe.size, run.recipe.crop)
+    needed = image * (rows.stop - rows.start)
+    where = "the GPU"
+    free = kernels.memory()
+    if free is None:
+        where = "this machine"
+        free = data.MEMORY / run.ranks.local_size - 3 * weight_bytes(run)
+    print(f"memory: a step of --batch {batch} takes {needed / 1e9:,.2f} of {free / 1e9:,.1f} GB "
+          f"that {where} has left for it, {image / 1e6:,.1f} MB an image", flush=True)
+    if needed <= free:
+        return
+    remedy = "--device cpu, or a smaller --network or --words"
+    fitting = int(free / image) * run.ranks.size
+    if fitting > 0:
+        remedy = f"--batch {fitting} or less"
+    raise ValueError(f"--batch {batch} does not fit into {where}'s memory; use {remedy}")
 
 
 # --------------------------------------------------------------------------------- training
 
-class Interrupt(ExitStack):
+class Interrupt:
     """Ctrl-C, kill, a lost terminal or reader set `asked`: the step ends first; twice ends all."""
 
-    asked = False
+    def __init__(self):
+        self.asked = False
+        self.handlers_before = {}
 
     def __enter__(self):
-        for one in *console.stop_signals(), signal.SIGPIPE:
-            self.callback(signal.signal, one, signal.signal(one, self.ask))     # as it was before
+        for number_of_signal in [*console.stop_signals(), signal.SIGPIPE]:
+            before = signal.signal(number_of_signal, self.handle)
+            self.handlers_before[number_of_signal] = before
         return self
 
-    def ask(self, one, _):
-        if self.asked and one in (signal.SIGINT, signal.SIGTERM):
-            raise KeyboardInterrupt
+    def __exit__(self, *_):
+        for number_of_signal, handler in self.handlers_before.items():
+            signal.signal(number_of_signal, handler)
+
+    def handle(self, number_of_signal, _):
         if not self.asked:
-            self.asked = True                   # printing may bring the next one
+            self.asked = True                   # first, since printing may bring the next signal
             print("\nstopping after this step, and saving; once more to stop at once", flush=True)
+        elif number_of_signal in (signal.SIGINT, signal.SIGTERM):
+            raise KeyboardInterrupt
 
 
-class Run:
-    """A training run: network, optimiser, rate, and where it is."""
+def train(run, interrupt):
+    """Train until there is a `stop_reason`; False if interrupted before."""
+    plans = map(run.sampler.batch, itertools.count(run.step))
+    batches = run.loader.batches(plans, run.sampler.replacement)    # read ahead across epochs
+    while not stop_reason(run):
+        progress = watch_epoch(run)
+        rest = run.steps_per_epoch - run.current.steps
+        for batch, _, pixels, available in itertools.islice(batches, rest):
+            agreed = agree(run, available, interrupt)
+            count_step(run, agreed.has_photos)
+            if agreed.has_photos:
+                train_step(run, batch, pixels, available)
+            show_progress(run, progress)
+            if agreed.stop:
+                return False
+            if agreed.to_save:
+                save(run)
+        end_epoch(run, progress)
+    return True
 
-    def __init__(self, options, index, checkpoint, ranks=several.Alone()):
-        self.options, self.index, self.ranks = options, index, ranks
-        self.part = ranks.part(options.batch)                       # this rank's rows of a batch
-        recipe = model.NETWORKS[options.network]
-        self.size, self.crop = recipe.size, recipe.crop
-        self.net = recipe.build(len(index.dictionary), options.dropout).init(options.seed)
-        if checkpoint:
-            self.net.load(checkpoint[0])
-        elif source := getattr(options, "from"):
-            self.begin_from(source)
-        self.optimiser = model.SGD(self.net, options.momentum, options.weight_decay,
-                                   sparse=options.targets != "all")
-        self.plateau = model.Plateau(options.lr, options.epochs_per_lr)
-        self.step = self.epoch = 0
-        self.log, self.saved = [], None         # a row an epoch; the step of the checkpoint
-        self.path, self.best_path = (f"{options.out}/{name}.npz" for name in ("model", "best"))
-        self.saved_at, self.written = time.monotonic(), {}          # the step of each file written
-        self.empty = 0                          # steps without a photo since the last good one
-        self.begin_epoch()
-        self.loader = data.Loader(options.images, index.name, len(index), self.size,
-                                  options.workers, ranks.local_size, kernels.host_empty)
-        if checkpoint:
-            self.restore(*checkpoint[1:])
-        self.share = index.share(options.sampling, options.positives)           # (K,)
-        epoch_size = options.epoch_size or min(EPOCH, max(LEAST_EPOCH, index.training))
-        self.steps = -(-epoch_size // options.batch)                # per epoch
-        most = min(VALIDATED, max(100, evaluation.BLOCK // len(index.dictionary)), index.held_out)
-        self.held_out = np.linspace(0, index.held_out - 1, most).astype(int).tolist()
-        self.check_space()
-        self.write_files()
 
-    def restore(self, velocities, facts, words):
-        """Go on exactly where the checkpoint was written."""
-        if words != self.index.dictionary:
-            raise ValueError("the captions, and so the dictionary, changed; choose another --out")
-        for path, v in velocities.items():
-            self.optimiser.v[path][...] = kernels.to_device(v)
-        self.step, self.epoch, self.log = (facts[key] for key in ("step", "epoch", "log"))
-        self.done, self.good, losses = facts["losses"]
-        self.losses = kernels.to_device(np.array(losses)[self.part])
-        self.loader.skipped.update(facts.get("skipped", {}))
-        vars(self.plateau).update(facts["plateau"])
-        self.saved = self.step
-        print(f"this run is finished; to train on, change {by}" if (by := self.is_over())
-              else f"going on at step {self.step:,}, epoch {self.epoch + 1}", flush=True)
+def train_step(run, batch, pixels, available):
+    """One step of SGD: forward, loss, backward, the sum of all ranks' gradients, update."""
+    options = run.options
+    labels = make_labels(run, batch, available)
+    context = model.Context(options.seed, run.step, batch.rows.start, labels.classes)
+    x = kernels.prepare(pixels, batch.top, batch.left, batch.flip, run.recipe.crop)  # (N, H, W, 3)
+    scores = run.net.forward_training(x, context)                   # a list: heads', main ones
+    losses, gradients = model.training_losses(run.loss, scores, labels)     # (N,), like scores
+    run.net.backward(gradients, done=run.ranks.begin_allreduce)
+    run.ranks.wait()
+    run.sgd.step(run.schedule.rate)
+    run.current.losses += losses                # on a GPU, nobody waits for them
 
-    def begin_from(self, source):
-        """Another run's weights; of the output layers the rows of words that both runs know."""
-        weights, facts, words, line = model.load_best(source)
-        if facts["options"]["network"] != self.options.network:
-            raise ValueError(f"--from: that run is of --network {facts['options']['network']}")
-        _, mine, theirs = np.intersect1d(self.index.dictionary, words, return_indices=True)
-        for path, layer, name in self.net.parameters():
-            to, of = (mine, theirs) if isinstance(layer, model.Output) else (..., ...)
-            getattr(layer, name)[to] = kernels.to_device(weights[path][of])
-        print(f"beginning with {line}, and {len(mine):,} of its {len(words):,} words", flush=True)
 
-    def check_space(self):
-        """Say what a checkpoint and a GPU must hold, and refuse to start where they cannot."""
-        weights = sum(array.nbytes for array in self.optimiser.v.values())
-        self.bytes = 3 * weights                # of model.npz and best.npz
-        disk, gpu = shutil.disk_usage(self.options.out).free, kernels.memory()
-        print(f"{self.options.network}: {weights // 4:,} parameters; checkpoint and best "
-              f"model take {self.bytes / 1e6:,.0f} MB of {disk / 1e9:,.1f} GB free", flush=True)
-        if disk < 5 * weights:                  # and the next checkpoint beside the last
-            raise ValueError(f"{self.options.out} has {disk / 1e6:,.0f} MB free, and saving needs "
-                             f"{5 * weights / 1e6:,.0f}; free some, or choose another --out")
-        batch, each = self.options.batch, self.net.bytes_per_image(self.size, self.crop)
-        need = each * (self.part.stop - self.part.start)
-        place = "this machine" if gpu is None else "the GPU"
-        free = data.MEMORY / self.ranks.local_size - 3 * weights if gpu is None else gpu
-        print(f"memory: a step of --batch {batch} takes {need / 1e9:,.2f} of {free / 1e9:,.1f} GB "
-              f"that {place} has left for it, {each / 1e6:,.1f} MB an image", flush=True)
-        if need > free:
-            most = int(free / each) * self.ranks.size
-            raise ValueError(f"--batch {batch} does not fit into {place}'s memory; use "
-                             + (f"--batch {most} or less" if most > 0 else
-                                "--device cpu, or a smaller --network or --words"))
+def make_labels(run, batch, available):
+    """What the step scores, and the weight of each row: 0 without a photo."""
+    options = run.options
+    labels = run.sampler.labels(batch, available, options.targets, options.negatives)
+    if options.targets == "batch" and not run.loss.corrects_batch:
+        # The paper's estimate over a batch's own words is biased, and not corrected.
+        labels = labels._replace(inclusion_probability=None)
+    return labels
 
-    # ------------------------------------------------------------------------------ the loop
 
-    def train(self, interrupt):
-        """Train until that is over; False if interrupted before."""
-        options = self.options
-        draws = (data.Draws(self.index, options.seed, step, options.batch, options.sampling,
-                            self.part, options.positives) for step in itertools.count(self.step))
-        batches = self.loader.batches(draws)
-        while not self.is_over():
-            self.loader.waited = self.ranks.waited = 0.0
-            progress = console.Progress(f"epoch {self.epoch + 1}", self.steps * options.batch,
-                                        "images", sys.stdout, self.done * options.batch)
-            while self.done < self.steps:
-                draw, photos = next(batches)
-                good, stop, due = self.ranks.allreduce(     # what all ranks must do alike
-                    [draw.weights.any(), interrupt.asked,
-                     time.monotonic() - self.saved_at > SAVE_SECONDS])
-                self.step, self.done = self.step + 1, self.done + 1
-                self.empty = 0 if good else self.empty + 1
-                if good:
-                    self.train_step(draw, photos)
-                elif self.empty >= min(EMPTY_STEPS, self.steps):
-                    name, why = next(iter(self.loader.skipped.items()), ("none here", ""))
-                    raise RuntimeError(f"no photo of the last {self.empty} steps could be read, "
-                                       f"e.g. {name}: {why}; {self.say_kept()}")
-                progress.tick(options.batch, lambda: self.describe(progress))
-                if stop:
-                    return False
-                if due:
-                    self.save()
-            self.end_epoch(progress)
-        return True
+class Agreed(NamedTuple):
+    """What all ranks do alike."""
 
-    def begin_epoch(self):
-        """Nothing of an epoch is done yet."""
-        self.done = self.good = 0               # steps, and those of them with photos
-        self.losses = kernels.to_device(np.zeros(self.part.stop - self.part.start))     # row sums
-        self.shown = 0.0, 0                     # the loss and the good steps when last shown
+    has_photos: bool                    # train a step: some rank has a photo of the batch
+    stop: bool                          # some rank was asked to
+    to_save: bool                       # for some rank it is time to
 
-    def since_best(self):
-        """Epochs since that of the lowest held-out loss; -1 before there is one."""
-        losses = [row["validation_loss"] or math.inf for row in self.log]
-        best = min(losses, default=math.inf)
-        return len(losses) - 1 - losses.index(best) if best < math.inf else -1
 
-    def is_over(self):
-        """The option by which training is over; None while it is not."""
-        options = self.options
-        patience = options.patience or (
-            math.inf if options.epochs else PATIENCE * options.epochs_per_lr)
-        reached = {"--min-lr": self.plateau.rate < options.min_lr,
-                   "--epochs": self.epoch >= (options.epochs or math.inf),
-                   "--patience": self.since_best() >= patience}
-        return next((option for option, over in reached.items() if over), None)
+def agree(run, available, interrupt):
+    """What all ranks do with this step: whatever any one of them must do."""
+    time_to_save = time.monotonic() - run.saved_at > SAVE_SECONDS
+    votes = run.ranks.allreduce([available.any(), interrupt.asked, time_to_save])
+    has_photos, stop, to_save = votes > 0
+    return Agreed(has_photos, stop, to_save)
 
-    def train_step(self, draw, photos):
-        """Forward, loss, backward, update: a step of SGD, by the sum of all ranks' gradients."""
-        options = self.options
-        labels = draw.labels(self.share, options.targets, options.negatives)
-        if options.targets == "batch" and options.loss == "softmax":
-            labels = labels._replace(chance=None)       # as in the paper, whose estimate is biased
-        now = model.Pass(options.seed, self.step, self.part.start, labels.classes)
-        where = draw.crops(self.size - self.crop, options.crop == "random")
-        x = kernels.prepare(photos, *where, self.crop)              # (N, crop, crop, 3)
-        s = self.net.forward(x, now)                                # (N, K), or (N, C)
-        losses, ds = model.training_loss(self.net, s, labels, model.LOSSES[options.loss])
-        self.net.backward(ds, done=self.ranks.begin_allreduce)
-        self.ranks.wait()
-        self.optimiser.step(self.plateau.rate)
-        self.losses += losses                   # on a GPU, nobody waits for them
-        self.good += 1
 
-    def sum_losses(self):
-        """The loss of this rank's rows, summed over the epoch's steps; a GPU is waited for."""
-        return self.check_loss(float(kernels.to_host(self.losses).sum()))
+def count_step(run, has_photos):
+    """One more step; RuntimeError if too many of the last ones had no photo."""
+    run.step += 1
+    run.current.steps += 1
+    if has_photos:
+        run.current.trained += 1
+        run.empty_steps = 0
+        return
+    run.empty_steps += 1
+    if run.empty_steps >= min(EMPTY_STEPS, run.steps_per_epoch):
+        reasons = [f"{name}: {why}" for name, why in run.loader.skipped.items()]
+        example = reasons[0] if reasons else "none of this rank"
+        raise RuntimeError(f"no photo of the last {run.empty_steps} steps could be read, e.g. "
+                           f"{example}; {describe_saved(run)}")
 
-    def check_loss(self, loss, what="the loss is", most=math.inf):
-        """The loss; RuntimeError if that is not a number, or not below `most`."""
-        if not loss < most:
-            raise RuntimeError(f"{what} {loss:.4g} at step {self.step:,}: {self.say_kept()}; lower "
-                               f"--lr ({self.plateau.rate:g})")
-        return loss
 
-    def say_kept(self):
-        """What of this run is on the disk."""
-        return "nothing was saved yet" if self.saved is None else (
-            f"{self.path} is of step {self.saved:,}")
+def stop_reason(run):
+    """The option by which training is over, or None while it is not."""
+    options = run.options
+    if run.schedule.rate < options.min_lr:
+        return "--min-lr"
+    if options.epochs and run.epoch >= options.epochs:
+        return "--epochs"
+    patience = options.patience
+    if patience is None and options.epochs is None:
+        patience = PATIENCE * options.epochs_per_lr
+    best = best_epoch(run.log)
+    if patience and best and run.epoch - best["epoch"] >= patience:
+        return "--patience"
+    return None
 
-    def describe(self, progress):
-        """The mean loss since the last time, what is waited for, and the time to the run's end."""
-        (loss, steps), self.shown = self.shown, (self.sum_losses(), self.good)
-        text = self.say_waiting(progress)
-        if self.good > steps:
-            share = len(self.losses) / self.options.batch           # of all ranks' rows
-            mean = (self.shown[0] - loss) / (self.good - steps) / share
-            text = f"loss {mean:.4f}, {text}"
-        if self.options.epochs:
-            rest = (self.options.epochs - self.epoch - 1) * progress.total / progress.rate()
-            text += f", {console.duration(progress.left() + rest)} for all epochs"
-        return text
 
-    def say_waiting(self, progress):
-        """The parts of an epoch's time that were spent waiting; on a GPU, its queue waits."""
-        ranks = self.ranks.size > 1 and kernels.memory() is None
-        return f"waited for photos {self.loader.waited / progress.seconds():.0%}" + (
-            f", for other ranks {self.ranks.waited / progress.seconds():.0%}" * ranks)
+def best_epoch(log):
+    """The row of the lowest held-out loss, the first of equal ones; None if there is none."""
+    rows = [row for row in log if row["validation_loss"] is not None]
+    return min(rows, key=lambda row: row["validation_loss"], default=None)
 
-    def end_epoch(self, progress):
-        """Validate, apply the learning-rate rule, save, and log the epoch."""
-        self.epoch += 1
-        loss = float(self.ranks.allreduce(self.sum_losses())) / max(1, self.good)
-        rate, skipped = progress.rate(), self.gather_skipped()
-        waited, said = self.loader.waited / progress.seconds(), self.say_waiting(progress)
-        among = "" if self.options.targets == "all" else f" ({self.options.targets} words)"
-        line = f"epoch {self.epoch}: loss{among} {loss:.4f}, "
-        result = self.validate() or {}
-        if result:
-            # ten times the loss of guessing, which one-versus-all has for each word of a photo
-            words = 1 if self.options.loss == "softmax" else self.index.labels / len(self.index)
-            self.check_loss(result["loss"], "training diverges, the held-out loss is",
-                            10 * words * math.log(1 + len(self.index.dictionary)))
-            line += (f"held-out loss {result['loss']:.4f}, precision@10 "
-                     f"{result['precision@10']:.4f}, AUC {result['auc']:.4f}, ")
-        self.log.append({
-            "epoch": self.epoch, "step": self.step, "loss": loss,
-            "learning_rate": self.plateau.rate, "images_per_second": rate, "loader_wait": waited,
-            "validation_loss": result.get("loss"), "skipped": len(skipped),
-            **{key: result.get(key) for key in ("precision@10", "auc", "map")}})
-        line += f"rate {self.plateau.rate:g}, {rate:.0f} images/s, {said}"
-        line += f", {len(skipped):,} photos cannot be read" * bool(skipped)
-        self.plateau.update(result.get("loss", loss))
-        self.begin_epoch()
-        sums = self.ranks.gather([self.ranks.size > 1 and model.checksum(self.net.state())])
-        if len(set(sums)) > 1:                  # to the bit
-            raise RuntimeError(f"the ranks' weights differ after step {self.step:,}: are their "
-                               "machines and libraries alike?")
-        self.save()
-        self.write_files()
-        print(line + (f"\ntraining is over by {by}" if (by := self.is_over()) else ""), flush=True)
 
-    def validate(self):
-        """Metrics on the held-out photos, of which each rank takes a part; None without any."""
-        mine = self.held_out[self.ranks.part(len(self.held_out))]
-        features, found = evaluation.extract_features(self.net, self.loader, mine, self.crop)
-        result, rows = None, self.ranks.gather(zip(kernels.to_host(features), found))
-        if rows:
-            features = kernels.to_device(np.stack([e for e, _ in rows]))        # (N, E)
-            targets = [self.index.words(photo) for _, photo in rows]
-            result = evaluation.word_metrics(features, self.net.output, targets, self.index.counts,
-                                             self.index.share("image"), self.options.loss)
-        return self.ranks.broadcast(result)
+# -------------------------------------------------------------------------------- progress
 
-    def save(self, then=""):
-        """Write the checkpoint; False if the disk does not take it, said with what happens then."""
-        self.sum_losses()                       # which are numbers
-        facts = {"options": vars(self.options), "step": self.step, "epoch": self.epoch,
-                 "losses": (self.done, self.good, self.ranks.gather(kernels.to_host(self.losses))),
-                 "log": self.log, "plateau": vars(self.plateau),
-                 "counts": self.index.counts.tolist(), "training": self.index.training,
-                 "skipped": self.gather_skipped()}
-        if not all(np.isfinite(w).all() for w in self.net.state().values()):
-            self.check_loss(math.nan, "a weight is")                # the last update diverged
-        best = (self.since_best() == 0 and self.log[-1]["step"] == self.step
-                and self.written.get(self.best_path) != self.step)
-        files = [(self.best_path, {}, "")] * best + [(self.path, self.optimiser.v, then)]
-        for path, velocities, next_try in files if not self.ranks.rank else ():
-            self.written.pop(path, None)        # what was here before may be gone
-            try:
-                model.save(path, self.net, velocities, facts, self.index.dictionary)
-                self.written[path] = self.step
-            except OSError as error:
-                print(f"step {self.step:,}: {path} is not saved: {error.strerror or error}; saving "
-                      f"needs {self.bytes / 1e6:,.0f} MB, free some space{next_try}",
-                      file=sys.stderr, flush=True)
-        if done := self.ranks.broadcast(self.written.get(self.path) == self.step):
-            self.saved = self.step
-        self.saved_at = time.monotonic()
-        return done
+def watch_epoch(run):
+    """The progress of the epoch under way, whose times of waiting begin at 0."""
+    run.loader.waited = 0.0
+    run.ranks.waited = 0.0
+    batch = run.options.batch
+    return console.Progress(f"epoch {run.epoch + 1}", run.steps_per_epoch * batch, "images",
+                            sys.stdout, run.current.steps * batch)
 
-    def gather_skipped(self):
-        """{name: what is wrong} of the photos that any rank skipped; complete on the first rank."""
-        return dict(self.ranks.gather(self.loader.skipped.items()))
 
-    def write_files(self):
-        """Texts and pictures for people to look at; losing one of them never ends a run."""
-        out, skipped = self.options.out, self.gather_skipped()
-        skipped |= dict.fromkeys(self.index.facts["refused_names"], "refused: outside --images")
-        words = zip(self.index.dictionary, self.index.counts)
-        texts = {"words.txt": [f"{word}\t{count}" for word, count in words],
-                 "log.jsonl": [json.dumps(console.without_nan(row)) for row in self.log],
-                 "skipped.txt": [f"{name}\t{why}" for name, why in skipped.items()]}
-        if self.ranks.rank:
+def show_progress(run, progress):
+    """Count a batch, and show the loss, the waiting and the time left if it is time to."""
+    progress.done += run.options.batch
+    if not progress.is_due():
+        return
+    notes = [describe_waiting(run, progress)]
+    loss = loss_since_shown(run)
+    if loss is not None:
+        notes.insert(0, f"loss {loss:.4f}")
+    if run.options.epochs:
+        epochs_left = run.options.epochs - run.epoch - 1
+        seconds = progress.left() + epochs_left * progress.total / progress.rate()
+        notes.append(f"{console.duration(seconds)} for all epochs")
+    progress.show(", ".join(notes))
+
+
+def loss_since_shown(run):
+    """The mean loss of the steps since progress was last shown; None if there are none."""
+    epoch = run.current
+    total = sum_losses(run)
+    increase = total - epoch.shown_loss
+    steps = epoch.trained - epoch.shown_trained
+    epoch.shown_loss = total
+    epoch.shown_trained = epoch.trained
+    if not steps:
+        return None
+    part_of_batch = len(epoch.losses) / run.options.batch           # a loss is over all ranks' rows
+    return increase / steps / part_of_batch
+
+
+def describe_waiting(run, progress):
+    """The parts of the epoch's time that were spent waiting; on a GPU, only its queue waits."""
+    seconds = progress.seconds()
+    text = f"waited for photos {run.loader.waited / seconds:.0%}"
+    if run.ranks.size > 1 and kernels.memory() is None:
+        text += f", for other ranks {run.ranks.waited / seconds:.0%}"
+    return text
+
+
+def sum_losses(run):
+    """The losses of this rank's rows, summed over the epoch's steps; waits for a GPU."""
+    total = float(kernels.to_host(run.current.losses).sum())
+    if not math.isfinite(total):
+        raise divergence(run, f"the loss is {total:.4g}")
+    return total
+
+
+def divergence(run, what):
+    """The error that ends a run whose loss or weights are beyond reason."""
+    return RuntimeError(f"{what} at step {run.step:,}: {describe_saved(run)}; lower --lr "
+                        f"({run.schedule.rate:g})")
+
+
+# ------------------------------------------------------------------------ the end of an epoch
+
+def end_epoch(run, progress):
+    """Validate, log, apply the learning-rate rule, save, and say how the epoch went."""
+    run.epoch += 1
+    row = measure_training(run, progress)
+    waiting = describe_waiting(run, progress)
+    scores = validate(run)
+    if scores:
+        check_divergence(run, scores["loss"])
+        row["validation_loss"] = scores["loss"]
+        for key in "precision@10", "auc", "map":
+            row[key] = scores[key]
+    run.log.append(row)
+    run.schedule.update(scores["loss"] if scores else row["loss"])
+    run.current = new_epoch(run.ranks.part(run.options.batch))
+    compare_weights(run)
+    save(run)
+    write_files(run)
+    print(describe_epoch(row, run.options.targets, waiting), flush=True)
+    reason = stop_reason(run)
+    if reason:
+        print(f"training is over by {reason}", flush=True)
+
+
+def measure_training(run, progress):
+    """The row of the log for this epoch, without the scores of held-out photos."""
+    loss = float(run.ranks.allreduce(sum_losses(run))) / max(1, run.current.trained)
+    return {"epoch": run.epoch, "step": run.step, "loss": loss,
+            "learning_rate": run.schedule.rate, "images_per_second": progress.rate(),
+            "loader_wait": run.loader.waited / progress.seconds(), "validation_loss": None,
+            "skipped": len(gather_skipped(run)), "precision@10": None, "auc": None, "map": None}
+
+
+def describe_epoch(row, targets, waiting):
+    """The line that says how an epoch went."""
+    among = "" if targets == "all" else f" ({targets} words)"
+    parts = [f"epoch {row['epoch']}: loss{among} {row['loss']:.4f}"]
+    if row["validation_loss"] is not None:
+        parts.append(f"held-out loss {row['validation_loss']:.4f}")
+        parts.append(f"precision@10 {row['precision@10']:.4f}")
+        parts.append(f"AUC {row['auc']:.4f}")
+    parts.append(f"rate {row['learning_rate']:g}")
+    parts.append(f"{row['images_per_second']:.0f} images/s")
+    parts.append(waiting)
+    if row["skipped"]:
+        parts.append(f"{row['skipped']:,} photos cannot be read")
+    return ", ".join(parts)
+
+
+def validate(run):
+    """Metrics on held-out photos, of which each rank reads a part; None without any."""
+    photos = validation_photos(run.index)
+    features, found = evaluation.extract_features(
+        run.net, run.loader, photos[run.ranks.part(len(photos))], run.recipe.crop)
+    found = run.ranks.gather(found)
+    features = run.ranks.gather(kernels.to_host(features))          # a list of N rows (E,)
+    scores = None
+    if found:                                   # on the first rank
+        scores = evaluation.word_metrics(
+            kernels.to_device(np.stack(features)), run.net.output,
+            [run.index.words(photo) for photo in found], run.index.counts, run.held_out_loss)
+    return run.ranks.broadcast(scores)
+
+
+def validation_photos(index):
+    """The held-out photos to score after an epoch, evenly from all: fewer where K is large."""
+    count = max(100, evaluation.BLOCK // len(index.dictionary))
+    count = min(VALIDATED, count, index.held_out)
+    return np.linspace(0, index.held_out - 1, count).astype(int).tolist()
+
+
+def check_divergence(run, loss):
+    """RuntimeError if the held-out loss is far above that of guessing."""
+    words_per_photo = run.index.labels / len(run.index)
+    one_more = len(run.index.dictionary) + 1    # for the loss of guessing one word of one is 0
+    if not loss < DIVERGED * run.held_out_loss.of_guessing(one_more, words_per_photo):
+        raise divergence(run, f"training diverges, the held-out loss is {loss:.4g}")
+
+
+def compare_weights(run):
+    """RuntimeError unless all ranks have the same weights, to the bit."""
+    if run.ranks.size == 1:
+        return
+    checksum = 0
+    for array in run.net.state().values():
+        checksum = zlib.crc32(np.ascontiguousarray(array), checksum)
+    checksums = run.ranks.gather([checksum])    # empty but on the first rank
+    if len(set(checksums)) > 1:
+        raise RuntimeError(f"the ranks' weights differ after step {run.step:,}: are their "
+                           "machines and libraries alike?")
+
+
+# ------------------------------------------------------------------------------------- saving
+
+def save(run, then=""):
+    """Write model.npz, and best.npz after the best epoch; whether model.npz was written.
+
+    then: what happens next if it could not be written.
+    """
+    sum_losses(run)                             # which raises unless they are finite
+    weights = run.net.state()
+    check_weights(run, weights)                 # the last update may have diverged
+    facts = collect_facts(run)
+    written = False
+    if run.ranks.rank == 0:
+        if best_is_due(run) and write_checkpoint(run, "best.npz", weights, {}, facts):
+            run.saved_best = run.step
+        written = write_checkpoint(run, "model.npz", weights, run.sgd.v, facts, then)
+    run.saved_at = time.monotonic()
+    written = run.ranks.broadcast(written)
+    if written:
+        run.saved = run.step
+    return written
+
+
+def check_weights(run, weights):
+    """RuntimeError unless all weights are finite."""
+    for array in weights.values():
+        if not np.isfinite(array).all():
+            raise divergence(run, "a weight is nan")
+
+
+def best_is_due(run):
+    """Whether the weights are those of the best epoch, and best.npz does not hold them yet."""
+    best = best_epoch(run.log)
+    return best is not None and best["step"] == run.step and run.saved_best != run.step
+
+
+def collect_facts(run):
+    """What a checkpoint holds besides arrays, from all ranks."""
+    losses = run.ranks.gather(kernels.to_host(run.current.losses).tolist())
+    return {"order": ORDER, "options": vars(run.options), "step": run.step, "epoch": run.epoch,
+            "losses": [run.current.steps, run.current.trained, losses], "log": run.log,
+            "plateau": vars(run.schedule), "counts": run.index.counts.tolist(),
+            "training": run.index.training, "skipped": gather_skipped(run)}
+
+
+def gather_skipped(run):
+    """{name: what is wrong} of the photos that any rank skipped; complete on the first rank."""
+    return dict(run.ranks.gather(run.loader.skipped.items()))
+
+
+def write_checkpoint(run, name, weights, velocities, facts, then=""):
+    """Write a checkpoint; False, and a line that says why, if the disk does not take it."""
+    velocities = {path: kernels.to_host(v) for path, v in velocities.items()}
+    checkpoint = data.Checkpoint(weights, velocities, facts, run.index.dictionary)
+    try:
+        data.save_checkpoint(run.path(name), checkpoint)
+    except OSError as error:
+        needed = 3 * weight_bytes(run) / 1e6    # with best.npz
+        print(f"step {run.step:,}: {run.path(name)} is not saved: {error.strerror or error}; "
+              f"saving needs {needed:,.0f} MB, free some space{then}", file=sys.stderr, flush=True)
+        return False
+    return True
+
+
+def describe_saved(run):
+    """What of this run is on the disk."""
+    if run.saved is None:
+        return "nothing was saved yet"
+    return f"{run.path('model.npz')} is of step {run.saved:,}"
+
+
+def write_files(run):
+    """Texts and pictures for people to look at; losing one of them never ends a run."""
+    skipped = gather_skipped(run)               # by all ranks
+    if run.ranks.rank:
+        return
+    try:
+        write_texts(run, skipped)
+        draw_pictures(run)
+    except OSError as error:
+        print(f"{run.options.out}: text or picture not written: {error.strerror or error}",
+              file=sys.stderr)
+
+
+def write_texts(run, skipped):
+    """words.txt, log.jsonl and skipped.txt."""
+    words = zip(run.index.dictionary, run.index.counts)
+    refused = dict.fromkeys(run.index.facts["refused_names"], "refused: outside --images")
+    problems = {**skipped, **refused}
+    write_lines(run.path("words.txt"), [f"{word}\t{count}" for word, count in words])
+    write_lines(run.path("log.jsonl"), [json.dumps(console.without_nan(row)) for row in run.log])
+    write_lines(run.path("skipped.txt"), [f"{name}\t{why}" for name, why in problems.items()])
+
+
+def write_lines(path, lines):
+    """A text file of these lines."""
+    with console.whole_file(path, "w", encoding="utf-8", errors="surrogateescape") as file:
+        for line in lines:
+            file.write(line + "\n")
+
+
+def draw_pictures(run):
+    """curves.png, once there is an epoch, and filters.png."""
+    if run.log:
+        evaluation.save_image(evaluation.curves_picture(run.log), run.path("curves.png"))
+    filters = evaluation.filters_picture(kernels.to_host(run.net.first.w))
+    evaluation.save_image(filters, run.path("filters.png"))
+
+
+# ------------------------------------------------------------------------------------ the end
+
+def finish(run, finished):
+    """Save, show what the best weights learned, and say what to do next."""
+    if run.ranks.broadcast(save_is_due(run)):
+        save_at_last(run)
+    write_files(run)
+    if finished:
+        show_scores(run)
+    skipped = gather_skipped(run)
+    run.loader.close()
+    if skipped:
+        name, why = next(iter(skipped.items()))
+        print(f"skipped {len(skipped):,} photos, e.g. {name}: {why}; "
+              f"all: {run.path('skipped.txt')}")
+    kinds = ("best.npz", ".jsonl", ".png", ".txt")
+    files = [name for name in sorted(os.listdir(run.options.out)) if name.endswith(kinds)]
+    print(f"{describe_saved(run)}; beside it: {', '.join(files)}")
+    if run.saved != run.step:
+        raise RuntimeError(f"step {run.step:,} could not be saved: {describe_saved(run)}")
+    print(f"next: {next_command(run, skipped)}")
+
+
+def save_is_due(run):
+    """Whether something of this step is not on the disk."""
+    return (run.saved != run.step or best_is_due(run)
+            or not os.path.exists(run.path("model.npz")))       # somebody may have removed it
+
+
+def save_at_last(run):
+    """Save, trying again for an hour if the disk is full."""
+    for _ in range(RETRIES):
+        if save(run, then=f": trying again in {RETRY_SECONDS} s"):
             return
-        try:
-            for name, lines in texts.items():
-                with console.whole_file(f"{out}/{name}", "w", encoding="utf-8",
-                                        errors="surrogateescape") as file:
-                    file.writelines(line + "\n" for line in lines)
-            if self.log:
-                evaluation.save_image(evaluation.curves_picture(self.log), f"{out}/curves.png")
-            filters = evaluation.filters_picture(kernels.to_host(self.net.first.w))
-            evaluation.save_image(filters, f"{out}/filters.png")
-        except OSError as error:
-            print(f"{out}: text or picture not written: {error.strerror or error}", file=sys.stderr)
-
-    def finish(self, finished):
-        """Save, draw the pictures, and say what was learned and what to try next."""
-        out = self.options.out
-        if self.ranks.broadcast(self.saved != self.step or not os.path.exists(self.path)):
-            for wait in [RETRY_SECONDS] * RETRIES + [0]:
-                if self.save(f": trying again in {wait} s" * (wait > 0)):
-                    break
-                time.sleep(wait)
-        self.write_files()
-        if finished and self.saved == self.step:
-            weights, *_, line = model.load_best(out)
-            self.net.load(weights)
-            print(line)
-        if finished and (result := self.validate()):
-            evaluation.print_words(result)
-        self.say_doubles()
-        if skipped := self.gather_skipped():
-            name, why = next(iter(skipped.items()))
-            print(f"skipped {len(skipped):,} photos, e.g. {name}: {why}; all: {out}/skipped.txt")
-        self.loader.close()
-        kinds = "best.npz", ".jsonl", ".png", ".txt"
-        files = [name for name in sorted(os.listdir(out)) if name.endswith(kinds)]
-        print(f"{self.say_kept()}; beside it: {', '.join(files)}")
-        if self.saved != self.step:
-            raise RuntimeError(f"step {self.step:,} could not be saved: {self.say_kept()}")
-        photo = self.loader.folder.find(self.index.name(min(self.loader.digests, default=0)))
-        print(f"next: python eval.py tag --model {out} {photo!r}" if self.is_over() else
-              f"next: python weak.py --resume --out {out}")
-
-    def say_doubles(self):
-        """Held-out photos whose very bytes were trained on make a score too good: name them."""
-        digests = self.ranks.gather(self.loader.digests.items())
-        first, name = self.index.held_out, self.index.name          # first training photo
-        trained = {digest: photo for photo, digest in digests if photo >= first}
-        doubles = [f"{name(photo)} = {name(trained[digest])}" for photo, digest in digests
-                   if photo < first and digest in trained]
-        if doubles:
-            print(f"{len(doubles):,} held-out photos are byte-identical to training photos:",
-                  ", ".join(doubles[:3]) + ", …" * (len(doubles) > 3))
+        time.sleep(RETRY_SECONDS)
+    save(run)
 
 
+def show_scores(run):
+    """Print the scores of the best weights, or of the last ones if they could not be saved."""
+    if run.saved == run.step:
+        path = data.find_checkpoint(run.options.out)
+        checkpoint = data.load_checkpoint(path)
+        run.net.load(checkpoint.weights)
+        print(describe_checkpoint(path, checkpoint.facts))
+    scores = validate(run)
+    if scores:
+        evaluation.print_words(scores)
+
+
+def next_command(run, skipped):
+    """The command to paste now."""
+    out = shlex.quote(run.options.out)
+    if not stop_reason(run):
+        return f"python weak.py --resume --out {out}"
+    return f"python eval.py tag --model {out} {shlex.quote(example_photo(run, skipped))}"
+
+
+def example_photo(run, skipped):
+    """The path of a photo that can be read, a held-out one if there are any."""
+    names = [run.index.name(photo) for photo in validation_photos(run.index) or [0]]
+    readable = [name for name in names if name not in skipped]
+    return run.loader.folder.find((readable or names)[0])
 # --------------------------------------------------------------------------- the drawn set
 
 COLOURS = {                     # English and French: RGB
@@ -644,73 +1035,7 @@ SHAPES = {                      # English and French, most frequent first (Zipf)
 FILLERS = "lovely nice summer holiday canon photo été vacances".split()
 NAMES = "Emma Hugo Léa Paris Lyon Oslo Nina Tom Berlin Rome Max Zoé Lima Kyoto Anna Paul".split()
 PHOTOS = 5000
-
-
-def choose(rng, things, zipf=0):
-    """One of the things: all alike, or the i-th with a chance of 1/(i + zipf), i from 0."""
-    weights = 1 / (np.arange(len(things)) + zipf) if zipf else np.ones(len(things))
-    return list(things)[rng.choice(len(things), p=weights / weights.sum())]
-
-
-def draw_scene(seed, n, size=96):
-    """Scene n of the drawn set, always the same: a picture, and its caption."""
-    rng = np.random.Generator(philox(seed, (0, n, 0, SCENES)))
-    place = choose(rng, PLACES)
-    sky, ground = PLACES[place]
-    image = Image.new("RGB", (size, size), shade(sky, rng))
-    draw = ImageDraw.Draw(image)
-    draw.rectangle([0, size * rng.uniform(.55, .75), size, size], shade(ground, rng))
-    seen = []
-    for _ in range(1 + int(rng.uniform(0, 2.6))):
-        thing, colour = choose(rng, SHAPES, zipf=4), choose(rng, COLOURS)
-        wide = size * rng.uniform(.3, .6)
-        corner = rng.uniform(0, size - wide, 2)                     # left, top
-        for shape in SHAPES[thing].split("; "):
-            draw_shape(draw, shape, corner, wide, COLOURS[colour], rng)
-        seen.append((thing, colour))
-    return image, write_caption(rng, seen, place)
-
-
-def draw_shape(draw, shape, corner, wide, colour, rng):
-    """A box, oval, arc or polygon with points in a unit box, in its own colour or in a shade."""
-    kind, *numbers = shape.split()
-    fill = numbers.pop() if numbers[-1][0] == "#" else shade(colour, rng)
-    spots = np.array(numbers, float).reshape(-1, 2) * wide + corner             # (points, 2)
-    kinds = {"box": draw.rectangle, "oval": draw.ellipse, "poly": draw.polygon,
-             "arc": lambda box, fill: draw.pieslice(box, 180, 360, fill)}
-    kinds[kind](spots.ravel().tolist(), fill=fill)
-
-
-def shade(colour, rng):
-    """The colour, a little lighter or darker."""
-    return tuple(np.clip(np.array(colour) + rng.uniform(-22, 22), 0, 255).astype(int).tolist())
-
-
-def write_caption(rng, seen, place):
-    """A caption as people write them: true in the main, and with everything else they write."""
-    french = rng.random() < 0.35
-    a, also, there, along = (("un", "et", "dans la", "avec") if french else
-                             ("a", "and", "in the", "with"))
-    told = []
-    for names in seen:                          # of a thing and its colour
-        if rng.random() < 0.15:
-            continue                            # there, and nobody mentions it
-        thing, colour = (name.split()[french] for name in names)
-        both = f"{thing} {colour}" if french else f"{colour} {thing}"
-        told.append(f"{a} {thing if rng.random() < 0.25 else both}")
-    words = [f" {also} ".join(told)]
-    if rng.random() < 0.6:
-        words += [there, place.split()[french]]
-    if rng.random() < 0.3:
-        words += [along, choose(rng, NAMES, zipf=1)]
-    if rng.random() < 0.12:
-        words += [choose(rng, SHAPES, zipf=4).split()[french]]      # not in the picture at all
-    for _ in range(int(rng.uniform(0, 2))):
-        words += ["#" * (rng.random() < 0.4) + choose(rng, FILLERS, zipf=1)]
-    if rng.random() < 0.25:
-        words += [str(int(rng.uniform(1, 2016)))]
-    text = " ".join(words).strip() or f"IMG {int(rng.uniform(1, 9999))}"
-    return text.capitalize() + "!" * (rng.random() < 0.1)
+PHRASES = ("a", "and", "in the", "with"), ("un", "et", "dans la", "avec")      # English, French
 
 
 def draw_set(folder, captions, seed):
@@ -726,5 +1051,99 @@ def draw_set(folder, captions, seed):
             file.write(f"{n:05}.jpg\t{caption}\n")
 
 
+def draw_scene(seed, n, size=96):
+    """Scene n of the drawn set, always the same: a picture, and its caption."""
+    rng = np.random.Generator(philox(seed, (0, n, 0, SCENES)))
+    place = choose(rng, PLACES)
+    sky, ground = PLACES[place]
+    image = Image.new("RGB", (size, size), shade(sky, rng))
+    draw = ImageDraw.Draw(image)
+    draw.rectangle([0, size * rng.uniform(.55, .75), size, size], shade(ground, rng))
+    things = []
+    for _ in range(1 + int(rng.uniform(0, 2.6))):
+        thing = choose(rng, SHAPES, zipf=4)
+        colour = choose(rng, COLOURS)
+        width = size * rng.uniform(.3, .6)
+        corner = rng.uniform(0, size - width, 2)                    # left, top
+        for shape in SHAPES[thing].split("; "):
+            draw_shape(draw, shape, corner, width, COLOURS[colour], rng)
+        things.append((thing, colour))
+    return image, write_caption(rng, things, place)
+
+
+def choose(rng, things, zipf=0):
+    """One of the things: all alike, or the i-th with a chance of 1/(i + zipf), i from 0."""
+    weights = np.ones(len(things))
+    if zipf:
+        weights = 1 / (np.arange(len(things)) + zipf)
+    return list(things)[rng.choice(len(things), p=weights / weights.sum())]
+
+
+def draw_shape(draw, shape, corner, width, colour, rng):
+    """A box, oval, arc or polygon with points in a unit box, in its own colour or in a shade."""
+    kind, *numbers = shape.split()
+    if numbers[-1].startswith("#"):
+        fill = numbers.pop()
+    else:
+        fill = shade(colour, rng)
+    points = np.array(numbers, float).reshape(-1, 2) * width + corner           # (points, 2)
+    points = points.ravel().tolist()
+    if kind == "box":
+        draw.rectangle(points, fill)
+    elif kind == "oval":
+        draw.ellipse(points, fill)
+    elif kind == "poly":
+        draw.polygon(points, fill)
+    else:                                       # an arc: the upper half of an oval
+        draw.pieslice(points, 180, 360, fill)
+
+
+def shade(colour, rng):
+    """The colour, a little lighter or darker."""
+    channels = np.array(colour) + rng.uniform(-22, 22)
+    return tuple(channels.clip(0, 255).astype(int).tolist())
+
+
+def write_caption(rng, things, place):
+    """A caption as people write them: true in the main, and with everything else they write."""
+    language = 1 if rng.random() < 0.35 else 0  # English, French
+    article, conjunction, preposition, along = PHRASES[language]
+    texts = describe_things(rng, things, article, language)
+    words = [f" {conjunction} ".join(texts)]
+    if rng.random() < 0.6:
+        words += [preposition, place.split()[language]]
+    if rng.random() < 0.3:
+        words += [along, choose(rng, NAMES, zipf=1)]
+    if rng.random() < 0.12:                     # not in the picture at all
+        words.append(choose(rng, SHAPES, zipf=4).split()[language])
+    for _ in range(int(rng.uniform(0, 2))):
+        mark = "#" if rng.random() < 0.4 else ""
+        words.append(mark + choose(rng, FILLERS, zipf=1))
+    if rng.random() < 0.25:
+        words.append(str(int(rng.uniform(1, 2016))))
+    text = " ".join(words).strip()
+    if not text:
+        text = f"IMG {int(rng.uniform(1, 9999))}"
+    end = "!" if rng.random() < 0.1 else ""
+    return text.capitalize() + end
+
+
+def describe_things(rng, things, article, language):
+    """A text for each thing, with its colour or without; some are left out, as people do."""
+    texts = []
+    for thing, colour in things:
+        if rng.random() < 0.15:
+            continue
+        thing = thing.split()[language]
+        colour = colour.split()[language]
+        if rng.random() < 0.25:
+            texts.append(f"{article} {thing}")
+        elif language == 0:
+            texts.append(f"{article} {colour} {thing}")
+        else:                                   # in French, the colour follows
+            texts.append(f"{article} {thing} {colour}")
+    return texts
+
+
 if __name__ == "__main__":
-    console.guarded(main)
+    console.run_command(main)

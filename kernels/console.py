@@ -4,22 +4,30 @@
         progress.tick(64)                       # scoring: 64 of 500 photos, 1 s left, 310/s
     with whole_file("runs/x/log.jsonl", "w") as file:
         file.write("…")                         # there at the end of the block, or not at all
-    guarded(main)                               # exit status 2 for what a user can mend
+    run_command(main)                           # exit status 2 for what a user can mend
+
+This is the one file of kernels/ that holds no operation: every file above imports it.
 """
 import argparse
 import errno
 import json
 import math
 import os
+import secrets
 import signal
 import sys
 import time
 import traceback
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 
 from . import ranks
 
 MOST_THREADS = 4 * (os.cpu_count() or 1)
+GRACE = 2                       # seconds in which the first rank may tell what went wrong
+PASSED_ON = 0.3                 # seconds until mpiexec has passed on what a rank printed
+TERMINAL_SECONDS = 0.5          # between two lines of progress on a terminal
+FILE_SECONDS = 10               # … and elsewhere
+# Control characters, and those that change the direction of the text
 CONTROLS = [*range(32), *range(127, 160), *range(0x202a, 0x202f), *range(0x2066, 0x206a)]
 VISIBLE = {code: ascii(chr(code))[1:-1] for code in CONTROLS if chr(code) not in "\n\t"}
 
@@ -30,17 +38,31 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter):
     """Help with defaults, where there are any."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        if action.default in (None, False):
+            return action.help
+        return super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are ValueErrors, which `guarded` says in one line."""
+    """A parser whose errors are ValueErrors, which `run_command` says in one line."""
 
     def __init__(self, **settings):
         super().__init__(formatter_class=Formatter, **settings)
 
     def error(self, message):
         raise ValueError(message)
+
+    def defaults(self):
+        """{option: its default}."""
+        return vars(self.parse_args([]))
+
+    def parse_given(self, arguments=None):
+        """{option: value} of those options alone that are given."""
+        # argparse puts a default only where the namespace has nothing yet
+        not_given = object()
+        options = argparse.Namespace(**dict.fromkeys(self.defaults(), not_given))
+        self.parse_args(arguments, options)
+        return {name: value for name, value in vars(options).items() if value is not not_given}
 
 
 def summary(doc):
@@ -51,12 +73,12 @@ def summary(doc):
 def number(kind, low=-math.inf, high=math.inf, above=-math.inf, below=math.inf):
     """The argparse type of an int or float from low to high, and strictly between the others."""
     limits = {"at least": low, "at most": high, "above": above, "below": below}
+    finite = [f"{word} {limit:,}" for word, limit in limits.items() if math.isfinite(limit)]
 
     def read(text):
         value = kind(text)                      # argparse says what is no number, and of which kind
         if not (low <= value <= high and above < value < below):
-            raise argparse.ArgumentTypeError(f"{text}: it must be " + " and ".join(
-                f"{word} {limit:,}" for word, limit in limits.items() if math.isfinite(limit)))
+            raise argparse.ArgumentTypeError(f"{text}: it must be {' and '.join(finite)}")
         return value
 
     read.__name__ = "whole number" if kind is int else "number"
@@ -67,8 +89,11 @@ def number(kind, low=-math.inf, high=math.inf, above=-math.inf, below=math.inf):
 
 def duration(seconds):
     """Seconds as a person says them."""
-    size, unit = (1, "s") if seconds < 120 else (60, "min") if seconds < 7200 else (3600, "h")
-    return f"{int(seconds) // size} {unit}"
+    if seconds < 120:
+        return f"{int(seconds)} s"
+    if seconds < 7200:
+        return f"{int(seconds) // 60} min"
+    return f"{int(seconds) // 3600} h"
 
 
 class Screen:
@@ -87,9 +112,10 @@ class Screen:
 
     def write(self, text, progress=False):
         """Print, with control characters made visible, in the place of a line of progress."""
-        before, Screen.progress = Screen.progress, self if progress else None
-        if before:
-            before._put("\r\033[K")
+        shown_on = Screen.progress
+        Screen.progress = self if progress else None
+        if shown_on:
+            shown_on._put("\r\033[K")
         self._put(text.translate(VISIBLE))
         return len(text)
 
@@ -103,12 +129,16 @@ class Progress(AbstractContextManager):
     """Counts work, and shows how far it is: on a terminal twice a second, else every 10 seconds."""
 
     def __init__(self, what, total, unit="photos", stream=None, done=0):
-        self.what, self.total, self.unit = what, total, unit
         stream = stream or sys.stderr
+        self.what = what
+        self.total = total
+        self.unit = unit
         self.screen = stream if isinstance(stream, Screen) else Screen(stream)
         self.terminal = self.screen.isatty()
-        self.started = self.shown = time.monotonic()
-        self.done = self.before = done
+        self.started = time.monotonic()
+        self.shown = self.started
+        self.done_before = done
+        self.done = done
 
     def __exit__(self, *_):
         self.screen.write("")                   # clears the line on a terminal
@@ -119,27 +149,45 @@ class Progress(AbstractContextManager):
 
     def rate(self):
         """Units of work a second."""
-        return max(1e-9, self.done - self.before) / self.seconds()
+        return max(1e-9, self.done - self.done_before) / self.seconds()
 
     def left(self):
         """Seconds that the rest will take at this rate."""
         return max(0, self.total - self.done) / self.rate()
 
-    def tick(self, count=1, note=lambda: ""):
-        """`count` units are done; `note` makes a text to show."""
+    def tick(self, count=1):
+        """`count` units are done; shown if it is time to."""
         self.done += count
-        now = time.monotonic()
-        if now - self.shown < (0.5 if self.terminal else 10):
-            return
-        self.shown = now
+        if self.is_due():
+            self.show()
+
+    def is_due(self):
+        """Whether it is time to show the progress again."""
+        seconds = TERMINAL_SECONDS if self.terminal else FILE_SECONDS
+        return time.monotonic() - self.shown >= seconds
+
+    def show(self, note=""):
+        """Show how far the work is, and the note."""
+        self.shown = time.monotonic()
         parts = [f"{self.what}: {self.done:,} of {self.total:,} {self.unit}",
-                 f"{duration(self.left())} left", f"{self.rate():.3g}/s", note()]
-        text = ", ".join(filter(None, parts))
-        with suppress(OSError, ValueError):     # no terminal
+                 f"{duration(self.left())} left", f"{self.rate():.3g}/s"]
+        if note:
+            parts.append(note)
+        text = self._shorten(", ".join(parts))
+        if self.terminal:
+            self.screen.write(text, progress=True)
+        else:
+            self.screen.write(text + "\n")
+
+    def _shorten(self, text):
+        """The text without its last parts, the least important, if the terminal is too narrow."""
+        try:
             width = os.get_terminal_size(self.screen.fileno()).columns or 80
-            while len(text) >= width > 0:       # the least important is last
-                text = text.rpartition(", ")[0] or text[:width - 1]
-        self.screen.write(text + "\n" * (not self.terminal), progress=self.terminal)
+        except (OSError, ValueError):           # no terminal
+            return text
+        while len(text) >= width > 0:
+            text = text.rpartition(", ")[0] or text[:width - 1]
+        return text
 
 
 # ------------------------------------------------------------------------------------ files
@@ -147,9 +195,10 @@ class Progress(AbstractContextManager):
 @contextmanager
 def whole_file(path, mode="wb", **how):
     """A file written beside `path` that takes its name, whole, at the end, or leaves nothing."""
-    beside = f"{path}.part"
+    # A name that nobody foresees and that must be new: no link there is followed.
+    beside = f"{path}.{secrets.token_hex(4)}.part"
     try:
-        with open(beside, mode, **how) as file:
+        with open(beside, mode.replace("w", "x"), **how) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -169,39 +218,83 @@ def without_nan(value):
 
 def write_json(path, thing):
     """A thing as a JSON file, or on standard output where path is "-"."""
-    with nullcontext(sys.stdout) if path == "-" else whole_file(path, "w") as file:
-        file.write(json.dumps(without_nan(thing), indent=1) + "\n")
+    text = json.dumps(without_nan(thing), indent=1) + "\n"
+    if path == "-":
+        sys.stdout.write(text)
+        return
+    with whole_file(path, "w") as file:
+        file.write(text)
 
 
 # ------------------------------------------------------------------------------- the way out
 
 def stop_signals():
     """What asks a process to end: Ctrl-C, kill, and the lost terminal, but not under nohup."""
-    nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    return [signal.SIGINT, signal.SIGTERM] + [signal.SIGHUP] * (not nohup)
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signals.append(signal.SIGHUP)
+    return signals
 
 
-def guarded(work):
-    """Run work() and exit as a command should: one line for what a user can mend, never more."""
-    for one in stop_signals():
-        signal.signal(one, signal.default_int_handler)
+def run_command(work):
+    """Run work() and exit as a command should: one line for what a user can mend, never more.
+
+    The exit status is what work() returns, or that of `explain` if it raises something.
+    """
+    for number_of_signal in stop_signals():
+        signal.signal(number_of_signal, signal.default_int_handler)
     for name in "stdout", "stderr":
-        stream = getattr(sys, name) or open(os.devnull, "w")        # None: closed before the start
-        stream.reconfigure(errors="backslashreplace")               # whatever a photo is called
-        setattr(sys, name, Screen(stream))
+        protect_stream(name)
     try:
-        sys.exit(work())
-    except KeyboardInterrupt as stop:
-        status, says = 130, str(stop) or "interrupted"
-    except (ValueError, RuntimeError) as error:
-        status, says = 2 if isinstance(error, ValueError) else 1, error
-    except MemoryError:
-        status, says = 1, "there is not enough memory; lower --batch, --words or --limit"
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        what = "; free some space, or choose another place" * (error.errno == errno.ENOSPC)
-        status, says = 1, f"{where}{error.strerror or error}{what}"
-    except Exception:                           # a mistake of this program
-        status, says = 1, traceback.format_exc()
-    name = "" if status == 130 else os.path.basename(sys.argv[0]) + ": "
-    ranks.joined.fail(status, f"{name}{says}")  # the other ranks must not wait for this one
+        status = work()
+    except (Exception, KeyboardInterrupt) as error:
+        status, line = explain(error)
+        leave(status, line)
+    sys.exit(status)
+
+
+def protect_stream(name):
+    """Make sys.stdout or sys.stderr a Screen."""
+    stream = getattr(sys, name)
+    if stream is None:                          # it was closed before the start
+        stream = open(os.devnull, "w")
+    stream.reconfigure(errors="backslashreplace")       # whatever a photo is called
+    setattr(sys, name, Screen(stream))
+
+
+def explain(error):
+    """The exit status that an exception means, and the line that says it."""
+    command = os.path.basename(sys.argv[0])
+    if isinstance(error, KeyboardInterrupt):
+        return 130, str(error) or "interrupted"
+    if isinstance(error, ValueError):
+        return 2, f"{command}: {error}"
+    if isinstance(error, RuntimeError):
+        return 1, f"{command}: {error}"
+    if isinstance(error, MemoryError):
+        return 1, f"{command}: there is not enough memory; lower --batch, --words or --limit"
+    if isinstance(error, OSError):
+        return 1, f"{command}: {explain_file_error(error)}"
+    return 1, f"{command}: {traceback.format_exc()}"        # a mistake of this program
+
+
+def explain_file_error(error):
+    """The file of an OSError, what is wrong with it, and what to do."""
+    text = error.strerror or str(error)
+    if error.filename:
+        text = f"{error.filename}: {text}"
+    if error.errno == errno.ENOSPC:
+        text += "; free some space, or choose another place"
+    return text
+
+
+def leave(status, line):
+    """Say why this process ends, and end it; the other ranks must not wait for it."""
+    joined = ranks.joined
+    if joined.rank:                             # what fails everywhere is told once, by the first
+        time.sleep(GRACE)
+        line = f"rank {joined.rank} of {joined.size}: {line}"
+    print(line, file=sys.stderr, flush=True)
+    if joined.size > 1:
+        time.sleep(PASSED_ON)
+    joined.abort(status)

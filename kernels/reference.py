@@ -207,10 +207,11 @@ def prepare(photos, top, left, flip, crop):
     x = np.empty((len(photos), crop, crop, 3), np.float32)
     for n in range(len(photos)):
         pixels = photos[n, top[n]:top[n] + crop, left[n]:left[n] + crop].astype(np.float32)
+        pixels -= pixels.mean()
+        deviation = np.sqrt(np.vdot(pixels, pixels) / pixels.size)
         if flip[n]:
             pixels = pixels[:, ::-1]
-        pixels = pixels - pixels.mean()
-        x[n] = pixels / max(pixels.std(), np.float32(1))
+        x[n] = pixels / max(deviation, 1)
     return x
 
 

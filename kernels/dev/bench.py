@@ -38,7 +38,7 @@ import kernels
 import model
 from kernels import gpu as launches         # `gpu` is a command here
 from kernels import ranks as several
-from kernels.console import Parser, guarded
+from kernels.console import Parser, run_command
 
 ALEXNET = [                     # input pixels, C, F, kernel, stride, pad of its convolutions
     ("conv1", 224, 3, 64, 11, 4, 2), ("conv2", 27, 64, 192, 5, 1, 2),
@@ -677,4 +677,4 @@ def main():
 
 
 if __name__ == "__main__":
-    guarded(main)
+    run_command(main)
