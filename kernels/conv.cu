@@ -10,13 +10,15 @@
 // filters. The filter gradient (FILTER = 1) transposes the left operand, which is gathered from an
 // NHWC image on the way to shared memory; `right` is a matrix with k as its row: filters, or dy.
 //
+// naive.cu has the same three operations with a thread for each number: read that first.
+//
 // A block makes BM×BN numbers of y. It walks along k in tiles of BK, STAGES - 1 of them in flight
 // (copy_async). blockIdx: x = row tile, y = column tile, z = part of k; with several parts each
-// writes its own sums, and `reduce` adds them in a fixed order. So all bits are the same every run.
+// writes its own sums, and add_parts adds them in a fixed order. So all bits are the same every run.
 //
 // Constants that gpu.py injects: BM, BN, STAGES, VEC (4: sixteen-byte loads, channels and columns
 // must be multiples of 4; 1: any size), FILTER, DILATE, INNER (0: fmaf; 1: TF32; 3: three TF32
-// products). With INNER = 1 both operands must hold TF32: whoever makes a number rounds it, once.
+// products). Tensor cores read TF32, so each fragment is rounded when it is loaded.
 
 #define BK 32
 // a[k][m] or a[m][k], its pitch such that the k, or rows, of a fragment differ in bank
@@ -46,10 +48,10 @@ struct Divisor {
 struct Geometry {
     static const int OUTSIDE = 1 << 28;     // rows above or below the image
     int h, w;                               // of the image
-    int stride, pad, pixels;                // pixels: of the grid, of all images
+    int stride, top, left;                  // top, left: of the zero border
+    int pixels;                             // of the grid, of all images
     Divisor c, kw, oh, ow;
     int rows, cols, depth, part;            // part: numbers of k that a block adds
-    int x_pitch, right_pitch, pitch, relu, round;       // pitch: numbers from a row to the next
 
     // pixel m of the grid -> the corner of its patch, and where in x that is (with dilation, where
     // its image is); outside from pixel `end` on
@@ -57,9 +59,9 @@ struct Geometry {
     {
         int oi, oj;
         const int n = oh.divide(ow.divide(m, oj), oi);
-        i = oi * stride - pad;
-        j = oj * stride - pad;
-        corner = (DILATE == 1 ? (n * h + i) * w + j : n * h * w) * x_pitch;
+        i = oi * stride - top;
+        j = oj * stride - left;
+        corner = (DILATE == 1 ? (n * h + i) * w + j : n * h * w) * int(c.d);
         if (m >= end) i = -OUTSIDE;
     }
 
@@ -68,30 +70,30 @@ struct Geometry {
     {
         int channel;
         p = kw.divide(c.divide(k, channel), q);
-        further = (DILATE == 1 ? (p * w + q) * x_pitch : 0) + channel;
+        further = (DILATE == 1 ? (p * w + q) * int(c.d) : 0) + channel;
         if (!valid) p = 2 * OUTSIDE;
     }
 
     // x[at] of pixel (i, j), zeros outside the image; if dilated, `at` is its corner and channel
     __device__ void copy(float* to, const float* x, int i, int j, int at) const
     {
-        if (DILATE > 1) at += (i / DILATE * w + j / DILATE) * x_pitch;
+        if (DILATE > 1) at += (i / DILATE * w + j / DILATE) * int(c.d);
         const bool valid = i % DILATE == 0 && j % DILATE == 0 && unsigned(i) < unsigned(h * DILATE)
                            && unsigned(j) < unsigned(w * DILATE);
         copy_async<4 * VEC>(to, x + at, valid);
     }
 
-    // two neighbours in a row of y; bias (cols,) or null, gate (rows, cols) or null
-    __device__ void store(float* y, const float* bias, const float* gate, int row, int col,
-                          float v0, float v1) const
+    // two neighbours in a row of y, plus bias (cols,) if it is not null, then with `relu` max(y, 0)
+    __device__ void store(float* y, const float* bias, bool relu, int row, int col, float v0,
+                          float v1) const
     {
-        float v[] = {v0, v1}, *at = y + static_cast<long long>(row) * pitch + col;
+        float v[] = {v0, v1};
+        float* at = y + static_cast<long long>(row) * cols + col;
 #pragma unroll
         for (int n = 0; n < 2; n++) {
             if (row >= rows || col + n >= cols) return;
             if (bias) v[n] += bias[col + n];
-            if (gate && !(gate[row * cols + col + n] > 0)) v[n] = 0;
-            v[n] = rounded(relu && v[n] < 0 ? 0 : v[n], round);     // a NaN stays
+            if (relu && v[n] < 0) v[n] = 0;                         // a NaN stays
             if (VEC == 1) at[n] = v[n];
         }
         if (VEC == 4) *reinterpret_cast<float2*>(at) = make_float2(v[0], v[1]);
@@ -118,7 +120,7 @@ struct Left {
         int my_i, my_j, my_corner;
         shape.pixel(k0 + threadIdx.x % 32, end, my_i, my_j, my_corner);
         float* to = &A_AT(threadIdx.x % GROUPS * VEC, threadIdx.x / GROUPS);
-#pragma unroll (BK / STEP < 16 ? BK / STEP : 4)               // 32 copies help nobody
+#pragma unroll (BK / STEP < 16 ? BK / STEP : 4)               // unrolling all 32 did not help
         for (int r = 0; r < BK / STEP; r++) {
             const int k = threadIdx.x / GROUPS + r * STEP;
             const int i = __shfl_sync(0xffffffffu, my_i, k);
@@ -161,12 +163,12 @@ __device__ void load_right(float* b, const float* right, const Geometry& shape, 
     constexpr int groups = BN / VEC, fit = THREADS / groups;
     constexpr int step = fit == 5 ? 4 : fit;                // rows at a time, a divisor of BK
     const int n = threadIdx.x % groups * VEC, first = threadIdx.x / groups, col = blockIdx.y * BN;
-    if (fit > step && first >= step) return;                // some threads, if BN is 96
+    if (THREADS % groups && first >= step) return;          // the last threads, if BN is 96
 #pragma unroll (BK / step < 16 ? BK / step : 4)
     for (int r = 0; r < BK / step; r++) {
         const int k = first % step + r * step;              // % tells the compiler
         const bool valid = k0 + k < end && col + n < shape.cols;
-        copy_async<4 * VEC>(&B_AT(k, n), right + ((k0 + k) * shape.right_pitch + col + n), valid);
+        copy_async<4 * VEC>(&B_AT(k, n), right + ((k0 + k) * shape.cols + col + n), valid);
     }
 }
 
@@ -197,7 +199,7 @@ struct Product {
         }
     }
 
-    __device__ void store(const Geometry& shape, float* to, const float* bias, const float* gate)
+    __device__ void store(const Geometry& shape, float* to, const float* bias, bool relu)
     {
 #pragma unroll
         for (int i = 0; i < ROWS; i++)
@@ -205,8 +207,8 @@ struct Product {
             for (int j = 0; j < QUADS; j++) {
                 const int row = blockIdx.x * BM + ty() + 16 * i;
                 const int col = blockIdx.y * BN + 4 * tx() + 64 * j;
-                shape.store(to, bias, gate, row, col, y[i][j][0], y[i][j][1]);
-                shape.store(to, bias, gate, row, col + 2, y[i][j][2], y[i][j][3]);
+                shape.store(to, bias, relu, row, col, y[i][j][0], y[i][j][1]);
+                shape.store(to, bias, relu, row, col + 2, y[i][j][2], y[i][j][3]);
             }
     }
 };
@@ -231,10 +233,10 @@ struct Product {
         return threadIdx.x / 32 / BESIDE * ROW_TILES * 8 + (FILTER ? n : n / 4 + n % 4 * 2);
     }
 
-    // x = hi + lo, both TF32: together they hold 21 bits of the 24 of a float
+    // x = hi + lo, both TF32: together they hold 21 bits of the 24 of a float. INNER = 1 takes hi.
     static __device__ void split(float x, unsigned& hi, unsigned& lo)
     {
-        hi = INNER == 3 ? to_tf32(x) : __float_as_uint(x);
+        hi = to_tf32(x);
         lo = to_tf32(x - __uint_as_float(hi));
     }
 
@@ -272,27 +274,28 @@ struct Product {
         }
     }
 
-    __device__ void store(const Geometry& shape, float* to, const float* bias, const float* gate)
+    __device__ void store(const Geometry& shape, float* to, const float* bias, bool relu)
     {
 #pragma unroll
         for (int i = 0; i < COL_TILES; i++)
 #pragma unroll
             for (int j = 0; j < ROW_TILES; j++) {
                 const int r = blockIdx.x * BM + 8 * j, c = blockIdx.y * BN + col() + 16 * i;
-                shape.store(to, bias, gate, r + row(2 * t()), c, y[i][j][0], y[i][j][2]);
-                shape.store(to, bias, gate, r + row(2 * t() + 1), c, y[i][j][1], y[i][j][3]);
+                shape.store(to, bias, relu, r + row(2 * t()), c, y[i][j][0], y[i][j][2]);
+                shape.store(to, bias, relu, r + row(2 * t() + 1), c, y[i][j][1], y[i][j][3]);
             }
     }
 };
 #endif
 
-// Called by gpu._convolve. With FILTER the blocks of the first `shares` row tiles share the tiles
-// of `right` among them and leave the sums of its columns in `sums` (parts, shares, cols).
+// Called by gpu._launch_conv. bias (cols,) or null. With FILTER the blocks of the first `shares` row
+// tiles share the tiles of `right` among them, and leave the sums of its columns, which make db, in
+// `sums` (parts, shares, cols).
 extern "C" __global__ void __launch_bounds__(THREADS, VEC == 4 ? 2 : 1)
-conv(const float* x, const float* right, float* y, const float* bias, const float* gate,
-     float* sums, int shares, const Geometry shape)
+conv(const float* x, const float* right, float* y, const float* bias, int relu, float* sums,
+     int shares, const Geometry shape)
 {
-    float* part = y + static_cast<long long>(blockIdx.z) * shape.rows * shape.pitch;
+    float* part = y + static_cast<long long>(blockIdx.z) * shape.rows * shape.cols;
     const int row0 = blockIdx.x * BM, col0 = blockIdx.y * BN;
     const int begin = blockIdx.z * shape.part, end = min(shape.depth, begin + shape.part);
     const int tiles = (end - begin + BK - 1) / BK;
@@ -322,8 +325,7 @@ conv(const float* x, const float* right, float* y, const float* bias, const floa
 #pragma unroll 8
             for (int k = 0; k < BK; k++) sum += a[A_SIZE + k * B_PITCH + threadIdx.x];
     }
-    const bool whole = gridDim.z == 1;                      // else `reduce` does the rest
-    product.store(shape, part, whole ? bias : nullptr, whole ? gate : nullptr);
+    product.store(shape, part, bias, relu);
     if (FILTER && blockIdx.x < shares && threadIdx.x < BN && col0 + threadIdx.x < shape.cols)
         sums[(blockIdx.z * shares + blockIdx.x) * shape.cols + col0 + threadIdx.x] = sum;
 }

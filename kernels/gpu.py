@@ -1,41 +1,42 @@
-"""The operations as CUDA kernels: how each is launched, with its geometry beside the launch.
+"""The operations of reference.py as CUDA kernels, each with its launch geometry beside the launch.
 
-Same names and arguments as the NumPy twins in cpu.py. The .cu files are compiled by NVRTC through
-CuPy when they are first needed. `Cuda` is the GPU; in tests on machines without one emulate_cupy.py
-is what it finds as CuPy. Arrays are float32 and NHWC. Where a channel slice of a wider array will
-do, a kernel takes its pitch: the numbers from row to row.
+Same names and arguments; what each operation computes is said there. The .cu files are compiled by
+NVRTC through CuPy when they are first needed. A kernel checks nothing, so the functions here check
+what they are given: contiguous float32 arrays, NHWC. `Cuda` is the GPU; in tests on machines
+without one, dev/emulate_cupy.py is what it finds as CuPy.
 """
 import functools
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from .cpu import LANES, output_size
+from .reference import LANES, output_size
 
 FOLDER = Path(__file__).parent
-INNER = {"fp32": 0, "tf32": 1, "3xtf32": 3}        # the product of conv.cu, by precision
 NULL = np.uint64(0)                     # a pointer to nothing
-BLOCK = 256                             # threads a block of the kernels that take a number each
-BM, BK, STAGES = 128, 32, 3             # the tile of conv.cu, and how many are in flight
-COLUMNS = {0: (128, 64), 1: (128, 96, 64, 32, 16)}          # of a tile, by INNER > 0
-LEAST_TILES = 8                         # tiles of BK along the reduction, that a split is worth
-LRN_BYTES = 12 << 10                    # shared memory of a block of lrn.cu, at least a pixel
+BLOCK = 256                             # threads of a block, where each makes a number or a few
 
-# The structs of conv.cu and pool.cu, field by field. CuPy passes an array of one record by value,
-# and cannot know what the kernel takes: a static_assert there compares the sizes.
-DIVISOR = np.dtype([(name, np.uint32) for name in ("d", "mul", "shift")])
-GEOMETRY = np.dtype([(name, DIVISOR if name in ("c", "kw", "oh", "ow") else np.int32) for name in (
-    "h w stride pad pixels c kw oh ow rows cols depth part x_pitch right_pitch pitch relu round"
-    ).split()])
+# The structs that kernels take, field by field. CuPy passes an array of one record by value, and
+# cannot know what the kernel takes: a static_assert there compares the sizes.
+DIVISOR = np.dtype([("d", np.uint32), ("mul", np.uint32), ("shift", np.uint32)])
+GEOMETRY = np.dtype(                                                            # conv.cu
+    [(name, np.int32) for name in ("h", "w", "stride", "top", "left", "pixels")]
+    + [(name, DIVISOR) for name in ("c", "kw", "oh", "ow")]
+    + [(name, np.int32) for name in ("rows", "cols", "depth", "part")])
+SHAPE = np.dtype([(name, np.int32) for name in "n h w c kh kw f oh ow stride pad".split()])
 WINDOW = np.dtype([(name, np.int32) for name in "h w c oh ow kernel stride pad".split()])
-SIZES = ("GEOMETRY_BYTES", GEOMETRY.itemsize), ("WINDOW_BYTES", WINDOW.itemsize)
+SIZES = (("GEOMETRY_BYTES", GEOMETRY.itemsize), ("SHAPE_BYTES", SHAPE.itemsize),
+         ("WINDOW_BYTES", WINDOW.itemsize))
 
+
+# ------------------------------------------------------------------------------- the device
 
 class Cuda:
     """A GPU: what it is, its kernels and copies, through CuPy.
 
-    Everything is queued on the current stream, but photos: they travel on a stream of their own,
-    beside the computation, out of page-locked memory that the loader has filled.
+    Everything is queued on the current stream, except two things that run beside the computation,
+    on streams of their own: copies of photos, and samples.
     """
 
     def __init__(self, number=0):
@@ -43,25 +44,41 @@ class Cuda:
         self.xp = cupy
         cupy.cuda.Device(number).use()
         facts = cupy.cuda.runtime.getDeviceProperties(number)
+        attributes = cupy.cuda.Device(number).attributes
         self.name = facts["name"].decode()
         self.multiprocessors = facts["multiProcessorCount"]
         self.tf32 = facts["major"] >= 8
-        self.shared_bytes = cupy.cuda.Device(number).attributes["MaxSharedMemoryPerBlockOptin"]
-        if self.shared_bytes < 64 << 10:
+        self.block_bytes = attributes["MaxSharedMemoryPerBlockOptin"]
+        self.multiprocessor_bytes = attributes["MaxSharedMemoryPerMultiprocessor"]
+        if self.block_bytes < 64 << 10:
             raise RuntimeError(f"{self.name} is too old: these kernels need 64 KB of shared memory "
                                "for a block (compute capability 7.0)")
         self.kernels = {}                       # compiled, by file, name and constants
-        self.travel = cupy.cuda.Stream(non_blocking=True)
+        self.copies = cupy.cuda.Stream(non_blocking=True)
+        self.samples = cupy.cuda.Stream(non_blocking=True)
         self.under_way = []                     # (event, photos) of copies that may not be over
+
+    def kernel(self, file, name, defines):
+        """A kernel of a .cu file that is compiled with `defines`, on its first use."""
+        key = file, name, defines
+        if key not in self.kernels:
+            module = self.xp.RawModule(code=source(file), options=options(defines))
+            kernel = module.get_function(name)
+            kernel.max_dynamic_shared_size_bytes = self.block_bytes
+            if file == "conv.cu":               # it wants all memory that a multiprocessor has
+                kernel.preferred_shared_memory_carveout = 100
+            self.kernels[key] = kernel
+        return self.kernels[key]
 
     def upload(self, photos):
         """Photos of host_empty on the device; until they are there, their memory is kept."""
-        with self.travel:
+        with self.copies:
             there = self.xp.empty(photos.shape, np.uint8)
-            there.set(photos, self.travel)
-            arrived = self.travel.record()
+            there.set(photos, self.copies)
+            arrived = self.copies.record()
         self.xp.cuda.get_current_stream().wait_event(arrived)
-        self.under_way = [row for row in self.under_way if not row[0].done] + [(arrived, photos)]
+        self.under_way = [copy for copy in self.under_way if not copy[0].done]
+        self.under_way.append((arrived, photos))
         return there
 
 
@@ -70,88 +87,106 @@ def source(file):
 
     Pasted, not included: CuPy's cache of compiled kernels would not see a header change.
     """
-    return "\n".join(f'#line 1 "{name}"\n{(FOLDER / name).read_text("utf-8")}'
-                     for name in ("ptx.cuh", file))
+    texts = []
+    for name in ("ptx.cuh", file):
+        texts.append(f'#line 1 "{name}"\n{(FOLDER / name).read_text("utf-8")}')
+    return "\n".join(texts)
 
 
 def options(defines):
     """Compiler options of a kernel variant."""
-    return "-std=c++17", *(f"-D{name}={value}" for name, value in (*SIZES, *defines))
+    return ("-std=c++17", *[f"-D{name}={value}" for name, value in SIZES + defines])
 
 
 _device = None                          # a Cuda
 _precision = "fp32"
-_trained = None, None, {}               # what sgd updates, and the _forms of its filters
 
 
 def use(device, precision):
     """Compute on `device` from now on; RuntimeError if it has not the precision asked for."""
-    global _device, _precision, _trained
+    global _device, _precision
     if precision != "fp32" and not device.tf32:
         raise RuntimeError(f"--precision {precision}: {device.name} has no TF32 tensor cores; use "
                            "--precision fp32")
-    _device, _precision, _trained = device, precision, (None, None, {})
+    _device = device
+    _precision = precision
     linalg = device.xp._core._routines_linalg
-    linalg.set_compute_type(np.float32, linalg.COMPUTE_TYPE_TF32 if precision == "tf32"
-                            else linalg.COMPUTE_TYPE_FP32)
+    tf32 = linalg.COMPUTE_TYPE_TF32 if precision == "tf32" else linalg.COMPUTE_TYPE_FP32
+    linalg.set_compute_type(np.float32, tf32)
 
 
-# ------------------------------------------------------------------------- what all launches share
-
-KINDS = {int: np.int32, bool: np.int32, float: np.float32, type(None): lambda _: NULL,
-         str: lambda name: np.int32(name == _precision)}            # how a kernel gets them
-
+# -------------------------------------------------------------------- what all launches share
 
 def _launch(file, kernel, grid, block, args, shared=0, defines=()):
-    """Queue a kernel of a .cu file, compiled with `defines`.
-
-    Numbers become int32 and float32, None null, "tf32" whether that is on.
-    """
-    key, kept = (file, kernel, defines), _device.kernels
-    if key not in kept:
-        module = _device.xp.RawModule(code=source(file), options=options(defines))
-        kept[key] = module.get_function(kernel)
-        kept[key].max_dynamic_shared_size_bytes = _device.shared_bytes
-        if file == "conv.cu":                   # two blocks want all that a multiprocessor has
-            kept[key].preferred_shared_memory_carveout = 100
-    args = tuple(KINDS[type(arg)](arg) if type(arg) in KINDS else arg for arg in args)
-    kept[key](grid, block, args, shared_mem=shared)
+    """Queue a kernel, with `shared` bytes of shared memory. Without blocks there is nothing to do:
+    CuPy would run one."""
+    if 0 not in grid:
+        _device.kernel(file, kernel, defines)(grid, block, args, shared_mem=shared)
 
 
-def _each(file, kernel, total, args, defines=()):
+def _launch_each(file, kernel, total, args, defines=()):
     """Queue a kernel with a thread for each of `total` numbers."""
-    if total:
-        _launch(file, kernel, (-(-total // BLOCK),), (BLOCK,), args, defines=defines)
+    _launch(file, kernel, (-(-total // BLOCK),), (BLOCK,), args, defines=defines)
 
 
 def _empty(shape):
     return _device.xp.empty(shape, np.float32)
 
 
-def _dense(*arrays, dtype=np.float32):
-    """ValueError if one is neither None nor contiguous and of the dtype: kernels check nothing."""
+def _or_null(x):
+    return NULL if x is None else x
+
+
+def _check(*arrays, dtype=np.float32):
+    """ValueError unless all are contiguous, of the dtype, and small enough for indices of 32 bits."""
     for x in arrays:
-        if x is not None and (x.dtype != dtype or not x.flags.c_contiguous or x.size >= 1 << 31):
+        if x.dtype != dtype or not x.flags.c_contiguous or x.size >= 1 << 31:
             raise ValueError(f"a contiguous {np.dtype(dtype)} array of less than 2^31 numbers is "
                              f"needed, not {x.dtype} {x.shape} with strides {x.strides}")
 
 
-def _pitch(x):
-    """Numbers from a row of x (…, C) to the next; x may be a slice of a wider array's channels."""
-    if x.flags.c_contiguous:
-        _dense(x)
-        return x.shape[-1]
-    whole = x.strides[0] // 4 * len(x)                              # numbers, with what is beside x
-    if x.dtype != np.float32 or x.strides[-1] != 4 and x.shape[-1] > 1 or whole >= 1 << 31 or any(
-            step != n * within for step, within, n in zip(x.strides, x.strides[1:-1], x.shape[1:])):
-        _dense(x)                                                   # says what is wrong
-    return x.strides[-2] // 4
+def _vector(channels, *arrays):
+    """4 where numbers of channels are multiples of 4 and addresses of 16 bytes, so that a thread
+    can access four numbers at once; or else 1."""
+    aligned = all(x.data.ptr % 16 == 0 for x in arrays)
+    return 4 if aligned and all(c % 4 == 0 for c in channels) else 1
 
 
-def _fits(arrays, *numbers):
-    """Whether 16 bytes at a time can be read: counts are multiples of 4, addresses of 16."""
-    return all(n % 4 == 0 for n in numbers) and all(
-        x is None or x.data.ptr % 16 == 0 for x in arrays)
+# ------------------------------------------------------------------------------ convolution
+
+INNER = {"fp32": 0, "tf32": 1, "3xtf32": 3}         # the product of conv.cu, by precision
+BM = 128                                            # rows of a tile
+BK = 32                                             # depth of a tile
+COLUMNS = {"fp32": (128, 64), "tf32": (128, 96, 64, 32, 16), "3xtf32": (128, 96, 64, 32, 16)}
+COST = {"fp32": 65, "tf32": 16, "3xtf32": 16}       # of a tile, whatever its width, in columns
+STAGES = 3                                          # tiles in flight
+LEAST_TILES = 8                                     # along the reduction, that a split is worth
+RESERVED = 1024                                     # bytes of shared memory that CUDA takes a block
+
+
+class Patches(NamedTuple):
+    """Where the patches of an image lie that a convolution's product gathers.
+
+    KH×KW pixels each, OH×OW of them, `stride` pixels apart, with a zero border of `top` rows and
+    `left` columns. The image's own pixels count as `dilate` apart, with zeros between them.
+    """
+    kh: int
+    kw: int
+    oh: int
+    ow: int
+    stride: int
+    top: int
+    left: int
+    dilate: int = 1
+
+
+class Plan(NamedTuple):
+    """A launch of conv.cu."""
+    grid: tuple                         # row tiles, column tiles, parts of the reduction
+    threads: int
+    shared: int                         # bytes
+    defines: tuple
+    geometry: np.ndarray                # a record
 
 
 def divisor(d):
@@ -160,34 +195,35 @@ def divisor(d):
     return d, ((1 << 32) * ((1 << shift) - d)) // d + 1, shift
 
 
-# ------------------------------------------------------------------------------ convolution
-
 def stage_bytes(bn, filter_gradient):
     """Shared memory of one stage of conv.cu: a tile of each operand, rows a little apart."""
-    return 4 * ((BK * (BM + 8) if filter_gradient else BM * (BK + 4)) + BK * (bn + 8))
+    left = BK * (BM + 8) if filter_gradient else BM * (BK + 4)
+    return 4 * (left + BK * (bn + 8))
 
 
-def tile(rows, cols, depth, filter_gradient, device):
+def tile(rows, cols, depth, filter_gradient, device, precision):
     """(columns of a tile, stages, parts of the reduction) for a product of that shape.
 
-    A formula, never a timing, so that the same GPU always adds in the same order. Two blocks run
-    on a multiprocessor at a time: parts are chosen so that the waves of blocks are full, against
-    what it costs to write the parts and add them.
+    A formula, never a timing, so that the same GPU always adds in the same order. Parts are chosen
+    so that the waves of blocks are full, against what it costs to write the parts and add them.
     """
-    fitting = [bn for bn in COLUMNS[_precision != "fp32"]
-               if device.shared_bytes >= 2 * stage_bytes(bn, True)]
-    each = 65 if _precision == "fp32" else 16           # what a tile costs, in columns
-    bn = min(fitting, key=lambda bn: -(-cols // bn) * (bn + each))
-    stages = min(STAGES, device.shared_bytes // stage_bytes(bn, filter_gradient))
+    fitting = [bn for bn in COLUMNS[precision] if device.block_bytes >= 2 * stage_bytes(bn, True)]
+    bn = min(fitting, key=lambda bn: -(-cols // bn) * (bn + COST[precision]))
+    stages = min(STAGES, device.block_bytes // stage_bytes(bn, filter_gradient))
     blocks = -(-rows // BM) * -(-cols // bn)
-    slots, steps = 2 * device.multiprocessors, -(-depth // BK)
+    steps = -(-depth // BK)
+    # registers allow two blocks on a multiprocessor; its shared memory may hold but one
+    fit = device.multiprocessor_bytes // (stages * stage_bytes(bn, filter_gradient) + RESERVED)
+    slots = device.multiprocessors * max(1, min(2, fit))
 
     def cost(parts):
+        """In steps of a tile: 4 to begin and end a block, and what the parts cost."""
         waves = -(-blocks * parts // slots)
-        added = 0 if parts == 1 else 4 * (parts + 1) * blocks / slots   # in steps of a tile
+        added = 0 if parts == 1 else 4 * (parts + 1) * blocks / slots
         return waves * (-(-steps // parts) + 4) + added
 
-    return bn, stages, min(range(1, max(1, min(steps // LEAST_TILES, 256)) + 1), key=cost)
+    most = max(1, min(steps // LEAST_TILES, 256))
+    return bn, stages, min(range(1, most + 1), key=cost)
 
 
 def conv_defines(bn, stages, vec, filter_gradient, inner, dilate=1):
@@ -196,263 +232,337 @@ def conv_defines(bn, stages, vec, filter_gradient, inner, dilate=1):
             ("FILTER", int(filter_gradient)), ("INNER", inner), ("DILATE", dilate))
 
 
-@functools.cache
-def _plan(device, precision, shape, place, cols, pitches, vec, filter_gradient, relu):
-    """Grid, threads, shared bytes, constants and geometry of a launch of conv.cu: see _convolve."""
-    (n, h, w, c), (kh, kw, oh, ow, stride, pad, dilate) = shape, place
-    pixels, patch, inner = n * oh * ow, kh * kw * c, INNER[precision]
+@functools.cache                        # of pure arithmetic: a layer asks the same in every step
+def plan(device, precision, x_shape, patches, cols, vec, filter_gradient):
+    """The Plan of a product: patches of x (N, H, W, C), or in the filter gradient their transpose,
+    times a matrix of `cols` columns."""
+    n, h, w, c = x_shape
+    pixels = n * patches.oh * patches.ow
+    patch = patches.kh * patches.kw * c
     rows, depth = (patch, pixels) if filter_gradient else (pixels, patch)
-    bn, stages, parts = tile(rows, cols, depth, filter_gradient, device)
-    part = -(-(-(-depth // parts)) // BK) * BK
-    grid = -(-rows // BM), -(-cols // bn), -(-depth // part)
-    whole = grid[2] == 1                        # else bias, ReLU and gate wait for the sum
+    bn, stages, parts = tile(rows, cols, depth, filter_gradient, device, precision)
+    part = max(1, -(-depth // parts // BK)) * BK                    # multiples of a tile
+    grid = -(-rows // BM), -(-cols // bn), max(1, -(-depth // part))
     geometry = np.array((
-        h, w, stride, pad, pixels, *map(divisor, (c, kw, oh, ow)), rows, cols, depth, part,
-        *pitches[:2], pitches[2] if whole else cols, relu and whole,
-        whole and not filter_gradient and precision == "tf32"), GEOMETRY)
-    return (grid, (128 if inner else 256,), stages * stage_bytes(bn, filter_gradient),
-            conv_defines(bn, stages, vec, filter_gradient, inner, dilate), geometry)
+        h, w, patches.stride, patches.top, patches.left, pixels, divisor(c), divisor(patches.kw),
+        divisor(patches.oh), divisor(patches.ow), rows, cols, depth, part), GEOMETRY)
+    inner = INNER[precision]
+    return Plan(grid, 256 if inner == 0 else 128, stages * stage_bytes(bn, filter_gradient),
+                conv_defines(bn, stages, vec, filter_gradient, inner, patches.dilate), geometry)
 
 
-def _convolve(x, right, y, place, bias=None, relu=False, gate=None, db=None):
-    """y (rows, cols) = the left operand gathered from x, times right (depth, cols): conv.cu.
+def _launch_conv(launch, x, right, y, bias=None, relu=False, sums=NULL, shares=0):
+    """Queue conv.cu: y, or its parts, = relu(the left operand, gathered from x, · right + bias)."""
+    _launch("conv.cu", "conv", launch.grid, (launch.threads,), (
+        x, right, y, _or_null(bias), np.int32(relu), sums, np.int32(shares), launch.geometry),
+            launch.shared, launch.defines)
 
-    place: KH, KW of the patches of x (N, H, W, C), OH, OW that say how many there are, and stride,
-    pad and dilation that say where. x, right and y may be channel slices. db: Σ of right's rows.
+
+def _convolve(x, right, y, patches, bias=None, relu=False):
+    """y (…, cols) = relu(patches of x (N, H, W, C), times right (…, cols), plus bias)."""
+    cols = y.shape[-1]
+    vec = _vector((x.shape[3], cols), x, right)
+    launch = plan(_device, _precision, x.shape, patches, cols, vec, False)
+    if launch.grid[2] == 1:
+        _launch_conv(launch, x, right, y, bias, relu)
+        return y
+    parts = _empty((launch.grid[2], *y.shape))
+    _launch_conv(launch, x, right, parts)                           # bias and ReLU after the sum
+    return _add_parts(parts, y, bias, relu)
+
+
+def conv_forward(x, w, b, stride=1, pad=0, relu=False):
+    """A product whose rows are output pixels; its reduction goes over the patch."""
+    _check(x, w, b)
+    kh, kw, _, f = w.shape
+    oh = output_size(x.shape[1], kh, stride, pad)
+    ow = output_size(x.shape[2], kw, stride, pad)
+    y = _empty((len(x), oh, ow, f))
+    return _convolve(x, w, y, Patches(kh, kw, oh, ow, stride, pad, pad), b, relu)
+
+
+def conv_backward_input(dy, w, x_shape, stride=1, pad=0):
+    """The forward product on dy, its pixels `stride` apart, with the filters turned round."""
+    _check(dy, w)
+    kh, kw, _, _ = w.shape
+    _, h, width, _ = x_shape
+    turned = w[::-1, ::-1].swapaxes(2, 3).copy()                    # (KH, KW, F, C)
+    patches = Patches(kh, kw, h, width, 1, kh - 1 - pad, kw - 1 - pad, stride)
+    return _convolve(dy, turned, _empty(x_shape), patches)
+
+
+def conv_backward_filter(x, dy, w_shape, stride=1, pad=0):
+    """A product whose rows are the numbers of a patch; its reduction goes over the pixels of dy.
+
+    The blocks that read dy add it up on the way: their sums make db.
     """
-    _dense(bias, gate)
-    cols, pitches = y.shape[-1], tuple(map(_pitch, (x, right, y)))
-    vec = 4 if _fits((x, right, y), x.shape[3], cols, *pitches) else 1
-    grid, threads, shared, defines, geometry = _plan(
-        _device, _precision, x.shape, place, cols, pitches, vec, db is not None, relu)
-    shares = 0 if db is None else min(4, grid[0])
-    sums = _empty((grid[2] * shares, cols)) if shares else None
-    parts = _empty((grid[2], y.size)) if grid[2] > 1 else None
-    _launch("conv.cu", "conv", grid, threads, (
-        x, right, y if parts is None else parts, bias, gate, sums, shares, geometry),
-            shared, defines)
-    _reduce(parts, y, bias, relu, gate, db is None and "tf32", sums, db)
+    _check(x, dy)
+    kh, kw, _, f = w_shape
+    _, oh, ow, _ = dy.shape
+    patches = Patches(kh, kw, oh, ow, stride, pad, pad)
+    vec = _vector((x.shape[3], f), x, dy)
+    launch = plan(_device, _precision, x.shape, patches, f, vec, True)
+    parts = launch.grid[2]
+    shares = min(4, launch.grid[0])             # row tiles whose blocks share the sums of a part
+    products = _empty((parts, *w_shape))
+    sums = _empty((parts * shares, f))
+    _launch_conv(launch, x, dy, products, sums=sums, shares=shares)
+    dw = products[0] if parts == 1 else _add_parts(products, _empty(w_shape))
+    return dw, _add_parts(sums, _empty(f))
+
+
+def _add_parts(parts, y, bias=None, relu=False):
+    """y (…, E) = relu(Σ of parts (Z, y.size) + bias), a thread for each number; returns y."""
+    _launch_each("pointwise.cu", "add_parts", y.size, (
+        parts, y, _or_null(bias), np.int32(len(parts)), np.uint32(y.size),
+        np.uint32(y.shape[-1]), np.int32(relu)))
     return y
 
 
-def _forms(flat, filters, channels=None):
-    """Products' right operands of the filters that lie in `flat`.
+# ------------------------------------------------- the same, a thread for each number: naive.cu
 
-    The launch that made them, and makes them again; and {(address of w (KH, KW, C, F), channels):
-    for x of so many channels, (KH*KW*channels, F), which is w, rounded where tensor cores want
-    that, with zeros for the fourth channel of photos; and for dy, turned, (KH*KW*F, C)}.
-    """
-    rows, end = [], 0
-    for w in filters:
-        (*taps, c, f), start = w.shape, end
-        wide = channels or (4 if c == 3 else c)
-        turned = start + -(-w.size // c * wide // 4) * 4            # 16 bytes apart
-        end = turned + -(-w.size // 4) * 4
-        rows.append(((w.data.ptr - flat.data.ptr) // 4, taps[0] * taps[1], c, f, wide, start,
-                     turned))
-    forms, most = _empty(end), max(flat.size // len(rows) // BLOCK, 1)
-    launch = functools.partial(
-        _launch, "pointwise.cu", "filters", (min(64, most), len(rows)), (BLOCK,),
-        (flat, forms, _device.xp.array(np.array(rows, np.int32)), "tf32"))
-    launch()
-    return launch, {(w.data.ptr, wide): (forms[start:start + taps * wide * f].reshape(-1, f),
-                                         forms[turned:turned + w.size].reshape(-1, c))
-                    for w, (_, taps, c, f, wide, start, turned) in zip(filters, rows)}
+def _naive(kernel, x_shape, w_shape, y_shape, stride, pad, arrays):
+    """Queue a kernel of naive.cu, whose last array is the result; returns that."""
+    _check(*arrays)
+    n, h, w, c = x_shape
+    kh, kw, _, f = w_shape
+    _, oh, ow, _ = y_shape
+    shape = np.array((n, h, w, c, kh, kw, f, oh, ow, stride, pad), SHAPE)
+    _launch_each("naive.cu", kernel, arrays[-1].size, (*arrays, shape))
+    return arrays[-1]
 
 
-def _filters(w, channels):
-    """The two forms of the filters w: those that the last update made, or else new ones."""
-    _dense(w)
-    key = w.data.ptr, channels
-    return _trained[2].get(key) or _forms(w, [w], channels)[1][key]
+def naive_forward(x, w, b, stride=1, pad=0):
+    """conv_forward without the ReLU."""
+    kh, kw, _, f = w.shape
+    oh = output_size(x.shape[1], kh, stride, pad)
+    ow = output_size(x.shape[2], kw, stride, pad)
+    y = _empty((len(x), oh, ow, f))
+    return _naive("naive_forward", x.shape, w.shape, y.shape, stride, pad, (x, w, b, y))
 
 
-def conv_forward(x, w, b, stride=1, pad=0, relu=False, out=None):
-    """Rows are output pixels, and the reduction goes over the patch."""
-    kh, kw, c, f = w.shape
-    grid = output_size(x.shape[1], kh, stride, pad), output_size(x.shape[2], kw, stride, pad)
-    y = _empty((len(x), *grid, f)) if out is None else out
-    return _convolve(x, _filters(w, x.shape[3])[0], y, (kh, kw, *grid, stride, pad, 1), b, relu)
+def naive_backward_input(dy, w, x_shape, stride=1, pad=0):
+    """conv_backward_input."""
+    arrays = dy, w, _empty(x_shape)
+    return _naive("naive_backward_input", x_shape, w.shape, dy.shape, stride, pad, arrays)
 
 
-def conv_backward_input(dy, w, x_shape, stride=1, pad=0, gate=None):
-    """The forward product on dy, its pixels `stride` apart, with turned filters."""
-    kh, kw, c, f = w.shape
-    if kh != kw:
-        raise ValueError(f"filters must be square, not {kh}×{kw}")
-    return _convolve(dy, _filters(w, x_shape[3])[1], _empty((*x_shape[:3], c)),
-                     (kh, kw, *x_shape[1:3], 1, kh - 1 - pad, stride), gate=gate)
-
-
-def conv_backward_filter(x, dy, w_shape, stride=1, pad=0, out=(None, None)):
-    """Rows are the numbers of a patch, and the reduction goes over the pixels of dy."""
-    kh, kw, c, f = w_shape
-    dw, db = (_empty(shape) if y is None else y for y, shape in zip(out, (w_shape, f)))
-    wide = dw if x.shape[3] == c else _empty((kh, kw, x.shape[3], f))
-    _convolve(x, dy.reshape(-1, f), wide, (kh, kw, *dy.shape[1:3], stride, pad, 1), db=db)
-    if wide is not dw:
-        dw[...] = wide[:, :, :c]
-    return dw, db
-
-
-def column_sums(x, out=None):
-    """A thread for each column, which adds it in order."""
-    _dense(x)
-    y = _empty(x.shape[1]) if out is None else out
-    _reduce(None, y, sums=x, db=y)
-    return y
-
-
-def _reduce(parts, y, bias=None, relu=False, gate=None, round=False, sums=None, db=None):
-    """y (…, E) = Σ of parts (Z, y.size), if any, + bias, gate, ReLU; db (E,) = Σ of sums (M, E)."""
-    total = 0 if parts is None else y.size
-    threads = total + (0 if db is None else db.size)
-    _each("pointwise.cu", "reduce", threads, (
-        parts, y, bias, gate, sums, db, threads, total, total and len(parts), y.shape[-1],
-        _pitch(y), 0 if sums is None else len(sums), relu, round))
+def naive_backward_filter(x, dy, w_shape, stride=1, pad=0):
+    """conv_backward_filter without db."""
+    arrays = x, dy, _empty(w_shape)
+    return _naive("naive_backward_filter", x.shape, w_shape, dy.shape, stride, pad, arrays)
 
 
 # ---------------------------------------------------------------------------------- pooling
 
-def _pool(kernel, arrays, place, shapes, window, *more):
-    """A thread for each four channels of the second of `arrays`, or for each one; returns that."""
-    _dense(*arrays)
-    _dense(place, dtype=np.uint8)
-    (_, h, w, c), (_, oh, ow, _) = shapes                           # of x and y
-    vec = 4 if _fits(arrays, c) else 1
-    at, total = np.array((h, w, c // vec, oh, ow, *window), WINDOW), arrays[1].size // vec
-    _each("pool.cu", kernel, total, (*arrays, place, total, at, *more), (("VEC", vec),))
-    return arrays[1]
+def _pool(kernel, arrays, total, x_shape, y_shape, window):
+    """Queue a kernel of pool.cu: a thread for each four channels of the result, or for each one."""
+    _, h, w, c = x_shape
+    _, oh, ow, _ = y_shape
+    vec = _vector((c,), *arrays)
+    window = np.array((h, w, c // vec, oh, ow, *window), WINDOW)
+    _launch_each("pool.cu", kernel, total // vec, (*arrays, np.uint32(total // vec), window),
+                 (("VEC", vec),))
 
 
-def max_pool_forward(x, kernel, stride, pad=0, ceil=False, gated=False, average=False):
-    """The maxima and their places, or averages and None."""
+def max_pool_forward(x, kernel, stride, pad=0, ceil=False):
+    """The argmax is what the backward pass reads instead of x and y: a byte a window."""
+    _check(x)
     n, h, w, c = x.shape
-    shape = n, *(output_size(size, kernel, stride, pad, ceil) for size in (h, w)), c
-    y, place = _empty(shape), None if average else _device.xp.empty(shape, np.uint8)
-    _pool("pool_forward", (x, y), place, (x.shape, shape), (kernel, stride, pad), gated, "tf32")
-    return y, place
+    oh = output_size(h, kernel, stride, pad, ceil)
+    ow = output_size(w, kernel, stride, pad, ceil)
+    y = _empty((n, oh, ow, c))
+    argmax = _device.xp.empty(y.shape, np.uint8)
+    _pool("max_pool_forward", (x, y, argmax), y.size, x.shape, y.shape, (kernel, stride, pad))
+    return y, argmax
 
 
-def max_pool_backward(dy, place, x_shape, kernel, stride, pad=0, gate=None):
-    """A gather, by the places if there are any."""
-    return _pool("pool_backward", (dy, _empty(x_shape), gate), place, (x_shape, dy.shape),
-                 (kernel, stride, pad), "tf32")
+def max_pool_backward(dy, argmax, x_shape, kernel, stride, pad=0):
+    """Each pixel gathers from the windows that it lies in."""
+    _check(dy)
+    _check(argmax, dtype=np.uint8)
+    dx = _empty(x_shape)
+    _pool("max_pool_backward", (dy, argmax, dx), dx.size, x_shape, dy.shape, (kernel, stride, pad))
+    return dx
 
 
 def avg_pool_forward(x, kernel, stride):
-    """The same kernel, without places."""
-    return max_pool_forward(x, kernel, stride, average=True)[0]
+    """As the maximum."""
+    _check(x)
+    n, h, w, c = x.shape
+    y = _empty((n, output_size(h, kernel, stride), output_size(w, kernel, stride), c))
+    _pool("avg_pool_forward", (x, y), y.size, x.shape, y.shape, (kernel, stride, 0))
+    return y
 
 
-def avg_pool_backward(dy, x_shape, kernel, stride, gate=None):
-    """The same kernel, without places."""
-    return max_pool_backward(dy, None, x_shape, kernel, stride, gate=gate)
+def avg_pool_backward(dy, x_shape, kernel, stride):
+    """As the maximum."""
+    _check(dy)
+    dx = _empty(x_shape)
+    _pool("avg_pool_backward", (dy, dx), dx.size, x_shape, dy.shape, (kernel, stride, 0))
+    return dx
 
 
-# ------------------------------------------------------------------------- normalisation
+# ---------------------------------------------------------------------------- normalisation
 
-def lrn_backward(dy, x, size=5, k=2.0, alpha=1e-4, beta=0.75, gated=False):
-    """A block for a few pixels, which keeps three numbers a channel in shared memory."""
-    _dense(dy, x)
-    out, c, kept = _empty(x.shape), x.shape[-1], 1 if dy is None else 3
-    pixels, rows = out.size // c, max(1, LRN_BYTES // (4 * c * kept))
-    _launch("lrn.cu", "lrn", (-(-pixels // rows),), (BLOCK,), (
-        dy, x, out, pixels, c, rows, size // 2, float(k), float(alpha), float(beta), gated, "tf32"),
-            shared=4 * c * rows * kept)
-    return out
+LRN_BYTES = 12 << 10                    # shared memory of a block of lrn.cu, at least a pixel's
+
+
+def _lrn(kernel, arrays, kept, size, k, alpha, beta):
+    """A block for a few pixels, of which it keeps `kept` numbers a channel in shared memory."""
+    _check(*arrays)
+    result = arrays[-1]
+    c = result.shape[-1]
+    pixels = result.size // c
+    rows = max(1, LRN_BYTES // (4 * c * kept))                      # pixels of a block
+    _launch("lrn.cu", kernel, (-(-pixels // rows),), (BLOCK,), (
+        *arrays, np.int32(pixels), np.int32(c), np.int32(rows), np.int32(size // 2), np.float32(k),
+        np.float32(alpha), np.float32(beta)), shared=4 * c * kept * rows)
+    return result
 
 
 def lrn_forward(x, size=5, k=2.0, alpha=1e-4, beta=0.75):
-    """The same kernel without dy, which keeps one."""
-    return lrn_backward(None, x, size, k, alpha, beta)
+    """Blocks keep x."""
+    return _lrn("lrn_forward", (x, _empty(x.shape)), 1, size, k, alpha, beta)
 
 
-# ------------------------------------------------------------------------- pointwise passes
+def lrn_backward(dy, x, size=5, k=2.0, alpha=1e-4, beta=0.75):
+    """Blocks keep x and the two products of dy."""
+    return _lrn("lrn_backward", (dy, x, _empty(x.shape)), 3, size, k, alpha, beta)
 
-def prepare(photos, top, left, flip, crop):
-    """A block for each photo; the result has a fourth channel of zeros."""
-    _dense(photos, dtype=np.uint8)
-    there = _device.upload(photos)
-    places = _device.xp.asarray(np.array((top, left, flip), np.int32))          # (3, N)
-    y, threads = _empty((len(photos), crop, crop, 4)), 1024
-    _launch("pointwise.cu", "prepare", (len(photos),), (threads,),
-            (there, places, y, len(photos), photos.shape[1], crop, "tf32"), shared=16 * threads)
-    _device.travel.wait_event(_device.xp.cuda.get_current_stream().record())    # `there` was read
-    return y
+
+# --------------------------------------------------------------- products, sums and dropout
+
+def matmul(a, b, bias=None, relu=False):
+    """A product by the library that the device has for it; bias and ReLU in a pass after it."""
+    y = _device.xp.matmul(a, b)
+    if bias is None and not relu:
+        return y
+    _check(y)
+    if bias is not None:
+        _check(bias)
+    return _add_parts(y[None], y, bias, relu)                       # one part, in its own memory
+
+
+def relu_backward(dy, y):
+    """A thread for each number."""
+    _check(dy, y)
+    dx = _empty(dy.shape)
+    _launch_each("pointwise.cu", "relu_backward", dy.size, (dy, y, dx, np.uint32(dy.size)))
+    return dx
+
+
+def sum_gradients(terms):
+    """A thread for each number."""
+    _check(*terms)
+    total = _empty(terms[0].shape)
+    a, b, c, d = [*terms, *[NULL] * (4 - len(terms))]               # ValueError: five
+    _launch_each("pointwise.cu", "sum_gradients", total.size,
+                 (a, b, c, d, total, np.uint32(total.size)))
+    return total
 
 
 def dropout(x, rate, seed, step, layer, row=0):
     """A thread for each Philox block, 16 numbers of a row."""
-    _dense(x)
-    y, e = _empty(x.shape), x.shape[1]
-    blocks = -(-e // LANES)
-    _each("pointwise.cu", "dropout", len(x) * blocks, (
-        x, y, len(x) * blocks, e, blocks, np.uint32(round(rate * 65536)),
-        float(1 / (1 - rate)), *map(np.uint64, (seed, step, layer, row))))
+    _check(x)
+    n, e = x.shape
+    y = _empty(x.shape)
+    blocks = -(-e // LANES)                                         # of a row
+    _launch_each("random.cu", "dropout", n * blocks, (
+        x, y, np.uint32(n * blocks), np.int32(e), np.int32(blocks),
+        np.uint32(round(rate * 65536)), np.float32(1 / (1 - rate)),
+        np.uint64(seed), np.uint64(step), np.uint64(layer), np.uint64(row)))
     return y
 
 
-def sum_gradients(terms, gate=None):
-    """A thread for each number, if there is anything to do."""
-    _dense(*terms, gate)
-    total = terms[0].size if gate is not None or len(terms) > 1 else 0
-    one, two, three, four = [*terms, *[None] * (4 - len(terms))]    # ValueError: five
-    _each("pointwise.cu", "sum_gradients", total, (one, two, three, four, gate, total, "tf32"))
-    return one
+# ----------------------------------------------------------------------- photos and sampling
+
+PHOTO_THREADS = 1024                    # of a block of prepare.cu
 
 
-# ------------------------------------------------------------------- products, loss, update
-
-def matmul(a, b, out=None, bias=None, relu=False):
-    """A product by the library that the device has for it; bias and ReLU in a pass after it."""
-    y = _device.xp.matmul(a, b, out=out)
-    if relu or bias is not None:
-        _reduce(y[None], y, bias, relu)
+def prepare(photos, top, left, flip, crop):
+    """A block for each photo. The photos are copied beside the computation, and then freed."""
+    _check(photos, dtype=np.uint8)
+    there = _device.upload(photos)
+    crops = _device.xp.asarray(np.array((top, left, flip), np.int32))           # (3, N)
+    n, size, _, _ = photos.shape
+    y = _empty((n, crop, crop, 3))
+    _launch("prepare.cu", "prepare", (n,), (PHOTO_THREADS,),
+            (there, crops, y, np.int32(n), np.int32(size), np.int32(crop)),
+            shared=2 * 8 * PHOTO_THREADS)                           # two sums of a thread
+    _device.copies.wait_event(_device.xp.cuda.get_current_stream().record())    # `there` was read
     return y
 
 
-def _loss(kernel, s, targets, weights, *vectors):
-    """A block for each row."""
-    _dense(s)
-    losses = _empty(len(s))
-    targets, weights, *vectors = (
-        None if x is None else _device.xp.asarray(np.ascontiguousarray(x, dtype))
-        for x, dtype in zip((targets, weights, *vectors), (np.int32, *[np.float32] * 3)))
-    _launch("loss.cu", kernel, (len(s),), (1024 if s.shape[1] > 4096 else BLOCK,),
-            (s, targets, weights, *vectors, losses, s.shape[1], targets.shape[1]), shared=4 * 64)
-    return losses, s
+def sample_by_class(class_photos, class_ends, spare, seed, step, steps, count):
+    """A thread for each row, on a stream of its own, which is all that the host then waits for.
+
+    class_photos, int32 or int64, and class_ends, int64, are arrays of to_device; what is returned
+    are NumPy's, which the loader needs: a copy of 40 bytes a row.
+    """
+    if class_ends.dtype != np.int64 or class_photos.dtype not in (np.int32, np.int64):
+        raise ValueError("class_ends of int64 and class_photos of int32 or int64 are needed, not "
+                         f"{class_ends.dtype} and {class_photos.dtype}")
+    photo = "int" if class_photos.dtype == np.int32 else "long long"
+    total = steps * count
+    with _device.samples:
+        drawn = _device.xp.empty((5, total), np.int64)
+        _launch_each("random.cu", "sample_by_class", total, (
+            class_photos, class_ends, drawn, np.uint32(len(class_ends)), np.uint32(spare),
+            np.uint64(seed), np.uint64(step), np.uint32(count), np.uint32(total)),
+            (("PHOTO", photo),))
+        words, photos, top, left, flip = _device.xp.asnumpy(drawn).reshape(5, steps, count)
+    return (words.astype(np.int32), photos, top.astype(np.int32), left.astype(np.int32),
+            flip.astype(bool))
+
+
+# ------------------------------------------------------------------------- losses and update
+
+WIDE = 4096                             # scores in a row from which a block has 1,024 threads
+
+
+def _loss(kernel, s, targets, vectors):
+    """A block for each row. targets and vectors are NumPy's, and may be None."""
+    _check(s)
+    n, k = s.shape
+    on_device = [_device.xp.asarray(np.ascontiguousarray(targets, np.int32))]
+    for x in vectors:
+        x = None if x is None else _device.xp.asarray(np.ascontiguousarray(x, np.float32))
+        on_device.append(_or_null(x))
+    losses = _empty(n)
+    ds = _empty(s.shape)
+    _launch("loss.cu", kernel, (n,), (1024 if k > WIDE else BLOCK,),
+            (s, *on_device, losses, ds, np.int32(k), np.int32(targets.shape[1])),
+            shared=4 * 2 * 32)                                      # two sums of a warp
+    return losses, ds
 
 
 def softmax_loss(s, targets, weights, shift=None):
-    """A block for each row, which it reads twice."""
-    return _loss("softmax_loss", s, targets, weights, shift)
+    """A row is read twice."""
+    return _loss("softmax_loss", s, targets, (weights, shift))
 
 
 def one_vs_all_loss(s, targets, weights, positive, negative):
-    """A block for each row, which it reads once."""
-    return _loss("one_vs_all_loss", s, targets, weights, positive, negative)
+    """A row is read once."""
+    return _loss("one_vs_all_loss", s, targets, (weights, positive, negative))
 
 
-def sgd(w, v, dw, rate, momentum, decay, rows=None, biases=0, filters=()):
-    """A thread for each four numbers of dw."""
-    global _trained
-    _dense(w, v, dw)
+def sgd(w, v, dw, rate, momentum, decay, rows=None):
+    """A thread for each number of dw."""
+    _check(w, v, dw)
     rows = None if rows is None else _device.xp.asarray(rows, np.int32)
-    _each("sgd.cu", "sgd", -(-dw.size // 4), (
-        w, v, dw, rows, dw.size, dw.size - biases, w.size // len(w), float(rate), float(momentum),
-        float(decay)))
-    if filters and _trained[0] is w:
-        _trained[1]()
-    elif filters:
-        _trained = w, *_forms(w, filters)
+    _launch_each("sgd.cu", "sgd", dw.size, (
+        w, v, dw, _or_null(rows), np.uint32(dw.size), np.uint32(w.size // max(1, len(w))),
+        np.float32(rate), np.float32(momentum), np.float32(decay)))
 
 
 # ----------------------------------------------------------------------------------- arrays
 
 def to_device(x):
-    """A copy of x where this device computes."""
-    return _device.xp.array(x)
+    """A copy of x where this device computes, which is there when this returns."""
+    there = _device.xp.array(x)
+    _device.xp.cuda.get_current_stream().synchronize()              # other streams may read it
+    return there
 
 
 def to_host(x):

@@ -7,8 +7,14 @@
 //                                  ∂ℓ/∂s_nk = w_n (y_nk -a_k σ(-s_nk) + (1 - y_nk) b_k σ(s_nk))
 //
 // targets (N, T) holds columns of s, padded with -1: of all K words, or of those alone whose scores
-// were computed. Gradients are written over the scores. Called by gpu.softmax_loss and
-// gpu.one_vs_all_loss.
+// were computed. Gradients go to ds. Called by gpu.softmax_loss and gpu.one_vs_all_loss.
+
+__device__ bool is_target(const int* targets, int slots, int col)
+{
+    for (int slot = 0; slot < slots; slot++)
+        if (targets[slot] == col) return true;
+    return false;
+}
 
 // (most, sum) of two halves of a row: Σ exp(s - most)
 __device__ void join(float& most, float& sum, float other_most, float other_sum)
@@ -20,26 +26,23 @@ __device__ void join(float& most, float& sum, float other_most, float other_sum)
 }
 
 // One pass finds the maximum and the sum of exponentials together, a second one writes the
-// gradient. `shift`, if there is one, is added to all scores but the targets'. weights (N, T).
+// gradient. `shift`, if it is not null, is added to all scores but the targets'. weights (N, T).
 extern "C" __global__ void
-softmax_loss(float* s, const int* targets, const float* weights, const float* shift, float* losses,
-             int k, int slots)
+softmax_loss(const float* s, const int* targets, const float* weights, const float* shift,
+             float* losses, float* ds, int k, int slots)
 {
     float* shared = shared_memory();                        // 2 × 32, a pair for each warp
     const int n = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    float* row = s + static_cast<long long>(n) * k;
-    const int* mine = targets + static_cast<long long>(n) * slots;
+    s += static_cast<long long>(n) * k;                     // this row's, from here on
+    ds += static_cast<long long>(n) * k;
+    targets += static_cast<long long>(n) * slots;
     weights += static_cast<long long>(n) * slots;
+    const auto score = [&](int col) {
+        return shift && !is_target(targets, slots, col) ? s[col] + shift[col] : s[col];
+    };
 
-    if (shift) {
-        for (int col = threadIdx.x; col < k; col += blockDim.x) row[col] += shift[col];
-        __syncthreads();                                    // the targets' scores are there
-        for (int slot = threadIdx.x; slot < slots; slot += blockDim.x)
-            if (mine[slot] >= 0) row[mine[slot]] -= shift[mine[slot]];
-        __syncthreads();                                    // …, and are themselves again
-    }
     float most = -INFINITY, sum = 0;
-    for (int col = threadIdx.x; col < k; col += blockDim.x) join(most, sum, row[col], 1);
+    for (int col = threadIdx.x; col < k; col += blockDim.x) join(most, sum, score(col), 1);
     for (int step = 16; step; step /= 2) {
         const float other_most = __shfl_xor_sync(0xffffffffu, most, step);
         const float other_sum = __shfl_xor_sync(0xffffffffu, sum, step);
@@ -57,40 +60,39 @@ softmax_loss(float* s, const int* targets, const float* weights, const float* sh
 
     float weight = 0, loss = 0;
     for (int slot = 0; slot < slots; slot++)
-        if (mine[slot] >= 0) {
+        if (targets[slot] >= 0) {
             weight += weights[slot];
-            if (threadIdx.x == 0) loss += weights[slot] * (logf(sum) - (row[mine[slot]] - most));
+            loss += weights[slot] * (logf(sum) - (s[targets[slot]] - most));
         }
     if (threadIdx.x == 0) losses[n] = loss;
-    __syncthreads();                                        // the targets' scores have been read
     const float scale = weight / sum;
     for (int col = threadIdx.x; col < k; col += blockDim.x)
-        row[col] = expf(row[col] - most) * scale;
+        ds[col] = expf(score(col) - most) * scale;
     __syncthreads();                                        // the products are there
     for (int slot = threadIdx.x; slot < slots; slot += blockDim.x)
-        if (mine[slot] >= 0) row[mine[slot]] -= weights[slot];
+        if (targets[slot] >= 0) ds[targets[slot]] -= weights[slot];
 }
 
 // One pass: each score gives its term and its derivative. Nothing overflows, for exp is taken of
-// -|s| alone.
+// -|s| alone. weights (N,).
 extern "C" __global__ void
-one_vs_all_loss(float* s, const int* targets, const float* weights, const float* positive,
-                const float* negative, float* losses, int k, int slots)
+one_vs_all_loss(const float* s, const int* targets, const float* weights, const float* positive,
+                const float* negative, float* losses, float* ds, int k, int slots)
 {
     float* shared = shared_memory();                        // 32, a sum for each warp
     const int n = blockIdx.x;
-    float* row = s + static_cast<long long>(n) * k;
-    const int* mine = targets + static_cast<long long>(n) * slots;
+    s += static_cast<long long>(n) * k;                     // this row's, from here on
+    ds += static_cast<long long>(n) * k;
+    targets += static_cast<long long>(n) * slots;
 
     float loss = 0;
     for (int col = threadIdx.x; col < k; col += blockDim.x) {
-        bool carried = false;
-        for (int slot = 0; slot < slots; slot++) carried |= mine[slot] == col;
-        const float z = carried ? -row[col] : row[col];     // the term is log(1 + exp z)
+        const bool carried = is_target(targets, slots, col);
+        const float z = carried ? -s[col] : s[col];         // the term is log(1 + exp z)
         const float scale = weights[n] * (carried ? positive[col] : negative[col]);
         const float small = expf(-fabsf(z)), sigmoid = (z > 0 ? 1 : small) / (1 + small);
         loss += scale * ((z > 0 ? z : 0) + log1pf(small));
-        row[col] = scale * (carried ? -sigmoid : sigmoid);
+        ds[col] = scale * (carried ? -sigmoid : sigmoid);
     }
     for (int step = 16; step; step /= 2) loss += __shfl_xor_sync(0xffffffffu, loss, step);
     if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = loss;

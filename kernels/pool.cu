@@ -4,15 +4,13 @@
 //   backward   dx[n, i, j, c] = Σ over the windows that hold (i, j) of what each gives to it
 //
 // A thread makes the numbers of VEC neighbouring channels, 4 or 1; the next thread those beside, so
-// every access is coalesced. The backward pass gathers: nothing is added atomically. A maximum
-// leaves its `place` in the window, one byte: the first's where several tie, NOWHERE for a NaN and,
-// if x is gated, a maximum that is not positive; without it this is the average, and a gate is x
-// itself. A window of the maximum may hang over the edge, one of the average may not. Arrays are
-// dense and hold less than 2^31 numbers. Called by gpu._pool.
+// every access is coalesced. The backward pass gathers: nothing is added atomically. The forward
+// pass of the maximum leaves its place in the window, one byte (argmax), and the backward pass reads
+// nothing else but dy. A window of the maximum may hang over the edge, one of the average may not.
+// Arrays hold less than 2^31 numbers. Called by gpu.max_pool_* and gpu.avg_pool_*.
 
-#define NOWHERE 255
 struct alignas(4 * VEC) Floats { float at[VEC]; };
-struct alignas(VEC) Places { unsigned char at[VEC]; };
+struct alignas(VEC) Bytes { unsigned char at[VEC]; };
 
 // The shapes of a pass, packed by gpu.py field by field; c in units of VEC channels.
 struct Window {
@@ -28,6 +26,16 @@ struct Window {
         at /= wide;
         i = at % high;
         n = at / high;
+    }
+
+    // where x (h, w) and y (oh, ow) have a pixel's channel
+    __device__ int in_x(int n, int i, int j, int channel) const
+    {
+        return ((n * h + i) * w + j) * c + channel;
+    }
+    __device__ int in_y(int n, int oi, int oj, int channel) const
+    {
+        return ((n * oh + oi) * ow + oj) * c + channel;
     }
 
     // number of input pixel (i, j) in window (oi, oj), in scan order
@@ -46,58 +54,88 @@ struct Window {
 };
 static_assert(sizeof(Window) == WINDOW_BYTES, "gpu.WINDOW has the same fields");
 
-__device__ unsigned index_of_thread() { return blockIdx.x * blockDim.x + threadIdx.x; }
+// -------------------------------------------------------------------------------- the maximum
 
+// The first of several equal numbers counts. A NaN counts as larger than any number, and stays.
 extern "C" __global__ void
-pool_forward(const Floats* x, Floats* y, Places* place, unsigned total, const Window at, int gated,
-             int round)
+max_pool_forward(const Floats* x, Floats* y, Bytes* argmax, unsigned total, const Window window)
 {
-    const unsigned index = index_of_thread();
+    const unsigned index = blockIdx.x * blockDim.x + threadIdx.x;
     if (index >= total) return;
     int n, oi, oj, channel;
-    at.decode(index, at.oh, at.ow, n, oi, oj, channel);
-    Floats most, sum = {};
-    Places where;
-    bool first = true;
-    for (int i = at.first(oi); i < at.last(oi, at.h); i++)
-        for (int j = at.first(oj); j < at.last(oj, at.w); j++) {
-            const Floats value = x[((n * at.h + i) * at.w + j) * at.c + channel];
-            for (int e = 0; e < VEC; e++) {
-                const float v = value.at[e];
-                sum.at[e] += v;
-                if (!(first || v > most.at[e] || v != v)) continue; // a NaN stays
-                most.at[e] = v;
-                where.at[e] = v == v ? at.place(i, j, oi, oj) : NOWHERE;
-            }
-            first = false;
-        }
+    window.decode(index, window.oh, window.ow, n, oi, oj, channel);
+    Floats most;
+    Bytes where;
+    const int first = window.place(window.first(oi), window.first(oj), oi, oj);
     for (int e = 0; e < VEC; e++) {
-        sum.at[e] = rounded(sum.at[e] / (at.kernel * at.kernel), round);
-        if (gated && !(most.at[e] > 0)) where.at[e] = NOWHERE;
+        most.at[e] = -INFINITY;
+        where.at[e] = first;
     }
-    y[index] = place ? most : sum;
-    if (place) place[index] = where;
+    for (int i = window.first(oi); i < window.last(oi, window.h); i++)
+        for (int j = window.first(oj); j < window.last(oj, window.w); j++) {
+            const Floats value = x[window.in_x(n, i, j, channel)];
+            for (int e = 0; e < VEC; e++) {
+                const bool is_nan = value.at[e] != value.at[e];
+                if (!(value.at[e] > most.at[e]) && !is_nan) continue;
+                most.at[e] = value.at[e];
+                where.at[e] = window.place(i, j, oi, oj);
+            }
+        }
+    y[index] = most;
+    argmax[index] = where;
 }
 
 extern "C" __global__ void
-pool_backward(const Floats* dy, Floats* dx, const Floats* gate, const Places* place,
-              unsigned total, const Window at, int round)
+max_pool_backward(const Floats* dy, const Bytes* argmax, Floats* dx, unsigned total,
+                  const Window window)
 {
-    const unsigned index = index_of_thread();
+    const unsigned index = blockIdx.x * blockDim.x + threadIdx.x;
     if (index >= total) return;
     int n, i, j, channel;
-    at.decode(index, at.h, at.w, n, i, j, channel);
+    window.decode(index, window.h, window.w, n, i, j, channel);
     Floats sum = {};
-    for (int oi = at.first_over(i); oi < at.last_over(i, at.oh); oi++)
-        for (int oj = at.first_over(j); oj < at.last_over(j, at.ow); oj++) {
-            const int pooled = ((n * at.oh + oi) * at.ow + oj) * at.c + channel;
-            const Floats given = dy[pooled];
-            const Places where = place ? place[pooled] : Places{};
+    for (int oi = window.first_over(i); oi < window.last_over(i, window.oh); oi++)
+        for (int oj = window.first_over(j); oj < window.last_over(j, window.ow); oj++) {
+            const int at = window.in_y(n, oi, oj, channel);
+            const Floats given = dy[at];
+            const Bytes where = argmax[at];
             for (int e = 0; e < VEC; e++)
-                if (!place) sum.at[e] += given.at[e] / (at.kernel * at.kernel);
-                else if (where.at[e] == at.place(i, j, oi, oj)) sum.at[e] += given.at[e];
+                if (where.at[e] == window.place(i, j, oi, oj)) sum.at[e] += given.at[e];
         }
-    for (int e = 0; e < VEC; e++)
-        sum.at[e] = gate && !(gate[index].at[e] > 0) ? 0 : rounded(sum.at[e], round);
+    dx[index] = sum;
+}
+
+// -------------------------------------------------------------------------------- the average
+
+extern "C" __global__ void
+avg_pool_forward(const Floats* x, Floats* y, unsigned total, const Window window)
+{
+    const unsigned index = blockIdx.x * blockDim.x + threadIdx.x;
+    if (index >= total) return;
+    int n, oi, oj, channel;
+    window.decode(index, window.oh, window.ow, n, oi, oj, channel);
+    Floats mean = {};
+    for (int i = window.first(oi); i < window.last(oi, window.h); i++)
+        for (int j = window.first(oj); j < window.last(oj, window.w); j++) {
+            const Floats value = x[window.in_x(n, i, j, channel)];
+            for (int e = 0; e < VEC; e++) mean.at[e] += value.at[e];
+        }
+    for (int e = 0; e < VEC; e++) mean.at[e] /= window.kernel * window.kernel;
+    y[index] = mean;
+}
+
+extern "C" __global__ void
+avg_pool_backward(const Floats* dy, Floats* dx, unsigned total, const Window window)
+{
+    const unsigned index = blockIdx.x * blockDim.x + threadIdx.x;
+    if (index >= total) return;
+    int n, i, j, channel;
+    window.decode(index, window.h, window.w, n, i, j, channel);
+    Floats sum = {};
+    for (int oi = window.first_over(i); oi < window.last_over(i, window.oh); oi++)
+        for (int oj = window.first_over(j); oj < window.last_over(j, window.ow); oj++) {
+            const Floats given = dy[window.in_y(n, oi, oj, channel)];
+            for (int e = 0; e < VEC; e++) sum.at[e] += given.at[e] / (window.kernel * window.kernel);
+        }
     dx[index] = sum;
 }

@@ -1,8 +1,8 @@
 // What CUDA C++ does not say: asynchronous copies, tensor cores, shared memory of any size.
 //
-// All inline PTX of the project is in this file. emulate.h holds a host version of each function,
+// All inline PTX of the project is in this file. dev/emulate.h holds a host version of each function,
 // so the kernels call these names and compile as they are for a GPU and for the host's processor.
-// Facts are from the PTX ISA, sections on cp.async, mma.m16n8k8 and cvt.rna.tf32.
+// Facts are from the PTX ISA, sections on cp.async, mma.m16n8k8 and cvt.
 
 #define INFINITY __uint_as_float(0x7f800000u)               // NVRTC has no math.h
 
@@ -54,17 +54,18 @@ __device__ __forceinline__ void copy_wait()
 }
 
 #if __CUDA_ARCH__ >= 800
-// x rounded to the 10 bits of mantissa that tensor cores read (TF32), to nearest.
+// x rounded to the 10 bits of mantissa that tensor cores read (TF32), to nearest; a NaN stays. From
+// sm_90 on that is one instruction, which takes halves to even; before it is two, which take them
+// away from zero.
 __device__ __forceinline__ unsigned to_tf32(float x)
 {
     unsigned bits;
+#if __CUDA_ARCH__ >= 900
+    asm("cvt.rn.tf32.f32 %0, %1;\n" : "=r"(bits) : "f"(x));
+#else
     asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(bits) : "f"(x));
+#endif
     return bits;
-}
-
-__device__ __forceinline__ float rounded(float x, int round)
-{
-    return round ? __uint_as_float(to_tf32(x)) : x;
 }
 
 // d += a b by one warp: a is 16×8, b 8×8, d 16×8. With g = lane / 4 and t = lane % 4, a lane holds
@@ -77,6 +78,4 @@ __device__ __forceinline__ void mma_tf32(float (&d)[4], const unsigned (&a)[4],
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-#else
-__device__ __forceinline__ float rounded(float x, int) { return x; }        // no TF32 before sm_80
 #endif

@@ -6,7 +6,7 @@
 //   - arrays are copies between pages that must not be touched; so is shared memory, and it holds
 //     NaN when a block begins;
 //   - an asynchronous copy lands when its thread waits for it; until then its place holds NaN;
-//   - an operand of the tensor cores that nobody rounded to TF32 is an error, and what they add up
+//   - an operand of the tensor cores that is not rounded to TF32 is an error, and what they add up
 //     is cut off to a float, not rounded, as hardware does;
 //   - blocks and threads run in ascending, descending or shuffled order: emulate.py compares bits;
 //   - a barrier that not all threads reach, or not all at the same line, is an error.
@@ -264,7 +264,6 @@ inline unsigned to_tf32(float x)
 {
     return x == x ? (__float_as_uint(x) + 0x1000) & 0xffffe000 : 0x7fffffff;
 }
-inline float rounded(float x, int round) { return round ? __uint_as_float(to_tf32(x)) : x; }
 
 inline void mma_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2],
                      int line = __builtin_LINE())
