@@ -77,6 +77,7 @@ def main(arguments=None):
             draw_set(options.images, options.captions, options.seed)
     index = read_captions(options, ranks)
     run = begin_run(options, index, checkpoint, ranks)
+    warnings.filterwarnings("ignore", "(overflow|invalid value)", RuntimeWarning)   # the loss says
     try:
         with Interrupt() as interrupt:
             finished = train(run, interrupt)
