@@ -1132,11 +1132,15 @@ def predict_words(options, show, *runs):
     photos = {index.name(i): i for i in range(count)}
     results = {}
     for run in runs:
-        results[run.name] = score_run(run, index, words, folder, photos, options.workers)
+        features, reader = run.features(folder, list(photos), options.workers)
+        targets = [index.words(photos[name]) for name in reader.names]
+        results[run.name] = {"training_photos": run.training,
+                             **score_run(run, words, features, targets),
+                             "skipped": len(reader.skipped)}
         for images in options.transfer or ():
             results[run.name].update(score_transfer(run, images, options, show))
     if not options.all:
-        warn_about_duplicates(index, folder, show)
+        warn_about_duplicates(index, folder, reader.names, show)
     if options.deciles:
         show_deciles(results, show)
     if len(runs) > 1 or show.out:
@@ -1154,17 +1158,14 @@ def common_words(runs):
     return words
 
 
-def score_run(run, index, words, folder, photos, workers):
-    """word_metrics of a run over the words of the index, for photos {name: number in the index}."""
-    features, reader = run.features(folder, list(photos), workers)
+def score_run(run, words, features, targets):
+    """word_metrics of a run over some of its words: features (N, E), targets as classes of words."""
     classes = run.find_words(words)
     counts = run.counts[classes]
     output = model.Output(features.shape[1], len(words))
     output.w = run.net.output.w[classes]
     output.b = run.net.output.b[classes]
-    targets = [index.words(photos[name]) for name in reader.names]
-    metrics = word_metrics(features, output, targets, counts, run.make_loss(counts))
-    return {"training_photos": run.training, **metrics, "skipped": len(reader.skipped)}
+    return word_metrics(features, output, targets, counts, run.make_loss(counts))
 
 
 def transfer_key(images):
@@ -1181,19 +1182,22 @@ def score_transfer(run, images, options, show):
     return {key: rows["mean"][1], key + SPREAD: deviations[1]}      # after that of chance
 
 
-def warn_about_duplicates(index, folder, show):
-    """Held-out photos whose very bytes were trained on make scores too good: say how many."""
+def warn_about_duplicates(index, folder, held_out, show):
+    """Say how many of the held-out photos are also trained on, byte for byte: it flatters scores.
+
+    held_out: the names of those that were read.
+    """
     if len(index) > MOST_COMPARED:
-        show.line(f"whether held-out photos are also training photos was not looked for, as there "
-                  f"are more than {MOST_COMPARED:,}")
+        show.line(f"among more than {MOST_COMPARED:,} photos, held-out ones that are also training "
+                  "photos are not looked for")
         return
-    names = [index.name(i) for i in range(len(index))]
-    pairs = data.find_duplicates(folder, names[:index.held_out], names[index.held_out:])
+    training = [index.name(i) for i in range(index.held_out, len(index))]
+    pairs = data.find_duplicates(folder, held_out, training)
     if pairs:
-        examples = ", ".join(f"{held_out} = {training}" for held_out, training in pairs[:3])
+        examples = [f"{name} = {training_name}" for name, training_name in pairs[:3]]
         more = ", …" if len(pairs) > 3 else ""
         show.line(f"{len(pairs):,} held-out photos are byte-identical to training photos: "
-                  f"{examples}{more}")
+                  f"{', '.join(examples)}{more}")
 
 
 def show_deciles(results, show):
