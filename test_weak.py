@@ -2730,13 +2730,16 @@ def test_words_of_a_map_lie_inside_and_those_without_room_are_left_out(rng):
     assert ">word29<" in texts[0]               # the heaviest is first
 
 
-def test_place_of_a_word_is_the_first_free_one():
+def test_word_goes_where_there_is_room_first():
     box = np.array([-10, -5, 10, 5])
     taken = np.array([[40, 40, 60, 60]])
-    over_another, over_the_edge, too_near, free = [50, 50], [5, 50], [50, 35], [50, 34]
-    places = np.array([over_another, over_the_edge, too_near, free])
-    assert evaluation.find_place(places, box, taken, 100).tolist() == free
-    assert evaluation.find_place(places[:3], box, taken, 100) is None
+    points = np.array([
+        [50, 50],                               # over the other word
+        [5, 50],                                # over the edge
+        [50, 35],                               # too near
+        [50, 34]])
+    assert evaluation.find_room(points, box, taken, 100).tolist() == [50, 34]
+    assert evaluation.find_room(points[:3], box, taken, 100) is None
 
 
 def test_words_without_a_font_are_said_once(monkeypatch, capsys):
