@@ -707,43 +707,68 @@ def test_words_of_ascii_are_cut_by_the_same_rule():
 
 ROWS = [("a.jpg", "one dog"), ("b c.jpg", "two, dogs"), ("sub/ü.jpg", 'three "dogs"'),
         ("a.jpg", "four")]
-
 NAMES = ["a.jpg", "b c.jpg", "sub/ü.jpg"]
-CAPTIONS = {
+
+
+def in_quotes(text):
+    """A text as CSV quotes it."""
+    return '"' + text.replace('"', '""') + '"'
+
+
+def json_lines():
+    """The rows as JSON objects, whose keys differ, and whose tags are a list."""
+    lines = []
+    for key, (name, text) in zip(("text", "caption", "captions", "tags"), ROWS):
+        value = text.split() if key == "tags" else text
+        lines.append(json.dumps({"file_name": name, key: value}) + "\n")
+    return "".join(lines)
+
+
+def coco():
+    """The rows as COCO has them: images, and annotations by the images' numbers."""
+    images = [{"id": i, "file_name": name} for i, name in enumerate(NAMES)]
+    annotations = [{"image_id": NAMES.index(name), "caption": text} for name, text in ROWS]
+    return json.dumps({"info": {}, "images": images, "annotations": annotations}, indent=1)
+
+
+def karpathys_coco():
+    """The rows as Karpathy's files have them: images with sentences."""
+    images = [{"filename": name, "sentences": [{"raw": text}]} for name, text in ROWS]
+    return json.dumps({"images": images})
+
+
+CAPTIONS = {                    # the rows in each format; a key begins with the format's name
     "tsv": "".join(f"{name}\t{text}\n" for name, text in ROWS),
     "tsv with numbers": "".join(f"{n}#{i}\t{text}\r\n" for i, (n, text) in enumerate(ROWS)),
-    "csv": "image,caption\n" + "".join(
-        f"""{name},"{text.replace('"', '""')}"\n""" for name, text in ROWS),
+    "csv": "image,caption\n" + "".join(f"{name},{in_quotes(text)}\n" for name, text in ROWS),
     "csv with bars": "image_name| comment_number| comment\n" + "".join(
         f"{name}| 0| {text}\n" for name, text in ROWS),
-    "jsonl": "".join(
-        json.dumps({"file_name": name, key: text.split() if key == "tags" else text}) + "\n"
-        for key, (name, text) in zip(("text", "caption", "captions", "tags"), ROWS)),
     "csv of Excel": "sep=;\nFile Name;title;keywords\n" + "".join(
-        f"""{name};;"{text.replace('"', '""')}"\n""" for name, text in ROWS),
-    "coco": json.dumps({
-        "info": {}, "images": [{"id": i, "file_name": name} for i, name in enumerate(NAMES)],
-        "annotations": [{"image_id": NAMES.index(n), "caption": t} for n, t in ROWS]}, indent=1),
+        f"{name};;{in_quotes(text)}\n" for name, text in ROWS),
+    "jsonl": json_lines(),
+    "coco": coco(),
     "coco as a list": json.dumps([{"file_name": name, "alt_text": text} for name, text in ROWS]),
-    "coco of Karpathy": json.dumps({"images": [
-        {"filename": name, "sentences": [{"raw": text}]} for name, text in ROWS]})}
+    "coco of Karpathy": karpathys_coco()}
 
 
 def read(path):
     """A captions file's format, its photos' names and words, and how many of its lines are bad."""
     kind = data.recognise(path)
-    parts = [data.parse(block, kind) for block in data.blocks(path, kind)]
-    return (kind, [(name, data.words_of(text)) for pairs, _ in parts for name, text in pairs],
-            sum(bad for _, bad in parts))
+    captions = data.Captions(path, kind)
+    rows = [(name, data.words_of(caption)) for name, caption in captions]
+    assert captions.count == len(rows)
+    return kind, rows, captions.bad_lines
 
 
-@pytest.mark.parametrize("kind", CAPTIONS)
+@pytest.mark.parametrize("name", CAPTIONS)
 @pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress, b"\xef\xbb\xbf".__add__],
                          ids=["plain", "gzip", "bzip2", "BOM"])
-def test_captions_formats_are_recognised_and_read(kind, pack, tmp_path):
-    (tmp_path / "c").write_bytes(pack(CAPTIONS[kind].encode()))
-    assert read(tmp_path / "c") == (
-        kind.split()[0], [(name, data.words_of(text)) for name, text in ROWS], 0)
+def test_captions_formats_are_recognised_and_read(name, pack, tmp_path):
+    (tmp_path / "c").write_bytes(pack(CAPTIONS[name].encode()))
+    kind, rows, bad_lines = read(tmp_path / "c")
+    assert kind == name.split()[0]
+    assert rows == [(name, data.words_of(text)) for name, text in ROWS]
+    assert bad_lines == 0
 
 
 def as_yfcc(*head):
@@ -755,7 +780,7 @@ def as_yfcc(*head):
     return "\n".join([*lines, "junk\n"]).encode()
 
 
-ODD = {                         # a file, and what is read of it
+ODD = {                         # format, a file, what is read of it, and the number of bad lines
     "encodings": ("tsv", b"a.jpg\tcaf\xe9 noir\nno tab\n\xe9.jpg\tok\nb.jpg\t" + b"w " * 99_999,
                   [("a.jpg", "cafe noir"), ("\udce9.jpg", "ok"), ("b.jpg", "w " * 99_999)], 1),
     "a bad line in between": ("tsv", b"a.jpg\tone\nb.jpg two\nc.jpg\tthree\n\n\td\ne.jpg\tfour\n",
@@ -785,9 +810,21 @@ ODD = {                         # a file, and what is read of it
 
 @pytest.mark.parametrize("name", ODD)
 def test_odd_captions_cost_their_own_lines_and_no_more(name, tmp_path):
-    kind, content, expected, bad = ODD[name]
+    expected_kind, content, expected, expected_bad_lines = ODD[name]
     (tmp_path / "c").write_bytes(content)
-    assert read(tmp_path / "c") == (kind, [(name, text.split()) for name, text in expected], bad)
+    kind, rows, bad_lines = read(tmp_path / "c")
+    assert kind == expected_kind
+    assert rows == [(name, text.split()) for name, text in expected]
+    assert bad_lines == expected_bad_lines
+
+
+@pytest.mark.parametrize("kind, content, complaint", [
+    ("csv", b"who,what\na.jpg,x\n", "names no columns"), ("coco", b'{"images": [', "neither COCO"),
+    ("tsv", b"", "is empty"), ("tsv", b"\x1f\x8bnot gzip", "is damaged")])
+def test_captions_that_cannot_be_read_are_told_in_one_line(kind, content, complaint, tmp_path):
+    (tmp_path / "c").write_bytes(content)
+    with pytest.raises(ValueError, match=f"^captions: {tmp_path}/c [^\n]*{complaint}[^\n]*$"):
+        list(data.Captions(tmp_path / "c", kind))
 
 
 # ------------------------------------------------------------------------- index and draws
@@ -796,11 +833,13 @@ def write_captions(path, photos=400, seed=0, extra=""):
     """Three captions of four made-up words for each photo, far apart; [name, caption] pairs."""
     rng = np.random.default_rng(seed)
     vocabulary = [f"w{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(60)]
-    chance = 1 / np.arange(1, 61)
-    lines = [f"p{i}.jpg\t{' '.join(rng.choice(vocabulary, 4, p=chance / chance.sum()))}"
-             for _ in range(3) for i in range(photos)]
-    path.write_text("\n".join(lines) + "\n" + extra)
-    return [line.split("\t") for line in lines]
+    probability = 1 / np.arange(1, 61)
+    probability /= probability.sum()
+    rows = []
+    for i in [*range(photos)] * 3:
+        rows.append([f"p{i}.jpg", " ".join(rng.choice(vocabulary, 4, p=probability))])
+    path.write_text("".join(f"{name}\t{caption}\n" for name, caption in rows) + extra)
+    return rows
 
 
 def build(folder, text=data.Text(30, 5, 0.2), name="i", captions="c", **how):
@@ -808,7 +847,11 @@ def build(folder, text=data.Text(30, 5, 0.2), name="i", captions="c", **how):
 
 
 def words_by_photo(index):
-    return {index.name(i): [index.dictionary[w] for w in index.words(i)] for i in range(len(index))}
+    """{photo's name: its words} of an index."""
+    words = {}
+    for i in range(len(index)):
+        words[index.name(i)] = [index.dictionary[k] for k in index.words(i)]
+    return words
 
 
 @pytest.fixture
@@ -817,40 +860,95 @@ def index(tmp_path):
     return build(tmp_path)
 
 
-@pytest.mark.parametrize("block, small, processes", [
-    (data.BLOCK_BYTES, data.SMALL_FILE, 2), (3000, data.SMALL_FILE, 2), (3000, 0, 2)])
-def test_index_is_the_captions_words(block, small, processes, tmp_path, monkeypatch):
-    """In one block or many, by this process (as for a small file) or by others."""
-    monkeypatch.setattr(data, "BLOCK_BYTES", block)
-    monkeypatch.setattr(data, "SMALL_FILE", small)
-    rows = write_captions(tmp_path / "c", extra="../out.jpg\twaa\n/etc/x.jpg\twaa\nempty.jpg\t \n"
-                          "a..b.jpg\twaa wab wac wad wae waf wag\n")
-    rows.append(["a..b.jpg", "waa wab wac wad wae waf wag"])        # not outside the folder
-    index = build(tmp_path, processes=processes)
-    held = {name for name, _ in rows if data.hash_all([name.encode()], 4)[0] < 0.2 * 2**32}
-    assert 0.1 < len(held) / 400 < 0.3          # which stay held out, whatever is beside them
-    counts, expected = Counter(word for name, caption in rows if name not in held
-                               for word in caption.split()), {}
-    words = sorted(counts, key=lambda word: (-counts[word], word))[5:35]
-    assert list(index.dictionary) == words
-    for name, caption in rows:
-        expected.setdefault(name, set()).update(set(caption.split()) & set(words))
-    assert words_by_photo(index) == {
-        name: sorted(some, key=words.index) for name, some in expected.items() if some}
-    assert {index.name(i) for i in range(index.held_out)} == {n for n in held if expected[n]}
-    assert index.facts["refused"] == 2 and index.facts["without_words"] >= 1
-    for k, word in enumerate(words):
-        photos = {index.name(int(photo)) for photo in index.photos(k)}
-        assert photos == {n for n in expected if word in expected[n] and n not in held}
-        assert len(photos) == index.counts[k] > 0
+def test_ragged_rows_are_those_of_a_list(rng):
+    lists = [rng.integers(0, 9, length).tolist() for length in (0, 3, 0, 1, 5, 0)]
+    ends = np.cumsum([len(row) for row in lists])
+    ragged = data.Ragged(np.concatenate(lists).astype(int), ends)
+    assert [row.tolist() for row in ragged] == lists
+    assert ragged.counts().tolist() == [0, 3, 0, 1, 5, 0]
+    assert [row.tolist() for row in ragged.part(1, 4)] == lists[1:4]
+    taken = ragged.take(np.array([4, 0, 1, 4]))
+    assert [row.tolist() for row in taken] == [lists[4], lists[0], lists[1], lists[4]]
+
+
+class PlainIndex:
+    """What an index must hold, by plain loops; valid 0.2, 5 stop words and 30 words."""
+
+    def __init__(self, rows):
+        names = {name for name, _ in rows}
+        # the same photos as ever are held out, so that old runs are not scored on their own ones
+        self.held_out = {name for name in names
+                         if data.hash_all([name.encode()], 4)[0] < 0.2 * 2**32}
+        counts = Counter()
+        for name, caption in rows:
+            if name not in self.held_out:
+                counts.update(caption.split())
+        ranked = sorted(counts, key=lambda word: (-counts[word], word))
+        self.dictionary = ranked[5:35]
+        self.words = {name: set() for name in names}
+        for name, caption in rows:
+            self.words[name] |= set(caption.split()) & set(self.dictionary)
+
+    def words_by_photo(self):
+        """{photo's name: its words, the most frequent first}, of photos that have some."""
+        ordered = {}
+        for name, words in self.words.items():
+            if words:
+                ordered[name] = sorted(words, key=self.dictionary.index)
+        return ordered
+
+    def photos(self, word):
+        """The names of the training photos that carry a word."""
+        return {name for name, words in self.words.items()
+                if word in words and name not in self.held_out}
+
+
+OUTSIDE = "../out.jpg\twaa\n/etc/x.jpg\twaa\n"
+
+
+@pytest.mark.parametrize("batch, set_size", [
+    (data.BATCH_CHARACTERS, data.SET_BYTES), (3000, data.SET_BYTES), (3000, 2000)],
+    ids=["in one batch", "in batches", "in sets"])
+def test_index_is_the_captions_words(batch, set_size, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "BATCH_CHARACTERS", batch)
+    monkeypatch.setattr(data, "SET_BYTES", set_size)
+    dots = ["a..b.jpg", "waa wab wac wad wae waf wag"]              # not outside the folder
+    rows = write_captions(tmp_path / "c", extra=OUTSIDE + "empty.jpg\t \n" + "\t".join(dots))
+    rows.append(dots)
+    index, plain = build(tmp_path), PlainIndex(rows)
+    assert 0.1 < len(plain.held_out) / 400 < 0.3
+    assert index.dictionary == plain.dictionary
+    assert words_by_photo(index) == plain.words_by_photo()
+    names = [index.name(i) for i in range(len(index))]
+    assert set(names[:index.held_out]) == plain.held_out & plain.words_by_photo().keys()
+    assert not set(names[index.held_out:]) & plain.held_out
+    assert index.facts["refused"] == 2
+    assert index.facts["refused_names"] == ["../out.jpg", "/etc/x.jpg"]
+    assert index.facts["without_words"] >= 1
+    for k, word in enumerate(index.dictionary):
+        assert {names[photo] for photo in index.photos(k)} == plain.photos(word)
+        assert len(index.photos(k)) == index.counts[k] > 0
+
+
+def test_photos_whose_hashes_are_equal_are_told_apart(index, tmp_path, monkeypatch):
+    hash_names = data.hash_names
+    monkeypatch.setattr(data, "hash_names", lambda names: hash_names(names) >> 60 << 60)
+    crowded = build(tmp_path, data.Text(30, 5, 0.2), "crowded", dictionary=index.dictionary)
+    assert words_by_photo(crowded) == words_by_photo(index)
+
+
+def test_photos_in_the_index_follow_their_hashes(index):
+    names = [index.name(i).encode() for i in range(len(index))]
+    assert (np.diff(data.hash_names(names).astype(float)) > 0).all()
 
 
 @pytest.mark.parametrize("captions, labels", [("a.jpg\tx\n", 0), ("a.jpg\tdog\nb.jpg\tcat\n", 1)])
 def test_index_may_have_no_label_or_one(captions, labels, tmp_path):
     (tmp_path / "c").write_text(captions)
     index = build(tmp_path, data.Text(1, 0, 0), dictionary=["dog"])
-    assert index.labels == len(index) == labels and index.counts.tolist() == [labels]
-    assert words_by_photo(index) == {"a.jpg": ["dog"]} if labels else not words_by_photo(index)
+    assert index.labels == len(index) == labels
+    assert index.counts.tolist() == [labels]
+    assert words_by_photo(index) == ({"a.jpg": ["dog"]} if labels else {})
 
 
 def test_index_is_cached_until_something_changes(tmp_path):
@@ -864,40 +962,100 @@ def test_index_is_cached_until_something_changes(tmp_path):
     assert times[0] == times[1] < times[2] < times[3]
 
 
-def test_stop_words_are_by_size_counted_and_the_same_if_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize("many, few, used", [
+    (10**6, 2, 2), (10**6, 50, 3), (1, 2, 3)])  # 3 is a twentieth of the 60 words
+def test_stop_words_are_by_size_counted_and_shown(many, few, used, tmp_path, monkeypatch):
     write_captions(tmp_path / "c")
-    whole = build(tmp_path, data.Text(60, 0, 0.2))
-    for many, few, used in ((10**6, 2, 2), (10**6, 50, 3), (1, 2, 3)):      # 60 // 20
-        monkeypatch.setattr(data, "MANY", many)
-        monkeypatch.setattr(data, "FEW_STOP_WORDS", few)
-        index = build(tmp_path, data.Text(30, None, 0.2), name=f"{many} {few}")
-        assert (index.facts["stop_words"], index.facts["rest"]) == (used, 30 - used)
-        words, times = zip(*index.facts["left_out"])
-        assert [*words] == whole.dictionary[:used] + whole.dictionary[30 + used:][:3]
-        assert list(times) == sorted(times, reverse=True) and times[-1] > 0
-    places = str(tmp_path / "c"), index.folder
-    assert [bool(data.cached_index(*places, data.Text(30, stop, 0.2), "tsv"))
-            for stop in (3, None, 4)] == [True, True, False]
+    ranked = build(tmp_path, data.Text(60, 0, 0.2)).dictionary
+    monkeypatch.setattr(data, "MANY", many)
+    monkeypatch.setattr(data, "FEW_STOP_WORDS", few)
+    index = build(tmp_path, data.Text(30, None, 0.2), name="2")
+    assert index.facts["stop_words"] == used
+    assert index.facts["rest"] == 60 - used - 30
+    shown = [word for word, _ in index.facts["left_out"]]
+    assert shown == ranked[:used] + ranked[used + 30:][:3]
+    times = [count for _, count in index.facts["left_out"]]
+    assert times == sorted(times, reverse=True)
+    assert times[-1] > 0
 
 
-@pytest.mark.parametrize("name, damage", [
-    ("words.npy", lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?")),
-    ("words.json", lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?")),
-    ("names.npy", lambda path: os.truncate(path, path.stat().st_size - 5)),
-    ("photo_ends.npy", lambda path: os.truncate(path, 0)), ("index.json", os.remove),
-    ("", lambda path: os.renames(path, f"{path}.part/old"))])       # killed between two renames
-def test_index_that_is_not_whole_is_noticed_and_made_again(name, damage, index, tmp_path, capsys):
+def test_stop_words_chosen_by_size_may_be_named(tmp_path):
+    write_captions(tmp_path / "c")
+    index = build(tmp_path, data.Text(30, None, 0.2))
+    assert index.facts["stop_words"] == 3
+
+    def is_cached(stop_words):
+        text = data.Text(30, stop_words, 0.2)
+        return data.cached_index(str(tmp_path / "c"), index.folder, text, "tsv") is not None
+
+    assert is_cached(3)
+    assert is_cached(None)
+    assert not is_cached(4)
+
+
+def replace_bytes(path, old, new):
+    """Put other bytes into a file, in the place of some that are there once."""
+    content = path.read_bytes()
+    assert content.count(old) == 1
+    path.write_bytes(content.replace(old, new))
+
+
+def change_number(path, change):
+    """Change the last number of an .npy file."""
+    array = np.load(path)
+    array[-1] += change
+    np.save(path, array)
+
+
+DAMAGE = {                      # of an index, by its folder
+    "numbers of another type": lambda i: replace_bytes(i / "words.npy", b"<i4", b"<u4"),
+    "a file cut": lambda i: os.truncate(i / "names.npy", (i / "names.npy").stat().st_size - 5),
+    "a file emptied": lambda i: os.truncate(i / "photo_ends.npy", 0),
+    "a file of an older index": lambda i: np.save(i / "word_ends.npy", np.arange(3)),
+    "a count changed": lambda i: change_number(i / "photo_ends.npy", -1),
+    "facts lost": lambda i: os.remove(i / "index.json"),
+    "a fact changed": lambda i: replace_bytes(i / "index.json", b'"captions": 1200',
+                                              b'"captions": 1300'),
+    "a word changed": lambda i: replace_bytes(i / "index.json", b'"waf"', b'"waz"')}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_index_is_noticed_and_made_again(damage, index, tmp_path, capsys):
     words = words_by_photo(index)
-    damage(tmp_path / "i" / name)
-    for times in 1, 0:
-        assert words_by_photo(build(tmp_path)) == words and {*os.listdir(tmp_path)} == {"c", "i"}
-        said = "damaged: making it again" if name else "starting the index again: it was not"
-        assert capsys.readouterr().err.count(said) == times
+    DAMAGE[damage](tmp_path / "i")
+    assert words_by_photo(build(tmp_path)) == words
+    assert "is damaged, or of another version: making it again" in capsys.readouterr().err
+    assert words_by_photo(build(tmp_path)) == words
+    assert capsys.readouterr().err == ""
 
 
-def test_failed_index_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_index_that_was_not_finished_is_made_again(index, tmp_path, capsys):
+    words = words_by_photo(index)
+    (tmp_path / "i.part").mkdir()
+    (tmp_path / "i").rename(tmp_path / "i.part" / "old")            # killed between two renames
+    assert words_by_photo(build(tmp_path)) == words
+    assert sorted(os.listdir(tmp_path)) == ["c", "i"]
+    assert "starting the index again: it was not finished" in capsys.readouterr().err
+
+
+def test_numbers_out_of_bounds_are_noticed_when_they_are_read(index, tmp_path):
+    photos_of_last_word = len(index.photos(29))
+    change_number(tmp_path / "i" / "words.npy", 30)
+    change_number(tmp_path / "i" / "photos.npy", len(index))
+    damaged = data.Index(str(tmp_path / "i"))
+    message = f"the index in {tmp_path}/i is damaged; remove that folder, and it is made again"
+    with pytest.raises(ValueError, match=message):
+        damaged.words(len(index) - 1)
+    sampler = data.BatchSampler(damaged, 3, 30 * photos_of_last_word)
+    with pytest.raises(ValueError, match=message):
+        sampler.batch(0)
+
+
+@pytest.mark.parametrize("kind, method", [
+    (data.Records, "append"), (data.GrowingArray, "append"), (data.GrowingArray, "close")])
+def test_failed_index_leaves_nothing_behind(kind, method, tmp_path, monkeypatch):
     write_captions(tmp_path / "c")
-    monkeypatch.setattr(data, "group_records", no_space)
+    monkeypatch.setattr(kind, method, no_space)
     with pytest.raises(OSError, match="No space"):
         build(tmp_path)
     assert os.listdir(tmp_path) == ["c"]
@@ -905,119 +1063,201 @@ def test_failed_index_leaves_nothing_behind(tmp_path, monkeypatch):
 
 def test_rare_words_are_pruned_and_frequent_ones_stay(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "MOST_COUNTED", 40)
-    monkeypatch.setattr(data, "BLOCK_BYTES", 3000)
+    monkeypatch.setattr(data, "BATCH_CHARACTERS", 3000)
     write_captions(tmp_path / "c")
     index = build(tmp_path, data.Text(5, 0, 0))
-    assert list(index.dictionary) == ["waa", "wab", "wac", "wad", "wae"]
+    assert index.dictionary == ["waa", "wab", "wac", "wad", "wae"]
     monkeypatch.undo()                          # what was pruned on the way is in the index
     assert words_by_photo(index) == words_by_photo(build(tmp_path, data.Text(5, 0, 0), "2"))
 
 
-def test_draws_are_uniform_over_words_and_over_their_photos(index):
-    draws = [data.Draws(index, 3, step, 64) for step in range(300)]
-    words, photos = (np.concatenate([getattr(draw, which) for draw in draws])
-                     for which in ("words", "photos"))
-    assert all(word in index.words(photo) and photo >= index.held_out
-               for word, photo in zip(words[:1500], photos))
+def all_there(batch):
+    """Every photo of the batch could be read."""
+    return np.ones(len(batch.photos), bool)
+
+
+def test_words_are_drawn_uniformly_and_so_are_their_photos(index):
+    sampler = data.BatchSampler(index, 3, 64)
+    words, photos = [], []
+    for batch in map(sampler.batch, range(300)):
+        words += [word for word, in batch.targets]
+        photos += batch.photos
+    assert min(photos) >= index.held_out
+    assert all(word in index.words(photo) for word, photo in zip(words[:1500], photos))
+    words, photos = np.array(words), np.array(photos)
     assert chisquare(np.bincount(words, minlength=30)).pvalue > 1e-3
-    seen = np.bincount(photos[words == 2], minlength=len(index))[np.asarray(index.photos(2))]
-    assert chisquare(seen).pvalue > 1e-3
+    times = np.bincount(photos[words == 2], minlength=len(index))
+    assert chisquare(times[index.photos(2)]).pvalue > 1e-3
 
 
-def test_draws_by_image_are_uniform_over_photos_with_all_words(index):
-    photos = [p for step in range(200) for p in data.Draws(index, 3, step, 64, "image").photos]
+def test_photos_are_drawn_by_image_uniformly_with_all_words(index):
+    sampler = data.BatchSampler(index, 3, 64, "image")
+    photos = np.concatenate([sampler.batch(step).photos for step in range(200)])
     counts = np.bincount(photos, minlength=len(index))
     assert not counts[:index.held_out].any()
     assert chisquare(counts[index.held_out:]).pvalue > 1e-3
-    draw = data.Draws(index, 3, 0, 8, "image")
-    for photo, row in zip(draw.photos, draw.labels(index.share("image")).targets):
-        assert [word for word in row if word >= 0] == list(index.words(photo))
-    assert draw.retry(0) is None and draw.weights[0] == 0
+    batch = sampler.batch(0)
+    labels = sampler.labels(batch, all_there(batch))
+    for photo, row in zip(batch.photos, labels.targets):
+        assert row[row >= 0].tolist() == index.words(photo).tolist()
+    assert sampler.replacement(batch, 0, 1) is None
+
+
+def test_row_without_a_photo_weighs_nothing(index):
+    sampler = data.BatchSampler(index, 3, 4)
+    labels = sampler.labels(sampler.batch(0), np.array([True, False, True, True]))
+    assert labels.weights.tolist() == [0.25, 0, 0.25, 0.25]
+
+
+def gradient_statistics(index, s, positives, steps=600):
+    """The mean and the variance, over many steps, of a batch's gradient by the scores s (N, K)."""
+    loss, sampler, gradients = model.Softmax(), data.BatchSampler(index, 3, 64,
+                                                                  positives=positives), []
+    for step in range(steps):
+        batch = sampler.batch(step)
+        _, ds = loss(s[batch.photos], sampler.labels(batch, all_there(batch)))
+        gradient = np.zeros_like(s)
+        np.add.at(gradient, batch.photos, ds)
+        gradients.append(gradient)
+    return np.mean(gradients, axis=0), np.var(gradients, axis=0).sum()
 
 
 def test_balanced_positives_have_the_gradient_of_the_drawn_word_on_average(index, rng):
-    s, share = 2 * rng.standard_normal((len(index), 30)), index.share("class")
-    means, spreads = [], []
-    for positives in ("drawn", "balanced", "all"):
-        steps = []
-        for step in range(600):
-            draw = data.Draws(index, 3, step, 64, positives=positives)
-            ds = np.zeros_like(s)
-            np.add.at(ds, draw.photos, model.softmax(s[draw.photos].copy(), draw.labels(share))[1])
-            steps.append(ds)
-        means.append(np.mean(steps, axis=0))
-        spreads.append(np.var(steps, axis=0).sum())
-    error = np.sqrt(spreads[0] / 600)
-    assert np.linalg.norm(means[1] - means[0]) < 2 * error < np.linalg.norm(means[2] - means[0])
-    assert spreads[1] < 0.9 * spreads[0]
+    s = 2 * rng.standard_normal((len(index), 30))
+    drawn, variance = gradient_statistics(index, s, "drawn")
+    balanced, balanced_variance = gradient_statistics(index, s, "balanced")
+    all_alike, _ = gradient_statistics(index, s, "all")
+    error = np.sqrt(variance / 600)
+    assert np.linalg.norm(balanced - drawn) < 2 * error
+    assert np.linalg.norm(all_alike - drawn) > 2 * error
+    assert balanced_variance < 0.9 * variance
 
 
 @pytest.mark.parametrize("sampling, positives", [("class", "drawn"), ("class", "all"),
                                                  ("image", "drawn")])
-def test_share_is_how_often_a_word_is_a_target(index, sampling, positives):
-    targets = [row for step in range(400) for row in data.Draws(
-        index, 3, step, 64, sampling, positives=positives).targets]
-    counts, share = np.bincount(np.concatenate(targets)), index.share(sampling, positives)
-    assert (abs(counts - 25600 * share) < 5 * np.sqrt(25600 * share)).all()
+@pytest.mark.parametrize("at_a_time", [data.ROWS_AT_A_TIME, 7])
+def test_label_frequency_is_how_often_a_word_is_a_target(
+        index, sampling, positives, at_a_time, monkeypatch):
+    monkeypatch.setattr(data, "ROWS_AT_A_TIME", at_a_time)
+    sampler = data.BatchSampler(index, 3, 64, sampling, positives)
+    targets = []
+    for step in range(400):
+        targets += sampler.batch(step).targets
+    counts = np.bincount(np.concatenate(targets))
+    expected = 400 * 64 * sampler.label_frequency
+    assert (abs(counts - expected) < 5 * np.sqrt(expected)).all()
 
 
 def test_draws_are_a_function_of_seed_step_row_and_attempt(index):
-    one, two = data.Draws(index, 3, 9, 64), data.Draws(index, 3, 9, 128)
-    assert one.photos == two.photos[:64] and list(one.words) == list(two.words[:64])
-    assert one.photos != data.Draws(index, 4, 9, 64).photos
-    tried = [one.retry(5) for _ in range(7)]
-    assert tried == [two.retry(5) for _ in range(7)] and len(set(tried)) > 1
-    assert all(one.words[5] in index.words(photo) for photo in tried)
-    assert one.retry(5) is None and one.weights[5] == 0
+    sampler, wider = data.BatchSampler(index, 3, 64), data.BatchSampler(index, 3, 128)
+    batch = sampler.batch(9)
+    assert batch.photos == wider.batch(9).photos[:64]
+    assert batch.targets == wider.batch(9).targets[:64]
+    assert batch.photos != data.BatchSampler(index, 4, 64).batch(9).photos
+    assert batch.photos != sampler.batch(10).photos
+    photos = [sampler.replacement(batch, 5, attempt) for attempt in range(1, data.ATTEMPTS)]
+    assert photos == [wider.replacement(wider.batch(9), 5, attempt) for attempt in range(1, 8)]
+    assert len(set(photos)) > 1
+    word, = batch.targets[5]
+    assert all(word in index.words(photo) for photo in photos)
+    assert sampler.replacement(batch, 5, data.ATTEMPTS) is None
+
+
+@pytest.mark.parametrize("sampling", ["class", "image"])
+def test_steps_may_be_asked_for_in_any_order(sampling, index):
+    """Steps are drawn many at a time, and kept; which are kept changes nothing."""
+    sampler = data.BatchSampler(index, 3, 16, sampling, spare=9)
+    for step in (0, 1, data.STEPS_AHEAD - 1, data.STEPS_AHEAD, 5000, 2):
+        alone = data.BatchSampler(index, 3, 16, sampling, spare=9).batch(step)
+        batch = sampler.batch(step)
+        assert batch.photos == alone.photos
+        assert batch.top.tolist() == alone.top.tolist()
+
+
+@pytest.mark.parametrize("sampling", ["class", "image"])
+def test_crops_are_random_or_central(sampling, index):
+    batch = data.BatchSampler(index, 3, 500, sampling, spare=3).batch(0)
+    for values, most in ((batch.top, 3), (batch.left, 3), (batch.flip, 1)):
+        assert chisquare(np.bincount(values, minlength=most + 1)).pvalue > 1e-3
+    assert np.corrcoef([batch.top, batch.left, batch.flip])[0, 1:] == pytest.approx(0, abs=0.2)
+    batch = data.BatchSampler(index, 3, 5, sampling, spare=3, random_crops=False).batch(0)
+    assert batch.top.tolist() == batch.left.tolist() == [1] * 5
+    assert not batch.flip.any()
 
 
 @pytest.mark.parametrize("sampling", ["class", "image"])
 @pytest.mark.parametrize("targets", ["all", "batch", "sampled"])
-def test_rows_of_a_part_are_those_of_the_whole_batch(sampling, targets, index):
-    whole = data.Draws(index, 3, 9, 10, sampling)
-    parts = [data.Draws(index, 3, 9, 10, sampling, slice(*ends)) for ends in ((0, 3), (3, 10))]
-    assert parts[0].photos + parts[1].photos == whole.photos
-    mine, all_ = (draw.labels(index.share(sampling), targets, 7) for draw in (parts[1], whole))
-    assert np.array_equal(mine.weights, all_.weights[3:])
-    assert np.array_equal(mine.targets, all_.targets[3:, :mine.targets.shape[1]])
-    for a, b in zip((*mine[3:], *parts[1].crops(8, True)), (*all_[3:], *whole.crops(8, True))):
-        assert a is b is None or np.array_equal(a, b if len(a) == len(b) else b[3:])
-    assert parts[1].retry(2) == whole.retry(5)
+def test_ranks_rows_are_those_of_the_whole_batch(sampling, targets, index):
+    whole = data.BatchSampler(index, 3, 10, sampling, spare=8)
+    last = data.BatchSampler(index, 3, 10, sampling, spare=8, rows=slice(3, 10))
+    batch, mine = whole.batch(9), last.batch(9)
+    assert mine.photos == batch.photos[3:]
+    for values, expected in ((mine.top, batch.top), (mine.left, batch.left),
+                             (mine.flip, batch.flip)):
+        assert values.tolist() == expected[3:].tolist()
+    labels = whole.labels(batch, all_there(batch), targets, 7)
+    my_labels = last.labels(mine, all_there(mine), targets, 7)
+    assert my_labels.weights.tolist() == labels.weights[3:].tolist()
+    width = my_labels.targets.shape[1]
+    assert my_labels.targets.tolist() == labels.targets[3:, :width].tolist()
+    assert (labels.targets[3:, width:] == -1).all()
+    if targets != "all":
+        assert my_labels.classes.tolist() == labels.classes.tolist()
+        assert (my_labels.inclusion_probability.tolist()
+                == labels.inclusion_probability.tolist())
+    assert last.replacement(mine, 2, 1) == whole.replacement(batch, 5, 1)
 
 
 @pytest.mark.parametrize("sampling", ["class", "image"])
-@pytest.mark.parametrize("negatives", [0, 7, 99])
-def test_chance_of_a_class_is_how_often_it_is_there(index, sampling, negatives):
-    share, steps, n = index.share(sampling), 1500, 6
-    there, left_out = np.zeros(30), np.zeros(30)
-    for step in range(steps):
-        draw = data.Draws(index, 3, step, n, sampling)
-        labels = draw.labels(share, "sampled" if negatives else "batch", negatives)
-        mine = draw.labels(share).targets[0]
-        free = np.setdiff1d(np.arange(30), mine)                    # row 0 does not carry them
-        left_out[free] += 1
-        free = np.isin(labels.classes, free)
-        there[labels.classes[free]] += 1 / labels.chance[free]
-        columns = labels.targets[labels.targets >= 0]
-        assert {*labels.classes[columns]} == {*draw.labels(share).targets.flat} - {-1}
-    np.testing.assert_allclose(there / left_out, 1, atol=0.35 if not negatives else 0.2)
-    assert abs(np.mean(there / left_out) - 1) < 0.02
-    if negatives == 99:
-        assert len(labels.classes) == 30 and np.array_equal(labels.chance, np.ones(30))
+@pytest.mark.parametrize("negatives, spread", [(0, 0.35), (7, 0.2), (99, 0.2)])
+def test_inclusion_probability_is_how_often_a_class_is_there(index, sampling, negatives, spread):
+    sampler = data.BatchSampler(index, 3, 6, sampling)
+    weight, not_carried = np.zeros(30), np.zeros(30)
+    for step in range(1500):
+        batch = sampler.batch(step)
+        labels = sampler.labels(batch, all_there(batch), "sampled", negatives)
+        mine = batch.targets[0]
+        not_carried[np.setdiff1d(np.arange(30), mine)] += 1
+        others = ~np.isin(labels.classes, mine)
+        weight[labels.classes[others]] += 1 / labels.inclusion_probability[others]
+    assert weight / not_carried == pytest.approx(1, abs=spread)
+    assert np.mean(weight / not_carried) == pytest.approx(1, abs=0.02)
+    if negatives == 99:                         # more than there are: all words are scored
+        assert labels.classes.tolist() == list(range(30))
+        assert (labels.inclusion_probability == 1).all()
+
+
+@pytest.mark.parametrize("targets", ["batch", "sampled"])
+def test_targets_are_columns_of_the_classes_that_are_scored(targets, index):
+    sampler = data.BatchSampler(index, 3, 6, "image")
+    batch = sampler.batch(0)
+    labels = sampler.labels(batch, all_there(batch), targets, 7)
+    for row, words in zip(labels.targets, batch.targets):
+        assert labels.classes[row[row >= 0]].tolist() == words.tolist()
+    carried = set(np.concatenate(batch.targets).tolist())
+    assert carried <= set(labels.classes.tolist())
+    assert (len(labels.classes) > len(carried)) == (targets == "sampled")
 
 
 def test_sampled_softmax_approaches_the_full_one(index, rng):
-    n, share = 16, index.share("class")
-    s, off = rng.standard_normal((n, 30)), []
-    for negatives in (0, 5, 15, 30):
-        losses = []
+    s, loss = rng.standard_normal((16, 30)), model.Softmax()
+    sampler = data.BatchSampler(index, 5, 16)
+
+    def error(negatives):
+        """By how much the sampled loss differs, on average over steps."""
+        differences = []
         for step in range(400):
-            draw = data.Draws(index, 5, step, n)
-            some, whole = draw.labels(share, "sampled", negatives), draw.labels(share)
-            losses.append(model.softmax(s[:, some.classes].copy(), some)[0].sum()
-                          - model.softmax(s.copy(), whole)[0].sum())
-        off.append(abs(np.mean(losses)))
-    assert off[0] > off[1] > off[2] > off[3] and off[2] < 0.03 and off[3] < 1e-12
+            batch = sampler.batch(step)
+            labels = sampler.labels(batch, all_there(batch), "sampled", negatives)
+            sampled, _ = loss(s[:, labels.classes], labels)
+            full, _ = loss(s, sampler.labels(batch, all_there(batch)))
+            differences.append(sampled.sum() - full.sum())
+        return abs(np.mean(differences))
+
+    errors = [error(negatives) for negatives in (0, 5, 15, 30)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[2] < 0.03
+    assert errors[3] < 1e-12
 
 
 # ---------------------------------------------------------------------------------- photos
@@ -1042,7 +1282,8 @@ def test_photos_are_found_in_sub_folders_and_by_nearly_their_names(name, place, 
     write(tmp_path, place, "sub/a.txt", "sub/b.jpg", "1/12345678.jpg")
     folder = data.Folder(str(tmp_path))
     assert folder.find(name) == str(tmp_path / place)
-    assert folder.find("0" * 32 + "/5.jpg") == str(tmp_path / ("0" * 32) / "5.jpg")     # missing
+    missing = "0" * 32 + "/5.jpg"
+    assert folder.find(missing) == str(tmp_path / missing)
 
 
 def test_folder_is_its_own_captions(tmp_path):
@@ -1054,39 +1295,81 @@ def test_folder_is_its_own_captions(tmp_path):
         "c.png": ["a", "ball", "red"]}
 
 
-def test_photos_outside_the_folder_are_never_read(tmp_path):
-    there = tmp_path / "in"
+@pytest.fixture
+def linked(tmp_path):
+    """A folder of photos with links, within it, out of it and to themselves."""
+    folder = tmp_path / "in"
     write(tmp_path, "in/ab/abc.jpg", "x.jpg", "in/ef/.hidden.jpg", "away/far.jpg")
     for name in "in/ab/abc.jpg", "x.jpg":
         Image.new("RGB", (9, 9)).save(tmp_path / name)
-    for name, to in {"loop": there, "link": tmp_path / "away", "out.jpg": tmp_path / "x.jpg",
-                     "same.jpg": "ab/abc.jpg", "loop.jpg": "loop.jpg"}.items():
-        (there / name).symlink_to(to)
-    names = data.list_photos(there)
+    for name, target in {"loop": folder, "link": tmp_path / "away", "out.jpg": tmp_path / "x.jpg",
+                         "same.jpg": "ab/abc.jpg", "loop.jpg": "loop.jpg"}.items():
+        (folder / name).symlink_to(target)
+    return folder
+
+
+def test_photos_outside_the_folder_are_never_read(linked):
+    names = data.list_photos(linked)
     assert names == ["ab/abc.jpg", "loop.jpg", "out.jpg", "same.jpg"]
-    with data.Loader(str(there), names.__getitem__, 9, 8) as loader:
-        assert [photo.tolist() for photo, _ in loader.read(range(4))] == [[0, 3]]
-        assert "a link" in loader.skipped["out.jpg"] and "loop.jpg" in loader.skipped
-        assert loader.folder.find("abc.jpg") == str(there / "ab" / "abc.jpg")
-        for name in ("x.jpg", "far.jpg", ".hidden.jpg", "../x.jpg", str(tmp_path / "x.jpg")):
-            assert data.refused(name) or not os.path.exists(loader.folder.find(name)), name
+    with data.Loader(str(linked), names.__getitem__, 9, 8) as loader:
+        (numbers, _), = loader.read(range(4))
+    assert [names[i] for i in numbers] == ["ab/abc.jpg", "same.jpg"]
+    assert set(loader.skipped) == {"loop.jpg", "out.jpg"}
+    assert "a link that leads out" in loader.skipped["out.jpg"]
 
 
-def test_broken_photo_is_read_once_and_one_that_is_gone_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["x.jpg", "far.jpg", ".hidden.jpg"])
+def test_files_outside_the_folder_are_not_found(name, linked):
+    assert not os.path.exists(data.Folder(str(linked)).find(name))
+
+
+@pytest.mark.parametrize("name", ["../x.jpg", "a/../../x.jpg", "..\\x.jpg", "/x.jpg", "\\x.jpg"])
+def test_names_that_lead_out_of_the_folder_are_refused(name, linked):
+    assert data.refused(name)
+    assert not os.path.exists(data.Folder(str(linked)).find(name))
+
+
+def numbers_read(loader, photos):
+    """The numbers of the photos that a loader reads."""
+    numbers = []
+    for some, _ in loader.read(photos):
+        numbers += some.tolist()
+    return numbers
+
+
+def test_broken_photo_is_read_once_and_one_that_is_unavailable_again(tmp_path, monkeypatch):
     write(tmp_path, "broken.jpg", "large.jpg")
     os.truncate(tmp_path / "large.jpg", data.LARGEST + 1)
     names, seen, decode = ["broken.jpg", "gone.jpg", "large.jpg"], [], data.decode
-    monkeypatch.setattr(data, "decode", lambda path, size: (
-        seen.append(os.path.basename(path)), decode(path, size))[1])
+
+    def spy(path, size):
+        seen.append(os.path.basename(path))
+        return decode(path, size)
+
+    monkeypatch.setattr(data, "decode", spy)
     with data.Loader(str(tmp_path), names.__getitem__, 3, 8) as loader:
-        assert not list(loader.read([0, 1, 2])) and "too large" in loader.skipped["large.jpg"]
+        assert numbers_read(loader, [0, 1, 2]) == []
+        assert "too large" in loader.skipped["large.jpg"]
         Image.new("RGB", (9, 9)).save(tmp_path / "gone.jpg")
-        assert [photo.tolist() for photo, _ in loader.read([0, 1, 2])] == [[1]]
+        assert numbers_read(loader, [0, 1, 2]) == [1]
         assert set(loader.skipped) == {"broken.jpg", "large.jpg"}
     assert seen == ["broken.jpg", "gone.jpg", "large.jpg", "gone.jpg"]
 
 
-def test_every_kind_of_photo_is_decoded_or_named(tmp_path, rng):
+def test_disk_that_fails_at_a_link_makes_a_photo_unavailable(tmp_path, monkeypatch):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.jpg")
+    with data.Loader(str(tmp_path), ["a.jpg"].__getitem__, 1, 8) as loader:
+        with monkeypatch.context() as patch:
+            patch.setattr(os.path, "realpath", Mock(side_effect=OSError(errno.EIO, "I/O error")))
+            assert numbers_read(loader, [0]) == []
+        assert loader.skipped == {"a.jpg": "i/o error"}
+        assert numbers_read(loader, [0]) == [0]
+        assert loader.skipped == {}
+
+
+@pytest.fixture
+def odd_photos(tmp_path, rng):
+    """{name: what is wrong with it, or None} of photos of every kind in tmp_path."""
     rgb = Image.fromarray(rng.integers(0, 256, (50, 70, 3)).astype(np.uint8))
     rgb.save(tmp_path / "good.jpg")
     rgb.convert("CMYK").save(tmp_path / "cmyk.jpg")
@@ -1101,35 +1384,51 @@ def test_every_kind_of_photo_is_decoded_or_named(tmp_path, rng):
         "text.jpg": "broken image", "noise.jpg": b"\xff\xd8\xff" + rng.bytes(500)})
     (tmp_path / "folder.jpg").mkdir()
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
-    odd = {                                     # what is wrong with a file, or None
+    return {
         **dict.fromkeys(os.listdir(tmp_path)), "cut.jpg": "truncated", "empty.jpg": "zero bytes",
         "text.jpg": "not a picture", "folder.jpg": "not a file", "bomb.png": "pixels",
         "noise.jpg": ".", "missing.jpg": "no such file"}
-    for name, wrong in odd.items():
+
+
+def test_every_kind_of_photo_is_decoded_or_named(odd_photos, tmp_path):
+    for name, wrong in odd_photos.items():
         if wrong is None:
-            pixels, digest = data.decode(str(tmp_path / name), 32)
-            assert pixels.shape == (32, 32, 3) and pixels.dtype == np.uint8 and len(digest) == 8
+            pixels = data.decode(str(tmp_path / name), 32)
+            assert pixels.shape == (32, 32, 3) and pixels.dtype == np.uint8
         else:
             with pytest.raises(ValueError, match=wrong):
                 data.decode(str(tmp_path / name), 32)
-    names = list(odd)
+
+
+def test_loader_skips_what_cannot_be_decoded(odd_photos, tmp_path):
+    names = list(odd_photos)
     with data.Loader(str(tmp_path), names.__getitem__, len(names), 16, 2) as loader:
-        found = [int(i) for numbers, _ in loader.read(range(len(names))) for i in numbers]
-    assert [names[i] for i in found] == [name for name in names if odd[name] is None]
-    assert set(loader.skipped) == {name for name in names if odd[name]}
+        numbers = numbers_read(loader, range(len(names)))
+    assert [names[i] for i in numbers] == [name for name in names if odd_photos[name] is None]
+    assert set(loader.skipped) == {name for name in names if odd_photos[name]}
 
 
 def test_photos_are_turned_and_scaled_as_they_should(tmp_path):
-    left, exif = Image.new("RGB", (60, 30), "black"), Image.Exif()
+    left = Image.new("RGB", (60, 30), "black")
     left.paste("white", (0, 0, 30, 30))
+    exif = Image.Exif()
     exif[0x0112] = 6                            # turn by 90° clockwise
     left.save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    pixels, _ = data.decode(str(tmp_path / "turned.jpg"), 16)
+    pixels = data.decode(str(tmp_path / "turned.jpg"), 16)
     assert pixels[:6].mean() > 240 and pixels[-6:].mean() < 15
     Image.fromarray(np.full((9, 9), 32768, np.uint16)).save(tmp_path / "deep.png")
-    assert abs(data.decode(str(tmp_path / "deep.png"), 8)[0].mean() - 127.5) < 1.5
+    assert abs(data.decode(str(tmp_path / "deep.png"), 8).mean() - 127.5) < 1.5
     Image.new("RGBA", (9, 9), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert data.decode(str(tmp_path / "clear.png"), 8)[0].min() == 255
+    assert data.decode(str(tmp_path / "clear.png"), 8).min() == 255
+
+
+def test_duplicates_are_files_of_the_same_bytes(tmp_path):
+    write(tmp_path, **{"h0.jpg": "same", "h1.jpg": "else", "h2.jpg": "longer", "h3.jpg": "",
+                       "t0.jpg": "emas", "t1.jpg": "same", "sub/t2.jpg": "longer", "t3.jpg": ""})
+    held_out = ["h0.jpg", "h1.jpg", "h2.jpg", "h3.jpg", "missing.jpg"]
+    training = ["t0.jpg", "t1.jpg", "t2.jpg", "t3.jpg", "missing too.jpg"]
+    duplicates = data.find_duplicates(str(tmp_path), held_out, training)
+    assert sorted(duplicates) == [("h0.jpg", "t1.jpg"), ("h2.jpg", "t2.jpg")]
 
 
 @pytest.fixture(scope="session")
@@ -1151,26 +1450,75 @@ def photos(pictures, tmp_path):
     return Path(shutil.copytree(pictures, tmp_path / "photos", copy_function=os.link))
 
 
-def test_batches_do_not_depend_on_threads_or_memory(index, photos):
-    found = []
-    for workers, kept in ((0, None), (1, None), (2, None), (3, 1), (0, 0)):
-        room = len(index) if kept is None else kept
-        with data.Loader(str(photos), index.name, room, 24, workers) as loader:
-            plans = (data.Draws(index, 1, step, 16) for step in range(12))
-            found.append(([(pixels.copy(), list(plan.photos), plan.weights.copy())
-                           for plan, pixels in loader.batches(plans)], loader.skipped))
-    for some, skipped in found[1:]:
-        assert skipped == found[0][1]
-        for (a, b, c), (d, e, f) in zip(some, found[0][0], strict=True):
-            assert np.array_equal(a, d) and b == e and np.array_equal(c, f)
+def load_batches(index, photos, workers, kept, **how):
+    """[(photos used, pixels, available)] of twelve batches, and what was skipped."""
+    batches = []
+    sampler = data.BatchSampler(index, 1, 16, **how)
+    plans = map(sampler.batch, range(12))
+    with data.Loader(str(photos), index.name, kept, 24, workers) as loader:
+        for plan, used, pixels, available in loader.batches(plans, sampler.replacement):
+            assert plan.photos == sampler.batch(plan.step).photos   # as it was drawn
+            batches.append((used, pixels.copy(), available))
+    return batches, loader.skipped
+
+
+@pytest.mark.parametrize("workers, kept", [(1, 400), (2, 400), (3, 1), (0, 0)])
+def test_batches_do_not_depend_on_threads_or_memory(workers, kept, index, photos):
+    expected, expected_skipped = load_batches(index, photos, 0, 400)
+    batches, skipped = load_batches(index, photos, workers, kept)
+    assert skipped == expected_skipped
     assert set(skipped.values()) == {"no such file or directory", "not a picture"}
+    assert len(batches) == len(expected) == 12
+    for (used, pixels, available), (used_0, pixels_0, available_0) in zip(batches, expected):
+        assert used == used_0
+        assert np.array_equal(pixels, pixels_0)
+        assert np.array_equal(available, available_0)
+
+
+def test_photo_that_cannot_be_read_is_replaced_by_one_of_its_word(index, photos):
+    sampler = data.BatchSampler(index, 1, 16)
+    batches, skipped = load_batches(index, photos, 2, 400)
+    replaced = 0
+    for step, (used, _, available) in enumerate(batches):
+        batch = sampler.batch(step)
+        assert available.all()                  # each word has some photos that can be read
+        for drawn, photo, (word,) in zip(batch.photos, used, batch.targets):
+            assert word in index.words(photo)
+            assert (photo != drawn) == (index.name(drawn) in skipped)
+            replaced += photo != drawn
+    assert replaced > 5
+
+
+def test_photo_with_all_its_words_is_not_replaced(index, photos):
+    sampler = data.BatchSampler(index, 1, 16, "image")
+    batches, skipped = load_batches(index, photos, 2, 400, sampling="image")
+    assert skipped
+    for step, (used, pixels, available) in enumerate(batches):
+        for row, drawn in enumerate(sampler.batch(step).photos):
+            is_broken = index.name(drawn) in skipped
+            assert available[row] == (not is_broken)
+            assert used[row] == (None if is_broken else drawn)
+            assert pixels[row].any() == (not is_broken)
+
+
+def test_loader_reads_only_a_little_ahead(index, photos):
+    asked = []
+
+    def plans():
+        for step in range(100):
+            asked.append(step)
+            yield data.FixedOrder([step])
+
+    with data.Loader(str(photos), index.name, 0, 24, 2) as loader:
+        next(loader.batches(plans()))
+    assert asked == [0, 1, 2]
 
 
 def test_mistake_in_a_thread_is_not_a_broken_photo(index, photos, monkeypatch):
     monkeypatch.setattr(data, "decode", lambda path, size: 1 / 0)
     with data.Loader(str(photos), index.name, 9, 24, 2) as loader:
         with pytest.raises(ZeroDivisionError):
-            list(loader.batches([data.Listed(range(5))]))
+            list(loader.batches([data.FixedOrder(range(5))]))
 
 
 # --------------------------------------------------------------------- the commands, as used
