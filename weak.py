@@ -461,18 +461,9 @@ def load_weights_from(source, net, network, dictionary):
             getattr(layer, attribute)[rows] = kernels.to_device(weights[their_rows])
         else:
             setattr(layer, attribute, kernels.to_device(weights))
-    print(f"beginning with {describe_checkpoint(path, checkpoint.facts)}, and {len(rows):,} of "
-          f"its {len(checkpoint.words):,} words", flush=True)
-
-
-def describe_checkpoint(path, facts):
-    """A line that says which epoch of its run a checkpoint is of."""
-    log = data.read_log(os.path.dirname(path)) or facts["log"]      # of epochs after it, too
-    text = f"{path}: step {facts['step']:,}, epoch {facts['epoch']} of {len(log)}"
-    for row in log:
-        if row["step"] == facts["step"] and row["validation_loss"] is not None:
-            text += f", held-out loss {row['validation_loss']:.4f}"
-    return text
+    line = evaluation.describe_checkpoint(path, checkpoint.facts)
+    print(f"beginning with {line}, and {len(rows):,} of its {len(checkpoint.words):,} words",
+          flush=True)
 
 
 def new_epoch(rows):
@@ -877,7 +868,6 @@ def gather_skipped(run):
 
 def write_checkpoint(run, name, weights, velocities, facts, then=""):
     """Write a checkpoint; False, and a line that says why, if the disk does not take it."""
-    velocities = {path: kernels.to_host(v) for path, v in velocities.items()}
     checkpoint = data.Checkpoint(weights, velocities, facts, run.index.dictionary)
     try:
         data.save_checkpoint(run.path(name), checkpoint)
@@ -978,7 +968,7 @@ def show_scores(run):
         path = data.find_checkpoint(run.options.out)
         checkpoint = data.load_checkpoint(path)
         run.net.load(checkpoint.weights)
-        print(describe_checkpoint(path, checkpoint.facts))
+        print(evaluation.describe_checkpoint(path, checkpoint.facts))
     scores = validate(run)
     if scores:
         evaluation.print_words(scores)
