@@ -2235,10 +2235,11 @@ def test_folder_of_a_running_run_is_refused(tmp_path):
     weak.lock_folder(str(tmp_path / "r")).close()
 
 
-# ------------------------------------------------------------------------- the CUDA kernels
+# ---------------------------------------------------------------- every operation on every device
 
 EMULATOR = emulate.Emulator() if emulate.compiler() else None
-HALF = 2.0**-24                         # a float's rounding error, relative
+ROUNDING = 2.0**-24                     # a float's rounding error, relative
+PRECISIONS = ("fp32", "tf32", "3xtf32")
 
 
 @contextmanager
@@ -2256,19 +2257,33 @@ def emulated(orders=range(1), change=None, **limits):
             kernels.use("cpu")
 
 
-@pytest.fixture(params=["emulated", "gpu"])
-def device(request):
-    """Each test of the kernels runs twice: on the host's processor, and on a GPU if one is here."""
-    if request.param == "emulated":
+@contextmanager
+def computing_on(name):
+    """Everything computes on that device: "emulated" is a GPU on the host's processor."""
+    if name == "emulated":
         with emulated(range(3)):
             yield
         return
     try:
-        kernels.use("gpu", "fp32")
+        kernels.use(name, "fp32" if name == "gpu" else None)
     except RuntimeError as error:
         pytest.skip(str(error))
     yield
     kernels.use("cpu")
+
+
+@pytest.fixture(params=["reference", "cpu", "emulated", "gpu"])
+def device(request):
+    """The test runs on each device that is here, and compares it with the reference in float64."""
+    with computing_on(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=["emulated", "gpu"])
+def cuda(request):
+    """The test is about the CUDA kernels alone."""
+    with computing_on(request.param):
+        yield request.param
 
 
 def up(*arrays):
@@ -2276,218 +2291,257 @@ def up(*arrays):
     return [kernels.to_device(np.asarray(x, np.float32)) for x in arrays]
 
 
-def wide(x, before=4, after=8):
-    """x on the device as a channel slice of a wider array of NaN, and that array."""
-    whole, x = up(np.full((*x.shape[:-1], before + x.shape[-1] + after), np.nan), x)
-    part = whole[..., before:before + x.shape[-1]]
-    part[...] = x
-    return part, whole
-
-
-def made(*arrays):
-    """Arrays of floats as kernels would have made them: rounded to TF32 where they do that."""
-    bits = [x.astype(np.float32).view(np.uint32) for x in arrays]
-    return [((x + 0x1000) & 0xffffe000).view(np.float32).astype(np.float64) for x in bits
-            ] if gpu._precision == "tf32" else arrays
-
-
 def floats(rng, *shapes):
-    """Random float64 arrays whose numbers are floats, too."""
-    return [rng.standard_normal(shape, np.float32).astype(np.float64) for shape in shapes]
+    """Random float64 arrays whose numbers are floats, too, and none halfway between two of TF32."""
+    arrays = []
+    for shape in shapes:
+        bits = rng.standard_normal(shape, np.float32).view(np.uint32) | 1
+        arrays.append(bits.view(np.float32).astype(np.float64))
+    return arrays
 
 
-def check_close(y, expected, magnitude, terms, error=HALF):
+def as_multiplied(x, precision):
+    """x as the tensor cores get it: rounded to TF32 if that is the precision."""
+    if precision != "tf32":
+        return x
+    bits = (x.astype(np.float32).view(np.uint32) + 0x1000) & 0xffffe000
+    return bits.view(np.float32).astype(np.float64)
+
+
+def check_close(y, expected, magnitude, terms, rounding=ROUNDING):
     """y within what rounding `terms` products explains; a failure names the index and values."""
     y = kernels.to_host(y).astype(np.float64)
-    bound = error * (3 + 3 * np.sqrt(terms)) * magnitude + 1e-30
+    bound = rounding * (3 + 3 * np.sqrt(terms)) * magnitude + 1e-30
     assert y.shape == expected.shape and not np.isnan(y).any()
-    worst = np.unravel_index(np.argmax(np.abs(y - expected) / bound), y.shape)
-    assert (np.abs(y - expected) <= bound).all(), (
-        f"at {worst}: {y[worst]} instead of {expected[worst]}")
+    error = abs(y - expected)
+    worst = np.unravel_index(np.argmax(error / bound), y.shape)
+    assert (error <= bound).all(), f"at {worst}: {y[worst]} instead of {expected[worst]}"
 
 
 def conv_case(seed):
     """x, w, b, stride, pad at random; every fourth case has channels in multiples of four."""
     rng = np.random.default_rng(seed)
-    four = 4 if seed % 4 == 0 else 1
-    k, stride, pad = rng.integers(1, 12), int(rng.integers(1, 5)), int(rng.integers(0, 6))
-    n, c, f = rng.integers(1, 4), rng.integers(1, 20) * four, rng.integers(1, 36) * four
-    h, w = (max(1, k - 2 * pad + rng.integers(0, 12)) for _ in range(2))
-    return *floats(rng, (n, h, w, c), (k, k, c, f), (f,)), stride, pad
-
-
-ERRORS = {"fp32": HALF, "tf32": 2.0**-11, "3xtf32": 4 * HALF}
+    multiple = 4 if seed % 4 == 0 else 1
+    kh, kw = rng.integers(1, 12, 2).tolist()
+    stride = int(rng.integers(1, 5))
+    pad = int(rng.integers(0, 6))
+    n = rng.integers(1, 4)
+    c = rng.integers(1, 20) * multiple
+    f = rng.integers(1, 36) * multiple
+    h = max(1, kh - 2 * pad + rng.integers(0, 12))
+    w = max(1, kw - 2 * pad + rng.integers(0, 12))
+    return *floats(rng, (n, h, w, c), (kh, kw, c, f), (f,)), stride, pad
 
 
 def check_convolution(case, precision="fp32"):
-    """All three directions against the float64 twin, with channel slices, and with a gate."""
-    gpu.use(gpu._device, precision)
-    (x, w, b, *where), error = case, ERRORS[precision]
-    k, _, c, f = w.shape
-    (x,) = made(x)
-    y = cpu.conv_forward(x, w, b, *where, relu=True)
-    (dy,) = made(*floats(np.random.default_rng(1), y.shape))
-    (xd, wd, bd), (dyd, _), (out, whole) = up(x, w, b), wide(dy), wide(y * 0)
-    kernels.conv_forward(xd, wd, bd, *where, relu=True, out=out)
-    check_close(out, y, cpu.conv_forward(abs(x), abs(w), abs(b), *where), k * k * c, error)
-    beside = kernels.to_host(whole)
-    assert np.isnan(beside[..., :4]).all() and np.isnan(beside[..., -8:]).all()
-    check_close(kernels.conv_backward_input(dyd, wd, x.shape, *where, xd),
-                cpu.conv_backward_input(dy, w, x.shape, *where, x),
-                cpu.conv_backward_input(abs(dy), abs(w), x.shape, *where), k * k * f, error)
-    dw, db = kernels.conv_backward_filter(xd, dyd, w.shape, *where)
-    right = cpu.conv_backward_filter(x, dy, w.shape, *where)
-    magnitude = cpu.conv_backward_filter(abs(x), abs(dy), w.shape, *where)
-    check_close(dw, right[0], magnitude[0], dy.size // f, error)
-    check_close(db, right[1], magnitude[1], dy.size // f)
+    """All three directions against the reference on the same operands."""
+    if precision != "fp32":
+        kernels.use("gpu", precision)
+    rounding = 4 * ROUNDING if precision == "3xtf32" else ROUNDING
+    x, w, b, stride, pad = case
+    kh, kw, _, f = w.shape
+    size = kh * kw * w.shape[2]
+    y_shape = reference.conv_forward(x, w, b, stride, pad).shape
+    (dy,) = floats(np.random.default_rng(1), y_shape)
+    on_device = up(x, w, b, dy)
+    mx, mw, mdy = (as_multiplied(array, precision) for array in (x, w, dy))
+
+    y = kernels.conv_forward(*on_device[:3], stride, pad, relu=True)
+    check_close(y, reference.conv_forward(mx, mw, b, stride, pad, relu=True),
+                reference.conv_forward(abs(x), abs(w), abs(b), stride, pad), size, rounding)
+    dx = kernels.conv_backward_input(on_device[3], on_device[1], x.shape, stride, pad)
+    check_close(dx, reference.conv_backward_input(mdy, mw, x.shape, stride, pad),
+                reference.conv_backward_input(abs(dy), abs(w), x.shape, stride, pad),
+                kh * kw * f, rounding)
+    dw, db = kernels.conv_backward_filter(on_device[0], on_device[3], w.shape, stride, pad)
+    magnitude_w, magnitude_b = reference.conv_backward_filter(abs(x), abs(dy), w.shape, stride, pad)
+    check_close(dw, reference.conv_backward_filter(mx, mdy, w.shape, stride, pad)[0], magnitude_w,
+                dy.size // f, rounding)
+    check_close(db, dy.sum(axis=(0, 1, 2)), magnitude_b, dy.size // f)
 
 
-@pytest.mark.parametrize("precision, seed", [
-    *(("fp32", seed) for seed in range(8)),
-    *((precision, seed) for precision in ("tf32", "3xtf32") for seed in (0, 3, 12, 16))])
-def test_convolution_kernel_agrees_with_its_twin(device, precision, seed):
+@pytest.mark.parametrize("seed", range(8))
+def test_convolution_agrees_on_every_device(device, seed):
+    check_convolution(conv_case(seed))
+
+
+@pytest.mark.parametrize("seed", (0, 3, 12, 16))
+@pytest.mark.parametrize("precision", ("tf32", "3xtf32"))
+def test_convolution_on_tensor_cores_is_that_of_rounded_operands(cuda, precision, seed):
     check_convolution(conv_case(seed), precision)
 
 
-@pytest.mark.parametrize("shape, taps", [
+@pytest.mark.parametrize("shape, filters", [
     ((2, 19, 15, 8), (3, 3, 8, 76)), ((3, 9, 9, 64), (1, 1, 64, 132)),
     ((1, 31, 8, 3), (5, 5, 3, 70))])
-@pytest.mark.parametrize("precision", ERRORS)
-def test_convolution_over_many_tiles_and_parts_agrees(device, precision, shape, taps, rng):
-    check_convolution((*floats(rng, shape, taps, taps[3:]), 1, taps[0] // 2), precision)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_convolution_over_many_tiles_and_parts_agrees(cuda, precision, shape, filters, rng):
+    check_convolution((*floats(rng, shape, filters, filters[3:]), 1, filters[0] // 2), precision)
 
 
-def test_tf32_operands_are_rounded_to_nearest(device, rng):
-    """From photos to gradients nothing is cut off: it would be 2^-11.5 too small, and is not TF32.
-    """
-    kernels.use("gpu", "tf32")
-
-    def check(name, *args, operand=True):
-        """Compares an operation on pairs (for the twin, for the device); its result as a pair."""
-        right, y = (getattr(module, name)(*(arg[i] if isinstance(arg, list) else arg
-                                            for arg in args))
-                    for i, module in enumerate((cpu, kernels)))
-        right, y = (right, y) if operand else (right[0], y[0])      # the gradients of filters
-        y = kernels.to_host(y).astype(np.float64)[..., :right.shape[-1]]
-        assert abs((y * right).sum() / (right * right).sum() - 1) < 2.0**-14
-        assert not operand or np.array_equal(*made(y), y)
-        return [y, *up(y)]
-
-    photos, where = rng.integers(0, 256, (2, 16, 16, 3), np.uint8), np.zeros((3, 2), int)
-    where[2] = 0, 1                             # the second is mirrored
-    w, v, dz, b, c = ([x, *up(x)] for x in floats(
-        rng, (3, 3, 3, 64), (1, 1, 64, 24), (2, 16, 16, 24), (64,), (24,)))
-    x = check("prepare", photos, *where, 16)
-    y = check("conv_forward", x, w, b, 1, 1, True)
-    z = check("conv_forward", y, v, c)
-    dz = check("sum_gradients", [[term] for term in dz], z)
-    check("conv_backward_filter", y, dz, v[0].shape, operand=False)
-    dy = check("conv_backward_input", dz, v, y[0].shape, 1, 0, y)
-    check("conv_backward_filter", x, dy, w[0].shape, 1, 1, operand=False)
-    check("lrn_forward", y)
-    check("lrn_backward", dy, y)
-    m = check("avg_pool_forward", y, 5, 3)
-    check("avg_pool_backward", m, y[0].shape, 5, 3)
+@pytest.mark.parametrize("seed", (1, 4, 6))
+def test_naive_convolution_agrees_with_the_reference_and_the_fast_one(cuda, seed):
+    x, w, b, stride, pad = conv_case(seed)
+    kh, kw, c, f = w.shape
+    y = reference.conv_forward(x, w, b, stride, pad)
+    (dy,) = floats(np.random.default_rng(1), y.shape)
+    xd, wd, bd, dyd = up(x, w, b, dy)
+    dw, _ = reference.conv_backward_filter(x, dy, w.shape, stride, pad)
+    cases = [
+        (gpu.naive_forward(xd, wd, bd, stride, pad), y,
+         kernels.conv_forward(xd, wd, bd, stride, pad), kh * kw * c),
+        (gpu.naive_backward_input(dyd, wd, x.shape, stride, pad),
+         reference.conv_backward_input(dy, w, x.shape, stride, pad),
+         kernels.conv_backward_input(dyd, wd, x.shape, stride, pad), kh * kw * f),
+        (gpu.naive_backward_filter(xd, dyd, w.shape, stride, pad), dw,
+         kernels.conv_backward_filter(xd, dyd, w.shape, stride, pad)[0], dy.size // f)]
+    for naive, exact, fast, terms in cases:
+        magnitude = 4 * np.sqrt(terms)          # numbers of a product are below 4, mostly
+        check_close(naive, exact, magnitude, terms)
+        check_close(fast, kernels.to_host(naive).astype(np.float64), magnitude, terms)
 
 
-def test_long_sums_in_3xtf32_are_those_of_floats(device, rng):
+@pytest.mark.parametrize("bits", (0x7fffffff, 0xffffffff, 0x7fc00000))
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_nan_stays_a_nan_on_tensor_cores(cuda, precision, bits):
+    """To round one by adding to its bits would make a zero of it."""
+    kernels.use("gpu", precision)
+    x = np.ones((1, 2, 2, 4), np.float32)
+    x.view(np.uint32)[0, 1, 0, 2] = bits
+    w, b = up(np.ones((1, 1, 4, 4)), np.zeros(4))
+    y = kernels.to_host(kernels.conv_forward(kernels.to_device(x), w, b, relu=True))
+    assert np.isnan(y[0, 1, 0]).all() and np.isnan(y).sum() == 4
+    dw, db = kernels.conv_backward_filter(*up(np.ones((1, 2, 2, 4))), kernels.to_device(x), w.shape)
+    assert np.isnan(kernels.to_host(dw)[..., 2]).all() and np.isnan(kernels.to_host(db)[2])
+
+
+def test_long_sums_in_3xtf32_are_those_of_floats(cuda, rng):
     """Tensor cores truncate: 2,000 sums in them would lose 2^-24 of all each time."""
-    x, w = rng.random((1, 4, 4, 8192), np.float32), rng.random((1, 1, 8192, 16), np.float32)
+    x = rng.random((1, 4, 4, 8192), np.float32)
+    w = rng.random((1, 1, 8192, 16), np.float32)
     kernels.use("gpu", "3xtf32")
     y = kernels.to_host(kernels.conv_forward(*up(x, w, np.zeros(16)))).reshape(-1, 16)
-    right = x.reshape(-1, 8192).astype(np.float64) @ w[0, 0]
-    assert abs(y / right - 1).max() < 2.0**-19
+    exact = x.reshape(-1, 8192).astype(np.float64) @ w[0, 0]
+    assert abs(y / exact - 1).max() < 2.0**-19
 
 
 @pytest.mark.parametrize("kilobytes", (64, 99))     # compute capability 7.5; 8.6, 8.9 and 12.0
-def test_convolution_kernel_fits_into_little_shared_memory(device, kilobytes, monkeypatch):
-    monkeypatch.setattr(gpu._device, "shared_bytes", kilobytes << 10)
-    check_convolution(conv_case(0))
-    assert gpu.tile(1000, 512, 1000, True, gpu._device)[1] >= 2
+def test_convolution_kernel_fits_into_little_shared_memory(kilobytes):
+    with emulated(shared=kilobytes << 10, multiprocessor=kilobytes + 1 << 10):
+        check_convolution(conv_case(0))
+        _, stages, _ = gpu.tile(1000, 512, 1000, True, gpu._device, "fp32")
+        assert stages >= 2
 
 
-@pytest.mark.parametrize("gated", (False, True))
+def test_parts_of_a_product_fill_the_blocks_that_the_device_holds():
+    """80 blocks on 80 multiprocessors leave half of the places free where each holds two."""
+    shape = 128 * 80, 128, 32 * 64
+    parts = []
+    for kilobytes in (100, 228):                # of a multiprocessor: for one block, or two
+        place = Mock(multiprocessors=80, block_bytes=99 << 10,
+                     multiprocessor_bytes=kilobytes << 10)
+        parts.append(gpu.tile(*shape, False, place, "tf32")[2])
+    assert parts == [1, 2]
+
+
 @pytest.mark.parametrize("channels", (5, 8))
 @pytest.mark.parametrize("window", [
     (3, 2, 0, False), (3, 2, 1, True), (2, 2, 0, True), (3, 1, 1, False), (5, 3, 2, True)])
-def test_pooling_kernels_agree_with_their_twins(device, window, channels, gated):
-    rng, inside = np.random.default_rng(7), window[:2]
+def test_max_pooling_agrees_on_every_device(device, window, channels):
+    kernel, stride, pad, _ = window
+    rng = np.random.default_rng(7)
     x = rng.integers(-3, 4, (2, 11, 8, channels)).astype(np.float64)            # many ties
-    mean = cpu.avg_pool_forward(x, *inside)
-    check_close(kernels.avg_pool_forward(*up(x), *inside), mean, 9, window[0])
-    dmean = rng.integers(-9, 9, mean.shape).astype(np.float64)
-    gate, gate_d = (x, *up(x)) if gated else (None, None)
-    check_close(kernels.avg_pool_backward(*up(dmean), x.shape, *inside, gate_d),
-                cpu.avg_pool_backward(dmean, x.shape, *inside, gate), 9, window[0])
-    x[0, 2, 3, 1], x[1] = np.nan, -np.inf
-    y, place = cpu.max_pool_forward(x, *window, gated)
-    yd, placed = kernels.max_pool_forward(*up(x), *window, gated)
-    assert np.array_equal(kernels.to_host(yd), y, equal_nan=True)
-    assert np.isnan(y).any() and np.array_equal(kernels.to_host(placed), place)
-    dy = rng.integers(-9, 9, y.shape).astype(np.float64)
-    dx = kernels.to_host(kernels.max_pool_backward(*up(dy), placed, x.shape, *window[:3]))
-    assert np.array_equal(dx, cpu.max_pool_backward(dy, place, x.shape, *window[:3]))
-    assert dx.sum() == dy[y > 0 if gated else ~np.isnan(y)].sum()
+    x[0, 2, 3, 1] = np.nan
+    x[1] = -np.inf
+    y, argmax = reference.max_pool_forward(x, *window)
+    y_on_device, argmax_on_device = kernels.max_pool_forward(*up(x), *window)
+    numbers = ~np.isnan(y)
+    assert not numbers.all()
+    assert np.array_equal(kernels.to_host(y_on_device), y, equal_nan=True)
+    assert np.array_equal(kernels.to_host(argmax_on_device)[numbers], argmax[numbers])
+    dy = rng.integers(-9, 9, y.shape) * numbers.astype(np.float64)
+    dx = kernels.max_pool_backward(*up(dy), argmax_on_device, x.shape, kernel, stride, pad)
+    expected = reference.max_pool_backward(dy, argmax, x.shape, kernel, stride, pad)
+    assert np.array_equal(kernels.to_host(dx), expected) and expected.sum() == dy.sum()
+
+
+@pytest.mark.parametrize("channels", (5, 8))
+@pytest.mark.parametrize("kernel, stride", [(3, 2), (2, 2), (3, 1), (5, 3)])
+def test_average_pooling_agrees_on_every_device(device, kernel, stride, channels, rng):
+    (x,) = floats(rng, (2, 11, 8, channels))
+    y = reference.avg_pool_forward(x, kernel, stride)
+    check_close(kernels.avg_pool_forward(*up(x), kernel, stride), y, 4, kernel)
+    (dy,) = floats(rng, y.shape)
+    check_close(kernels.avg_pool_backward(*up(dy), x.shape, kernel, stride),
+                reference.avg_pool_backward(dy, x.shape, kernel, stride), 4, kernel)
 
 
 @pytest.mark.parametrize("channels", (1, 7, 64, 700))
 @pytest.mark.parametrize("constants", [(5, 2.0, 1e-4, 0.75), (3, 1.0, 0.5, 0.6)])
-def test_lrn_kernels_agree_with_their_twins(device, channels, constants, rng):
-    x, dy = (10 * rng.standard_normal((2, 3, 5, channels)) for _ in range(2))
-    check_close(kernels.lrn_forward(*up(x), *constants), cpu.lrn_forward(x, *constants),
+def test_lrn_agrees_on_every_device(device, channels, constants, rng):
+    x, dy = (10 * array for array in floats(rng, (2, 3, 5, channels), (2, 3, 5, channels)))
+    check_close(kernels.lrn_forward(*up(x), *constants), reference.lrn_forward(x, *constants),
                 abs(x) + 1, 30)
-    for gated in (False, True):
-        check_close(kernels.lrn_backward(*up(dy, x), *constants, gated),
-                    cpu.lrn_backward(dy, x, *constants, gated), abs(dy) + abs(x) + 10, 100)
+    check_close(kernels.lrn_backward(*up(dy, x), *constants),
+                reference.lrn_backward(dy, x, *constants), abs(dy) + abs(x) + 10, 100)
 
 
-def test_prepare_kernel_agrees_with_its_twin(device, rng):
+def test_prepare_agrees_on_every_device(device, rng):
     photos = rng.integers(0, 256, (4, 43, 43, 3), np.uint8)
     photos[2] = 77                              # a blank photo
-    where = np.array([0, 3, 6, 2]), np.array([6, 1, 0, 2]), np.array([0, 1, 0, 1], bool)
-    y = kernels.to_host(kernels.prepare(photos, *where, 37))
-    assert not y[..., 3].any() and not y[2].any()
-    check_close(kernels.to_device(y[..., :3]), cpu.prepare(photos, *where, 37), 8, 4)
+    crops = np.array([0, 3, 6, 2]), np.array([6, 1, 0, 2]), np.array([0, 1, 0, 1], bool)
+    x = kernels.prepare(photos, *crops, 37)
+    assert not kernels.to_host(x)[2].any()
+    check_close(x, reference.prepare(photos, *crops, 37), 8, 4)
 
 
 @pytest.mark.parametrize("n, e, rate", [(3, 16, 0.5), (2, 37, 0.2), (5, 1, 0.5), (1, 4096, 0.7)])
-def test_dropout_kernel_draws_the_masks_of_its_twin(device, n, e, rate, rng):
+def test_dropout_draws_the_same_masks_on_every_device(device, n, e, rate, rng):
     x = rng.standard_normal((n, e), np.float32)
     counter = 2**62 + 11, 2**40 + 3, 3_000_000_000, 7               # seed, step, layer, row
     assert np.array_equal(kernels.to_host(kernels.dropout(*up(x), rate, *counter)),
-                          cpu.dropout(x, rate, *counter))
+                          reference.dropout(x, rate, *counter))
+
+
+@pytest.mark.parametrize("seed, step, spare", [(0, 0, 0), (2**62 + 11, 2**40 + 3, 32)])
+def test_samples_are_the_same_on_every_device(device, seed, step, spare, rng):
+    class_ends = np.cumsum(rng.integers(1, 50, 30))
+    class_photos = rng.integers(0, 2**32, class_ends[-1], np.uint32)
+    counter = spare, seed, step, 3, 100         # three steps of 100 rows
+    expected = reference.sample_by_class(class_photos, class_ends, *counter)
+    samples = kernels.sample_by_class(
+        kernels.to_device(class_photos), kernels.to_device(class_ends), *counter)
+    for ours, array in zip(samples, expected, strict=True):
+        assert isinstance(ours, np.ndarray) and ours.dtype == array.dtype
+        assert ours.shape == (3, 100) and np.array_equal(ours, array)
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 3, 8), (3, 7), (300, 5)])
-def test_sum_gradients_kernel_agrees_with_its_twin(device, shape):
-    gate, *terms = np.random.default_rng(7).integers(-4, 5, (5, *shape)).astype(np.float64)
+def test_pointwise_passes_agree_on_every_device(device, shape):
+    y, *terms = np.random.default_rng(7).integers(-4, 5, (5, *shape)).astype(np.float64)
     for count in (1, 2, 3, 4):
-        for closing in (None, gate):
-            given = up(*terms[:count])
-            total = kernels.sum_gradients(given, None if closing is None else up(gate)[0])
-            right = cpu.sum_gradients([1 * term for term in terms[:count]], closing)
-            assert total is given[0] and np.array_equal(kernels.to_host(total), right)
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (70, 33), (1000, 5)])
-def test_column_sums_kernel_agrees_with_its_twin(device, shape):
-    (x,) = floats(np.random.default_rng(7), shape)
-    check_close(kernels.column_sums(*up(x)), cpu.column_sums(x), cpu.column_sums(abs(x)), len(x))
+        total = kernels.sum_gradients(up(*terms[:count]))
+        assert np.array_equal(kernels.to_host(total), sum(terms[:count]))
+    dx = kernels.relu_backward(*up(terms[0], y))
+    assert np.array_equal(kernels.to_host(dx), reference.relu_backward(terms[0], y))
 
 
 @pytest.mark.parametrize("relu", (False, True))
-def test_matmul_adds_the_bias_and_takes_the_relu(device, relu, rng):
-    a, b, bias = (rng.integers(-5, 6, shape).astype(np.float32) for shape in ((67, 8), (8, 35), 35))
-    ad, bd, biasd, out = up(a, b, bias, np.full((67, 35), np.nan))
-    for on_device, here in ((None, None), (biasd, bias)):
-        y = kernels.matmul(ad, bd, out, on_device, relu)
-        assert y is out and np.array_equal(kernels.to_host(y), cpu.matmul(a, b, None, here, relu))
+def test_matmul_agrees_on_every_device(device, relu, rng):
+    a = rng.integers(-5, 6, (67, 8)).astype(np.float32)
+    b = rng.integers(-5, 6, (8, 35)).astype(np.float32)
+    bias = rng.integers(-5, 6, 35).astype(np.float32)
+    a_on_device, b_on_device, bias_on_device = up(a, b, bias)
+    y = kernels.matmul(a_on_device, b_on_device, bias_on_device, relu)
+    assert np.array_equal(kernels.to_host(y), reference.matmul(a, b, bias, relu))
+    y = kernels.matmul(b_on_device.T, a_on_device.T, relu=relu)
+    assert np.array_equal(kernels.to_host(y), reference.matmul(b.T, a.T, relu=relu))
 
 
 @pytest.mark.parametrize("n, k", [(3, 1), (2, 31), (4, 300), (2, 5000)])
 @pytest.mark.parametrize("name, vectors", [
     ("softmax_loss", 0), ("softmax_loss", 1), ("one_vs_all_loss", 2)])
-def test_loss_kernels_agree_with_their_twins(device, name, vectors, n, k, rng):
+def test_losses_agree_on_every_device(device, name, vectors, n, k, rng):
     s = 5 * rng.standard_normal((n, k), np.float32)
     s[0, 0] = 3e38 if name == "softmax_loss" else 3e4               # exp of it overflows
     targets = np.array([[0, -1, k - 1 if k > 1 else -1]] * n, np.int32)
@@ -2497,92 +2551,203 @@ def test_loss_kernels_agree_with_their_twins(device, name, vectors, n, k, rng):
         weights = weights[:, None] * (1, 9, 0.5)                    # of each target
     labels = targets, weights, *rng.uniform(0.01, 3, (vectors, k))
     losses, ds = getattr(kernels, name)(*up(s), *labels)
-    expected, right = getattr(cpu, name)(s.astype(np.float64), *labels)
+    expected, exact_ds = getattr(reference, name)(s.astype(np.float64), *labels)
     assert losses.shape == (n,) and kernels.to_host(losses) == pytest.approx(expected, rel=1e-5)
-    check_close(ds, right, abs(right) + 1e-3, k)
+    check_close(ds, exact_ds, abs(exact_ds) + 1e-3, k)
 
 
-@pytest.mark.parametrize("rows, biases", [(None, 0), (None, 6), (np.array([5, 0, 3], np.int32), 0)])
+@pytest.mark.parametrize("rows", [None, np.array([5, 0, 3], np.int32)])
 @pytest.mark.parametrize("shape", [(7, 13), (7,)])          # a bias has one number a row
-def test_update_kernels_agree_with_their_twin(device, rows, biases, shape, rng):
+def test_updates_agree_on_every_device(device, rows, shape, rng):
     w, v, dw = floats(rng, shape, shape, shape)
     dw = dw if rows is None else dw[:len(rows)]
-    wd, vd, dwd = up(w, v, dw)
-    kernels.sgd(wd, vd, dwd, 0.1, 0.9, 0.5, rows, biases)
-    cpu.sgd(w, v, dw, 0.1, 0.9, 0.5, rows, biases)
-    check_close(wd, w, 4, 4)
-    check_close(vd, v, 4, 4)
+    w_on_device, v_on_device, dw_on_device = up(w, v, dw)
+    kernels.sgd(w_on_device, v_on_device, dw_on_device, 0.1, 0.9, 0.5, rows)
+    reference.sgd(w, v, dw, 0.1, 0.9, 0.5, rows)
+    check_close(w_on_device, w, 4, 4)
+    check_close(v_on_device, v, 4, 4)
 
 
-def tiny_googlenet(k, dropout):
+def all_operations(rng, n):
+    """(name, arrays float32, further arguments) of each operation, on n images or rows."""
+    image, y, window = ((n, 9, 8, 5), (n, 9, 8, 6), (n, 4, 3, 5))
+    filters = 3, 3, 5, 6
+    targets = np.zeros((n, 1), np.int32)
+    vectors = np.ones(7), np.ones(7)
+    x, dy, w, b, dp, features, scores = floats(
+        rng, image, y, filters, (6,), window, (n, 12), (n, 7))
+    return [
+        ("conv_forward", (x, w, b), (1, 1, True)),
+        ("conv_backward_input", (dy, w), (image, 1, 1)),
+        ("conv_backward_filter", (x, dy), (filters, 1, 1)),
+        ("relu_backward", (x, -x), ()),
+        ("max_pool_forward", (x,), (3, 2)),
+        ("avg_pool_forward", (x,), (3, 2)),
+        ("avg_pool_backward", (dp,), (image, 3, 2)),
+        ("lrn_forward", (x,), ()),
+        ("lrn_backward", (-x, x), ()),
+        ("matmul", (features, features.T @ features, features.sum(axis=0)), (True,)),
+        ("dropout", (features,), (0.5, 0, 1, 2)),
+        ("softmax_loss", (scores,), (targets, np.ones((n, 1)), vectors[0])),
+        ("one_vs_all_loss", (scores,), (targets, np.ones(n), *vectors))]
+
+
+def test_operations_change_none_of_their_arguments(device, rng):
+    for name, arrays, arguments in all_operations(rng, 2):
+        on_device = up(*arrays)
+        getattr(kernels, name)(*on_device, *arguments)
+        for before, after in zip(arrays, on_device, strict=True):
+            assert np.array_equal(kernels.to_host(after), before.astype(np.float32)), name
+    terms = up(*floats(rng, (3, 5), (3, 5)))
+    before = [kernels.to_host(term).copy() for term in terms]
+    total = kernels.sum_gradients(terms[:1])
+    total[...] = 0                              # new memory, of one term, too
+    kernels.sum_gradients(terms)
+    assert all(np.array_equal(kernels.to_host(a), b) for a, b in zip(terms, before))
+
+
+def test_operations_on_no_images_give_none(cuda, rng):
+    """CuPy would launch one block, which would access what is not there."""
+    for name, arrays, arguments in all_operations(rng, 0):
+        results = getattr(kernels, name)(*up(*arrays), *arguments)
+        expected = getattr(reference, name)(*arrays, *arguments)
+        if not isinstance(results, tuple):
+            results = [results]
+            expected = [expected]
+        for ours, array in zip(results, expected, strict=True):
+            assert np.array_equal(kernels.to_host(ours), array), name
+    no_photos = np.zeros((0, 9, 9, 3), np.uint8)
+    assert kernels.prepare(no_photos, [], [], [], 7).shape == (0, 7, 7, 3)
+    no_rows = np.zeros(0, np.int32)
+    w, v = up(np.ones((3, 2)), np.ones((3, 2)))
+    kernels.sgd(w, v, *up(np.ones((0, 2))), 0.1, 0.9, 0.5, no_rows)
+    assert (kernels.to_host(w) == 1).all()
+
+
+def test_kernels_refuse_arrays_they_would_misread(cuda):
+    (x,) = up(np.zeros((2, 4, 4, 8)))
+    w, b = up(np.zeros((3, 3, 8, 8)), np.zeros(8))
+    for wrong in (x.transpose(0, 2, 1, 3)[:, :, 1:], x[:, ::2], x.astype(np.float64)):
+        for name, arguments in (
+                ("max_pool_forward", (wrong, 2, 2)), ("sum_gradients", ([wrong],)),
+                ("conv_forward", (wrong, w, b)), ("lrn_forward", (wrong,)),
+                ("relu_backward", (wrong, x))):
+            with pytest.raises(ValueError, match="float32"):
+                getattr(kernels, name)(*arguments)
+
+
+# ------------------------------------------------------------------ whole steps on every device
+
+def tiny_googlenet(k, dropout=0.0, seed=0):
     """All kinds of layers of GoogLeNet on 64×64 pixels."""
+    head = [("pool", model.AvgPool(5, 3)), ("conv", model.Conv(24, 8, 1)),
+            ("flat", model.Flatten()), ("fc", model.Linear(32, 12)), ("drop", model.Dropout(0.7)),
+            ("output", model.Output(12, k))]
     return model.Network([
         ("conv1", model.Conv(3, 8, 7, stride=4, pad=3)), ("norm1", model.LRN()),
         ("pool1", model.MaxPool(3, 2, ceil=True)),                          # 8
         ("3a", model.inception(8, 4, 4, 8, 4, 4, 8)),                       # 8, 24 channels
-        ("head", model.Head([("pool", model.AvgPool(5, 3)), ("conv", model.Conv(24, 8, 1)),
-                             ("flat", model.Flatten()), ("fc", model.Linear(32, 12)),
-                             ("drop", model.Dropout(0.7)), ("output", model.Output(12, k))], True)),
+        ("head", model.Head(head)),
         ("3b", model.inception(24, 8, 8, 8, 4, 8, 8)),                      # 8, 32 channels
         ("pool5", model.AvgPool(8, 1)), ("flat", model.Flatten()),
-        ("drop", model.Dropout(dropout)), ("output", model.Output(32, k))])
+        ("drop", model.Dropout(dropout)), ("output", model.Output(32, k))], seed)
+
+
+def one_step(build, dtype, x, targets, classes):
+    """Everything that one training step computes, as NumPy arrays by name."""
+    net = build(9, dropout=0.5)
+    for _, layer, name in net.parameters():
+        setattr(layer, name, getattr(layer, name).astype(dtype))
+    optimiser = model.SGD(net, 0.9, 5e-4)
+    weights = np.full(len(targets), 1 / len(targets), np.float32)
+    labels = data.Labels(targets, weights, classes=classes)
+    scores = net.forward_training(x, model.Context(seed=3, step=1, classes=classes))
+    losses, gradients = model.training_losses(model.Softmax(), scores, labels)
+    net.backward(gradients)
+    optimiser.step(0.05)
+    results = {"losses": kernels.to_host(losses), **net.state()}
+    for path, v in optimiser.v.items():
+        results["v of " + path] = kernels.to_host(v)
+    return results
 
 
 @pytest.mark.parametrize("precision, error", [("fp32", 1e-5), ("tf32", 0.2)])   # ReLUs flip
 @pytest.mark.parametrize("build", [model.small, tiny_googlenet])
 @pytest.mark.parametrize("classes", [None, np.array([0, 1, 4, 6, 7], np.int32)],
                          ids=["all", "gathered"])
-def test_step_on_a_device_is_the_float64_twins(device, precision, error, build, classes, rng,
-                                               monkeypatch):
-    kernels.use(device, precision)
+def test_step_on_every_device_is_the_references(device, precision, error, build, classes, rng,
+                                                monkeypatch):
+    if precision == "tf32":
+        if device not in ("emulated", "gpu"):
+            pytest.skip("a precision of GPUs")
+        kernels.use("gpu", "tf32")
     if EMULATOR:
         monkeypatch.setattr(EMULATOR, "orders", range(1))   # other tests look for races
-    where = np.array([0, 4, 8]), np.array([8, 2, 0]), np.array([1, 0, 1], bool)
-    x = kernels.prepare(rng.integers(0, 256, (3, 72, 72, 3), np.uint8), *where, 64)
+    crops = np.array([0, 4, 8]), np.array([8, 2, 0]), np.array([1, 0, 1], bool)
+    x = kernels.prepare(rng.integers(0, 256, (3, 72, 72, 3), np.uint8), *crops, 64)
     targets = np.array([[1, 4], [7, -1], [0, -1]], np.int32)
     if classes is not None:
         targets = data.columns(targets, classes)
-    labels, found = data.Labels(targets, np.full(3, 1 / 3, np.float32), None, classes), []
-    for dtype in (np.float32, np.float64):
-        net = build(9, dropout=0.5).init(0)
-        for _, layer, name in net.parameters():
-            setattr(layer, name, getattr(layer, name).astype(dtype))
-        optimiser = model.SGD(net, 0.9, 5e-4, sparse=classes is not None)
-        s = net.forward(x, model.Pass(seed=3, step=1, classes=classes))
-        losses, ds = model.training_loss(net, s, labels, model.softmax)
-        net.backward(ds)
-        optimiser.step(0.05)
-        found.append({"losses": kernels.to_host(losses), **net.state(), **{
-            "v of " + path: kernels.to_host(v) for path, v in optimiser.v.items()}})
-        x = kernels.to_host(x)[..., :3].astype(np.float64)
-        kernels.use("cpu")
-    for key, y in found[1].items():
-        assert np.linalg.norm(found[0][key] - y) < error * np.linalg.norm(y), key
+    results = one_step(build, np.float32, x, targets, classes)
+    x = kernels.to_host(x).astype(np.float64)
+    kernels.use("reference")
+    expected = one_step(build, np.float64, x, targets, classes)
+    for key, y in expected.items():
+        assert np.linalg.norm(results[key] - y) < error * np.linalg.norm(y), key
 
 
-def test_kernels_refuse_arrays_they_would_misread(device):
-    (x,) = up(np.zeros((2, 4, 4, 8)))
-    for wrong in (x.transpose(0, 2, 1, 3)[:, :, 1:], x[:, ::2], x.astype(np.float64)):
-        for call in (kernels.max_pool_forward, wrong, 2, 2), (kernels.sum_gradients, [wrong]):
-            with pytest.raises(ValueError, match="float32"):
-                call[0](*call[1:])
+def test_weights_that_are_changed_in_place_are_seen(device, rng):
+    """No device keeps another form of the weights from one pass to the next."""
+    net = tiny_googlenet(9)
+    (x,) = up(rng.standard_normal((2, 64, 64, 3)))
+    context = model.Context()
+    scores = net.forward_training(x, context)
+    _, gradients = model.training_losses(model.Softmax(), scores, np.array([3, 7]))
+    net.backward(gradients)
+    model.SGD(net, 0.9, 5e-4).step(0.01)
+    before = kernels.to_host(net.forward(x)).copy()
+    net.first.w[...] = 0
+    after = kernels.to_host(net.forward(x))
+    assert abs(after - before).max() > 1e-6
+    scores = net.forward_training(x, context)
+    _, gradients = model.training_losses(model.Softmax(), scores, np.array([3, 7]))
+    net.backward(gradients)
+    assert not kernels.to_host(net.layers["norm1"].x).any()         # relu(0 · x + 0)
 
+
+# ----------------------------------------------------------------------------- planted mistakes
 
 # a text of a kernel file, what it is changed to, and the check that must then fail
-CONV, TF32, TF32X3 = (partial(check_convolution, conv_case(12), precision) for precision in ERRORS)
-DB = partial(check_convolution, (
-    *floats(np.random.default_rng(0), (3, 14, 14, 16), (3, 3, 16, 4), (4,)), 1, 1))
-PARTS = partial(check_convolution, (
-    *floats(np.random.default_rng(0), (1, 31, 8, 3), (5, 5, 3, 70), (70,)), 1, 2))
-TOTAL = partial(test_sum_gradients_kernel_agrees_with_its_twin, None, (3, 7))
-CHAIN = lambda: test_tf32_operands_are_rounded_to_nearest(gpu._device, np.random.default_rng(0))
-LONG = lambda: test_long_sums_in_3xtf32_are_those_of_floats(gpu._device, np.random.default_rng(0))
-LRNS = partial(test_lrn_kernels_agree_with_their_twins, None, 7, (5, 2.0, 1e-4, 0.75),
-               np.random.default_rng(0))
-POOL = partial(test_pooling_kernels_agree_with_their_twins, None, (3, 2, 1, True), 8, True)
-PLAIN = partial(POOL.func, *POOL.args[:-1], False)
+def _case(*shapes):
+    return floats(np.random.default_rng(0), *shapes)
+
+
+CONV, TF32, TF32X3 = (partial(check_convolution, conv_case(12), precision)
+                      for precision in PRECISIONS)
+DB = partial(check_convolution, (*_case((3, 14, 14, 16), (3, 3, 16, 4), (4,)), 1, 1))
+PARTS = partial(check_convolution, (*_case((1, 31, 8, 3), (5, 5, 3, 70), (70,)), 1, 2))
+NAIVE = partial(test_naive_convolution_agrees_with_the_reference_and_the_fast_one, None, 4)
+POINTWISE = partial(test_pointwise_passes_agree_on_every_device, None, (3, 7))
+POOL = partial(test_max_pooling_agrees_on_every_device, None, (3, 2, 1, True), 8)
+SAMPLES = lambda: test_samples_are_the_same_on_every_device(
+    None, 3, 5, 32, np.random.default_rng(0))
+DROPOUT = lambda: test_dropout_draws_the_same_masks_on_every_device(
+    None, 2, 37, 0.2, np.random.default_rng(0))
+AVERAGE = lambda: test_average_pooling_agrees_on_every_device(
+    None, 3, 2, 8, np.random.default_rng(0))
+LONG = lambda: test_long_sums_in_3xtf32_are_those_of_floats(None, np.random.default_rng(0))
+LRNS = lambda: test_lrn_agrees_on_every_device(
+    None, 7, (5, 2.0, 1e-4, 0.75), np.random.default_rng(0))
+PREPARE = lambda: test_prepare_agrees_on_every_device(None, np.random.default_rng(0))
+SOFTMAX = lambda: test_losses_agree_on_every_device(
+    None, "softmax_loss", 1, 4, 300, np.random.default_rng(0))
+ONE_VS_ALL = lambda: test_losses_agree_on_every_device(
+    None, "one_vs_all_loss", 2, 4, 300, np.random.default_rng(0))
+UPDATE = lambda: test_updates_agree_on_every_device(
+    None, np.array([5, 0, 3], np.int32), (7, 13), np.random.default_rng(0))
 MISTAKES = [
-    ("conv.cu", "i = oi * stride - pad", "i = oi * stride + pad", CONV),
+    ("conv.cu", "i = oi * stride - top", "i = oi * stride + top", CONV),
+    ("conv.cu", "j = oj * stride - left", "j = oj * stride - top", NAIVE),
     ("conv.cu", "i % DILATE == 0 && j % DILATE == 0", "i % DILATE == 0", CONV),
     ("conv.cu", "copy_wait<STAGES - 2>();", "copy_wait<STAGES - 1>();", CONV),
     ("conv.cu", "load(tile + STAGES - 1);", "load(tile + STAGES);", CONV),
@@ -2590,36 +2755,53 @@ MISTAKES = [
     ("conv.cu", "if (row >= rows || col", "if (col", CONV),
     ("conv.cu", "x + at, valid", "x + at, true", CONV),
     ("conv.cu", "int rows, cols, depth, part; ", "int cols, rows, depth, part; ", CONV),
-    ("conv.cu", "pitch, relu, round; ", "pitch, relu, round, more; ", CONV),     # the size
-    ("conv.cu", "(k0 + k) * shape.right_pitch", "(k0 + k) * shape.cols", CONV),
-    ("conv.cu", "(p * w + q) * x_pitch", "(p * w + q) * c.d", DB),
-    ("conv.cu", "if (gate && !(gate[row", "if (gate && (gate[row", DB),
-    ("pool.cu", "if (gated && !(", "if (gated && (", POOL),
-    ("pool.cu", "gate && !(gate[index].at[e] > 0) ? 0 :", "", POOL),
-    ("lrn.cu", "gated && !(xs[at] > 0) ? 0 :", "", LRNS),
-    ("lrn.cu", "sqrtf(s) * sqrtf(sqrtf(s))", "s", LRNS),
-    ("pool.cu", "int h, w, c, oh, ow,", "int h, w, c, oh, ow, more,", POOL),
-    ("pool.cu", "v > most.at[e] ||", "v >= most.at[e] ||", POOL),
-    ("pool.cu", "first = false;", "first = j % 2;", POOL),
-    ("pool.cu", "v == v ? at.place(i, j, oi, oj) : NOWHERE", "at.place(i, j, oi, oj)", PLAIN),
-    ("pool.cu", "j + pad - oj * stride;", "j - oj * stride;", POOL),
-    ("pool.cu", "|| v != v", "", POOL),
-    ("conv.cu", "rounded(relu && v[n] < 0 ? 0 : v[n], round)", "v[n]", CHAIN),
+    ("conv.cu", "depth, part; ", "depth, part, more; ", CONV),                  # the size
+    ("conv.cu", "(p * w + q) * int(c.d)", "(p * w + q) * cols", DB),
+    ("conv.cu", "if (m >= end) i", "if (m > end) i", CONV),
+    ("conv.cu", "if (bias) v[n] += bias[col + n];", "", CONV),
+    ("conv.cu", "if (relu && v[n] < 0) v[n] = 0;", "", CONV),
     ("conv.cu", "tile % shares == blockIdx.x", "tile == blockIdx.x", DB),
     ("conv.cu", "(blockIdx.z * shares + blockIdx.x)", "blockIdx.x", DB),
     ("conv.cu", "B_PLACE(k) (INNER && !FILTER", "B_PLACE(k) (0", TF32),
+    ("conv.cu", "hi = to_tf32(x);", "hi = __float_as_uint(x);", TF32),
+    ("conv.cu", "hi = to_tf32(x);", "hi = __float_as_uint(x) & 0xffffe000;", TF32),
     ("conv.cu", "rest[i] : right[i]", "right[i] : right[i]", TF32X3),
     ("conv.cu", "n == 0 ? lo : left", "left", TF32X3),
     ("conv.cu", "mma_tf32(INNER == 3 ? sum[i] : y[i][j]", "mma_tf32(y[i][j]", LONG),
-    ("conv.cu", "if (m >= end) i", "if (m > end) i", CONV),
-    ("pointwise.cu", "(taps - 1 - tap)", "tap", CONV),
-    ("pointwise.cu", "rounded(w[(tap", "(w[(tap", CHAIN),
-    ("pointwise.cu", "rounded((pixel[1] - shift) * scale, round)", "0.1f", CHAIN),
-    ("pointwise.cu", "gate && !(gate[at] > 0) ? 0 : rounded(number, round)", "number", CHAIN),
-    ("pointwise.cu", "if (gate && !(gate[index] > 0))", "if (gate && gate[index] > 0)", PARTS),
-    ("pointwise.cu", "z = 0; z < (own", "z = 1; z < (own", CONV),
-    ("pointwise.cu", "(own ? count : shares)", "count", DB),
-    ("pointwise.cu", "if (b) number += b[at];", "", TOTAL),
+    ("naive.cu", "i * s.stride + p - s.pad, col", "i * s.stride + p, col", NAIVE),
+    ("naive.cu", "if (!s.inside(row, col)) continue;", "", NAIVE),
+    ("naive.cu", "row % s.stride || col % s.stride", "row % s.stride", NAIVE),
+    ("naive.cu", "i + s.pad - p, col", "i - s.pad + p, col", NAIVE),
+    ("naive.cu", "if (s.inside(row, col)) sum", "sum", NAIVE),
+    ("pool.cu", "int h, w, c, oh, ow,", "int h, w, c, oh, ow, more,", POOL),
+    ("pool.cu", "!(value.at[e] > most.at[e])", "!(value.at[e] >= most.at[e])", POOL),
+    ("pool.cu", "&& !is_nan) continue;", ") continue;", POOL),
+    ("pool.cu", "where.at[e] = first;", "where.at[e] = 0;", POOL),
+    ("pool.cu", "j + pad - oj * stride;", "j - oj * stride;", POOL),
+    ("pool.cu", "mean.at[e] /= window.kernel * window.kernel;", "", AVERAGE),
+    ("pool.cu", "given.at[e] / (window.kernel * window.kernel)", "given.at[e]", AVERAGE),
+    ("lrn.cu", "sqrtf(s) * sqrtf(sqrtf(s))", "s", LRNS),
+    ("lrn.cu", "near < min(c, channel + half + 1)", "near < channel + half + 1", LRNS),
+    ("lrn.cu", "* sum;", ";", LRNS),
+    ("prepare.cu", "flip ? crop - 1 - at % crop", "flip ? crop - at % crop", PREPARE),
+    ("prepare.cu", "fmaxf(sqrtf(static_cast<float>(variance)), 1.0f)", "sqrtf(variance)", PREPARE),
+    ("random.cu", "row * blocks + index", "index", DROPOUT),
+    ("random.cu", "bits >= threshold", "bits > threshold * 1.01f", DROPOUT),
+    ("random.cu", "step + index / count", "step", SAMPLES),
+    ("random.cu", "word ? class_ends[word - 1] : 0", "class_ends[word]", SAMPLES),
+    ("random.cu", "= spare + 1;", "= spare;", SAMPLES),
+    ("pointwise.cu", "y[at] > 0 ? dy[at] : 0", "y[at] >= 0 ? dy[at] : 0", POINTWISE),
+    ("pointwise.cu", "if (c) number += c[at];", "", POINTWISE),
+    ("pointwise.cu", "z = 0; z < count", "z = 1; z < count", PARTS),
+    ("pointwise.cu", "if (bias) sum += bias[at % cols];", "", PARTS),
+    ("loss.cu", "shift && !is_target(targets, slots, col)", "shift", SOFTMAX),
+    ("loss.cu", "ds[targets[slot]] -= weights[slot];", "", SOFTMAX),
+    ("loss.cu", "__syncthreads();                                        // the products",
+     ";                                        // the products", SOFTMAX),
+    ("loss.cu", "carried ? positive[col] : negative[col]", "negative[col]", ONE_VS_ALL),
+    ("loss.cu", "carried ? -sigmoid : sigmoid", "sigmoid", ONE_VS_ALL),
+    ("sgd.cu", "static_cast<long long>(rows[at / e]) * e", "at / e * e", UPDATE),
+    ("sgd.cu", "decay * w[to]", "decay", UPDATE),
 ]
 
 
@@ -2650,6 +2832,14 @@ def test_emulator_finds_what_a_gpu_would_hide(body, message):
     code = f'#line 1 "bad.cu"\nextern "C" __global__ void bad(float* y)\n{{\n{body}\n}}\n'
     with emulated(range(3)), pytest.raises(RuntimeError, match="^bad: .*" + message):
         EMULATOR.launch(code, (), "bad", (2,), (64,), (np.zeros(125, np.float32),), shared=256)
+
+
+def test_failed_launch_leaves_nothing_for_the_next_device(rng):
+    (x,) = floats(rng, (2, 3))
+    with emulated(change=lambda text: text.replace("if (at >= total) return;", "")):
+        kernels.relu_backward(*up(x, x))        # queued, but never waited for
+    with emulated():
+        assert np.array_equal(kernels.to_host(kernels.sum_gradients(up(x))), x)
 
 
 @pytest.mark.parametrize("architecture", ["75", "80", "86", "89", "90", "100", "120"])
