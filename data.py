@@ -35,6 +35,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -85,7 +86,8 @@ class _Letters(dict):
         script = unicodedata.name(c, "").partition(" ")[0]
         # in other scripts the marks are vowels, which stay
         if script in ("LATIN", "GREEK", "CYRILLIC") and c not in self.OWN_LETTERS:
-            return "".join(x for x in unicodedata.normalize("NFD", c) if not unicodedata.combining(x))
+            letters = unicodedata.normalize("NFD", c)
+            return "".join(x for x in letters if not unicodedata.combining(x))
         return c
 
 
@@ -236,6 +238,7 @@ class Index:
         frequency = np.zeros(k)
         for start in range(self.held_out, len(self), ROWS_AT_A_TIME):
             words = self._words.part(start, min(start + ROWS_AT_A_TIME, len(self)))
+            self._check((words.values >= 0).all() and (words.values < k).all())
             photos = np.repeat(np.arange(len(words)), words.counts())
             # a photo is drawn by any of its words j, with probability 1 / (K N_j)
             drawn = np.bincount(photos, 1 / (k * self.counts[words.values]))
@@ -257,8 +260,8 @@ def _checksum(facts):
 
 
 # === formats ======================================================================================
-# A format is a generator of (name, caption) pairs from lines of text; ("", "") for what is none.
-# Adding one takes a row of FORMATS.
+# A format is two functions: whether a file's first line looks like it, and a generator of (name,
+# caption) pairs from lines of text, NO_CAPTION for what is none. Adding one takes a row of FORMATS.
 
 LONGEST_LINE = 64 << 20         # characters
 OPEN_QUOTE_LINES = 20           # after so many lines a quote counts as never closed
@@ -283,7 +286,8 @@ class Captions:
     """
 
     def __init__(self, path, kind):
-        self.path, self.kind = path, kind
+        self.path = path
+        self.kind = kind
         self.size = os.path.getsize(path)
         self.count = 0
         self.bad_lines = 0
@@ -368,6 +372,11 @@ def recognise(path):
     return kind
 
 
+def is_tsv(line):
+    """Anything is, that is no other format."""
+    return True
+
+
 def tsv_pairs(lines):
     """Lines of photo<TAB>caption."""
     for line in lines:
@@ -383,6 +392,12 @@ def _without_number(name):
         return name
     photo, _, number = name.rstrip().rpartition("#")
     return photo if number.isdigit() else name
+
+
+def is_jsonl(line):
+    """An object with the name of a photo."""
+    name, _ = _line_pair(line)
+    return line.startswith(("{", "[")) and name != ""
 
 
 def jsonl_pairs(lines):
@@ -419,14 +434,19 @@ def _key(name):
     return "_".join(name.strip().strip('"').lower().split())
 
 
+def is_coco(line):
+    """JSON of any kind."""
+    return line.startswith(("{", "["))
+
+
 def coco_pairs(lines):
     """COCO's captions, Karpathy's, whose images have sentences, or a list of objects."""
     try:
         table = json.loads("".join(lines))
         if isinstance(table, list):
-            rows, images = table, []
-        else:
-            rows, images = list(table.get("annotations", [])), list(table["images"])
+            table = {"annotations": table, "images": []}
+        rows = list(table.get("annotations", []))
+        images = list(table["images"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError("is neither COCO nor lines with a file_name") from None
     images = [image for image in images if isinstance(image, dict)]
@@ -446,12 +466,17 @@ def _annotation_pairs(rows, images):
         yield _object_pair(row)
 
 
+def is_csv(line):
+    """A header, or what Excel writes above it."""
+    return line.lower().startswith("sep=") or _csv_columns(line) is not None
+
+
 def csv_pairs(lines):
     """Lines below a header that names the columns."""
     csv.field_size_limit(sys.maxsize)
     lines = (line.replace("\r", " ") for line in lines)
     header = next(lines, "")
-    if header.lower().startswith("sep="):       # Excel's
+    if header.lower().startswith("sep="):
         header = next(lines, "")
     columns = _csv_columns(header)
     if columns is None:
@@ -501,6 +526,11 @@ def _csv_rows(lines, delimiter):
             yield next(read([line]), [])
 
 
+def is_yfcc(line):
+    """A line with a page's address at its place."""
+    return _yfcc_url(line.split("\t")) is not None
+
+
 def yfcc_pairs(lines):
     """Lines of the YFCC100M table; videos are left out."""
     for line in lines:
@@ -539,19 +569,17 @@ def _yfcc_text(columns, url):
 
 
 class Format(NamedTuple):
-    """A format of captions: does the first line look like it; the pairs of all lines."""
-    recognises: Callable
-    pairs: Callable
+    """A format of captions."""
+    recognises: Callable            # the first line -> bool
+    pairs: Callable                 # all lines -> (name, caption) pairs
 
 
 FORMATS = {                     # the first that recognises a file's first line reads it
-    "jsonl": Format(lambda line: line.startswith(("{", "[")) and bool(_line_pair(line)[0]),
-                    jsonl_pairs),
-    "coco": Format(lambda line: line.startswith(("{", "[")), coco_pairs),
-    "yfcc": Format(lambda line: _yfcc_url(line.split("\t")) is not None, yfcc_pairs),
-    "csv": Format(lambda line: line.lower().startswith("sep=") or _csv_columns(line) is not None,
-                  csv_pairs),
-    "tsv": Format(lambda line: True, tsv_pairs)}
+    "jsonl": Format(is_jsonl, jsonl_pairs),
+    "coco": Format(is_coco, coco_pairs),
+    "yfcc": Format(is_yfcc, yfcc_pairs),
+    "csv": Format(is_csv, csv_pairs),
+    "tsv": Format(is_tsv, tsv_pairs)}
 
 
 # === building =====================================================================================
@@ -644,18 +672,21 @@ def _write_index(work, path, text, kind, dictionary):
     """Count, sort, prune, index; returns the facts."""
     captions = Captions(path, kind)
     records = Records(work, _number_of_sets(path))
-    counts, refused_names, facts = _count_captions(captions, records, text)
-    if not facts["words"]:
+    tally = _count_captions(captions, records, text.valid)
+    if not tally.words:
         raise ValueError(f"captions: {path}, read as {kind}, has no word of a photo: "
-                         + _why_no_word(path, refused_names))
-    facts.update(captions=captions.count, bad_lines=captions.bad_lines, left_out=[],
-                 refused_names=refused_names[:REFUSED_LISTED], stop_words=text.stop_words, rest=0)
+                         + _why_no_word(path, tally.refused_names))
+    facts = {"captions": captions.count, "bad_lines": captions.bad_lines, "words": tally.words,
+             "refused": tally.refused, "refused_names": tally.refused_names[:REFUSED_LISTED],
+             "stop_words": text.stop_words, "rest": 0, "left_out": []}
     if not dictionary:
-        stop, dictionary, rest = choose_words(counts, text, captions.count)
+        stop, dictionary, rest = choose_words(tally.occurrences, text, captions.count)
+        # the most frequent and the rarest of the stop words, the most frequent of the rest
         examples = [*stop[:3], *stop[3:][-2:], *rest[:3]]
-        facts.update(stop_words=len(stop), rest=len(rest),
-                     left_out=[(word, counts[word]) for word in examples])
-    facts.update(_sort_captions(work, records, dictionary, text.valid))
+        facts["stop_words"] = len(stop)
+        facts["rest"] = len(rest)
+        facts["left_out"] = [(word, tally.occurrences[word]) for word in examples]
+    facts |= _sort_captions(work, records, dictionary, text.valid)
     _write_class_photos(work, len(dictionary), facts["held_out"])
     return {**facts, "dictionary": dictionary}
 
@@ -680,26 +711,35 @@ def _why_no_word(path, refused_names):
 
 # --- count
 
-def _count_captions(captions, records, text):
-    """Count the words of the training photos, and write all captions to `records`.
+@dataclass
+class Tally:
+    """What the pass over the captions counts."""
+    occurrences: Counter = field(default_factory=Counter)   # {word: how often}, training photos'
+    words: int = 0                                          # all of them
+    refused: int = 0                                        # names that lead out of the folder
+    refused_names: list = field(default_factory=list)       # some of them
 
-    Returns {word: occurrences}, some of the names that lead out of the images folder, and facts.
-    """
-    counts = Counter()
-    refused_names = []
-    facts = {"words": 0, "refused": 0}
+
+def _count_captions(captions, records, valid):
+    """The Tally of the captions, which are written to `records`."""
+    tally = Tally()
     with Progress("reading captions", captions.size >> 20, "MB") as progress:
         for batch in _batches(captions):
-            outside = {name for name, _ in batch if refused(name)}
-            facts["refused"] += len(outside)
-            if len(refused_names) < REFUSED_LISTED:
-                refused_names += sorted(outside)
-            batch = [pair for pair in batch if pair[0] not in outside]
-            facts["words"] += _count_batch(batch, counts, records, text.valid)
-            if len(counts) > MOST_COUNTED:
-                _drop_rarest(counts)
+            batch = _leave_out_refused(batch, tally)
+            _count_batch(batch, tally, records, valid)
+            if len(tally.occurrences) > MOST_COUNTED:
+                _drop_rarest(tally.occurrences)
             progress.tick((captions.bytes_read() >> 20) - progress.done)
-    return counts, refused_names, facts
+    return tally
+
+
+def _leave_out_refused(batch, tally):
+    """The pairs of a batch, but for names that lead out of the images folder."""
+    outside = {name for name, _ in batch if refused(name)}
+    tally.refused += len(outside)
+    if len(tally.refused_names) < REFUSED_LISTED:
+        tally.refused_names += sorted(outside)
+    return [(name, caption) for name, caption in batch if name not in outside]
 
 
 def _batches(pairs):
@@ -717,25 +757,36 @@ def _batches(pairs):
         yield batch
 
 
-def _count_batch(batch, counts, records, valid):
-    """Add the words of a batch's training photos to `counts`; returns how many words it has."""
-    tokens = []                                 # the words of all captions
+def _count_batch(batch, tally, records, valid):
+    """Count the words of a batch, and write its captions to `records`."""
+    words, tokens = _tokenize(caption for _, caption in batch)
+    hashes, names = _hash_captions(name for name, _ in batch)
+    word_hashes = hash_all([word.encode() for word in words], 8)
+    records.append(hashes, names, Ragged(word_hashes[tokens.values], tokens.ends))
+    training = np.repeat(~is_held_out(hashes, valid), tokens.counts())          # (tokens,)
+    times = np.bincount(tokens.values[training], minlength=len(words)).tolist()
+    tally.occurrences.update({word: n for word, n in zip(words, times) if n})
+    tally.words += len(tokens.values)
+
+
+def _tokenize(captions):
+    """The distinct words of captions, and a Ragged of each caption's words as numbers of these."""
+    tokens = []
     ends = []
-    for _, caption in batch:
+    for caption in captions:
         tokens += words_of(caption)
         ends.append(len(tokens))
-    ends = np.array(ends, np.int64)
-    words, word_numbers = _number(tokens)
-    names, name_numbers = _number(name for name, _ in batch)
+    words, numbers = _number(tokens)
+    return words, Ragged(numbers, np.array(ends, np.int64))
+
+
+def _hash_captions(names):
+    """The hashes (n,) of the names of n captions' photos, and these names, a Ragged of bytes."""
+    names, numbers = _number(names)             # a photo often has several captions
     names = [name.encode("utf-8", "surrogateescape") for name in names]
-    hashes = hash_names(names)[name_numbers]    # (captions,)
-    word_hashes = hash_all([word.encode() for word in words], 8)
-    records.append(hashes, _ragged_bytes(names).take(name_numbers),
-                   Ragged(word_hashes[word_numbers], ends))
-    training = np.repeat(~is_held_out(hashes, valid), np.diff(ends, prepend=0))
-    occurrences = np.bincount(word_numbers[training], minlength=len(words)).tolist()
-    counts.update({word: n for word, n in zip(words, occurrences) if n})
-    return len(tokens)
+    ends = np.cumsum([len(name) for name in names], dtype=np.int64)
+    joined = Ragged(np.frombuffer(b"".join(names), np.uint8), ends)
+    return hash_names(names)[numbers], joined.take(numbers)
 
 
 def _number(things):
@@ -743,12 +794,6 @@ def _number(things):
     numbers = {}
     each = [numbers.setdefault(thing, len(numbers)) for thing in things]
     return list(numbers), np.array(each, np.int64)
-
-
-def _ragged_bytes(texts):
-    """Texts (bytes) as a Ragged of bytes."""
-    sizes = np.array([len(text) for text in texts], np.int64)
-    return Ragged(np.frombuffer(b"".join(texts), np.uint8), np.cumsum(sizes))
 
 
 def _drop_rarest(counts):
@@ -783,7 +828,8 @@ class Records:
     """
 
     def __init__(self, folder, sets):
-        self.folder, self.sets = folder, sets
+        self.folder = folder
+        self.sets = sets
 
     def append(self, hashes, names, words):
         """Write captions: hashes (n,) of the photos, names and words: Ragged of n rows."""
@@ -793,7 +839,9 @@ class Records:
         captions["photo"] = hashes
         captions["name_size"] = names.counts()
         captions["word_count"] = words.counts()
-        captions, names, words = captions[order], names.take(order), words.take(order)
+        captions = captions[order]
+        names = names.take(order)
+        words = words.take(order)
         ends = np.searchsorted(numbers[order], np.arange(self.sets), side="right")
         start = 0
         for number, end in enumerate(ends):
@@ -871,7 +919,8 @@ def sort_by_photo(hashes, names):
     is_first = np.ones(len(order), bool)
     is_first[1:] = ascending[1:] != ascending[:-1]
     again = np.flatnonzero(~is_first)
-    before, after = names.take(order[again - 1]), names.take(order[again])
+    before = names.take(order[again - 1])
+    after = names.take(order[again])
     if np.array_equal(before.ends, after.ends) and np.array_equal(before.values, after.values):
         return order, is_first
     keys = [(hash, bytes(names[i])) for i, hash in enumerate(hashes.tolist())]
@@ -1015,12 +1064,16 @@ class BatchSampler:
 
     def __init__(self, index, seed, count, sampling="class", positives="drawn", spare=0,
                  random_crops=True, rows=slice(None)):
-        self.index, self.seed, self.count = index, seed, count
+        self.index = index
+        self.seed = seed
+        self.count = count
         self.sampling = sampling
         self.positives = positives if sampling == "class" else "all"
-        self.spare, self.random_crops = spare, random_crops
+        self.spare = spare
+        self.random_crops = random_crops
         self.rows = range(count)[rows]
-        self._first = self._ahead = None        # a step, and what it and those after it draw
+        self._first_step = None                 # of those that are sampled already
+        self._sampled = None                    # words, photos, top, left, flip: (steps, count)
 
     @cached_property
     def label_frequency(self):
@@ -1029,30 +1082,32 @@ class BatchSampler:
 
     def batch(self, step):
         """The Batch of a step; fastest for one step after the other."""
-        sample = self._sample_by_class if self.sampling == "class" else self._sample_by_image
-        words, photos, *crops = sample(step)
-        mine = slice(self.rows.start, self.rows.stop)
-        if self.random_crops:
-            crops = [values[mine] for values in crops]
+        if self.sampling == "class":
+            words, photos, top, left, flip = self._sample_by_class(step)
         else:
-            crops = centre(len(self.rows), self.spare)
-        photos = photos.tolist()
+            photos, top, left, flip = self._sample_by_image(step)
+        if not self.random_crops:
+            top, left, flip = centre(self.count, self.spare)
         if self.positives == "drawn":
             targets = list(words[:, None])                          # (count, 1)
         else:
             targets = [self.index.words(photo) for photo in photos]
-        return Batch(step, self.rows, photos[mine], *crops, targets)
+        mine = slice(self.rows.start, self.rows.stop)
+        return Batch(step, self.rows, photos[mine].tolist(), top[mine], left[mine], flip[mine],
+                     targets)
 
     def _sample_by_class(self, step):
         """words, photos, top, left and flip (count,) of a step, drawn for many steps at a time."""
-        if self._first is None or not self._first <= step < self._first + STEPS_AHEAD:
+        first = self._first_step
+        if first is None or not first <= step < first + STEPS_AHEAD:
             class_photos, class_ends = self._on_device
-            sampled = kernels.sample_by_class(class_photos, class_ends, self.spare, self.seed,
-                                              step, STEPS_AHEAD, self.count)
-            self._ahead = [kernels.to_host(values) for values in sampled]
-            self._first = step
-            self.index.check_training(self._ahead[1])
-        return [values[step - self._first] for values in self._ahead]
+            sampled = kernels.sample_by_class(
+                class_photos, class_ends, self.spare, self.seed, step, STEPS_AHEAD, self.count)
+            _, photos, _, _, _ = sampled
+            self.index.check_training(photos)
+            self._sampled = sampled
+            self._first_step = step
+        return [values[step - self._first_step] for values in self._sampled]
 
     @cached_property
     def _on_device(self):
@@ -1061,11 +1116,12 @@ class BatchSampler:
         return kernels.to_device(photos.values), kernels.to_device(photos.ends)
 
     def _sample_by_image(self, step):
-        """None, and photos, top, left and flip (count,) of a step."""
+        """photos, top, left and flip (count,) of a step."""
         raw = philox(self.seed, (0, step, 0, DRAWS)).random_raw(4 * self.count)
         _, photo, crop, _ = raw.reshape(self.count, 4).T
         photos = self.index.held_out + below(photo, self.index.training)
-        return None, photos, *crops_of(crop, self.spare)
+        top, left, flip = crops_of(crop, self.spare)
+        return photos, top, left, flip
 
     def replacement(self, batch, row, attempt):
         """The photo to try after `attempt` others of this row of batch.photos; None: no more.
@@ -1118,7 +1174,8 @@ class BatchSampler:
         if not negatives:
             return self._score_batch(labels, batch)
         ends = np.arange(negatives + 1) * k // negatives
-        starts, lengths = ends[:-1], np.diff(ends)                  # (negatives,) of the runs
+        starts = ends[:-1]                      # (negatives,)
+        lengths = np.diff(ends)
         raw = philox(self.seed, (0, batch.step, 0, NEGATIVES)).random_raw(negatives)
         sampled = starts + below(raw, lengths)
         classes = np.union1d(np.concatenate(batch.targets), sampled)                # (C,)
@@ -1254,7 +1311,8 @@ class Folder:
     """
 
     def __init__(self, folder):
-        self.folder, self.real = folder, os.path.realpath(folder)
+        self.folder = folder
+        self.real = os.path.realpath(folder)
         self.lock = threading.Lock()
         self.by_stem = None                     # {stem in lower case: paths}, made when needed
 
@@ -1390,7 +1448,9 @@ class Loader(AbstractContextManager):
 
     def __init__(self, folder, name, photos, size, workers=0, loaders=1,
                  empty=partial(np.empty, dtype=np.uint8)):
-        self.folder, self.name, self.size = Folder(folder), name, size
+        self.folder = Folder(folder)
+        self.name = name
+        self.size = size
         self.empty = empty
         self.pool = ThreadPoolExecutor(workers or 1)
         self.map = self.pool.map if workers else map                # the latter is lazy
@@ -1408,17 +1468,18 @@ class Loader(AbstractContextManager):
         self.pool.shutdown(cancel_futures=True)
 
     def batches(self, plans, replacement=None):
-        """For each plan, a Batch or FixedOrder: the plan, the photos read, pixels, and availability.
+        """Yield (plan, photos, pixels, available) for each plan, a Batch or FixedOrder.
 
-        replacement(plan, row, attempt): the photo to try next where a row's cannot be read, or
-        None. The photos read are a list of N numbers, None where there is none; pixels uint8
-        (N, S, S, 3), blank there; available (N,) is False there.
+        photos is a list of the N numbers that were read, with None where there is none; pixels are
+        uint8 (N, S, S, 3), blank there, and available (N,) is False there. replacement(plan, row,
+        attempt) tells which photo to try next where a row's cannot be read, or None.
         """
         plans = iter(plans)
         under_way = deque()
         while True:
             for plan in itertools.islice(plans, AHEAD + 1 - len(under_way)):
-                under_way.append((plan, *self._begin(plan, replacement)))
+                pixels, results = self._begin(plan, replacement)
+                under_way.append((plan, pixels, results))
             if not under_way:
                 return
             plan, pixels, results = under_way.popleft()
@@ -1435,7 +1496,7 @@ class Loader(AbstractContextManager):
                 progress.tick(len(plan.photos))
 
     def _begin(self, plan, replacement):
-        """Memory for a plan's pixels, and an iterator over the results of the tasks that fill it."""
+        """Memory for a plan's pixels, and an iterator over the results of filling it."""
         count = len(plan.photos)
         pixels = self.empty((count, self.size, self.size, 3))
         tasks = [range(i, min(i + ROWS_A_TASK, count)) for i in range(0, count, ROWS_A_TASK)]

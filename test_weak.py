@@ -30,7 +30,7 @@ import pytest
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 from scipy.signal import correlate
-from scipy.special import log_expit, log_softmax
+from scipy.special import log_expit, log_softmax, softmax
 from scipy.stats import chisquare
 
 import data
@@ -707,43 +707,68 @@ def test_words_of_ascii_are_cut_by_the_same_rule():
 
 ROWS = [("a.jpg", "one dog"), ("b c.jpg", "two, dogs"), ("sub/ü.jpg", 'three "dogs"'),
         ("a.jpg", "four")]
-
 NAMES = ["a.jpg", "b c.jpg", "sub/ü.jpg"]
-CAPTIONS = {
+
+
+def in_quotes(text):
+    """A text as CSV quotes it."""
+    return '"' + text.replace('"', '""') + '"'
+
+
+def json_lines():
+    """The rows as JSON objects, whose keys differ, and whose tags are a list."""
+    lines = []
+    for key, (name, text) in zip(("text", "caption", "captions", "tags"), ROWS):
+        value = text.split() if key == "tags" else text
+        lines.append(json.dumps({"file_name": name, key: value}) + "\n")
+    return "".join(lines)
+
+
+def coco():
+    """The rows as COCO has them: images, and annotations by the images' numbers."""
+    images = [{"id": i, "file_name": name} for i, name in enumerate(NAMES)]
+    annotations = [{"image_id": NAMES.index(name), "caption": text} for name, text in ROWS]
+    return json.dumps({"info": {}, "images": images, "annotations": annotations}, indent=1)
+
+
+def karpathys_coco():
+    """The rows as Karpathy's files have them: images with sentences."""
+    images = [{"filename": name, "sentences": [{"raw": text}]} for name, text in ROWS]
+    return json.dumps({"images": images})
+
+
+CAPTIONS = {                    # the rows in each format; a key begins with the format's name
     "tsv": "".join(f"{name}\t{text}\n" for name, text in ROWS),
     "tsv with numbers": "".join(f"{n}#{i}\t{text}\r\n" for i, (n, text) in enumerate(ROWS)),
-    "csv": "image,caption\n" + "".join(
-        f"""{name},"{text.replace('"', '""')}"\n""" for name, text in ROWS),
+    "csv": "image,caption\n" + "".join(f"{name},{in_quotes(text)}\n" for name, text in ROWS),
     "csv with bars": "image_name| comment_number| comment\n" + "".join(
         f"{name}| 0| {text}\n" for name, text in ROWS),
-    "jsonl": "".join(
-        json.dumps({"file_name": name, key: text.split() if key == "tags" else text}) + "\n"
-        for key, (name, text) in zip(("text", "caption", "captions", "tags"), ROWS)),
     "csv of Excel": "sep=;\nFile Name;title;keywords\n" + "".join(
-        f"""{name};;"{text.replace('"', '""')}"\n""" for name, text in ROWS),
-    "coco": json.dumps({
-        "info": {}, "images": [{"id": i, "file_name": name} for i, name in enumerate(NAMES)],
-        "annotations": [{"image_id": NAMES.index(n), "caption": t} for n, t in ROWS]}, indent=1),
+        f"{name};;{in_quotes(text)}\n" for name, text in ROWS),
+    "jsonl": json_lines(),
+    "coco": coco(),
     "coco as a list": json.dumps([{"file_name": name, "alt_text": text} for name, text in ROWS]),
-    "coco of Karpathy": json.dumps({"images": [
-        {"filename": name, "sentences": [{"raw": text}]} for name, text in ROWS]})}
+    "coco of Karpathy": karpathys_coco()}
 
 
 def read(path):
     """A captions file's format, its photos' names and words, and how many of its lines are bad."""
     kind = data.recognise(path)
-    parts = [data.parse(block, kind) for block in data.blocks(path, kind)]
-    return (kind, [(name, data.words_of(text)) for pairs, _ in parts for name, text in pairs],
-            sum(bad for _, bad in parts))
+    captions = data.Captions(path, kind)
+    rows = [(name, data.words_of(caption)) for name, caption in captions]
+    assert captions.count == len(rows)
+    return kind, rows, captions.bad_lines
 
 
-@pytest.mark.parametrize("kind", CAPTIONS)
+@pytest.mark.parametrize("name", CAPTIONS)
 @pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress, b"\xef\xbb\xbf".__add__],
                          ids=["plain", "gzip", "bzip2", "BOM"])
-def test_captions_formats_are_recognised_and_read(kind, pack, tmp_path):
-    (tmp_path / "c").write_bytes(pack(CAPTIONS[kind].encode()))
-    assert read(tmp_path / "c") == (
-        kind.split()[0], [(name, data.words_of(text)) for name, text in ROWS], 0)
+def test_captions_formats_are_recognised_and_read(name, pack, tmp_path):
+    (tmp_path / "c").write_bytes(pack(CAPTIONS[name].encode()))
+    kind, rows, bad_lines = read(tmp_path / "c")
+    assert kind == name.split()[0]
+    assert rows == [(name, data.words_of(text)) for name, text in ROWS]
+    assert bad_lines == 0
 
 
 def as_yfcc(*head):
@@ -755,7 +780,7 @@ def as_yfcc(*head):
     return "\n".join([*lines, "junk\n"]).encode()
 
 
-ODD = {                         # a file, and what is read of it
+ODD = {                         # format, a file, what is read of it, and the number of bad lines
     "encodings": ("tsv", b"a.jpg\tcaf\xe9 noir\nno tab\n\xe9.jpg\tok\nb.jpg\t" + b"w " * 99_999,
                   [("a.jpg", "cafe noir"), ("\udce9.jpg", "ok"), ("b.jpg", "w " * 99_999)], 1),
     "a bad line in between": ("tsv", b"a.jpg\tone\nb.jpg two\nc.jpg\tthree\n\n\td\ne.jpg\tfour\n",
@@ -785,9 +810,21 @@ ODD = {                         # a file, and what is read of it
 
 @pytest.mark.parametrize("name", ODD)
 def test_odd_captions_cost_their_own_lines_and_no_more(name, tmp_path):
-    kind, content, expected, bad = ODD[name]
+    expected_kind, content, expected, expected_bad_lines = ODD[name]
     (tmp_path / "c").write_bytes(content)
-    assert read(tmp_path / "c") == (kind, [(name, text.split()) for name, text in expected], bad)
+    kind, rows, bad_lines = read(tmp_path / "c")
+    assert kind == expected_kind
+    assert rows == [(name, text.split()) for name, text in expected]
+    assert bad_lines == expected_bad_lines
+
+
+@pytest.mark.parametrize("kind, content, complaint", [
+    ("csv", b"who,what\na.jpg,x\n", "names no columns"), ("coco", b'{"images": [', "neither COCO"),
+    ("tsv", b"", "is empty"), ("tsv", b"\x1f\x8bnot gzip", "is damaged")])
+def test_captions_that_cannot_be_read_are_told_in_one_line(kind, content, complaint, tmp_path):
+    (tmp_path / "c").write_bytes(content)
+    with pytest.raises(ValueError, match=f"^captions: {tmp_path}/c [^\n]*{complaint}[^\n]*$"):
+        list(data.Captions(tmp_path / "c", kind))
 
 
 # ------------------------------------------------------------------------- index and draws
@@ -796,11 +833,13 @@ def write_captions(path, photos=400, seed=0, extra=""):
     """Three captions of four made-up words for each photo, far apart; [name, caption] pairs."""
     rng = np.random.default_rng(seed)
     vocabulary = [f"w{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(60)]
-    chance = 1 / np.arange(1, 61)
-    lines = [f"p{i}.jpg\t{' '.join(rng.choice(vocabulary, 4, p=chance / chance.sum()))}"
-             for _ in range(3) for i in range(photos)]
-    path.write_text("\n".join(lines) + "\n" + extra)
-    return [line.split("\t") for line in lines]
+    probability = 1 / np.arange(1, 61)
+    probability /= probability.sum()
+    rows = []
+    for i in [*range(photos)] * 3:
+        rows.append([f"p{i}.jpg", " ".join(rng.choice(vocabulary, 4, p=probability))])
+    path.write_text("".join(f"{name}\t{caption}\n" for name, caption in rows) + extra)
+    return rows
 
 
 def build(folder, text=data.Text(30, 5, 0.2), name="i", captions="c", **how):
@@ -808,7 +847,11 @@ def build(folder, text=data.Text(30, 5, 0.2), name="i", captions="c", **how):
 
 
 def words_by_photo(index):
-    return {index.name(i): [index.dictionary[w] for w in index.words(i)] for i in range(len(index))}
+    """{photo's name: its words} of an index."""
+    words = {}
+    for i in range(len(index)):
+        words[index.name(i)] = [index.dictionary[k] for k in index.words(i)]
+    return words
 
 
 @pytest.fixture
@@ -817,40 +860,95 @@ def index(tmp_path):
     return build(tmp_path)
 
 
-@pytest.mark.parametrize("block, small, processes", [
-    (data.BLOCK_BYTES, data.SMALL_FILE, 2), (3000, data.SMALL_FILE, 2), (3000, 0, 2)])
-def test_index_is_the_captions_words(block, small, processes, tmp_path, monkeypatch):
-    """In one block or many, by this process (as for a small file) or by others."""
-    monkeypatch.setattr(data, "BLOCK_BYTES", block)
-    monkeypatch.setattr(data, "SMALL_FILE", small)
-    rows = write_captions(tmp_path / "c", extra="../out.jpg\twaa\n/etc/x.jpg\twaa\nempty.jpg\t \n"
-                          "a..b.jpg\twaa wab wac wad wae waf wag\n")
-    rows.append(["a..b.jpg", "waa wab wac wad wae waf wag"])        # not outside the folder
-    index = build(tmp_path, processes=processes)
-    held = {name for name, _ in rows if data.hash_all([name.encode()], 4)[0] < 0.2 * 2**32}
-    assert 0.1 < len(held) / 400 < 0.3          # which stay held out, whatever is beside them
-    counts, expected = Counter(word for name, caption in rows if name not in held
-                               for word in caption.split()), {}
-    words = sorted(counts, key=lambda word: (-counts[word], word))[5:35]
-    assert list(index.dictionary) == words
-    for name, caption in rows:
-        expected.setdefault(name, set()).update(set(caption.split()) & set(words))
-    assert words_by_photo(index) == {
-        name: sorted(some, key=words.index) for name, some in expected.items() if some}
-    assert {index.name(i) for i in range(index.held_out)} == {n for n in held if expected[n]}
-    assert index.facts["refused"] == 2 and index.facts["without_words"] >= 1
-    for k, word in enumerate(words):
-        photos = {index.name(int(photo)) for photo in index.photos(k)}
-        assert photos == {n for n in expected if word in expected[n] and n not in held}
-        assert len(photos) == index.counts[k] > 0
+def test_ragged_rows_are_those_of_a_list(rng):
+    lists = [rng.integers(0, 9, length).tolist() for length in (0, 3, 0, 1, 5, 0)]
+    ends = np.cumsum([len(row) for row in lists])
+    ragged = data.Ragged(np.concatenate(lists).astype(int), ends)
+    assert [row.tolist() for row in ragged] == lists
+    assert ragged.counts().tolist() == [0, 3, 0, 1, 5, 0]
+    assert [row.tolist() for row in ragged.part(1, 4)] == lists[1:4]
+    taken = ragged.take(np.array([4, 0, 1, 4]))
+    assert [row.tolist() for row in taken] == [lists[4], lists[0], lists[1], lists[4]]
+
+
+class PlainIndex:
+    """What an index must hold, by plain loops; valid 0.2, 5 stop words and 30 words."""
+
+    def __init__(self, rows):
+        names = {name for name, _ in rows}
+        # the same photos as ever are held out, so that old runs are not scored on their own ones
+        self.held_out = {name for name in names
+                         if data.hash_all([name.encode()], 4)[0] < 0.2 * 2**32}
+        counts = Counter()
+        for name, caption in rows:
+            if name not in self.held_out:
+                counts.update(caption.split())
+        ranked = sorted(counts, key=lambda word: (-counts[word], word))
+        self.dictionary = ranked[5:35]
+        self.words = {name: set() for name in names}
+        for name, caption in rows:
+            self.words[name] |= set(caption.split()) & set(self.dictionary)
+
+    def words_by_photo(self):
+        """{photo's name: its words, the most frequent first}, of photos that have some."""
+        ordered = {}
+        for name, words in self.words.items():
+            if words:
+                ordered[name] = sorted(words, key=self.dictionary.index)
+        return ordered
+
+    def photos(self, word):
+        """The names of the training photos that carry a word."""
+        return {name for name, words in self.words.items()
+                if word in words and name not in self.held_out}
+
+
+OUTSIDE = "../out.jpg\twaa\n/etc/x.jpg\twaa\n"
+
+
+@pytest.mark.parametrize("batch, set_size", [
+    (data.BATCH_CHARACTERS, data.SET_BYTES), (3000, data.SET_BYTES), (3000, 2000)],
+    ids=["in one batch", "in batches", "in sets"])
+def test_index_is_the_captions_words(batch, set_size, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "BATCH_CHARACTERS", batch)
+    monkeypatch.setattr(data, "SET_BYTES", set_size)
+    dots = ["a..b.jpg", "waa wab wac wad wae waf wag"]              # not outside the folder
+    rows = write_captions(tmp_path / "c", extra=OUTSIDE + "empty.jpg\t \n" + "\t".join(dots))
+    rows.append(dots)
+    index, plain = build(tmp_path), PlainIndex(rows)
+    assert 0.1 < len(plain.held_out) / 400 < 0.3
+    assert index.dictionary == plain.dictionary
+    assert words_by_photo(index) == plain.words_by_photo()
+    names = [index.name(i) for i in range(len(index))]
+    assert set(names[:index.held_out]) == plain.held_out & plain.words_by_photo().keys()
+    assert not set(names[index.held_out:]) & plain.held_out
+    assert index.facts["refused"] == 2
+    assert index.facts["refused_names"] == ["../out.jpg", "/etc/x.jpg"]
+    assert index.facts["without_words"] >= 1
+    for k, word in enumerate(index.dictionary):
+        assert {names[photo] for photo in index.photos(k)} == plain.photos(word)
+        assert len(index.photos(k)) == index.counts[k] > 0
+
+
+def test_photos_whose_hashes_are_equal_are_told_apart(index, tmp_path, monkeypatch):
+    hash_names = data.hash_names
+    monkeypatch.setattr(data, "hash_names", lambda names: hash_names(names) >> 60 << 60)
+    crowded = build(tmp_path, data.Text(30, 5, 0.2), "crowded", dictionary=index.dictionary)
+    assert words_by_photo(crowded) == words_by_photo(index)
+
+
+def test_photos_in_the_index_follow_their_hashes(index):
+    names = [index.name(i).encode() for i in range(len(index))]
+    assert (np.diff(data.hash_names(names).astype(float)) > 0).all()
 
 
 @pytest.mark.parametrize("captions, labels", [("a.jpg\tx\n", 0), ("a.jpg\tdog\nb.jpg\tcat\n", 1)])
 def test_index_may_have_no_label_or_one(captions, labels, tmp_path):
     (tmp_path / "c").write_text(captions)
     index = build(tmp_path, data.Text(1, 0, 0), dictionary=["dog"])
-    assert index.labels == len(index) == labels and index.counts.tolist() == [labels]
-    assert words_by_photo(index) == {"a.jpg": ["dog"]} if labels else not words_by_photo(index)
+    assert index.labels == len(index) == labels
+    assert index.counts.tolist() == [labels]
+    assert words_by_photo(index) == ({"a.jpg": ["dog"]} if labels else {})
 
 
 def test_index_is_cached_until_something_changes(tmp_path):
@@ -864,40 +962,100 @@ def test_index_is_cached_until_something_changes(tmp_path):
     assert times[0] == times[1] < times[2] < times[3]
 
 
-def test_stop_words_are_by_size_counted_and_the_same_if_named(tmp_path, monkeypatch):
+@pytest.mark.parametrize("many, few, used", [
+    (10**6, 2, 2), (10**6, 50, 3), (1, 2, 3)])  # 3 is a twentieth of the 60 words
+def test_stop_words_are_by_size_counted_and_shown(many, few, used, tmp_path, monkeypatch):
     write_captions(tmp_path / "c")
-    whole = build(tmp_path, data.Text(60, 0, 0.2))
-    for many, few, used in ((10**6, 2, 2), (10**6, 50, 3), (1, 2, 3)):      # 60 // 20
-        monkeypatch.setattr(data, "MANY", many)
-        monkeypatch.setattr(data, "FEW_STOP_WORDS", few)
-        index = build(tmp_path, data.Text(30, None, 0.2), name=f"{many} {few}")
-        assert (index.facts["stop_words"], index.facts["rest"]) == (used, 30 - used)
-        words, times = zip(*index.facts["left_out"])
-        assert [*words] == whole.dictionary[:used] + whole.dictionary[30 + used:][:3]
-        assert list(times) == sorted(times, reverse=True) and times[-1] > 0
-    places = str(tmp_path / "c"), index.folder
-    assert [bool(data.cached_index(*places, data.Text(30, stop, 0.2), "tsv"))
-            for stop in (3, None, 4)] == [True, True, False]
+    ranked = build(tmp_path, data.Text(60, 0, 0.2)).dictionary
+    monkeypatch.setattr(data, "MANY", many)
+    monkeypatch.setattr(data, "FEW_STOP_WORDS", few)
+    index = build(tmp_path, data.Text(30, None, 0.2), name="2")
+    assert index.facts["stop_words"] == used
+    assert index.facts["rest"] == 60 - used - 30
+    shown = [word for word, _ in index.facts["left_out"]]
+    assert shown == ranked[:used] + ranked[used + 30:][:3]
+    times = [count for _, count in index.facts["left_out"]]
+    assert times == sorted(times, reverse=True)
+    assert times[-1] > 0
 
 
-@pytest.mark.parametrize("name, damage", [
-    ("words.npy", lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?")),
-    ("words.json", lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?")),
-    ("names.npy", lambda path: os.truncate(path, path.stat().st_size - 5)),
-    ("photo_ends.npy", lambda path: os.truncate(path, 0)), ("index.json", os.remove),
-    ("", lambda path: os.renames(path, f"{path}.part/old"))])       # killed between two renames
-def test_index_that_is_not_whole_is_noticed_and_made_again(name, damage, index, tmp_path, capsys):
+def test_stop_words_chosen_by_size_may_be_named(tmp_path):
+    write_captions(tmp_path / "c")
+    index = build(tmp_path, data.Text(30, None, 0.2))
+    assert index.facts["stop_words"] == 3
+
+    def is_cached(stop_words):
+        text = data.Text(30, stop_words, 0.2)
+        return data.cached_index(str(tmp_path / "c"), index.folder, text, "tsv") is not None
+
+    assert is_cached(3)
+    assert is_cached(None)
+    assert not is_cached(4)
+
+
+def replace_bytes(path, old, new):
+    """Put other bytes into a file, in the place of some that are there once."""
+    content = path.read_bytes()
+    assert content.count(old) == 1
+    path.write_bytes(content.replace(old, new))
+
+
+def change_number(path, change):
+    """Change the last number of an .npy file."""
+    array = np.load(path)
+    array[-1] += change
+    np.save(path, array)
+
+
+DAMAGE = {                      # of an index, by its folder
+    "numbers of another type": lambda i: replace_bytes(i / "words.npy", b"<i4", b"<u4"),
+    "a file cut": lambda i: os.truncate(i / "names.npy", (i / "names.npy").stat().st_size - 5),
+    "a file emptied": lambda i: os.truncate(i / "photo_ends.npy", 0),
+    "a file of an older index": lambda i: np.save(i / "word_ends.npy", np.arange(3)),
+    "a count changed": lambda i: change_number(i / "photo_ends.npy", -1),
+    "facts lost": lambda i: os.remove(i / "index.json"),
+    "a fact changed": lambda i: replace_bytes(i / "index.json", b'"captions": 1200',
+                                              b'"captions": 1300'),
+    "a word changed": lambda i: replace_bytes(i / "index.json", b'"waf"', b'"waz"')}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_index_is_noticed_and_made_again(damage, index, tmp_path, capsys):
     words = words_by_photo(index)
-    damage(tmp_path / "i" / name)
-    for times in 1, 0:
-        assert words_by_photo(build(tmp_path)) == words and {*os.listdir(tmp_path)} == {"c", "i"}
-        said = "damaged: making it again" if name else "starting the index again: it was not"
-        assert capsys.readouterr().err.count(said) == times
+    DAMAGE[damage](tmp_path / "i")
+    assert words_by_photo(build(tmp_path)) == words
+    assert "is damaged, or of another version: making it again" in capsys.readouterr().err
+    assert words_by_photo(build(tmp_path)) == words
+    assert capsys.readouterr().err == ""
 
 
-def test_failed_index_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_index_that_was_not_finished_is_made_again(index, tmp_path, capsys):
+    words = words_by_photo(index)
+    (tmp_path / "i.part").mkdir()
+    (tmp_path / "i").rename(tmp_path / "i.part" / "old")            # killed between two renames
+    assert words_by_photo(build(tmp_path)) == words
+    assert sorted(os.listdir(tmp_path)) == ["c", "i"]
+    assert "starting the index again: it was not finished" in capsys.readouterr().err
+
+
+def test_numbers_out_of_bounds_are_noticed_when_they_are_read(index, tmp_path):
+    photos_of_last_word = len(index.photos(29))
+    change_number(tmp_path / "i" / "words.npy", 30)
+    change_number(tmp_path / "i" / "photos.npy", len(index))
+    damaged = data.Index(str(tmp_path / "i"))
+    message = f"the index in {tmp_path}/i is damaged; remove that folder, and it is made again"
+    with pytest.raises(ValueError, match=message):
+        damaged.words(len(index) - 1)
+    sampler = data.BatchSampler(damaged, 3, 30 * photos_of_last_word)
+    with pytest.raises(ValueError, match=message):
+        sampler.batch(0)
+
+
+@pytest.mark.parametrize("kind, method", [
+    (data.Records, "append"), (data.GrowingArray, "append"), (data.GrowingArray, "close")])
+def test_failed_index_leaves_nothing_behind(kind, method, tmp_path, monkeypatch):
     write_captions(tmp_path / "c")
-    monkeypatch.setattr(data, "group_records", no_space)
+    monkeypatch.setattr(kind, method, no_space)
     with pytest.raises(OSError, match="No space"):
         build(tmp_path)
     assert os.listdir(tmp_path) == ["c"]
@@ -905,119 +1063,201 @@ def test_failed_index_leaves_nothing_behind(tmp_path, monkeypatch):
 
 def test_rare_words_are_pruned_and_frequent_ones_stay(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "MOST_COUNTED", 40)
-    monkeypatch.setattr(data, "BLOCK_BYTES", 3000)
+    monkeypatch.setattr(data, "BATCH_CHARACTERS", 3000)
     write_captions(tmp_path / "c")
     index = build(tmp_path, data.Text(5, 0, 0))
-    assert list(index.dictionary) == ["waa", "wab", "wac", "wad", "wae"]
+    assert index.dictionary == ["waa", "wab", "wac", "wad", "wae"]
     monkeypatch.undo()                          # what was pruned on the way is in the index
     assert words_by_photo(index) == words_by_photo(build(tmp_path, data.Text(5, 0, 0), "2"))
 
 
-def test_draws_are_uniform_over_words_and_over_their_photos(index):
-    draws = [data.Draws(index, 3, step, 64) for step in range(300)]
-    words, photos = (np.concatenate([getattr(draw, which) for draw in draws])
-                     for which in ("words", "photos"))
-    assert all(word in index.words(photo) and photo >= index.held_out
-               for word, photo in zip(words[:1500], photos))
+def all_there(batch):
+    """Every photo of the batch could be read."""
+    return np.ones(len(batch.photos), bool)
+
+
+def test_words_are_drawn_uniformly_and_so_are_their_photos(index):
+    sampler = data.BatchSampler(index, 3, 64)
+    words, photos = [], []
+    for batch in map(sampler.batch, range(300)):
+        words += [word for word, in batch.targets]
+        photos += batch.photos
+    assert min(photos) >= index.held_out
+    assert all(word in index.words(photo) for word, photo in zip(words[:1500], photos))
+    words, photos = np.array(words), np.array(photos)
     assert chisquare(np.bincount(words, minlength=30)).pvalue > 1e-3
-    seen = np.bincount(photos[words == 2], minlength=len(index))[np.asarray(index.photos(2))]
-    assert chisquare(seen).pvalue > 1e-3
+    times = np.bincount(photos[words == 2], minlength=len(index))
+    assert chisquare(times[index.photos(2)]).pvalue > 1e-3
 
 
-def test_draws_by_image_are_uniform_over_photos_with_all_words(index):
-    photos = [p for step in range(200) for p in data.Draws(index, 3, step, 64, "image").photos]
+def test_photos_are_drawn_by_image_uniformly_with_all_words(index):
+    sampler = data.BatchSampler(index, 3, 64, "image")
+    photos = np.concatenate([sampler.batch(step).photos for step in range(200)])
     counts = np.bincount(photos, minlength=len(index))
     assert not counts[:index.held_out].any()
     assert chisquare(counts[index.held_out:]).pvalue > 1e-3
-    draw = data.Draws(index, 3, 0, 8, "image")
-    for photo, row in zip(draw.photos, draw.labels(index.share("image")).targets):
-        assert [word for word in row if word >= 0] == list(index.words(photo))
-    assert draw.retry(0) is None and draw.weights[0] == 0
+    batch = sampler.batch(0)
+    labels = sampler.labels(batch, all_there(batch))
+    for photo, row in zip(batch.photos, labels.targets):
+        assert row[row >= 0].tolist() == index.words(photo).tolist()
+    assert sampler.replacement(batch, 0, 1) is None
+
+
+def test_row_without_a_photo_weighs_nothing(index):
+    sampler = data.BatchSampler(index, 3, 4)
+    labels = sampler.labels(sampler.batch(0), np.array([True, False, True, True]))
+    assert labels.weights.tolist() == [0.25, 0, 0.25, 0.25]
+
+
+def gradient_statistics(index, s, positives, steps=600):
+    """The mean and the variance, over many steps, of a batch's gradient by the scores s (N, K)."""
+    loss, sampler, gradients = model.Softmax(), data.BatchSampler(index, 3, 64,
+                                                                  positives=positives), []
+    for step in range(steps):
+        batch = sampler.batch(step)
+        _, ds = loss(s[batch.photos], sampler.labels(batch, all_there(batch)))
+        gradient = np.zeros_like(s)
+        np.add.at(gradient, batch.photos, ds)
+        gradients.append(gradient)
+    return np.mean(gradients, axis=0), np.var(gradients, axis=0).sum()
 
 
 def test_balanced_positives_have_the_gradient_of_the_drawn_word_on_average(index, rng):
-    s, share = 2 * rng.standard_normal((len(index), 30)), index.share("class")
-    means, spreads = [], []
-    for positives in ("drawn", "balanced", "all"):
-        steps = []
-        for step in range(600):
-            draw = data.Draws(index, 3, step, 64, positives=positives)
-            ds = np.zeros_like(s)
-            np.add.at(ds, draw.photos, model.softmax(s[draw.photos].copy(), draw.labels(share))[1])
-            steps.append(ds)
-        means.append(np.mean(steps, axis=0))
-        spreads.append(np.var(steps, axis=0).sum())
-    error = np.sqrt(spreads[0] / 600)
-    assert np.linalg.norm(means[1] - means[0]) < 2 * error < np.linalg.norm(means[2] - means[0])
-    assert spreads[1] < 0.9 * spreads[0]
+    s = 2 * rng.standard_normal((len(index), 30))
+    drawn, variance = gradient_statistics(index, s, "drawn")
+    balanced, balanced_variance = gradient_statistics(index, s, "balanced")
+    all_alike, _ = gradient_statistics(index, s, "all")
+    error = np.sqrt(variance / 600)
+    assert np.linalg.norm(balanced - drawn) < 2 * error
+    assert np.linalg.norm(all_alike - drawn) > 2 * error
+    assert balanced_variance < 0.9 * variance
 
 
 @pytest.mark.parametrize("sampling, positives", [("class", "drawn"), ("class", "all"),
                                                  ("image", "drawn")])
-def test_share_is_how_often_a_word_is_a_target(index, sampling, positives):
-    targets = [row for step in range(400) for row in data.Draws(
-        index, 3, step, 64, sampling, positives=positives).targets]
-    counts, share = np.bincount(np.concatenate(targets)), index.share(sampling, positives)
-    assert (abs(counts - 25600 * share) < 5 * np.sqrt(25600 * share)).all()
+@pytest.mark.parametrize("at_a_time", [data.ROWS_AT_A_TIME, 7])
+def test_label_frequency_is_how_often_a_word_is_a_target(
+        index, sampling, positives, at_a_time, monkeypatch):
+    monkeypatch.setattr(data, "ROWS_AT_A_TIME", at_a_time)
+    sampler = data.BatchSampler(index, 3, 64, sampling, positives)
+    targets = []
+    for step in range(400):
+        targets += sampler.batch(step).targets
+    counts = np.bincount(np.concatenate(targets))
+    expected = 400 * 64 * sampler.label_frequency
+    assert (abs(counts - expected) < 5 * np.sqrt(expected)).all()
 
 
 def test_draws_are_a_function_of_seed_step_row_and_attempt(index):
-    one, two = data.Draws(index, 3, 9, 64), data.Draws(index, 3, 9, 128)
-    assert one.photos == two.photos[:64] and list(one.words) == list(two.words[:64])
-    assert one.photos != data.Draws(index, 4, 9, 64).photos
-    tried = [one.retry(5) for _ in range(7)]
-    assert tried == [two.retry(5) for _ in range(7)] and len(set(tried)) > 1
-    assert all(one.words[5] in index.words(photo) for photo in tried)
-    assert one.retry(5) is None and one.weights[5] == 0
+    sampler, wider = data.BatchSampler(index, 3, 64), data.BatchSampler(index, 3, 128)
+    batch = sampler.batch(9)
+    assert batch.photos == wider.batch(9).photos[:64]
+    assert batch.targets == wider.batch(9).targets[:64]
+    assert batch.photos != data.BatchSampler(index, 4, 64).batch(9).photos
+    assert batch.photos != sampler.batch(10).photos
+    photos = [sampler.replacement(batch, 5, attempt) for attempt in range(1, data.ATTEMPTS)]
+    assert photos == [wider.replacement(wider.batch(9), 5, attempt) for attempt in range(1, 8)]
+    assert len(set(photos)) > 1
+    word, = batch.targets[5]
+    assert all(word in index.words(photo) for photo in photos)
+    assert sampler.replacement(batch, 5, data.ATTEMPTS) is None
+
+
+@pytest.mark.parametrize("sampling", ["class", "image"])
+def test_steps_may_be_asked_for_in_any_order(sampling, index):
+    """Steps are drawn many at a time, and kept; which are kept changes nothing."""
+    sampler = data.BatchSampler(index, 3, 16, sampling, spare=9)
+    for step in (0, 1, data.STEPS_AHEAD - 1, data.STEPS_AHEAD, 5000, 2):
+        alone = data.BatchSampler(index, 3, 16, sampling, spare=9).batch(step)
+        batch = sampler.batch(step)
+        assert batch.photos == alone.photos
+        assert batch.top.tolist() == alone.top.tolist()
+
+
+@pytest.mark.parametrize("sampling", ["class", "image"])
+def test_crops_are_random_or_central(sampling, index):
+    batch = data.BatchSampler(index, 3, 500, sampling, spare=3).batch(0)
+    for values, most in ((batch.top, 3), (batch.left, 3), (batch.flip, 1)):
+        assert chisquare(np.bincount(values, minlength=most + 1)).pvalue > 1e-3
+    assert np.corrcoef([batch.top, batch.left, batch.flip])[0, 1:] == pytest.approx(0, abs=0.2)
+    batch = data.BatchSampler(index, 3, 5, sampling, spare=3, random_crops=False).batch(0)
+    assert batch.top.tolist() == batch.left.tolist() == [1] * 5
+    assert not batch.flip.any()
 
 
 @pytest.mark.parametrize("sampling", ["class", "image"])
 @pytest.mark.parametrize("targets", ["all", "batch", "sampled"])
-def test_rows_of_a_part_are_those_of_the_whole_batch(sampling, targets, index):
-    whole = data.Draws(index, 3, 9, 10, sampling)
-    parts = [data.Draws(index, 3, 9, 10, sampling, slice(*ends)) for ends in ((0, 3), (3, 10))]
-    assert parts[0].photos + parts[1].photos == whole.photos
-    mine, all_ = (draw.labels(index.share(sampling), targets, 7) for draw in (parts[1], whole))
-    assert np.array_equal(mine.weights, all_.weights[3:])
-    assert np.array_equal(mine.targets, all_.targets[3:, :mine.targets.shape[1]])
-    for a, b in zip((*mine[3:], *parts[1].crops(8, True)), (*all_[3:], *whole.crops(8, True))):
-        assert a is b is None or np.array_equal(a, b if len(a) == len(b) else b[3:])
-    assert parts[1].retry(2) == whole.retry(5)
+def test_ranks_rows_are_those_of_the_whole_batch(sampling, targets, index):
+    whole = data.BatchSampler(index, 3, 10, sampling, spare=8)
+    last = data.BatchSampler(index, 3, 10, sampling, spare=8, rows=slice(3, 10))
+    batch, mine = whole.batch(9), last.batch(9)
+    assert mine.photos == batch.photos[3:]
+    for values, expected in ((mine.top, batch.top), (mine.left, batch.left),
+                             (mine.flip, batch.flip)):
+        assert values.tolist() == expected[3:].tolist()
+    labels = whole.labels(batch, all_there(batch), targets, 7)
+    my_labels = last.labels(mine, all_there(mine), targets, 7)
+    assert my_labels.weights.tolist() == labels.weights[3:].tolist()
+    width = my_labels.targets.shape[1]
+    assert my_labels.targets.tolist() == labels.targets[3:, :width].tolist()
+    assert (labels.targets[3:, width:] == -1).all()
+    if targets != "all":
+        assert my_labels.classes.tolist() == labels.classes.tolist()
+        assert (my_labels.inclusion_probability.tolist()
+                == labels.inclusion_probability.tolist())
+    assert last.replacement(mine, 2, 1) == whole.replacement(batch, 5, 1)
 
 
 @pytest.mark.parametrize("sampling", ["class", "image"])
-@pytest.mark.parametrize("negatives", [0, 7, 99])
-def test_chance_of_a_class_is_how_often_it_is_there(index, sampling, negatives):
-    share, steps, n = index.share(sampling), 1500, 6
-    there, left_out = np.zeros(30), np.zeros(30)
-    for step in range(steps):
-        draw = data.Draws(index, 3, step, n, sampling)
-        labels = draw.labels(share, "sampled" if negatives else "batch", negatives)
-        mine = draw.labels(share).targets[0]
-        free = np.setdiff1d(np.arange(30), mine)                    # row 0 does not carry them
-        left_out[free] += 1
-        free = np.isin(labels.classes, free)
-        there[labels.classes[free]] += 1 / labels.chance[free]
-        columns = labels.targets[labels.targets >= 0]
-        assert {*labels.classes[columns]} == {*draw.labels(share).targets.flat} - {-1}
-    np.testing.assert_allclose(there / left_out, 1, atol=0.35 if not negatives else 0.2)
-    assert abs(np.mean(there / left_out) - 1) < 0.02
-    if negatives == 99:
-        assert len(labels.classes) == 30 and np.array_equal(labels.chance, np.ones(30))
+@pytest.mark.parametrize("negatives, spread", [(0, 0.35), (7, 0.2), (99, 0.2)])
+def test_inclusion_probability_is_how_often_a_class_is_there(index, sampling, negatives, spread):
+    sampler = data.BatchSampler(index, 3, 6, sampling)
+    weight, not_carried = np.zeros(30), np.zeros(30)
+    for step in range(1500):
+        batch = sampler.batch(step)
+        labels = sampler.labels(batch, all_there(batch), "sampled", negatives)
+        mine = batch.targets[0]
+        not_carried[np.setdiff1d(np.arange(30), mine)] += 1
+        others = ~np.isin(labels.classes, mine)
+        weight[labels.classes[others]] += 1 / labels.inclusion_probability[others]
+    assert weight / not_carried == pytest.approx(1, abs=spread)
+    assert np.mean(weight / not_carried) == pytest.approx(1, abs=0.02)
+    if negatives == 99:                         # more than there are: all words are scored
+        assert labels.classes.tolist() == list(range(30))
+        assert (labels.inclusion_probability == 1).all()
+
+
+@pytest.mark.parametrize("targets", ["batch", "sampled"])
+def test_targets_are_columns_of_the_classes_that_are_scored(targets, index):
+    sampler = data.BatchSampler(index, 3, 6, "image")
+    batch = sampler.batch(0)
+    labels = sampler.labels(batch, all_there(batch), targets, 7)
+    for row, words in zip(labels.targets, batch.targets):
+        assert labels.classes[row[row >= 0]].tolist() == words.tolist()
+    carried = set(np.concatenate(batch.targets).tolist())
+    assert carried <= set(labels.classes.tolist())
+    assert (len(labels.classes) > len(carried)) == (targets == "sampled")
 
 
 def test_sampled_softmax_approaches_the_full_one(index, rng):
-    n, share = 16, index.share("class")
-    s, off = rng.standard_normal((n, 30)), []
-    for negatives in (0, 5, 15, 30):
-        losses = []
+    s, loss = rng.standard_normal((16, 30)), model.Softmax()
+    sampler = data.BatchSampler(index, 5, 16)
+
+    def error(negatives):
+        """By how much the sampled loss differs, on average over steps."""
+        differences = []
         for step in range(400):
-            draw = data.Draws(index, 5, step, n)
-            some, whole = draw.labels(share, "sampled", negatives), draw.labels(share)
-            losses.append(model.softmax(s[:, some.classes].copy(), some)[0].sum()
-                          - model.softmax(s.copy(), whole)[0].sum())
-        off.append(abs(np.mean(losses)))
-    assert off[0] > off[1] > off[2] > off[3] and off[2] < 0.03 and off[3] < 1e-12
+            batch = sampler.batch(step)
+            labels = sampler.labels(batch, all_there(batch), "sampled", negatives)
+            sampled, _ = loss(s[:, labels.classes], labels)
+            full, _ = loss(s, sampler.labels(batch, all_there(batch)))
+            differences.append(sampled.sum() - full.sum())
+        return abs(np.mean(differences))
+
+    errors = [error(negatives) for negatives in (0, 5, 15, 30)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[2] < 0.03
+    assert errors[3] < 1e-12
 
 
 # ---------------------------------------------------------------------------------- photos
@@ -1042,7 +1282,8 @@ def test_photos_are_found_in_sub_folders_and_by_nearly_their_names(name, place, 
     write(tmp_path, place, "sub/a.txt", "sub/b.jpg", "1/12345678.jpg")
     folder = data.Folder(str(tmp_path))
     assert folder.find(name) == str(tmp_path / place)
-    assert folder.find("0" * 32 + "/5.jpg") == str(tmp_path / ("0" * 32) / "5.jpg")     # missing
+    missing = "0" * 32 + "/5.jpg"
+    assert folder.find(missing) == str(tmp_path / missing)
 
 
 def test_folder_is_its_own_captions(tmp_path):
@@ -1054,39 +1295,81 @@ def test_folder_is_its_own_captions(tmp_path):
         "c.png": ["a", "ball", "red"]}
 
 
-def test_photos_outside_the_folder_are_never_read(tmp_path):
-    there = tmp_path / "in"
+@pytest.fixture
+def linked(tmp_path):
+    """A folder of photos with links, within it, out of it and to themselves."""
+    folder = tmp_path / "in"
     write(tmp_path, "in/ab/abc.jpg", "x.jpg", "in/ef/.hidden.jpg", "away/far.jpg")
     for name in "in/ab/abc.jpg", "x.jpg":
         Image.new("RGB", (9, 9)).save(tmp_path / name)
-    for name, to in {"loop": there, "link": tmp_path / "away", "out.jpg": tmp_path / "x.jpg",
-                     "same.jpg": "ab/abc.jpg", "loop.jpg": "loop.jpg"}.items():
-        (there / name).symlink_to(to)
-    names = data.list_photos(there)
+    for name, target in {"loop": folder, "link": tmp_path / "away", "out.jpg": tmp_path / "x.jpg",
+                         "same.jpg": "ab/abc.jpg", "loop.jpg": "loop.jpg"}.items():
+        (folder / name).symlink_to(target)
+    return folder
+
+
+def test_photos_outside_the_folder_are_never_read(linked):
+    names = data.list_photos(linked)
     assert names == ["ab/abc.jpg", "loop.jpg", "out.jpg", "same.jpg"]
-    with data.Loader(str(there), names.__getitem__, 9, 8) as loader:
-        assert [photo.tolist() for photo, _ in loader.read(range(4))] == [[0, 3]]
-        assert "a link" in loader.skipped["out.jpg"] and "loop.jpg" in loader.skipped
-        assert loader.folder.find("abc.jpg") == str(there / "ab" / "abc.jpg")
-        for name in ("x.jpg", "far.jpg", ".hidden.jpg", "../x.jpg", str(tmp_path / "x.jpg")):
-            assert data.refused(name) or not os.path.exists(loader.folder.find(name)), name
+    with data.Loader(str(linked), names.__getitem__, 9, 8) as loader:
+        (numbers, _), = loader.read(range(4))
+    assert [names[i] for i in numbers] == ["ab/abc.jpg", "same.jpg"]
+    assert set(loader.skipped) == {"loop.jpg", "out.jpg"}
+    assert "a link that leads out" in loader.skipped["out.jpg"]
 
 
-def test_broken_photo_is_read_once_and_one_that_is_gone_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["x.jpg", "far.jpg", ".hidden.jpg"])
+def test_files_outside_the_folder_are_not_found(name, linked):
+    assert not os.path.exists(data.Folder(str(linked)).find(name))
+
+
+@pytest.mark.parametrize("name", ["../x.jpg", "a/../../x.jpg", "..\\x.jpg", "/x.jpg", "\\x.jpg"])
+def test_names_that_lead_out_of_the_folder_are_refused(name, linked):
+    assert data.refused(name)
+    assert not os.path.exists(data.Folder(str(linked)).find(name))
+
+
+def numbers_read(loader, photos):
+    """The numbers of the photos that a loader reads."""
+    numbers = []
+    for some, _ in loader.read(photos):
+        numbers += some.tolist()
+    return numbers
+
+
+def test_broken_photo_is_read_once_and_one_that_is_unavailable_again(tmp_path, monkeypatch):
     write(tmp_path, "broken.jpg", "large.jpg")
     os.truncate(tmp_path / "large.jpg", data.LARGEST + 1)
     names, seen, decode = ["broken.jpg", "gone.jpg", "large.jpg"], [], data.decode
-    monkeypatch.setattr(data, "decode", lambda path, size: (
-        seen.append(os.path.basename(path)), decode(path, size))[1])
+
+    def spy(path, size):
+        seen.append(os.path.basename(path))
+        return decode(path, size)
+
+    monkeypatch.setattr(data, "decode", spy)
     with data.Loader(str(tmp_path), names.__getitem__, 3, 8) as loader:
-        assert not list(loader.read([0, 1, 2])) and "too large" in loader.skipped["large.jpg"]
+        assert numbers_read(loader, [0, 1, 2]) == []
+        assert "too large" in loader.skipped["large.jpg"]
         Image.new("RGB", (9, 9)).save(tmp_path / "gone.jpg")
-        assert [photo.tolist() for photo, _ in loader.read([0, 1, 2])] == [[1]]
+        assert numbers_read(loader, [0, 1, 2]) == [1]
         assert set(loader.skipped) == {"broken.jpg", "large.jpg"}
     assert seen == ["broken.jpg", "gone.jpg", "large.jpg", "gone.jpg"]
 
 
-def test_every_kind_of_photo_is_decoded_or_named(tmp_path, rng):
+def test_disk_that_fails_at_a_link_makes_a_photo_unavailable(tmp_path, monkeypatch):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.jpg")
+    with data.Loader(str(tmp_path), ["a.jpg"].__getitem__, 1, 8) as loader:
+        with monkeypatch.context() as patch:
+            patch.setattr(os.path, "realpath", Mock(side_effect=OSError(errno.EIO, "I/O error")))
+            assert numbers_read(loader, [0]) == []
+        assert loader.skipped == {"a.jpg": "i/o error"}
+        assert numbers_read(loader, [0]) == [0]
+        assert loader.skipped == {}
+
+
+@pytest.fixture
+def odd_photos(tmp_path, rng):
+    """{name: what is wrong with it, or None} of photos of every kind in tmp_path."""
     rgb = Image.fromarray(rng.integers(0, 256, (50, 70, 3)).astype(np.uint8))
     rgb.save(tmp_path / "good.jpg")
     rgb.convert("CMYK").save(tmp_path / "cmyk.jpg")
@@ -1101,35 +1384,51 @@ def test_every_kind_of_photo_is_decoded_or_named(tmp_path, rng):
         "text.jpg": "broken image", "noise.jpg": b"\xff\xd8\xff" + rng.bytes(500)})
     (tmp_path / "folder.jpg").mkdir()
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
-    odd = {                                     # what is wrong with a file, or None
+    return {
         **dict.fromkeys(os.listdir(tmp_path)), "cut.jpg": "truncated", "empty.jpg": "zero bytes",
         "text.jpg": "not a picture", "folder.jpg": "not a file", "bomb.png": "pixels",
         "noise.jpg": ".", "missing.jpg": "no such file"}
-    for name, wrong in odd.items():
+
+
+def test_every_kind_of_photo_is_decoded_or_named(odd_photos, tmp_path):
+    for name, wrong in odd_photos.items():
         if wrong is None:
-            pixels, digest = data.decode(str(tmp_path / name), 32)
-            assert pixels.shape == (32, 32, 3) and pixels.dtype == np.uint8 and len(digest) == 8
+            pixels = data.decode(str(tmp_path / name), 32)
+            assert pixels.shape == (32, 32, 3) and pixels.dtype == np.uint8
         else:
             with pytest.raises(ValueError, match=wrong):
                 data.decode(str(tmp_path / name), 32)
-    names = list(odd)
+
+
+def test_loader_skips_what_cannot_be_decoded(odd_photos, tmp_path):
+    names = list(odd_photos)
     with data.Loader(str(tmp_path), names.__getitem__, len(names), 16, 2) as loader:
-        found = [int(i) for numbers, _ in loader.read(range(len(names))) for i in numbers]
-    assert [names[i] for i in found] == [name for name in names if odd[name] is None]
-    assert set(loader.skipped) == {name for name in names if odd[name]}
+        numbers = numbers_read(loader, range(len(names)))
+    assert [names[i] for i in numbers] == [name for name in names if odd_photos[name] is None]
+    assert set(loader.skipped) == {name for name in names if odd_photos[name]}
 
 
 def test_photos_are_turned_and_scaled_as_they_should(tmp_path):
-    left, exif = Image.new("RGB", (60, 30), "black"), Image.Exif()
+    left = Image.new("RGB", (60, 30), "black")
     left.paste("white", (0, 0, 30, 30))
+    exif = Image.Exif()
     exif[0x0112] = 6                            # turn by 90° clockwise
     left.save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    pixels, _ = data.decode(str(tmp_path / "turned.jpg"), 16)
+    pixels = data.decode(str(tmp_path / "turned.jpg"), 16)
     assert pixels[:6].mean() > 240 and pixels[-6:].mean() < 15
     Image.fromarray(np.full((9, 9), 32768, np.uint16)).save(tmp_path / "deep.png")
-    assert abs(data.decode(str(tmp_path / "deep.png"), 8)[0].mean() - 127.5) < 1.5
+    assert abs(data.decode(str(tmp_path / "deep.png"), 8).mean() - 127.5) < 1.5
     Image.new("RGBA", (9, 9), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert data.decode(str(tmp_path / "clear.png"), 8)[0].min() == 255
+    assert data.decode(str(tmp_path / "clear.png"), 8).min() == 255
+
+
+def test_duplicates_are_files_of_the_same_bytes(tmp_path):
+    write(tmp_path, **{"h0.jpg": "same", "h1.jpg": "else", "h2.jpg": "longer", "h3.jpg": "",
+                       "t0.jpg": "emas", "t1.jpg": "same", "sub/t2.jpg": "longer", "t3.jpg": ""})
+    held_out = ["h0.jpg", "h1.jpg", "h2.jpg", "h3.jpg", "missing.jpg"]
+    training = ["t0.jpg", "t1.jpg", "t2.jpg", "t3.jpg", "missing too.jpg"]
+    duplicates = data.find_duplicates(str(tmp_path), held_out, training)
+    assert sorted(duplicates) == [("h0.jpg", "t1.jpg"), ("h2.jpg", "t2.jpg")]
 
 
 @pytest.fixture(scope="session")
@@ -1151,26 +1450,75 @@ def photos(pictures, tmp_path):
     return Path(shutil.copytree(pictures, tmp_path / "photos", copy_function=os.link))
 
 
-def test_batches_do_not_depend_on_threads_or_memory(index, photos):
-    found = []
-    for workers, kept in ((0, None), (1, None), (2, None), (3, 1), (0, 0)):
-        room = len(index) if kept is None else kept
-        with data.Loader(str(photos), index.name, room, 24, workers) as loader:
-            plans = (data.Draws(index, 1, step, 16) for step in range(12))
-            found.append(([(pixels.copy(), list(plan.photos), plan.weights.copy())
-                           for plan, pixels in loader.batches(plans)], loader.skipped))
-    for some, skipped in found[1:]:
-        assert skipped == found[0][1]
-        for (a, b, c), (d, e, f) in zip(some, found[0][0], strict=True):
-            assert np.array_equal(a, d) and b == e and np.array_equal(c, f)
+def load_batches(index, photos, workers, kept, **how):
+    """[(photos used, pixels, available)] of twelve batches, and what was skipped."""
+    batches = []
+    sampler = data.BatchSampler(index, 1, 16, **how)
+    plans = map(sampler.batch, range(12))
+    with data.Loader(str(photos), index.name, kept, 24, workers) as loader:
+        for plan, used, pixels, available in loader.batches(plans, sampler.replacement):
+            assert plan.photos == sampler.batch(plan.step).photos   # as it was drawn
+            batches.append((used, pixels.copy(), available))
+    return batches, loader.skipped
+
+
+@pytest.mark.parametrize("workers, kept", [(1, 400), (2, 400), (3, 1), (0, 0)])
+def test_batches_do_not_depend_on_threads_or_memory(workers, kept, index, photos):
+    expected, expected_skipped = load_batches(index, photos, 0, 400)
+    batches, skipped = load_batches(index, photos, workers, kept)
+    assert skipped == expected_skipped
     assert set(skipped.values()) == {"no such file or directory", "not a picture"}
+    assert len(batches) == len(expected) == 12
+    for (used, pixels, available), (used_0, pixels_0, available_0) in zip(batches, expected):
+        assert used == used_0
+        assert np.array_equal(pixels, pixels_0)
+        assert np.array_equal(available, available_0)
+
+
+def test_photo_that_cannot_be_read_is_replaced_by_one_of_its_word(index, photos):
+    sampler = data.BatchSampler(index, 1, 16)
+    batches, skipped = load_batches(index, photos, 2, 400)
+    replaced = 0
+    for step, (used, _, available) in enumerate(batches):
+        batch = sampler.batch(step)
+        assert available.all()                  # each word has some photos that can be read
+        for drawn, photo, (word,) in zip(batch.photos, used, batch.targets):
+            assert word in index.words(photo)
+            assert (photo != drawn) == (index.name(drawn) in skipped)
+            replaced += photo != drawn
+    assert replaced > 5
+
+
+def test_photo_with_all_its_words_is_not_replaced(index, photos):
+    sampler = data.BatchSampler(index, 1, 16, "image")
+    batches, skipped = load_batches(index, photos, 2, 400, sampling="image")
+    assert skipped
+    for step, (used, pixels, available) in enumerate(batches):
+        for row, drawn in enumerate(sampler.batch(step).photos):
+            is_broken = index.name(drawn) in skipped
+            assert available[row] == (not is_broken)
+            assert used[row] == (None if is_broken else drawn)
+            assert pixels[row].any() == (not is_broken)
+
+
+def test_loader_reads_only_a_little_ahead(index, photos):
+    asked = []
+
+    def plans():
+        for step in range(100):
+            asked.append(step)
+            yield data.FixedOrder([step])
+
+    with data.Loader(str(photos), index.name, 0, 24, 2) as loader:
+        next(loader.batches(plans()))
+    assert asked == [0, 1, 2]
 
 
 def test_mistake_in_a_thread_is_not_a_broken_photo(index, photos, monkeypatch):
     monkeypatch.setattr(data, "decode", lambda path, size: 1 / 0)
     with data.Loader(str(photos), index.name, 9, 24, 2) as loader:
         with pytest.raises(ZeroDivisionError):
-            list(loader.batches([data.Listed(range(5))]))
+            list(loader.batches([data.FixedOrder(range(5))]))
 
 
 # --------------------------------------------------------------------- the commands, as used
@@ -1318,7 +1666,7 @@ def test_run_of_another_order_of_photos_is_not_resumed(start, train):
     checkpoint = data.load_checkpoint("r/model.npz")
     del checkpoint.facts["order"]               # as in the versions before
     data.save_checkpoint("r/model.npz", checkpoint)
-    with pytest.raises(ValueError, match="in another order; begin a new run by --from"):
+    with pytest.raises(ValueError, match="in another order; begin .* by --from r$"):
         train("--resume", "--out", "r")
 
 
@@ -1766,9 +2114,9 @@ def test_checkpoint_is_saved_within_a_long_epoch(start, monkeypatch):
     saved = []
     honest = weak.save
 
-    def save(run, then=""):
+    def save(run):
         saved.append(run.step)
-        return honest(run, then)
+        honest(run)
 
     monkeypatch.setattr(weak, "save", save)
     weak.train(training, weak.Interrupt())
@@ -2648,50 +2996,100 @@ def test_stand_in_has_what_cupy_has():
 
 # --------------------------------------------------------------------------------- metrics
 
-def test_auc_and_average_precision_are_worked_out_by_hand(rng):
+def test_auc_and_average_precision_are_worked_out_by_hand():
     scores = np.array([[0.9, 0.5], [0.8, 0.5], [0.7, 0.5], [0.1, 0.5]])
-    auc, ap = evaluation.auc_and_ap(scores, np.array([[1, 1], [0, 0], [1, 0], [0, 1]], bool))
-    assert [*auc, ap[0]] == pytest.approx([3 / 4, 1 / 2, (1 + 2 / 3) / 2])
-    scores, carried = rng.standard_normal((40, 6)), rng.random((40, 6)) < 0.3
-    carried[:, 4], carried[:, 5] = False, True                      # no photo's word, every photo's
+    carried = np.array([[1, 1], [0, 0], [1, 0], [0, 1]], bool)
     auc, ap = evaluation.auc_and_ap(scores, carried)
-    for k in range(4):
-        assert math.isclose(auc[k], np.mean([
-            a > b for a in scores[carried[:, k], k] for b in scores[~carried[:, k], k]]))
-    assert np.isnan(auc[4:]).all() and np.isnan(ap[4:]).all() and np.isfinite(ap[:4]).all()
+    assert auc == pytest.approx([3 / 4, 1 / 2])
+    assert ap[0] == pytest.approx((1 + 2 / 3) / 2)
 
 
-def test_metrics_are_those_of_a_plain_computation_in_blocks_or_whole(rng, monkeypatch):
-    x, output, counts = rng.standard_normal((9, 4)), model.Output(4, 12), rng.integers(1, 30, 12)
-    output.w, output.b = rng.standard_normal((12, 4)), rng.standard_normal(12)
-    s, share, carried = x @ output.w.T + output.b, counts / 30, rng.random((9, 12)) < 0.3
-    carried[:, 0], carried[:, [5, 11]], carried[:4, 3] = True, False, True
-    best, often = np.argsort(-s, axis=1), np.argsort(-counts, kind="stable")
-    some = carried.any(axis=0) & ~carried.all(axis=0)               # the means are over these words
-    auc, ap = evaluation.auc_and_ap(s, carried)
-    losses = {"softmax": -(log_softmax(s, axis=1) * carried).sum(axis=1) / carried.sum(axis=1),
-              "one-vs-all": (carried / share * np.log1p(np.exp(-s)) + ~carried / (1 - share)
-                             * np.log1p(np.exp(s))).sum(axis=1) / 12}
-    for block in (evaluation.BLOCK, 60):                            # all; 5 photos, or a word
-        monkeypatch.setattr(evaluation, "BLOCK", block)
-        for name, loss in losses.items():
-            result = evaluation.word_metrics(
-                x, output, [np.flatnonzero(row) for row in carried], counts, share, name)
-            assert result["loss"] == pytest.approx(loss.mean())
-            assert result["words"] == some.sum() < 12 and result["dictionary"] == 12
-            assert result["auc"] == pytest.approx(auc[some].mean())
-            assert result["map"] == pytest.approx(ap[some].mean())
-            assert result["chance"]["map"] == pytest.approx(carried[:, some].mean())
-            assert result["auc_rare"] == pytest.approx(np.nanmean(auc[often[-4:]]))
-            assert [part["words"] for part in result["deciles"].values()] == [2, 2] + [1] * 8
-            assert result["deciles"]["1 of 10"]["auc"] == pytest.approx(np.nanmean(auc[often[:2]]))
-            for k in (1, 5, 10):
-                found = [part[f"precision@{k}"] for part in (
-                    result, result["baseline"], result["chance"], result["ceiling"])]
-                assert found == pytest.approx([
-                    np.take_along_axis(carried, best[:, :k], 1).mean(),
-                    carried[:, often[:k]].mean(), carried.mean(),
-                    np.minimum(carried.sum(axis=1), k).mean() / k])
+def test_auc_is_the_fraction_of_pairs_in_the_right_order(rng):
+    scores = rng.standard_normal((40, 6))
+    carried = rng.random((40, 6)) < 0.3
+    carried[:, 4] = False                       # no photo's word
+    carried[:, 5] = True                        # every photo's word
+    auc, ap = evaluation.auc_and_ap(scores, carried)
+    for word in range(4):
+        positives = scores[carried[:, word], word]
+        negatives = scores[~carried[:, word], word]
+        assert auc[word] == pytest.approx(np.mean(positives[:, None] > negatives))
+    assert np.isfinite(ap[:4]).all()
+    assert np.isnan(auc[4:]).all() and np.isnan(ap[4:]).all()
+
+
+@pytest.fixture
+def scored(rng):
+    """9 photos with features (9, 4), 12 words with counts, and which photo carries which word."""
+    output = model.Output(4, 12)
+    output.w = rng.standard_normal((12, 4))
+    output.b = rng.standard_normal(12)
+    carried = rng.random((9, 12)) < 0.3
+    carried[:, 0] = True
+    carried[:, [5, 11]] = False
+    carried[:4, 3] = True
+    return rng.standard_normal((9, 4)), output, carried, rng.integers(1, 30, 12)
+
+
+def metrics_of(scored, loss="softmax"):
+    features, output, carried, counts = scored
+    targets = [np.flatnonzero(row) for row in carried]
+    return evaluation.word_metrics(features, output, targets, counts,
+                                   model.LOSSES[loss](counts / 30))
+
+
+BLOCKS = pytest.mark.parametrize("block", [evaluation.BLOCK, 60])   # 60: 5 photos, or a word
+
+
+@BLOCKS
+def test_precision_is_that_of_a_plain_computation(block, scored, monkeypatch):
+    monkeypatch.setattr(evaluation, "BLOCK", block)
+    features, output, carried, counts = scored
+    result = metrics_of(scored)
+    best = np.argsort(-(features @ output.w.T + output.b), axis=1)              # (9, 12)
+    often = np.argsort(-counts, kind="stable")
+    for k in (1, 5, 10):
+        key = f"precision@{k}"
+        right = np.take_along_axis(carried, best[:, :k], 1)
+        assert result[key] == pytest.approx(right.mean())
+        assert result["baseline"][key] == pytest.approx(carried[:, often[:k]].mean())
+        assert result["chance"][key] == pytest.approx(carried.mean())
+        most = np.minimum(carried.sum(axis=1), k)
+        assert result["ceiling"][key] == pytest.approx((most / k).mean())
+
+
+@BLOCKS
+def test_means_over_words_leave_out_those_of_no_photo_and_of_all(block, scored, monkeypatch):
+    monkeypatch.setattr(evaluation, "BLOCK", block)
+    features, output, carried, counts = scored
+    result = metrics_of(scored)
+    auc, ap = evaluation.auc_and_ap(features @ output.w.T + output.b, carried)
+    often = np.argsort(-counts, kind="stable")
+    mixed = carried.any(axis=0) & ~carried.all(axis=0)
+    assert result["words"] == mixed.sum() < 12
+    assert result["dictionary"] == 12
+    assert result["auc"] == pytest.approx(auc[mixed].mean())
+    assert result["map"] == pytest.approx(ap[mixed].mean())
+    assert result["chance"]["map"] == pytest.approx(carried[:, mixed].mean())
+    assert result["auc_rare"] == pytest.approx(np.nanmean(auc[often[-4:]]))
+    assert result["auc_frequent"] == pytest.approx(np.nanmean(auc[often[:4]]))
+    deciles = result["deciles"]
+    assert [row["words"] for row in deciles.values()] == [2, 2, 1, 1, 1, 1, 1, 1, 1, 1]
+    assert deciles["1 of 10"]["auc"] == pytest.approx(np.nanmean(auc[often[:2]]))
+
+
+@BLOCKS
+def test_held_out_loss_is_that_of_a_plain_computation(block, scored, monkeypatch):
+    monkeypatch.setattr(evaluation, "BLOCK", block)
+    features, output, carried, counts = scored
+    s = features @ output.w.T + output.b                            # (9, 12)
+    softmax = -(log_softmax(s, axis=1) * carried).sum(axis=1) / carried.sum(axis=1)
+    assert metrics_of(scored, "softmax")["loss"] == pytest.approx(softmax.mean())
+    frequency = counts / 30
+    positives = carried / frequency * np.log1p(np.exp(-s))
+    negatives = ~carried / (1 - frequency) * np.log1p(np.exp(s))
+    one_vs_all = (positives + negatives).sum(axis=1) / 12
+    assert metrics_of(scored, "one-vs-all")["loss"] == pytest.approx(one_vs_all.mean())
 
 
 def test_csls_is_worked_out_by_hand():
@@ -2711,36 +3109,56 @@ def test_retrieval_and_its_chance_are_worked_out_by_hand():
     assert [result["chance"][f"precision@{k}"] for k in (1, 2, 9)] == pytest.approx(chance)
 
 
-# ------------------------------------------------------------------------- the experiments
+# ------------------------------------------------------------------------------ regression
 
-def test_gradients_of_regression_and_map_are_numerical(rng, monkeypatch):
-    x, y, flat = rng.standard_normal((13, 4)), rng.integers(0, 3, 13), rng.standard_normal(5 * 3)
+def test_regression_gradient_is_numerical(rng):
+    x = rng.standard_normal((13, 4))
+    y = rng.integers(0, 3, 13)
+    flat = rng.standard_normal(5 * 3)
     _, gradient = evaluation.logistic(flat, x, y, 0.3)
     check_numerically(lambda: evaluation.logistic(flat, x, y, 0.3)[0], flat, gradient)
-    monkeypatch.setattr(evaluation, "TILES", (5 * 13, 5 * 13))
-    p, y = evaluation.affinities(x, 4), rng.standard_normal((13, 2))
-    gradient, _ = evaluation.tsne_gradient(p, y)
-    check_numerically(lambda: evaluation.tsne_gradient(p, y, divergence=True)[1], y, gradient)
 
 
 def test_regression_loss_is_worked_out_by_hand():
-    x, y = np.array([[1.0], [0.0]]), np.array([0, 1])
-    flat = np.array([[2.0, 0.0], [0.0, 0.0]]).ravel()               # w, then b
-    losses = math.log(1 + math.exp(-2)), math.log(2)                # of the two photos
-    assert evaluation.logistic(flat, x, y, 0.5)[0] == pytest.approx(sum(losses) / 2 + 0.25 * 4)
+    x = np.array([[1.0], [0.0]])
+    y = np.array([0, 1])
+    table = np.array([[2.0, 0.0], [0.0, 0.0]])                      # w, then b
+    loss, _ = evaluation.logistic(table.ravel(), x, y, 0.5)
+    photos = [math.log(1 + math.exp(-2)), math.log(2)]              # the losses of the two photos
+    assert loss == pytest.approx(sum(photos) / 2 + 0.5 / 2 * 2.0 ** 2)
 
 
 def test_penalty_is_chosen_on_held_out_photos(rng):
-    x, y, seen = rng.standard_normal((60, 40)), rng.integers(0, 2, 60), set()
+    x = rng.standard_normal((60, 40))
+    y = rng.integers(0, 2, 60)
     held = evaluation.split(y, lambda n: n // 5, 0, 1)
+    judged = []
 
-    def goodness(scores, given):
-        seen.add(len(given))
+    def goodness(scores, labels):
+        judged.append(labels)
         return -float(np.abs(scores).sum())                         # the strongest has the least
+
     _, penalty = evaluation.choose_penalty(x, y, held, goodness)
-    assert penalty == evaluation.PENALTIES[0] and seen == {int(held.sum())}
-    _, penalty = evaluation.choose_penalty(x, y, held & False, goodness)
-    assert penalty == 1e-4 and len(seen) == 1   # none held: one photo a class
+    assert penalty == evaluation.PENALTIES[0]
+    assert len(judged) == len(evaluation.PENALTIES)
+    assert all(np.array_equal(labels, y[held]) for labels in judged)
+
+
+def test_penalty_is_the_usual_one_if_no_photo_can_be_held_out(rng):
+    x = rng.standard_normal((6, 3))
+    nothing_held = np.zeros(6, bool)
+    _, penalty = evaluation.choose_penalty(x, np.array([0, 0, 0, 1, 1, 1]), nothing_held, None)
+    assert penalty == 1e-4
+
+
+def test_split_takes_of_each_class_and_is_a_function_of_seed_and_number(rng):
+    y = rng.integers(0, 3, 50)
+    mask = evaluation.split(y, lambda n: n // 3, seed=5, number=2)
+    for label in range(3):
+        assert mask[y == label].sum() == (y == label).sum() // 3
+    assert np.array_equal(mask, evaluation.split(y, lambda n: n // 3, 5, 2))
+    assert not np.array_equal(mask, evaluation.split(y, lambda n: n // 3, 5, 3))
+    assert not np.array_equal(mask, evaluation.split(y, lambda n: n // 3, 6, 2))
 
 
 def test_voc_average_precision_is_worked_out_by_hand():
@@ -2750,131 +3168,202 @@ def test_voc_average_precision_is_worked_out_by_hand():
     assert ap == pytest.approx((6 + 5 * 2 / 3) / 11)
 
 
-def test_map_affinities_have_the_perplexity_and_the_divergence_its_formula(rng):
-    x = rng.standard_normal((40, 3))
-    d = ((x[:, None] - x) ** 2).sum(axis=2)
+# ------------------------------------------------------------------------------------ maps
+
+def squared_distances(x):
+    return ((x[:, None] - x) ** 2).sum(axis=2)
+
+
+def test_map_affinities_have_the_perplexity(rng):
+    d = squared_distances(rng.standard_normal((40, 3)))
     np.fill_diagonal(d, evaluation.FAR)
     rows = evaluation.conditional(d, 7)
     entropy = -(rows * np.log(np.maximum(rows, 1e-300))).sum(axis=1)
     np.testing.assert_allclose(np.exp(entropy), 7, rtol=1e-6)
-    p, off = evaluation.affinities(x, 7), ~np.eye(40, dtype=bool)
-    assert np.array_equal(p, p.T) and p.sum() == pytest.approx(1) and not p.diagonal().any()
+
+
+def test_map_affinities_are_symmetric_and_sum_to_one(rng):
+    p = evaluation.affinities(rng.standard_normal((40, 3)), 7)
+    assert np.array_equal(p, p.T)
+    assert p.sum() == pytest.approx(1)
+    assert not p.diagonal().any()
+
+
+def test_map_divergence_follows_its_formula(rng):
+    p = evaluation.affinities(rng.standard_normal((40, 3)), 7)
     y = rng.standard_normal((40, 2))
-    near = 1 / (1 + ((y[:, None] - y) ** 2).sum(axis=2))
+    near = 1 / (1 + squared_distances(y))
     np.fill_diagonal(near, 0)
-    kl = (p[off] * np.log(p[off] / (near / near.sum())[off])).sum()
-    assert evaluation.tsne_gradient(p, y, 1, True)[1] == pytest.approx(kl)
+    q = near / near.sum()
+    others = ~np.eye(40, dtype=bool)
+    kl = (p[others] * np.log(p[others] / q[others])).sum()
+    assert evaluation.divergence(p, y) == pytest.approx(kl)
 
 
-def test_map_parts_clusters_with_twins_in_blocks_of_any_size(rng, monkeypatch):
-    x = np.repeat(3 * rng.standard_normal((6, 20)), 25, axis=0) + rng.standard_normal((150, 20))
-    x[1::25] = x[::25]
-    whole = evaluation.affinities(x, 15)
-    monkeypatch.setattr(evaluation, "TILES", (70 * 150, 70 * 150))
-    np.testing.assert_allclose(evaluation.affinities(x, 15), whole, rtol=1e-9, atol=1e-15)
+def test_map_gradient_is_numerical_in_blocks_of_any_size(rng, monkeypatch):
+    p = evaluation.affinities(rng.standard_normal((13, 4)), 4)
+    y = rng.standard_normal((13, 2))
+    for tile in (evaluation.CPU_TILE, 5 * 13):                      # of all rows, or of 5
+        monkeypatch.setattr(evaluation, "CPU_TILE", tile)
+        gradient = evaluation.tsne_gradient(p, y)
+        check_numerically(lambda: evaluation.divergence(p, y), y, gradient, name="y")
+
+
+def test_map_gradient_pulls_more_with_exaggeration(rng):
+    p = evaluation.affinities(rng.standard_normal((13, 4)), 4)
+    y = rng.standard_normal((13, 2))
+    push = -evaluation.tsne_gradient(0 * p, y)
+    pull = evaluation.tsne_gradient(p, y) + push
+    np.testing.assert_allclose(evaluation.tsne_gradient(p, y, 4), 4 * pull - push)
+
+
+def test_map_parts_clusters_that_have_twins(rng, monkeypatch):
+    centres = 3 * rng.standard_normal((6, 20))
+    x = np.repeat(centres, 25, axis=0) + rng.standard_normal((150, 20))
+    x[1::25] = x[::25]                          # in each cluster, two points are the same
+    monkeypatch.setattr(evaluation, "CPU_TILE", 70 * 150)
     y, kl = evaluation.tsne(x, 15, 500)
-    nearest = ((y[:, None] - y) ** 2).sum(axis=2).argsort(axis=1)[:, 1]
-    assert (nearest // 25 == np.arange(150) // 25).mean() > 0.95 and 0 < kl < 2
+    nearest = squared_distances(y).argsort(axis=1)[:, 1]
+    same_cluster = nearest // 25 == np.arange(150) // 25
+    assert same_cluster.mean() > 0.95
+    assert 0 < kl < 2
 
 
-def test_curves_are_drawn_between_round_ticks_be_they_flat_or_diverged():
-    for losses in ([5e35, 5e35], [0.0, 0.0], [1e-12, 3.0], [-3.0, 1.0], [float("nan")]):
-        evaluation.curves_picture([{"epoch": i, "loss": loss} for i, loss in enumerate(losses, 1)])
-        if len(losses) == 2:
-            ticks = evaluation.round_ticks(*losses)
-            assert ticks[0] <= losses[0] and ticks[-1] >= losses[1] and 2 <= len(ticks) <= 6
-    assert evaluation.round_ticks(0.62, 0.71).tolist() == pytest.approx(
-        [0.62, 0.64, 0.66, 0.68, 0.7, 0.72])
+# -------------------------------------------------------------------------------- pictures
+
+@pytest.mark.parametrize("low, high", [(5e35, 5e35), (0.0, 0.0), (1e-12, 3.0), (-3.0, 1.0)])
+def test_ticks_reach_around_their_numbers_be_they_flat_or_far_apart(low, high):
+    ticks = evaluation.round_ticks(low, high)
+    assert ticks[0] <= low and high <= ticks[-1]
+    assert 2 <= len(ticks) <= 6
+
+
+def test_ticks_are_round():
+    ticks = evaluation.round_ticks(0.62, 0.71)
+    assert ticks.tolist() == pytest.approx([0.62, 0.64, 0.66, 0.68, 0.7, 0.72])
+
+
+def dark(image):
+    """How many pixels are not nearly white."""
+    return int((np.asarray(image).min(axis=2) < 100).sum())
+
+
+@pytest.mark.parametrize("losses", [[3.0, 1.0], [5e35, 5e35], [2.0], [float("nan")], [None], []])
+def test_curves_are_drawn_of_any_log(losses):
+    log = [{"epoch": i, "loss": loss} for i, loss in enumerate(losses, 1)]
+    image = evaluation.curves_picture(log)
+    empty = evaluation.curves_picture([])
+    assert image.size == empty.size == (960, 620)
+    has_numbers = len(losses) > 0 and losses[0] is not None and math.isfinite(losses[0])
+    assert (dark(image) != dark(empty)) == has_numbers
+
+
+def test_words_of_a_map_lie_inside_and_those_without_room_are_left_out(rng):
+    names = [f"word{i}" for i in range(30)]
+    y = rng.random((30, 2))
+    y[20:] = 0.5                                # ten of them in one place
+    image, texts = evaluation.words_picture(names, y, np.arange(30), 300, evaluation.Fonts())
+    assert 10 < len(texts) < 30
+    pixels = np.asarray(image)
+    assert pixels.shape == (300, 300, 3)
+    edges = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    assert (edges == 255).all()
+    assert ">word29<" in texts[0]               # the heaviest is first
+
+
+def test_word_goes_where_there_is_room_first():
+    box = np.array([-10, -5, 10, 5])
+    taken = np.array([[40, 40, 60, 60]])
+    points = np.array([
+        [50, 50],                               # over the other word
+        [5, 50],                                # over the edge
+        [50, 35],                               # too near
+        [50, 34]])
+    assert evaluation.find_room(points, box, taken, 100).tolist() == [50, 34]
+    assert evaluation.find_room(points[:3], box, taken, 100) is None
 
 
 def test_words_without_a_font_are_said_once(monkeypatch, capsys):
     monkeypatch.setattr(evaluation, "FONTS", ())
-    fonts = evaluation.Fonts.__wrapped__()
-    drawn = [fonts.find(word, 20).getmask(word).size for word in ("dog", "犬", "狗犬", "bird")]
-    assert all(drawn) and fonts.lost and capsys.readouterr().err.count("fonts-noto-cjk") == 1
+    fonts = evaluation.Fonts()
+    for word in ("dog", "犬", "狗犬", "bird"):
+        width, height = fonts.find(word, 20).getmask(word).size
+        assert width and height
+    assert capsys.readouterr().err.count("fonts-noto-cjk") == 1
 
+
+# -------------------------------------------------------------------------------- commands
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory, pictures):
     """A folder with a tiny run `r` of made-up words, its photos, and pairs of its words."""
     folder = tmp_path_factory.mktemp("tiny")
-    photos.__wrapped__(pictures, folder)
+    shutil.copytree(pictures, folder / "photos")
     write_captions(folder / "captions.tsv")
     done = run("--images", "photos", "--captions", "captions.tsv", *TINY, "--epochs", 2,
                "--out", "r", folder=folder)
     (folder / "said.txt").write_text(done.stdout)
-    known = [line.split("\t")[0] for line in open(folder / "r" / "words.txt")]
-    (folder / "similar.txt").write_text("one\ttwo\tscore\n" + "".join(
-        f"{a}\t{b}\t{i}.5\n" for i, (a, b) in enumerate(zip(known, known[1:]))) + "no\tsuch\t1\n")
-    (folder / "pairs.txt").write_text("".join(
-        f"{a.upper()} {b}\n" for a, b in zip(known[::2], known[1::2])) + f"{known[0]} {known[0]}\n")
+    words = [line.split("\t")[0] for line in open(folder / "r" / "words.txt")]
+    write_pairs(folder, words)
+    write_classes(folder / "classes")
+    return folder, words
+
+
+def write_pairs(folder, words):
+    """29 pairs of words with scores, and 15 translations, one of them of a word by itself."""
+    with open(folder / "similar.txt", "w") as file:
+        file.write("one\ttwo\tscore\n")
+        for i, (first, second) in enumerate(zip(words, words[1:])):
+            file.write(f"{first}\t{second}\t{i}.5\n")
+        file.write("no\tsuch\t1\n")
+    with open(folder / "pairs.txt", "w") as file:
+        for source, target in zip(words[::2], words[1::2]):
+            file.write(f"{source.upper()} {target}\n")
+        file.write(f"{words[0]} {words[0]}\n")
+
+
+def write_classes(folder):
+    """12 green photos in class0 and 12 pink ones in class1, and a broken one."""
     for i in range(24):
-        place = folder / "classes" / f"class{i % 2}"
-        place.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (20, 20), (250 * (i % 2), 90, 10 * i)).save(place / f"{i}.png")
-    (folder / "classes" / "class0" / "broken.jpg").write_text("broken")
-    return folder, known
+        path = folder / f"class{i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (250 * (i % 2), 90, 10 * i)).save(path)
+    (folder / "class0" / "broken.jpg").write_text("broken")
 
 
 @pytest.fixture
 def ask(tiny, monkeypatch, capsys):
     """ask(command, …): what an eval command writes as JSON, and what it says, in this process."""
     monkeypatch.chdir(tiny[0])
-    evaluation.Trained.cache_clear()
 
     def ask(command, *arguments, expect=0):
-        monkeypatch.setattr(sys, "argv", ["eval.py", command, "--json", "o.json", "--threads", "2",
-                                          "--model", "r", *map(str, arguments)])
-        assert evaluation.main() == expect
+        given = [command, "--json", "o.json", "--threads", 2, "--model", "r", *arguments]
+        assert evaluation.main([str(argument) for argument in given]) == expect
         return json.load(open("o.json")), capsys.readouterr()
     return ask
 
 
-def test_features_are_the_networks_of_one_crop_or_ten(tiny, ask, monkeypatch):
-    folder, _ = tiny
-    result, done = ask("features", "--images", "classes", "--out", "f.npz")
-    assert result["photos"] == 24 and "broken.jpg: not a picture" in done.err
-    with np.load(folder / "f.npz") as file:
-        names, one = file["names"], file["features"]
-    assert len(names) == 24 and one.shape == (24, 512) and one.dtype == np.float32
-    pixels = data.decode(str(folder / "classes" / names[3]), 72)[0][None]
-    x = kernels.prepare(pixels, [4], [4], [False], 64)
-    np.testing.assert_allclose(one[3], evaluation.Trained("r").net.features(x)[0], atol=1e-5)
-    seen, prepare = set(), kernels.cpu.prepare
-    monkeypatch.setattr(kernels.cpu, "prepare", lambda x, top, left, flip, crop: seen.add(
-        (int(top[0]), int(left[0]), bool(flip[0]))) or prepare(x, top, left, flip, crop))
-    ask("features", "--images", "classes", "--out", "g.npz", "--crops", 10)
-    assert {(t, l, f) for t, l in ((0, 0), (0, 8), (8, 0), (8, 8), (4, 4))
-            for f in (False, True)} <= seen
-    with np.load(folder / "g.npz") as file:                         # the pictures are of one colour
-        np.testing.assert_allclose(file["features"], one, atol=1e-4)
-    result, _ = ask("features", "--images", "classes", "--out", "c.npz", "--layer", "pool4")
-    assert result["numbers"] == 4 * 4 * 128
+def test_trained_is_a_class_that_help_shows():
+    assert inspect.isclass(evaluation.Trained)
+    assert all(inspect.isclass(kind) for kind in (evaluation.Fonts, evaluation.Output))
 
 
-def test_transfer_tells_colours_apart(ask):
-    result, done = ask("transfer", "--images", "classes", "--splits", 3)
-    mean = dict(zip(result["columns"], result["rows"]["mean"]))
-    assert mean["chance"] == 0.5 and mean["raw pixels, 16 × 16"] == 1 and result["photos"] == 24
-    assert len(result["rows"]) == 3 + 2 and len(result["skipped"]) == 1 and "± " in done.out
-    conv, _ = ask("transfer", "--images", "classes", "--splits", 3, "--layer", "conv1")
-    assert dict(zip(conv["columns"], conv["rows"]["mean"]))["raw pixels, 16 × 16"] == 1
+def test_run_says_which_weights_it_is_evaluated_with(tiny, ask):
+    _, said = ask("neighbors", tiny[1][0])
+    log = log_of(tiny[0] / "r")
+    best = min(log, key=lambda row: row["validation_loss"])
+    assert (f"r/best.npz: step {best['step']}, epoch {best['epoch']} of 2, held-out loss "
+            f"{best['validation_loss']:.4f}") in said.err
 
 
-def test_transfer_reads_a_voc_folder_and_leaves_difficult_photos_out(tmp_path, ask):
-    photos = tmp_path / "JPEGImages"
-    photos.mkdir()
-    for i in range(40):
-        Image.new("RGB", (20, 20), (250 * (i % 2), 90, 5 * i)).save(photos / f"{i:06}.jpg")
-    for part, some in (("trainval", range(20)), ("test", range(20, 40))):
-        for place, kind in enumerate(("cat", "dog")):
-            labels = [0 if i % 10 == 7 else 1 if i % 2 == place else -1 for i in some]
-            lines = "".join(f"{i:06} {label:2}\n" for i, label in zip(some, labels))
-            write(tmp_path, **{f"ImageSets/Main/{kind}_{part}.txt": lines})
-    result, done = ask("transfer", "--images", tmp_path)
-    assert set(result["rows"]) >= {"cat", "dog"} and result["rows"]["mean"][-1] == 1
-    assert result["rows"]["cat"][0] == pytest.approx(10 / 18)       # two odd photos are difficult
-    assert "40 photos; 18 to train and 18 to test" in done.out
+def test_words_are_scored_on_held_out_photos_or_on_all(tiny, ask):
+    held_out, _ = ask("words")
+    every, _ = ask("words", "--all")
+    assert held_out["dictionary"] == every["dictionary"] == 30
+    assert 0 < held_out["photos"] < every["photos"]
+    index = data.Index("r/index")
+    assert held_out["photos"] + held_out["skipped"] == index.held_out
+    assert every["photos"] + every["skipped"] == len(index)
 
 
 def test_words_of_several_runs_make_a_curve(tiny, ask):
@@ -2883,72 +3372,251 @@ def test_words_of_several_runs_make_a_curve(tiny, ask):
     (folder / "half.tsv").write_text("\n".join(lines[:len(lines) // 2]) + "\n")
     run("--images", "photos", "--captions", "half.tsv", *TINY, "--epochs", 1, "--out", "h",
         folder=folder)
-    result, done = ask("words", "h", "--out", "w.png")
+    result, said = ask("words", "h", "--out", "w.png", "--transfer", "classes", "--splits", 2,
+                       "--deciles")
     small, large = result["runs"].values()
-    assert 10 < result["words"] <= 30 and small["training_photos"] < large["training_photos"]
-    assert small["photos"] == large["photos"] > 0 and "precision@10" in done.out
-    assert Image.open(folder / "w.png").size[0] > 300
-    alone, _ = ask("words")
-    assert alone["photos"] < ask("words", "--all")[0]["photos"] and alone["dictionary"] == 30
+    assert 10 < result["words"] <= 30
+    assert small["training_photos"] < large["training_photos"]
+    assert small["photos"] == large["photos"] > 0
+    assert 0 <= small["transfer to classes"] <= 1 and "transfer to classes ±" in small
+    assert "AUC, r" in said.out and "10 of 10" in said.out
+    assert Image.open("w.png").size == (3 * 480, 310)
 
 
-def test_tag_search_neighbors_similar_translate_and_map_answer(tiny, ask):
-    folder, known = tiny
-    photo = str(folder / "photos" / "p1.jpg")
-    result, done = ask("tag", photo, "none.jpg", "--threshold", 0.9, expect=1)
-    assert "no word above 0.9" in done.out and "none.jpg: no such file" in done.err
-    assert len(ask("tag", photo, "--top", 3)[0]["tags"][photo]) == 3
-    result, _ = ask("search", known[0], known[1], "--out", "s.png", "--top", 3)
-    assert [len(row) for row in result["words"].values()] == [3, 3]
-    assert Image.open(folder / "s.png").size[0] > 300
-    result, _ = ask("neighbors", known[2].upper(), "--top", 4)
-    near = list(result["neighbors"][known[2].upper()].values())
-    assert len(near) == 4 and near == sorted(near, reverse=True) and near[0] < 1
-    assert ask("similar", "--pairs", "similar.txt")[0]["similar.txt"]["covered"] == 29
-    for csls in ((), ("--csls",)):
-        result, _ = ask("translate", "--pairs", "pairs.txt", *csls)
-        assert result["pairs"] == 15 and result["alike"] == 1
-        assert result["forward"]["chance"]["precision@1"] == pytest.approx(1 / 15)
-    for kind in (("--words",), ("--images", "classes")):
-        result, done = ask("map", *kind, "--out", "m.png", "--steps", 50, "--size", 400)
-        assert Image.open(folder / "m.png").size == (400, 400) and result["kl"] > 0
-        assert "KL divergence" in done.out
+def test_rows_of_several_seeds_are_joined():
+    rows = [{"training_photos": 10, "auc": 0.5}, {"training_photos": 10, "auc": 0.7},
+            {"training_photos": 20, "auc": 0.9, "auc ±": 0.01}]
+    three, alone = evaluation.join_seeds(rows, ["training_photos", "auc"])
+    assert three["auc"] == pytest.approx(0.6)
+    assert three["auc ±"] == pytest.approx(0.2 / math.sqrt(2))
+    assert alone == {"training_photos": 20, "training_photos ±": 0, "auc": 0.9, "auc ±": 0.01}
+
+
+def test_held_out_photos_that_were_trained_on_are_said_once(tiny, ask, tmp_path, monkeypatch):
+    shutil.copytree("photos", tmp_path / "photos")
+    index = data.Index("r/index")
+    whole = [i for i in range(len(index)) if is_whole(tmp_path / "photos" / index.name(i))]
+    held_out = index.name(whole[0])
+    training = index.name(whole[-1])
+    shutil.copy(tmp_path / "photos" / training, tmp_path / "photos" / held_out)
+    _, said = ask("words", "--images", tmp_path / "photos")
+    assert said.out.count("byte-identical") == 1
+    assert f"{held_out} = {training}" in said.out
+    _, said = ask("words")
+    assert "byte-identical" not in said.out
+    monkeypatch.setattr(evaluation, "MOST_COMPARED", len(index) - 1)
+    _, said = ask("words", "--images", tmp_path / "photos")
+    assert "byte-identical" not in said.out and "not looked for" in said.out
+
+
+def is_whole(path):
+    """Whether there is a photo, and not one of those that are broken."""
+    return path.exists() and path.read_bytes() != b"broken"
+
+
+def test_tag_names_the_words_of_photos(tiny, ask):
+    result, _ = ask("tag", "photos/p1.jpg", "--top", 3)
+    tags = result["tags"]["photos/p1.jpg"]
+    assert len(tags) == 3
+    assert list(tags.values()) == sorted(tags.values(), reverse=True)
+    assert 0 < sum(tags.values()) <= 1
+    trained = evaluation.Trained("r")
+    pixels = data.decode("photos/p1.jpg", 72)[None]
+    s = trained.net.forward(kernels.prepare(pixels, [4], [4], [False], 64))
+    for word, probability in tags.items():
+        assert probability == pytest.approx(softmax(s[0])[trained.classes[word]], rel=1e-4)
+
+
+def test_tag_has_a_threshold_and_says_what_it_cannot_read(ask):
+    result, said = ask("tag", "photos/p1.jpg", "none.jpg", "--threshold", 0.9, expect=1)
+    assert result["tags"] == {"photos/p1.jpg": {}}
+    assert "no word above 0.9" in said.out
+    assert "none.jpg: no such file" in said.err
+
+
+def test_tag_takes_folders(ask):
+    result, _ = ask("tag", "classes", "photos/p1.jpg", expect=1)    # one is broken
+    assert len(result["tags"]) == 24 + 1
+    assert list(result["failed"]) == ["classes/class0/broken.jpg"]
+
+
+def test_json_may_be_standard_output(tiny, ask):
+    word = tiny[1][0]
+    _, said = ask("neighbors", word, "--json", "-")
+    assert word in json.loads(said.out)["neighbors"]
+    assert f"{word}: " in said.err
+
+
+def test_search_finds_the_photos_of_the_highest_scores(tiny, ask):
+    words = tiny[1][:2]
+    result, _ = ask("search", *words, "--images", "classes", "--out", "s.png", "--top", 3)
+    assert Image.open("s.png").size == (3 * 156 + 6, 2 * 206 + 6)
+    trained = evaluation.Trained("r")
+    features, reader = trained.features("classes", data.list_photos("classes"), 0)
+    scores = trained.net.output.scores(features)[:, trained.find_words(words)]  # (24, 2)
+    for column, word in zip(scores.T, words):
+        best = [reader.names[i] for i in np.argsort(-column, kind="stable")[:3]]
+        assert list(result["words"][word]) == best
+
+
+def test_neighbors_are_by_cosine(tiny, ask):
+    word = tiny[1][2].upper()
+    result, _ = ask("neighbors", word, "--top", 4)
+    cosines = list(result["neighbors"][word].values())
+    assert len(cosines) == 4
+    assert cosines == sorted(cosines, reverse=True) and cosines[0] < 1
+
+
+def test_similar_compares_pairs_that_the_model_knows(ask):
+    result, _ = ask("similar", "--pairs", "similar.txt")
+    assert result["similar.txt"]["covered"] == 29
+    assert result["similar.txt"]["of"] == 31    # with the heading
+    assert -1 <= result["similar.txt"]["rho"] <= 1
+
+
+@pytest.mark.parametrize("options", [[], ["--csls"]])
+def test_translate_leaves_out_words_spelt_alike(options, ask):
+    result, said = ask("translate", "--pairs", "pairs.txt", *options)
+    assert result["pairs"] == 15
+    assert result["alike"] == 1
+    assert result["forward"]["chance"]["precision@1"] == pytest.approx(1 / 15)
+    assert "best pairs" in said.out
+
+
+@pytest.mark.parametrize("kind", [["--words"], ["--images", "classes"]])
+def test_map_is_a_picture_of_its_size(kind, ask):
+    result, said = ask("map", *kind, "--out", "m.png", "--steps", 50, "--size", 400)
+    assert Image.open("m.png").size == (400, 400)
+    assert result["kl"] > 0
+    assert "KL divergence" in said.out
+
+
+def test_features_are_the_networks_of_the_central_crop(ask):
+    result, said = ask("features", "--images", "classes", "--out", "f.npz")
+    assert result["photos"] == 24
+    assert "broken.jpg: not a picture" in said.err
+    with np.load("f.npz") as file:
+        names = file["names"]
+        features = file["features"]
+    assert features.shape == (24, 512) and features.dtype == np.float32
+    pixels = data.decode(f"classes/{names[3]}", 72)[None]
+    x = kernels.prepare(pixels, [4], [4], [False], 64)
+    expected = evaluation.Trained("r").net.features(x)
+    np.testing.assert_allclose(features[3], expected[0], atol=1e-5)
+
+
+def test_features_of_ten_crops_are_their_mean(ask):
+    ask("features", "--images", "photos", "--out", "f.npz", "--crops", 10)
+    with np.load("f.npz") as file:
+        name = file["names"][3]
+        features = file["features"][3]
+    pixels = data.decode(f"photos/{name}", 72)[None]
+    net = evaluation.Trained("r").net
+    crops = []
+    for top, left in ((0, 0), (0, 8), (8, 0), (8, 8), (4, 4)):
+        crop = pixels[:, top:top + 64, left:left + 64]
+        for photo in (crop, crop[:, :, ::-1]):
+            crops.append(net.features(kernels.prepare(photo, [0], [0], [False], 64)))
+    assert len(np.unique(np.concatenate(crops), axis=0)) == 10
+    np.testing.assert_allclose(features, np.mean(crops, axis=0)[0], atol=1e-5)
+
+
+def test_features_may_be_of_any_layer(ask):
+    result, _ = ask("features", "--images", "classes", "--out", "c.npz", "--layer", "pool4")
+    assert result["numbers"] == 4 * 4 * 128
+
+
+@pytest.mark.parametrize("options", [[], ["--layer", "conv1"]])
+def test_transfer_tells_colours_apart(options, ask):
+    result, said = ask("transfer", "--images", "classes", "--splits", 3, *options)
+    mean = dict(zip(result["columns"], result["rows"]["mean"]))
+    assert mean["chance"] == 0.5
+    assert mean["raw pixels, 16 × 16"] == 1
+    assert list(result["rows"]) == ["split 1", "split 2", "split 3", "mean", "± deviation"]
+    assert result["photos"] == 24
+    assert list(result["skipped"]) == ["class0/broken.jpg"]
+    assert "24 photos; 12 to train and 12 to test" in said.out
+
+
+def test_transfer_reads_a_voc_folder_and_leaves_difficult_photos_out(tmp_path, ask):
+    """Photos 0 to 19 are for training; cats are even, dogs odd; those that end in 7 difficult."""
+    (tmp_path / "JPEGImages").mkdir()
+    lines = {"cat_trainval": "", "dog_trainval": "", "cat_test": "", "dog_test": ""}
+    for i in range(40):
+        photo = Image.new("RGB", (20, 20), (250 * (i % 2), 90, 5 * i))
+        photo.save(tmp_path / "JPEGImages" / f"{i:06}.jpg")
+        for kind, is_there in (("cat", i % 2 == 0), ("dog", i % 2 == 1)):
+            label = 1 if is_there else -1
+            label = 0 if i % 10 == 7 else label
+            lines[f"{kind}_trainval" if i < 20 else f"{kind}_test"] += f"{i:06} {label:2}\n"
+    for name, text in lines.items():
+        write(tmp_path, **{f"ImageSets/Main/{name}.txt": text})
+    result, said = ask("transfer", "--images", tmp_path)
+    assert list(result["rows"]) == ["cat", "dog", "mean", "± deviation"]
+    assert result["rows"]["mean"][-1] == 1      # of raw pixels
+    assert result["rows"]["cat"][0] == pytest.approx(10 / 18)
+    assert "40 photos; 18 to train and 18 to test" in said.out
 
 
 def test_report_is_one_file_with_its_pictures(tiny, ask):
-    folder, known = tiny
     result, _ = ask(
-        "report", known[0], "--transfer", "classes", "--splits", 2, "--pairs-similar",
+        "report", tiny[1][0], "--transfer", "classes", "--splits", 2, "--pairs-similar",
         "similar.txt", "--translate", "pairs.txt", "--steps", 40, "--size", 300, "--out", "r.html")
-    page = (folder / "r.html").read_text()
-    assert not result["failed"] and len(result["parts"]) == 11 and "precision@10" in page
-    work, run_ = result["parts"]["The model at work"], result["parts"]["The run"]
-    assert len(work) == 12 and run_["epochs"] == 2
-    lost = re.findall(r"(\d+) words have no room", page)            # how many hangs on rounding
-    assert page.count("<text ") == 30 - sum(map(int, lost)) > 10
-    marked = [sum(word in row["words"] for word in row["best"]) for row in work.values()]
-    assert [page.count(mark) for mark in ("<b>✓ ", "<s>✗ ")] == [sum(marked), 60 - sum(marked)]
-    parts = "data:image/", "image/jpeg", "<table>", "@media print", "<script", 'src="http', "href="
-    assert [page.count(part) for part in parts] == [20, 19, 5, 1, 0, 0, 0]
-    assert page.count("<img ") == page.count('" alt="')
-    _, done = ask("report", "nosuchword", "--translate", "nope", "--steps", 40, "--out", "r.html",
-                  expect=1)
-    assert "nosuchword" in (folder / "r.html").read_text() and "nope" in done.err
+    page = open("r.html").read()
+    assert not result["failed"]
+    assert len(result["parts"]) == page.count("<h2>") == 11
+    assert result["parts"]["The run"]["epochs"] == 2
+    assert page.count("<table>") == 5
+    # 12 photos with words and 6 of a word, all JPEG, as is the mosaic; the curves are PNG
+    assert page.count("data:image/jpeg;base64") == 19
+    assert page.count("data:image/png;base64") == 1
+    assert page.count("<img ") == page.count(' alt="') == 20
+    for outside in ("<script", 'src="http', "href="):
+        assert outside not in page
 
 
-def test_tag_takes_folders_and_json_may_be_standard_output(tiny, ask):
-    _, (word, *_) = tiny
-    assert len(ask("tag", "classes", "photos/p1.jpg", expect=1)[0]["tags"]) == 25
-    _, said = ask("neighbors", word, "--json", "-")
-    assert word in json.loads(said.out)["neighbors"] and f"{word}: " in said.err
+def test_report_draws_all_words_or_says_how_many_it_left_out(tiny, ask):
+    ask("report", "--steps", 40, "--size", 300, "--out", "r.html")
+    page = open("r.html").read()
+    left_out = re.search(r"(\d+) words have no room", page)         # how many hangs on rounding
+    count = int(left_out[1]) if left_out else 0
+    assert page.count("<text ") == 30 - count > 10
+
+
+def test_report_marks_the_words_that_are_right(ask):
+    result, _ = ask("report", "--steps", 40, "--size", 300, "--out", "r.html")
+    page = open("r.html").read()
+    photos = result["parts"]["The model at work"]
+    assert len(photos) == 12
+    right = 0
+    for photo in photos.values():
+        assert len(photo["best"]) == 5
+        right += len(set(photo["best"]) & set(photo["words"]))
+    assert page.count("<b>✓ ") == right
+    assert page.count("<s>✗ ") == 12 * 5 - right
+
+
+def test_report_goes_on_after_an_experiment_that_fails(ask):
+    result, said = ask("report", "nosuchword", "--translate", "nope", "--steps", 40, "--size", 300,
+                       "--out", "r.html", expect=1)
+    assert set(result["failed"]) == {"Photos for words", "Nearest words", "Translation",
+                                     "Translation, corrected for hubs"}
+    assert "A map of words" in result["parts"]
+    assert "nosuchword" in open("r.html").read()
+    assert "nope" in said.err
 
 
 def test_captions_are_indexed_elsewhere_if_the_run_is_read_only(tiny, ask, monkeypatch):
     access = os.access                          # for root, all can be written
-    monkeypatch.setattr(os, "access", lambda path, kind: path != "r" and access(path, kind))
-    (tiny[0] / "other.tsv").write_text(open(tiny[0] / "captions.tsv").read() + "\n")
-    assert ask("words", "--captions", "other.tsv")[0]["photos"] > 0
+    monkeypatch.setattr(os, "access", lambda path, mode: path != "r" and access(path, mode))
+    shutil.rmtree("r/index-eval", ignore_errors=True)
+    Path("other.tsv").write_text(Path("captions.tsv").read_text() + "\n")
+    result, _ = ask("words", "--captions", "other.tsv")
+    assert result["photos"] > 0
+    assert not os.path.exists("r/index-eval")
 
+
+# ------------------------------------------------------------------------------- bad input
 
 WRONG = {
     "layer": (["features", "--images", "classes", "--out", "x.npz", "--layer", "fc9"], "conv1"),
@@ -2972,16 +3640,26 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_experiment_with_bad_input_says_so_in_one_line(name, tiny, ask, capsys):
-    folder, _ = tiny
-    for place in ("lone/a/0", "lone/a/2", "lone/a/4", "lone/b/0", "single/a/0", "single/a/2"):
-        (folder / place).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (9, 9)).save(folder / f"{place}.png")
-    write(folder, "voc/JPEGImages/x", **{
-        "voc/ImageSets/Main/cat_test.txt": "../../x 1\n", "foreign.tsv": "p1.jpg\tzyx yzx\n",
-        "foreign.txt": "zyx\txyz\t1\nyxz\txzy\t2\n", "nan.txt": "zyx\txyz\t1\nyxz\txzy\tnan\n"})
-    (command, *arguments), remedy = WRONG[name]
+    for path in ("lone/a/0", "lone/a/2", "lone/a/4", "lone/b/0", "single/a/0", "single/a/2"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9)).save(f"{path}.png")
+    write(tiny[0], "voc/JPEGImages/x", **{
+        "voc/ImageSets/Main/cat_test.txt": "../../x 1\n",
+        "foreign.tsv": "p1.jpg\tzyx yzx\n",
+        "foreign.txt": "zyx\txyz\t1\nyxz\txzy\t2\n",
+        "nan.txt": "zyx\txyz\t1\nyxz\txzy\tnan\n"})
+    arguments, remedy = WRONG[name]
     with pytest.raises(ValueError) as error:
-        ask(command, *arguments)
-    assert remedy in str(error.value) and "\n" not in str(error.value)
+        ask(*arguments)
+    assert remedy in str(error.value)
+    assert "\n" not in str(error.value)
     said = capsys.readouterr()
-    assert not said.out and said.err.count("\n") <= 3   # device, model, skipped
+    assert not said.out
+    assert said.err.count("\n") <= 3            # device, model, skipped
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "COMMAND"), (["nosuch"], "invalid choice"), (["tag", "x.jpg"], "--model")])
+def test_command_that_is_not_whole_is_told(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        evaluation.main(arguments)
