@@ -1363,8 +1363,12 @@ def write_features(options, show, run):
 
 def mean_features(net, crops, layer):
     """What a layer, or the last hidden one, makes of photos' crops, on average: float32 (n, …)."""
-    features = [kernels.to_host(net.features(x, layer)) for x in crops]
-    return np.mean(features, axis=0, dtype=np.float32)
+    total = 0
+    count = 0
+    for x in crops:
+        total = total + kernels.to_host(net.features(x, layer))
+        count += 1
+    return (total / count).astype(np.float32)
 
 
 # ----------------------------------------------------------- transfer (Fig. 5, Tables 2 to 4)
@@ -1524,8 +1528,8 @@ class Voc:
         with open(path, encoding="utf-8", errors="replace") as file:
             lines = [line.strip() for line in file if line.strip()]
         for line in lines:
-            photo, _, label = line.partition(" ")
-            if label.strip() not in ("-1", "0", "1") or data.refused(photo):
+            photo, label, *_ = line.split() + [""]
+            if label not in ("-1", "0", "1") or data.refused(photo):
                 raise ValueError(f"--images: a line of {path} is not the name of a photo in "
                                  f"JPEGImages and 1, 0 or -1: {line[:60]!r}")
             photo = os.path.join("JPEGImages", photo + ".jpg")
