@@ -2678,7 +2678,7 @@ def test_step_on_every_device_is_the_references(device, precision, error, build,
             pytest.skip("a precision of GPUs")
         kernels.use("gpu", "tf32")
     if device == "cpu":
-        error = 0.01                            # Winograd's errors let a ReLU or maximum flip
+        error = 0.1                             # Winograd rounds more: a maximum flips
     if EMULATOR:
         monkeypatch.setattr(EMULATOR, "orders", range(1))   # other tests look for races
     crops = np.array([0, 4, 8]), np.array([8, 2, 0]), np.array([1, 0, 1], bool)

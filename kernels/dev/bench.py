@@ -1,14 +1,14 @@
 """How fast the kernels, whole steps, the loader and the captions index are, against their limits.
 
-    python kernels/bench.py layers          each convolution: GFLOP/s, share of a plain product's
-    python kernels/bench.py step            whole training steps against PyTorch, where installed
-    python kernels/bench.py loader --images DIR          photos/s against PyTorch's DataLoader
-    python kernels/bench.py targets         steps with K = 1,000 and 100,000, of a batch's words
-    python kernels/bench.py bounds          the loss over some words against that over all
-    python kernels/bench.py ranks           the allreduce of gradients, under mpiexec
-    python kernels/bench.py index           captions/s and memory for 10^4 to 10^7 lines of YFCC
-    python kernels/bench.py gpu             each CUDA kernel and whole steps, in each precision
-    python kernels/bench.py resources       registers, spills, instructions a mma; needs no GPU
+    python kernels/dev/bench.py layers      each convolution: GFLOP/s, share of a plain product's
+    python kernels/dev/bench.py step        whole training steps against PyTorch, where installed
+    python kernels/dev/bench.py loader --images DIR     photos/s against PyTorch's DataLoader
+    python kernels/dev/bench.py targets     steps with K = 1,000 and 100,000, of a batch's words
+    python kernels/dev/bench.py bounds      the loss over some words against that over all
+    python kernels/dev/bench.py ranks       the allreduce of gradients, under mpiexec
+    python kernels/dev/bench.py index       captions/s and memory for 10^4 to 10^7 lines of YFCC
+    python kernels/dev/bench.py gpu         each CUDA kernel and whole steps, in each precision
+    python kernels/dev/bench.py resources   registers, spills, instructions a mma; needs no GPU
 
 Machines are noisy: things that are compared take turns in one run, and medians are printed.
 """
@@ -27,6 +27,7 @@ import tempfile
 import threading
 import time
 from functools import partial
+from typing import Callable, NamedTuple
 from urllib.parse import quote_plus
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
@@ -55,7 +56,7 @@ def timed(*functions, rounds=5, each=3, burst=1, sync=lambda: None):
     """
     times = [[] for _ in functions]
     for _ in range(rounds):
-        for function, mine in zip(functions, times):
+        for function, own_times in zip(functions, times):
             function()
             for _ in range(each):
                 sync()
@@ -63,8 +64,8 @@ def timed(*functions, rounds=5, each=3, burst=1, sync=lambda: None):
                 for _ in range(burst):
                     function()
                 sync()
-                mine.append((time.perf_counter() - started) / burst)
-    return [statistics.median(mine) for mine in times]
+                own_times.append((time.perf_counter() - started) / burst)
+    return [statistics.median(own_times) for own_times in times]
 
 
 def synchronise():
@@ -88,49 +89,73 @@ def blas():
     return "a BLAS of unknown kernels"
 
 
+def random_array(*shape):
+    """Random float32 numbers on the device, the same for the same shape."""
+    return kernels.to_device(np.random.default_rng(0).standard_normal(shape, np.float32))
+
+
+def product_limit():
+    """GFLOP/s of a plain matrix product in each of the threads: what a convolution may hope for."""
+    a = random_array(1536, 1536)
+    count = kernels.threads.count
+    (seconds,) = timed(lambda: kernels.threads.share(lambda _: a @ a, range(count)))
+    return 2 * 1536**3 * count / seconds / 1e9
+
+
 def layers(options):
     """Each convolution of AlexNet in three directions, beside a plain matrix product."""
     kernels.use("cpu")
-    rng = np.random.default_rng(0)
     n = options.batch
-    a, b = (rng.standard_normal((1536, 1536)).astype(np.float32) for _ in range(2))
-    (seconds,) = timed(lambda: kernels.threads.share(lambda _: a @ b, range(kernels.threads.count)))
-    limit = 2 * 1536 ** 3 * kernels.threads.count / seconds / 1e9
+    limit = product_limit()
     print(f"the limit: {limit:.0f} GFLOP/s, a matrix product in each of "
           f"{kernels.threads.count} threads, {blas()}")
     print(f"{'':8}{'forward':>10}{'dx':>10}{'dw':>10}   GFLOP/s and share of the limit, batch {n}")
     for name, size, c, f, k, stride, pad in ALEXNET:
-        x = rng.standard_normal((n, size, size, c)).astype(np.float32)
-        w = rng.standard_normal((k, k, c, f)).astype(np.float32)
-        y = kernels.conv_forward(x, w, np.zeros(f, np.float32), stride, pad)
-        times = timed(lambda: kernels.conv_forward(x, w, w[0, 0, 0], stride, pad, relu=True),
-                      lambda: stride > 1 or kernels.conv_backward_input(y, w, x.shape, 1, pad),
-                      lambda: kernels.conv_backward_filter(x, y, w.shape, stride, pad))
-        rates = [2 * y.size * k * k * c / seconds / 1e9 for seconds in times]
-        print(f"{name:8}" + "".join("         -" if direction == 1 and stride > 1 else
-                                    f"{rate:5.0f}{rate / limit:5.0%}"
-                                    for direction, rate in enumerate(rates)))
+        x = random_array(n, size, size, c)
+        w = random_array(k, k, c, f)
+        b = random_array(f)
+        y = kernels.conv_forward(x, w, b, stride, pad)
+        calls = {
+            "forward": partial(kernels.conv_forward, x, w, b, stride, pad, relu=True),
+            "dw": partial(kernels.conv_backward_filter, x, y, w.shape, stride, pad)}
+        if stride == 1:                         # conv1, whose x is the photo, needs no dx
+            calls["dx"] = partial(kernels.conv_backward_input, y, w, x.shape, 1, pad)
+        seconds = dict(zip(calls, timed(*calls.values())))
+        line = f"{name:8}"
+        for direction in ("forward", "dx", "dw"):
+            if direction in seconds:
+                rate = 2 * y.size * k * k * c / seconds[direction] / 1e9
+                line += f"{rate:5.0f}{rate / limit:5.0%}"
+            else:
+                line += f"{'-':>10}"
+        print(line)
 
 
-def our_step(name, n, k, some=False):
-    """A function that makes one training step of ours, with `some` on a batch's words alone."""
-    recipe, rng = model.NETWORKS[name], np.random.default_rng(0)
-    net = recipe.build(k, recipe.dropout).init(0)
-    optimiser = model.SGD(net, 0.9, 5e-4, sparse=some)
+def our_step(name, n, k, sparse=False):
+    """A function that makes one training step of ours; if sparse, on a batch's words alone."""
+    recipe = model.NETWORKS[name]
+    rng = np.random.default_rng(0)
+    net = recipe.build(k, recipe.dropout)
+    optimiser = model.SGD(net, 0.9, 5e-4)
     for v in optimiser.v.values():
         v.fill(0)                               # memory that was never written comes at a price
     photos = rng.integers(0, 256, (n, recipe.size, recipe.size, 3), np.uint8)
     x = kernels.prepare(photos, *data.centre(n, recipe.size - recipe.crop), recipe.crop)
-    weights, numbers = np.full(n, 1 / n, np.float32), itertools.count(1)
+    weights = np.full(n, 1 / n, np.float32)
+    loss = model.Softmax()
+    numbers = itertools.count(1)
 
     def step():
-        targets, classes = rng.integers(0, k, (n, 1)).astype(np.int32), None
-        if some:                                # other rows of the output layer in every step
+        targets = rng.integers(0, k, (n, 1)).astype(np.int32)
+        classes = None
+        if sparse:                              # other rows of the output layer in every step
             classes = np.unique(targets)
             targets = data.columns(targets, classes)
-        s = net.forward(x, model.Pass(step=next(numbers), classes=classes))
-        labels = data.Labels(targets, weights, None, classes)
-        net.backward(model.training_loss(net, s, labels, model.softmax)[1])
+        context = model.Context(step=next(numbers), classes=classes)
+        scores = net.forward_training(x, context)
+        labels = data.Labels(targets, weights, classes=classes)
+        _, gradients = model.training_losses(loss, scores, labels)
+        net.backward(gradients)
         optimiser.step(1e-4)
     return step
 
@@ -142,7 +167,7 @@ def torch_joints(torch):
         def __init__(self, branches):
             super().__init__()
             self.branches = torch.nn.ModuleList(
-                torch_network(torch, one.layers) for one in branches)
+                torch_network(torch, branch.layers) for branch in branches)
 
         def forward(self, x):
             return torch.cat([branch(x) for branch in self.branches], 1)
@@ -160,67 +185,84 @@ def torch_joints(torch):
 
 def torch_network(torch, layers):
     """Our layers, by name, as PyTorch's, with our weights, to compare with."""
-    nn, parts, channels = torch.nn, [], 3
-    concat, head = torch_joints(torch)
-
-    def add(module, w, b):
-        with torch.no_grad():
-            module.weight.copy_(torch.from_numpy(np.ascontiguousarray(w)))
-            module.bias.copy_(torch.from_numpy(b))
-        parts.append(module)
-
+    modules = []
+    channels = 3                                # of what a flat layer's features were
     for layer in layers.values():
-        if isinstance(layer, model.Conv):
-            size, _, c, channels = layer.shapes["w"]
-            add(nn.Conv2d(c, channels, size, layer.stride, layer.pad),
-                layer.w.transpose(3, 2, 0, 1), layer.b)
-        elif isinstance(layer, model.MaxPool):
-            parts.append(nn.MaxPool2d(layer.kernel, layer.stride, layer.pad, ceil_mode=layer.ceil))
-        elif isinstance(layer, model.AvgPool):
-            parts.append(nn.AvgPool2d(layer.kernel, layer.stride))
-        elif isinstance(layer, model.LRN):
-            size, k, alpha, beta = layer.constants
-            parts.append(nn.LocalResponseNorm(size, alpha * size, beta, k))
-        elif isinstance(layer, model.Concat):
-            parts.append(concat(layer.branches))
-            channels = layer.slices[-1].stop
-        elif isinstance(layer, model.Head):
-            parts.append(head(layer.layers))
-        elif isinstance(layer, model.Flatten):
-            parts.append(nn.Flatten())
-        elif isinstance(layer, model.Dropout) and layer.rate:
-            parts.append(nn.Dropout(layer.rate))
-        elif isinstance(layer, model.Linear):   # ours come from NHWC, theirs from NCHW
-            d, e = layer.shapes["w"]
-            w = layer.w.reshape(-1, channels, e).swapaxes(0, 1).reshape(d, e)
-            channels = e
-            add(nn.Linear(d, e), w.T, layer.b)
-        elif isinstance(layer, model.Output):
-            add(nn.Linear(*layer.w.shape[::-1]), layer.w, layer.b)
-        if isinstance(layer, (model.Conv, model.Linear)) and layer.relu:
-            parts.append(nn.ReLU(True))
-    return nn.Sequential(*parts)
+        module = torch_layer(torch, layer, channels)
+        if module is not None:
+            modules.append(module)
+        if isinstance(layer, (model.Conv, model.Linear)):
+            channels = layer.shapes["b"][0]
+            if layer.relu:
+                modules.append(torch.nn.ReLU(True))
+        if isinstance(layer, model.Concat):
+            channels = sum(list(branch.layers.values())[-1].shapes["b"][0]
+                           for branch in layer.branches)
+    return torch.nn.Sequential(*modules)
+
+
+def torch_layer(torch, layer, channels):
+    """One layer without its ReLU, or None; `channels` are those of the image before it."""
+    nn = torch.nn
+    concat, head = torch_joints(torch)
+    if isinstance(layer, model.Conv):
+        size, _, c, f = layer.shapes["w"]
+        module = nn.Conv2d(c, f, size, layer.stride, layer.pad)
+        return with_weights(torch, module, layer.w.transpose(3, 2, 0, 1), layer.b)
+    if isinstance(layer, model.Linear):         # ours come from NHWC, theirs from NCHW
+        d, e = layer.shapes["w"]
+        w = layer.w.reshape(-1, channels, e).swapaxes(0, 1).reshape(d, e)
+        return with_weights(torch, nn.Linear(d, e), w.T, layer.b)
+    if isinstance(layer, model.Output):
+        k, e = layer.shapes["w"]
+        return with_weights(torch, nn.Linear(e, k), layer.w, layer.b)
+    if isinstance(layer, model.MaxPool):
+        return nn.MaxPool2d(layer.kernel, layer.stride, layer.pad, ceil_mode=layer.ceil)
+    if isinstance(layer, model.AvgPool):
+        return nn.AvgPool2d(layer.kernel, layer.stride)
+    if isinstance(layer, model.LRN):
+        size, k, alpha, beta = layer.constants
+        return nn.LocalResponseNorm(size, alpha * size, beta, k)
+    if isinstance(layer, model.Concat):
+        return concat(layer.branches)
+    if isinstance(layer, model.Head):
+        return head(layer.layers)
+    if isinstance(layer, model.Flatten):
+        return nn.Flatten()
+    if isinstance(layer, model.Dropout) and layer.rate:
+        return nn.Dropout(layer.rate)
+    return None
+
+
+def with_weights(torch, module, w, b):
+    """The module, with these weights of NumPy."""
+    with torch.no_grad():
+        module.weight.copy_(torch.from_numpy(np.ascontiguousarray(w)))
+        module.bias.copy_(torch.from_numpy(b))
+    return module
 
 
 def torch_step(torch, name, n, k, channels_last, device="cpu"):
     """The same step of the same network in PyTorch, eager."""
     recipe = model.NETWORKS[name]
-    ours = recipe.build(k, recipe.dropout).init(0)
+    ours = recipe.build(k, recipe.dropout)
     for _, layer, attribute in ours.parameters():
         setattr(layer, attribute, kernels.to_host(getattr(layer, attribute)))
     net = torch_network(torch, ours.layers).to(device)
     x = torch.randn(n, 3, recipe.crop, recipe.crop, device=device)
     if channels_last:
-        net, x = (thing.to(memory_format=torch.channels_last) for thing in (net, x))
+        net = net.to(memory_format=torch.channels_last)
+        x = x.to(memory_format=torch.channels_last)
     optimiser = torch.optim.SGD(net.parameters(), 1e-4, 0.9, weight_decay=5e-4)
-    targets, loss_of = torch.randint(0, k, (n,), device=device), torch.nn.CrossEntropyLoss()
+    targets = torch.randint(0, k, (n,), device=device)
+    loss_of = torch.nn.CrossEntropyLoss()
 
     def step():
         optimiser.zero_grad()
         loss = loss_of(net(x), targets)
-        for part in net:
-            if hasattr(part, "s"):
-                loss = loss + model.HEAD_WEIGHT * loss_of(part.s, targets)
+        for module in net:
+            if hasattr(module, "s"):
+                loss = loss + model.HEAD_WEIGHT * loss_of(module.s, targets)
         loss.backward()
         optimiser.step()
     return step
@@ -228,7 +270,9 @@ def torch_step(torch, name, n, k, channels_last, device="cpu"):
 
 def step(options):
     """Whole training steps, forward, backward and update, in turns with PyTorch."""
-    names, steps = ["weak.py"], [our_step(options.network, options.batch, options.words)]
+    print(kernels.use(options.device))
+    names = ["weak.py"]
+    steps = [our_step(options.network, options.batch, options.words)]
     try:
         import torch
         torch.set_num_threads(kernels.threads.count)
@@ -249,13 +293,12 @@ def step(options):
 def targets(options):
     """Whole steps on the words of a batch alone, K = 1,000 and K = 100,000 in turns."""
     kernels.use("auto")
-    sizes, n = (1000, 100_000), options.batch
+    n = options.batch
     for name in ("small", "alexnet"):
-        times = timed(*(our_step(name, n, k, some=True) for k in sizes), rounds=options.rounds,
-                      sync=synchronise)
-        print(f"{name}, batch {n}, --targets batch: " + ", ".join(
-            f"K = {k:,} {seconds * 1e3:.0f} ms" for k, seconds in zip(sizes, times))
-            + f", ratio {times[1] / times[0]:.3f}", flush=True)
+        steps = [our_step(name, n, k, sparse=True) for k in (1000, 100_000)]
+        few, many = timed(*steps, rounds=options.rounds, sync=synchronise)
+        print(f"{name}, batch {n}, --targets batch: K = 1,000 {few * 1e3:.0f} ms, K = 100,000 "
+              f"{many * 1e3:.0f} ms, ratio {many / few:.3f}", flush=True)
 
 
 def bounds(options):
@@ -263,7 +306,8 @@ def bounds(options):
 
     Scores of K words, drawn from a Gaussian of deviation 2; C uniform, 2,000 draws of each size.
     """
-    k, rng = options.words, np.random.default_rng(0)
+    k = options.words
+    rng = np.random.default_rng(0)
     scores = rng.standard_normal(k) * 2
     scores -= scores.min()                      # so that all s_k = exp(score) are at least 1
     s = np.exp(scores)
@@ -285,7 +329,7 @@ def ranks(options):
         raise RuntimeError("start it with mpiexec -n 2 or more")
     kernels.use("auto", number=joined.local_rank)
     for name, recipe in model.NETWORKS.items():
-        net = recipe.build(1000, 0).init(0)
+        net = recipe.build(1000)
         arrays = [getattr(layer, attribute) for _, layer, attribute in net.parameters()]
 
         def allreduce():
@@ -299,16 +343,18 @@ def ranks(options):
               f"{size / seconds / 1e9:.2f} GB/s", flush=True)
 
 
-def some(*shape):
-    """A random array on the device."""
-    return kernels.to_device(np.random.default_rng(0).standard_normal(shape, np.float32))
+class Case(NamedTuple):
+    """A call of a CUDA kernel, and what to compare it with."""
+    name: str
+    unit: str                           # TFLOP/s or GB/s
+    work: float                         # operations or bytes
+    ours: Callable
+    rival: Callable | None = None       # of torch: PyTorch's call
+    naive: Callable | None = None       # the same by naive.cu
 
 
 def gpu_cases(n):
-    """(name, what counts, operations or bytes, our call, PyTorch's call) of each CUDA kernel.
-
-    PyTorch's call is made by a function of torch.
-    """
+    """A Case for each CUDA kernel."""
     yield from convolution_cases(n)
     yield from pooling_cases(n)
     yield from pointwise_cases(n)
@@ -317,49 +363,59 @@ def gpu_cases(n):
 def convolution_cases(n):
     """The convolutions of AlexNet."""
     for name, size, c, f, k, stride, pad in ALEXNET:
-        x, w, b = some(n, size, size, c + c % 2), some(k, k, c, f), some(f)
+        x = random_array(n, size, size, c)
+        w = random_array(k, k, c, f)
+        b = random_array(f)
         y = kernels.conv_forward(x, w, b, stride, pad)
         work = 2 * y.size * k * k * c
         rival = partial(torch_convolution, n, size, c, f, k, stride, pad)
-        yield (name + " forward", "TFLOP/s", work,
-               partial(kernels.conv_forward, x, w, b, stride, pad, True), partial(rival, "forward"))
-        if stride == 1:
-            yield (name + " dx", "TFLOP/s", work,
-                   partial(kernels.conv_backward_input, y, w, x.shape, stride, pad),
-                   partial(rival, "dx"))
-        yield (name + " dw, db", "TFLOP/s", work,
-               partial(kernels.conv_backward_filter, x, y, w.shape, stride, pad),
-               partial(rival, "dw"))
+        yield Case(name + " forward", "TFLOP/s", work,
+                   partial(kernels.conv_forward, x, w, b, stride, pad, True),
+                   partial(rival, "forward"), partial(launches.naive_forward, x, w, b, stride, pad))
+        if name != "conv1":                     # whose x is the photo
+            backward = y, w, x.shape, stride, pad
+            yield Case(name + " dx", "TFLOP/s", work,
+                       partial(kernels.conv_backward_input, *backward),
+                       partial(rival, "dx"), partial(launches.naive_backward_input, *backward))
+        backward = x, y, w.shape, stride, pad
+        yield Case(name + " dw, db", "TFLOP/s", work,
+                   partial(kernels.conv_backward_filter, *backward),
+                   partial(rival, "dw"), partial(launches.naive_backward_filter, *backward))
 
 
 def pooling_cases(n):
     """The pooling of AlexNet."""
     for name, size, c in (("pool1", 55, 64), ("pool2", 27, 192), ("pool5", 13, 256)):
-        x = some(n, size, size, c)
-        y, place = kernels.max_pool_forward(x, 3, 2)
+        x = random_array(n, size, size, c)
+        y, argmax = kernels.max_pool_forward(x, 3, 2)
         bytes_each = 4 * x.size + 5 * y.size
         rival = partial(torch_pool, n, size, c)
-        yield (name + " forward", "GB/s", bytes_each, partial(kernels.max_pool_forward, x, 3, 2),
-               partial(rival, False))
-        yield (name + " dx", "GB/s", bytes_each,
-               partial(kernels.max_pool_backward, y, place, x.shape, 3, 2), partial(rival, True))
+        yield Case(name + " forward", "GB/s", bytes_each,
+                   partial(kernels.max_pool_forward, x, 3, 2), partial(rival, False))
+        yield Case(name + " dx", "GB/s", bytes_each,
+                   partial(kernels.max_pool_backward, y, argmax, x.shape, 3, 2),
+                   partial(rival, True))
 
 
 def pointwise_cases(n):
     """What is bound by memory."""
-    x, e, s = some(n, 56, 56, 64), some(n, 4096), some(n, 100_000)
-    yield "LRN forward", "GB/s", 8 * x.size, partial(kernels.lrn_forward, x), None
-    yield "LRN dx", "GB/s", 12 * x.size, partial(kernels.lrn_backward, x, x), None
-    yield "ReLU dx", "GB/s", 12 * x.size, partial(kernels.sum_gradients, [x], 1 * x), None
-    yield "dropout", "GB/s", 8 * e.size, partial(kernels.dropout, e, 0.5, 0, 1, 2), None
-    targets, weights = np.zeros((n, 1), np.int32), np.full((n, 1), 1 / n, np.float32)
-    yield ("loss, K = 100,000", "GB/s", 12 * s.size,
-           partial(kernels.softmax_loss, s, targets, weights), None)
-    w, v, dw = (some(9216, 4096) for _ in range(3))
-    yield "update of fc6", "GB/s", 20 * w.size, partial(kernels.sgd, w, v, dw, .1, .9, 5e-4), None
+    x = random_array(n, 56, 56, 64)
+    yield Case("LRN forward", "GB/s", 8 * x.size, partial(kernels.lrn_forward, x))
+    yield Case("LRN dx", "GB/s", 12 * x.size, partial(kernels.lrn_backward, x, x))
+    yield Case("ReLU dx", "GB/s", 12 * x.size, partial(kernels.relu_backward, x, x))
+    e = random_array(n, 4096)
+    yield Case("dropout", "GB/s", 8 * e.size, partial(kernels.dropout, e, 0.5, 0, 1, 2))
+    s = random_array(n, 100_000)
+    targets = np.zeros((n, 1), np.int32)
+    weights = np.full((n, 1), 1 / n, np.float32)
+    yield Case("loss, K = 100,000", "GB/s", 12 * s.size,
+               partial(kernels.softmax_loss, s, targets, weights))
+    w, v, dw = (random_array(9216, 4096) for _ in range(3))
+    yield Case("update of fc6", "GB/s", 20 * w.size,
+               partial(kernels.sgd, w, v, dw, 0.1, 0.9, 5e-4))
     photos = np.random.default_rng(0).integers(0, 256, (n, 256, 256, 3), np.uint8)
-    yield ("photos, copied and prepared", "GB/s", photos.size + 16 * n * 224 * 224,
-           partial(kernels.prepare, photos, *data.centre(n, 32), 224), None)
+    yield Case("photos, copied and prepared", "GB/s", photos.size + 12 * n * 224 * 224,
+               partial(kernels.prepare, photos, *data.centre(n, 32), 224))
 
 
 def torch_convolution(n, size, c, f, k, stride, pad, direction, torch):
@@ -371,9 +427,9 @@ def torch_convolution(n, size, c, f, k, stride, pad, direction, torch):
     forward = partial(torch.nn.functional.conv2d, x, w, b, stride, pad)
     if direction == "forward":
         return lambda: torch.relu_(forward())
+    wanted = [direction == "dx", direction == "dw", direction == "dw"]
     return partial(torch.ops.aten.convolution_backward, torch.randn_like(forward()), x, w, [f],
-                   [stride] * 2, [pad] * 2, [1, 1], False, [0, 0], 1,
-                   [direction == "dx", direction == "dw", direction == "dw"])
+                   [stride] * 2, [pad] * 2, [1, 1], False, [0, 0], 1, wanted)
 
 
 def torch_pool(n, size, c, backward, torch):
@@ -386,59 +442,96 @@ def torch_pool(n, size, c, backward, torch):
                    [1, 1], False, where)
 
 
+def installed_torch():
+    """PyTorch, or None, which is said."""
+    try:
+        import torch
+    except ImportError:
+        print("PyTorch is not installed: no comparison")
+        return None
+    torch.backends.cudnn.benchmark = True
+    return torch
+
+
 def gpu(options):
     """Each CUDA kernel and whole steps in each precision, in turns with PyTorch if installed."""
     kernels.use("gpu")
-    import cupy
-    try:
-        import torch
-        torch.backends.cudnn.benchmark = True
-    except ImportError:
-        torch = None
-        print("PyTorch is not installed: no comparison")
-    run = partial(timed, rounds=options.rounds, sync=cupy.cuda.Device().synchronize)
-    # random numbers, since a GPU draws less power, and runs faster, on ones
-    big, half = some(8192, 8192), some(16384, 16384)
-    other = cupy.empty_like(half)
-    (seconds,) = run(lambda: cupy.copyto(other, half), burst=10)
-    bandwidth = 2 * half.nbytes / seconds / 1e9
-    n = options.batch
+    torch = installed_torch()
+    measure = partial(timed, rounds=options.rounds, sync=synchronise)
     for precision in kernels.PRECISIONS:
-        print(f"\n{kernels.use('gpu', precision)}, batch {n}, {time.strftime('%d %B %Y')}")
+        try:
+            line = kernels.use("gpu", precision)
+        except RuntimeError as error:           # no tensor cores for that
+            print(f"\n{error}")
+            continue
+        print(f"\n{line}, batch {options.batch}, {time.strftime('%d %B %Y')}")
         if torch:
-            tf32 = precision == "tf32"
-            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
-        (seconds,) = run(lambda: kernels.matmul(big, big), burst=5)
-        limits = {"TFLOP/s": 2 * 8192**3 / seconds / 1e12, "GB/s": bandwidth}
-        print(f"limits: {limits['TFLOP/s']:.0f} TFLOP/s, a product of 8192×8192 by cuBLAS; "
-              f"{bandwidth:,.0f} GB/s, a copy of 1 GB")
-        print(f"{'':30}{'ms':>9}{'rate':>18}{'of limit':>10}{'of PyTorch':>12}")
-        for name, unit, work, ours, rival in gpu_cases(n):
-            rivals = [rival(torch=torch)] if torch and rival else []
-            times = run(ours, *rivals, burst=10)
-            rate = work / times[0] / (1e12 if unit == "TFLOP/s" else 1e9)
-            print(f"{name:30}{times[0] * 1e3:9.3f}{rate:10.1f} {unit:7}{rate / limits[unit]:10.0%}"
-                  + "".join(f"{seconds / times[0]:12.2f}" for seconds in times[1:]), flush=True)
-        for name in "alexnet", "googlenet":
-            steps = [our_step(name, n, options.words)]
-            if torch:
-                steps.append(torch_step(torch, name, n, options.words, True, "cuda"))
-            times = run(*steps, burst=5)
-            print(f"{name} step: {n / times[0]:,.0f} images/s" + "".join(
-                f", PyTorch {torch.__version__} {n / seconds:,.0f}, ratio {seconds / times[0]:.2f}"
-                for seconds in times[1:]), flush=True)
+            torch.backends.cudnn.allow_tf32 = precision == "tf32"
+            torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+        measure_kernels(options.batch, measure, torch)
+        measure_steps(options.batch, options.words, measure, torch)
+
+
+def gpu_limits(measure):
+    """What a plain product and a plain copy reach, by unit.
+
+    Of random numbers, since a GPU draws less power, and runs faster, on ones.
+    """
+    a = random_array(8192, 8192)
+    (seconds,) = measure(lambda: kernels.matmul(a, a), burst=5)
+    product = 2 * 8192**3 / seconds / 1e12
+    whole = random_array(16384, 16384)
+    (seconds,) = measure(lambda: whole.copy(), burst=10)
+    copy = 2 * whole.nbytes / seconds / 1e9
+    print(f"limits: {product:.0f} TFLOP/s, a product of 8192×8192 by cuBLAS; {copy:,.0f} GB/s, a "
+          "copy of 1 GB")
+    return {"TFLOP/s": product, "GB/s": copy}
+
+
+def measure_kernels(n, measure, torch):
+    """A line for each kernel; the last two columns are times as fast as another."""
+    limits = gpu_limits(measure)
+    print(f"{'':30}{'ms':>9}{'rate':>18}{'of limit':>10}{'PyTorch':>10}{'naive.cu':>10}")
+    for case in gpu_cases(n):
+        rival = case.rival(torch=torch) if torch and case.rival else None
+        calls = [call for call in (case.ours, rival, case.naive) if call]
+        times = dict(zip(calls, measure(*calls, burst=3)))
+        seconds = times[case.ours]
+        rate = case.work / seconds / (1e12 if case.unit == "TFLOP/s" else 1e9)
+        line = (f"{case.name:30}{seconds * 1e3:9.3f}{rate:10.1f} {case.unit:7}"
+                f"{rate / limits[case.unit]:10.0%}")
+        for other in (rival, case.naive):
+            line += f"{times[other] / seconds:10.2f}" if other else " " * 10
+        print(line.rstrip(), flush=True)
+
+
+def measure_steps(n, k, measure, torch):
+    """A line for a whole step of each large network."""
+    for name in ("alexnet", "googlenet"):
+        steps = [our_step(name, n, k)]
+        if torch:
+            steps.append(torch_step(torch, name, n, k, True, "cuda"))
+        ours, *others = measure(*steps, burst=5)
+        line = f"{name} step: {n / ours:,.0f} images/s"
+        for seconds in others:
+            line += (f", PyTorch {torch.__version__} {n / seconds:,.0f}, ratio "
+                     f"{seconds / ours:.2f}")
+        print(line, flush=True)
 
 
 def variants(tf32):
     """(file, defines) of every kernel variant that is launched on a GPU with TF32, or without."""
-    yield from (("pool.cu", (("VEC", vec),)) for vec in (4, 1))
-    yield from ((file, ()) for file in ("lrn.cu", "pointwise.cu", "loss.cu", "sgd.cu"))
-    for inner in (0, 1, 3) if tf32 else (0,):
+    for file in ("lrn.cu", "loss.cu", "naive.cu", "pointwise.cu", "prepare.cu", "random.cu",
+                 "sgd.cu"):
+        yield file, ()
+    for vec in (4, 1):
+        yield "pool.cu", (("VEC", vec),)
+    for precision in kernels.PRECISIONS if tf32 else ("fp32",):
         for filter_gradient, vec, bn in itertools.product(
-                (False, True), (4, 1), launches.COLUMNS[inner > 0]):
+                (False, True), (4, 1), launches.COLUMNS[precision]):
             for dilate in (1,) if filter_gradient else (1, 2):
                 yield "conv.cu", launches.conv_defines(
-                    bn, launches.STAGES, vec, filter_gradient, inner, dilate)
+                    bn, launches.STAGES, vec, filter_gradient, launches.INNER[precision], dilate)
 
 
 def compile_for(architecture, file, defines):
@@ -463,10 +556,20 @@ def compile_for(architecture, file, defines):
 
 def disassembler():
     """The path of nvdisasm: $NVDISASM, on PATH, or in the wheel of `triton`; None if not found."""
+    path = os.environ.get("NVDISASM") or shutil.which("nvdisasm")
     triton = importlib.util.find_spec("triton")
-    path = os.environ.get("NVDISASM") or shutil.which("nvdisasm") or triton and os.path.join(
-        triton.submodule_search_locations[0], "backends", "nvidia", "bin", "nvdisasm")
+    if path is None and triton:
+        path = os.path.join(triton.submodule_search_locations[0], "backends/nvidia/bin/nvdisasm")
     return path if path and os.path.exists(path) else None
+
+
+def disassemble(cubin):
+    """The lines of a compiled kernel's machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([disassembler(), "-c", file.name], capture_output=True, text=True)
+    return done.stdout.splitlines()
 
 
 def instructions_per_mma(cubin):
@@ -477,18 +580,20 @@ def instructions_per_mma(cubin):
     """
     if not disassembler():
         return None
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        lines = subprocess.run([disassembler(), "-c", file.name], capture_output=True,
-                               text=True).stdout.splitlines()
+    lines = disassemble(cubin)
     labels = {line.strip(): at for at, line in enumerate(lines) if line.startswith(".L_")}
-    ends = ((at, re.search(r"BRA.*`\((\.L_\w+)\)", line)) for at, line in enumerate(lines))
-    loops = [[line for line in lines[labels[back[1] + ":"]:at + 1] if re.match(r"\s+/\*", line)]
-             for at, back in ends if back and labels[back[1] + ":"] < at]
-    counts = [(-sum("HMMA" in line for line in loop), len(loop)) for loop in loops]
-    products, whole = min(counts, default=(0, 0))
-    return whole / -products if products else None
+    most = 0                                    # products in a loop
+    length = 0                                  # instructions of the shortest such loop
+    for at, line in enumerate(lines):
+        branch = re.search(r"BRA.*`\((\.L_\w+)\)", line)
+        if not branch or labels[branch[1] + ":"] >= at:
+            continue
+        loop = [line for line in lines[labels[branch[1] + ":"]:at + 1] if re.match(r"\s+/\*", line)]
+        products = sum("HMMA" in line for line in loop)
+        if products > most or products == most and len(loop) < length:
+            most = products
+            length = len(loop)
+    return length / most if most else None
 
 
 def resources(options):
@@ -505,15 +610,16 @@ def resources(options):
                                        notes, re.DOTALL):
             spilled = sum(map(int, re.findall(r"(\d+) bytes spill", note)))
             count = re.search(r"Used (\d+) registers", note)[1]
-            print(f"{kernel + ' ' + label:62}{count:>10}{spilled:>9}"
-                  + (f"{each:7.1f}" if each else ""), flush=True)
+            line = f"{kernel + ' ' + label:62}{count:>10}{spilled:>9}"
+            print(line + (f"{each:7.1f}" if each else ""), flush=True)
 
 
 class Photos:
     """The same decoding and transformations as a PyTorch data set; without torch at the top."""
 
     def __init__(self, paths, recipe):
-        self.paths, self.recipe = paths, recipe
+        self.paths = paths
+        self.recipe = recipe
 
     def __len__(self):
         return len(self.paths)
@@ -529,44 +635,60 @@ class Photos:
         return (x - x.mean()) / max(x.std(), 1)
 
 
+def read_all(names, options, recipe, step):
+    """What weak.py does with photos: decode, copy and prepare them in batches, and then a step."""
+    n = options.batch
+    plans = (data.FixedOrder(list(range(i, min(i + n, len(names)))))
+             for i in range(0, len(names), n))
+    with data.Loader(options.images, names.__getitem__, len(names), recipe.size,
+                     options.workers) as loader:
+        for _, photos, pixels, _ in loader.batches(plans):
+            crops = data.centre(len(photos), recipe.size - recipe.crop)
+            kernels.prepare(pixels, *crops, recipe.crop)
+            step()
+
+
+def torch_reader(torch, names, options, recipe, step):
+    """A function that does the same with PyTorch's DataLoader."""
+    from torch.utils.data import DataLoader
+    torch.set_num_threads(kernels.threads.count)
+    paths = [os.path.join(options.images, name) for name in names]
+
+    def read():
+        for _ in DataLoader(Photos(paths, recipe), batch_size=options.batch,
+                            num_workers=options.workers):
+            step()
+    return read
+
+
 def loader(options):
     """Photos/s from files to normalised batches, nothing cached, in turns with PyTorch's loader."""
     recipe = model.NETWORKS[options.network]
     names = sorted(os.listdir(options.images))[:options.photos]
-    paths = [os.path.join(options.images, name) for name in names]
-    n = options.batch
-    step = our_step(options.beside, n, options.words) if options.beside else lambda: None
-
-    def ours():
-        plans = (data.Listed(range(i, min(i + n, len(names)))) for i in range(0, len(names), n))
-        with data.Loader(options.images, names.__getitem__, len(names), recipe.size,
-                         options.workers) as mine:
-            for _, photos in mine.batches(plans):
-                where = data.centre(len(photos), recipe.size - recipe.crop)
-                kernels.prepare(photos, *where, recipe.crop)
-                step()
-
-    rivals, labels = [ours], ["weak.py"]
+    step = lambda: None
+    if options.beside:
+        step = our_step(options.beside, options.batch, options.words)
+    readers = {"weak.py": partial(read_all, names, options, recipe, step)}
     try:
         import torch
-        from torch.utils.data import DataLoader
-        torch.set_num_threads(kernels.threads.count)
-        labels.append(f"PyTorch {torch.__version__} DataLoader")
-        rivals.append(lambda: [step() for _ in DataLoader(
-            Photos(paths, recipe), batch_size=n, num_workers=options.workers)])
+        readers[f"PyTorch {torch.__version__} DataLoader"] = torch_reader(
+            torch, names, options, recipe, step)
     except ImportError:
         print("PyTorch is not installed: no comparison")
     if options.beside:
-        labels.append(f"training {options.beside} alone")
-        rivals.append(lambda: [step() for _ in range(0, len(names), n)])
-    times = timed(*rivals, rounds=options.rounds, each=1)
+        def train_alone():
+            for _ in range(0, len(names), options.batch):
+                step()
+        readers[f"training {options.beside} alone"] = train_alone
+    times = timed(*readers.values(), rounds=options.rounds, each=1)
     print(f"{len(names):,} photos for {options.network}, {options.workers} workers, starting them "
           f"included, median of {options.rounds}")
-    for label, seconds in zip(labels, times):
+    for label, seconds in zip(readers, times):
         print(f"{label:34}{len(names) / seconds:8.0f} photos/s")
     if options.beside:
-        print("beside training a photo takes more than alone, microseconds:", ", ".join(
-            f"{(seconds - times[-1]) / len(names) * 1e6:.0f}" for seconds in times[:-1]))
+        *beside, alone = times
+        extra = [f"{(seconds - alone) / len(names) * 1e6:.0f}" for seconds in beside]
+        print("beside training a photo takes more than alone, microseconds:", ", ".join(extra))
 
 
 def write_yfcc(path, count, columns=25, vocabulary=200_000, pack=open):
@@ -600,7 +722,8 @@ class Memory(threading.Thread):
 
     def __init__(self):
         super().__init__(daemon=True)
-        self.most, self.over = 0, False
+        self.most = 0
+        self.over = False
 
     def run(self):
         while not self.over:
@@ -653,6 +776,7 @@ def main():
     top = Parser(description=__doc__.splitlines()[0])
     top.add_argument("what", choices=tuple(COMMANDS), help="what to measure")
     top.add_argument("--network", choices=tuple(model.NETWORKS), default="alexnet", help="of steps")
+    top.add_argument("--device", choices=("cpu", "reference"), default="cpu", help="of `step`")
     top.add_argument("--batch", type=int, help="images a step; if not given 32, on a GPU 128")
     top.add_argument("--words", type=int, help="K; if not given 1000, for bounds 100000")
     top.add_argument("--rounds", type=int, default=5, help="turns of each")
