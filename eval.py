@@ -1500,7 +1500,7 @@ class SubFolders:
         if len(classes) < 2 or counts.min() < least:
             there = [f"{name} {count}" for name, count in zip(classes, counts)]
             raise ValueError(f"--images: two or more sub-folders of {least} or more photos are "
-                             f"needed, to train, choose and test; there are "
+                             "needed, to train, choose and test; there are "
                              f"{', '.join(there) or 'none'}")
 
     def chance(self, task):
