@@ -5,7 +5,7 @@ In this order:
     text            a caption's words; which of all words are the classes
     index           photo → words and word → photos, in arrays on the disk
     formats         captions files of several formats, read as (photo's name, caption) pairs
-    building        captions → index: count, sort, prune, index
+    building        captions → index: count, prune, sort, index
     sampling        which photos and words a training step takes: BatchSampler
     photos          names → files → pixels; Loader decodes batches in threads, ahead of time
     checkpoints     weights and what else a run needs to go on
@@ -583,11 +583,11 @@ FORMATS = {                     # the first that recognises a file's first line 
 
 
 # === building =====================================================================================
-# count: one pass over the captions; their words are counted and, as hashes, written to flat files
+# count: one pass over the captions counts their words, and writes them to flat files as hashes
+# prune: the most frequent words and the rare ones are left out; the others are the dictionary
 # sort:  each set of these files is sorted by the hash of the photo's name: captions of a photo come
 #        to stand beside each other, and the held-out photos, those of the smallest hashes, first
-# prune: the most frequent words and the rare ones are left out; the others are the dictionary
-# index: photo → words is appended, set after set, and turned round into word → photos
+# index: photo → words is written set after set, and then turned round into word → photos
 
 INDEX_VERSION = 6
 BATCH_CHARACTERS = 8 << 20      # captions hashed at a time
