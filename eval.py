@@ -467,6 +467,7 @@ PALE = (225, 225, 225)
 COLOURS = ((31, 98, 180), (214, 92, 20), (46, 140, 70), (140, 60, 150))
 FONTS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/share/fonts",
          "/System/Library/Fonts", "/Library/Fonts", "~/Library/Fonts")
+MARGIN = np.array([-2, -1, 2, 1])               # left, top, right, bottom of a map's word, pixels
 CURVES = {                                      # key of a log's row: title
     "loss": "training loss", "validation_loss": "held-out loss",
     "precision@10": "held-out precision@10", "auc": "held-out AUC, mean of words"}
@@ -505,7 +506,7 @@ class Fonts:
         return open_font(self.first[0], size)
 
     def try_sooner(self, path):
-        """A font of the system that one word needed, the next one may need, too."""
+        """From now on try a font of the system before the others: the next word may need it, too."""
         if path in self.system:
             self.system.remove(path)
             self.system.insert(0, path)
@@ -600,9 +601,9 @@ class Plot:
         self.draw.line(corners, INK)
         self.write((self.LEFT, 17), title, "la")
 
-    def write(self, place, text, anchor):
-        """Text at a place; the anchor says which of its points is there, as in Pillow."""
-        self.draw.text(place, text, INK, self.font, anchor=anchor)
+    def write(self, point, text, anchor):
+        """A text; the anchor says, as in Pillow, which of its corners is at the point."""
+        self.draw.text(point, text, INK, self.font, anchor=anchor)
 
     def set_axes(self, xs, ticks, scale):
         """What is at the frame's edges; x is shown at scale(x)."""
@@ -626,7 +627,7 @@ class Plot:
             self.write((self.LEFT - 6, height), f"{tick:.6g}", "rm")
 
     def draw_chance(self, chance):
-        """A broken line."""
+        """A broken line, and its name."""
         height = self.down(chance)
         for left in range(self.LEFT, self.RIGHT, 8):
             self.draw.line([(left, height), (left + 4, height)], INK)
@@ -659,10 +660,12 @@ def plot_picture(rows, across, key, title, chance=None, scale=np.asarray, colour
     xs = np.array([row[across] for row in rows], float)
     ys = np.array([row[key] for row in rows], float)
     spreads = np.array([row.get(key + SPREAD, 0) for row in rows], float)
-    shown = [*(ys - spreads), *(ys + spreads)]
+    low = min(ys - spreads)
+    high = max(ys + spreads)
     if chance is not None:
-        shown.append(chance)
-    ticks = round_ticks(min(shown), max(shown))
+        low = min(low, chance)
+        high = max(high, chance)
+    ticks = round_ticks(low, high)
     plot = Plot(title)
     plot.set_axes(xs, ticks, scale)
     plot.draw_heights(ticks)
@@ -710,7 +713,7 @@ def mosaic_picture(paths, y, size):
 def words_picture(names, y, weights, size, fonts):
     """Words at points (N, 2) in [0, 1]², without overlaps (Fig. 6): an image, and SVG <text>s.
 
-    The heaviest words come first and are largest; a word that finds no place is left out.
+    The heaviest words come first and are largest; a word that finds no room is left out.
     """
     image = Image.new("RGB", (size, size), "white")
     draw = ImageDraw.Draw(image)
@@ -723,17 +726,14 @@ def words_picture(names, y, weights, size, fonts):
         height = max(9, largest * (1 - 0.6 * rank / len(names)))
         font = fonts.find(names[i], height)
         box = np.array(font.getbbox(names[i], "1", anchor="mm"))    # hinted: whole pixels
-        place = find_place(centres[i] + spiral, box, boxes, size)
-        if place is None:
+        point = find_room(centres[i] + spiral, box, boxes, size)
+        if point is None:
             continue
-        boxes = np.vstack([boxes, np.tile(place, 2) + box + MARGIN])
+        boxes = np.vstack([boxes, np.tile(point, 2) + box + MARGIN])
         colour = COLOURS[len(texts) % len(COLOURS)]
-        draw.text(tuple(place), names[i], colour, font, "mm")
-        texts.append(svg_text(names[i], place, height, box[2] - box[0], colour))
+        draw.text(tuple(point), names[i], colour, font, "mm")
+        texts.append(svg_text(names[i], point, height, box[2] - box[0], colour))
     return image, texts
-
-
-MARGIN = np.array([-2, -1, 2, 1])                                   # around a word, pixels
 
 
 def spiral_from_centre(size, steps=300):
@@ -743,23 +743,23 @@ def spiral_from_centre(size, steps=300):
     return np.stack([radius * np.cos(2.4 * step), radius * np.sin(2.4 * step)], axis=1)
 
 
-def find_place(places, box, boxes, size):
-    """The first of the places (T, 2) where a word's box (4,) is inside and free, or None.
+def find_room(points, box, boxes, size):
+    """The first of the points (T, 2) around which a word's box (4,) is inside and free, or None.
 
     boxes (B, 4): those of the words that are there; all are left, top, right, bottom.
     """
-    tried = np.tile(places, 2) + box + MARGIN                       # (T, 4)
+    tried = np.tile(points, 2) + box + MARGIN                       # (T, 4)
     inside = (tried[:, :2] >= 0).all(axis=1) & (tried[:, 2:] <= size).all(axis=1)
     beyond = tried[:, None, :2] >= boxes[:, 2:]                     # (T, B, 2)
     before = tried[:, None, 2:] <= boxes[:, :2]
-    free = (beyond | before).any(axis=2).all(axis=1)
+    free = (beyond | before).any(axis=2).all(axis=1)                # (T,)
     good = np.flatnonzero(inside & free)
-    return places[good[0]] if len(good) else None
+    return points[good[0]] if len(good) else None
 
 
-def svg_text(word, place, height, width, colour):
-    """An SVG element of a word around a place, of so many pixels."""
-    x, y = place
+def svg_text(word, centre, height, width, colour):
+    """An SVG element of a word, height and width in pixels."""
+    x, y = centre
     return (f'<text x="{x:.0f}" y="{y:.0f}" font-size="{height:.1f}" textLength="{width:.0f}" '
             f'fill="rgb{colour}">{escape(word)}</text>')
 
@@ -767,7 +767,11 @@ def svg_text(word, place, height, width, colour):
 # ----------------------------------------------------------------------------- trained runs
 
 class Trained:
-    """A run's model, by default its best: `net`, `words`, `options`, `counts` (N_k), `log`."""
+    """A run's model: its best weights, or those of a given checkpoint.
+
+    net, and recipe, of model.NETWORKS; loss; words, and classes, {word: class}; counts (K,), the
+    training photos of each word, and training, all of them; options and log of the run.
+    """
 
     def __init__(self, run):
         """run: a run's folder, or a checkpoint; it says on stderr which weights these are."""
@@ -863,7 +867,7 @@ def describe_checkpoint(path, facts):
     log = whole_log(path, facts)
     line = f"{path}: step {facts['step']:,}, epoch {facts['epoch']} of {len(log)}"
     for row in log:
-        if row["step"] == facts["step"] and row["validation_loss"]:
+        if row["step"] == facts["step"] and row["validation_loss"] is not None:
             line += f", held-out loss {row['validation_loss']:.4f}"
     return line
 
@@ -917,8 +921,8 @@ class PhotoReader:
             print(f"{len(reasons):,} of {count:,} photos cannot be read: "
                   f"{'; '.join(reasons[:10])}{more}", file=sys.stderr, flush=True)
         if not self.names:
-            place = f" from {self.folder!r}" if self.folder else ""
-            raise ValueError(f"none of the {count:,} photos can be read{place}")
+            source = f" from {self.folder!r}" if self.folder else ""
+            raise ValueError(f"none of the {count:,} photos can be read{source}")
 
 
 def read_pairs(path, run, scored=False):
@@ -930,11 +934,11 @@ def read_pairs(path, run, scored=False):
     kind = "word<TAB>word<TAB>score" if scored else "word<TAB>word"
     lines = read_lines(path, kind)
     pairs = []
-    for place, line in lines.items():
+    for i, line in lines.items():
         first, second, score = split_pair(line)
         if scored and score is None:
-            if place > 1:
-                raise ValueError(f"--pairs: line {place} of {path} is not {kind}: {line[:60]!r}")
+            if i > 1:
+                raise ValueError(f"--pairs: line {i} of {path} is not {kind}: {line[:60]!r}")
             continue
         classes = [run.classes.get(" ".join(data.words_of(word))) for word in (first, second)]
         if None not in classes:
@@ -950,18 +954,20 @@ def read_lines(path, kind):
     except OSError as error:
         raise ValueError(f"--pairs: {path}: {error.strerror}; it takes a file of {kind} lines"
                          ) from None
-    return {place: line for place, line in enumerate(lines, 1) if line}
+    return {i: line for i, line in enumerate(lines, 1) if line}
 
 
 def split_pair(line):
     """Two words and a score of a line, by tabs or spaces; "" and None where it has less."""
     columns = line.split("\t") if "\t" in line else line.split()
-    columns += ["", "", ""]
+    first, second, text, *_ = columns + ["", "", ""]
     try:
-        score = float(columns[2])
+        score = float(text)
     except ValueError:
-        score = np.nan
-    return columns[0], columns[1], score if np.isfinite(score) else None
+        return first, second, None
+    if not np.isfinite(score):
+        return first, second, None
+    return first, second, score
 
 
 # ------------------------------------------------------------------ what the commands share
@@ -974,6 +980,7 @@ class Output:
         self.html = []
 
     def line(self, text):
+        """A line of text."""
         print(text)
         self.html.append(f'<p class="note">{escape(text)}</p>')
 
@@ -986,8 +993,8 @@ class Output:
         for name, row, best in zip(names, scores, top_words(scores, top)):
             result[name] = {others[i]: float(row[i]) for i in best if row[i] >= least}
             items = [f"{other} {value:.3g}" for other, value in result[name].items()]
-            text = ", ".join(items)
-            print(f"{name}: {text or f'no word above {least:g}'}", flush=True)
+            text = ", ".join(items) if items else f"no word above {least:g}"
+            print(f"{name}: {text}", flush=True)
             self.html.append(f"<p><b>{escape(name)}</b>: {escape(text)}</p>")
         return result
 
@@ -1010,8 +1017,10 @@ class Output:
         if self.out:
             save_image(image, self.out)
             print(f"{self.out}: {what}")
-        else:
-            self.html.append(f'<div class="wide">{html or image_html(image, what, kind)}</div>')
+            return
+        if html is None:
+            html = image_html(image, what, kind)
+        self.html.append(f'<div class="wide">{html}</div>')
 
     def photos(self, photos):
         """Photos beside each other on the page: (path, what it shows, HTML to stand under it)."""
@@ -1132,11 +1141,15 @@ def predict_words(options, show, *runs):
     photos = {index.name(i): i for i in range(count)}
     results = {}
     for run in runs:
-        results[run.name] = score_run(run, index, words, folder, photos, options.workers)
+        features, reader = run.features(folder, list(photos), options.workers)
+        targets = [index.words(photos[name]) for name in reader.names]
+        results[run.name] = {"training_photos": run.training,
+                             **score_run(run, words, features, targets),
+                             "skipped": len(reader.skipped)}
         for images in options.transfer or ():
             results[run.name].update(score_transfer(run, images, options, show))
     if not options.all:
-        warn_about_duplicates(index, folder, show)
+        warn_about_duplicates(index, folder, reader.names, show)
     if options.deciles:
         show_deciles(results, show)
     if len(runs) > 1 or show.out:
@@ -1154,17 +1167,14 @@ def common_words(runs):
     return words
 
 
-def score_run(run, index, words, folder, photos, workers):
-    """word_metrics of a run over the words of the index, for photos {name: number in the index}."""
-    features, reader = run.features(folder, list(photos), workers)
+def score_run(run, words, features, targets):
+    """word_metrics of a run over some of its words, of which the targets are classes."""
     classes = run.find_words(words)
     counts = run.counts[classes]
     output = model.Output(features.shape[1], len(words))
     output.w = run.net.output.w[classes]
     output.b = run.net.output.b[classes]
-    targets = [index.words(photos[name]) for name in reader.names]
-    metrics = word_metrics(features, output, targets, counts, run.make_loss(counts))
-    return {"training_photos": run.training, **metrics, "skipped": len(reader.skipped)}
+    return word_metrics(features, output, targets, counts, run.make_loss(counts))
 
 
 def transfer_key(images):
@@ -1181,19 +1191,22 @@ def score_transfer(run, images, options, show):
     return {key: rows["mean"][1], key + SPREAD: deviations[1]}      # after that of chance
 
 
-def warn_about_duplicates(index, folder, show):
-    """Held-out photos whose very bytes were trained on make scores too good: say how many."""
+def warn_about_duplicates(index, folder, held_out, show):
+    """Say how many of the held-out photos are also trained on, byte for byte: it flatters scores.
+
+    held_out: the names of those that were read.
+    """
     if len(index) > MOST_COMPARED:
-        show.line(f"whether held-out photos are also training photos was not looked for, as there "
-                  f"are more than {MOST_COMPARED:,}")
+        show.line(f"among more than {MOST_COMPARED:,} photos, held-out ones that are also training "
+                  "photos are not looked for")
         return
-    names = [index.name(i) for i in range(len(index))]
-    pairs = data.find_duplicates(folder, names[:index.held_out], names[index.held_out:])
+    training = [index.name(i) for i in range(index.held_out, len(index))]
+    pairs = data.find_duplicates(folder, held_out, training)
     if pairs:
-        examples = ", ".join(f"{held_out} = {training}" for held_out, training in pairs[:3])
+        examples = [f"{name} = {training_name}" for name, training_name in pairs[:3]]
         more = ", …" if len(pairs) > 3 else ""
         show.line(f"{len(pairs):,} held-out photos are byte-identical to training photos: "
-                  f"{examples}{more}")
+                  f"{', '.join(examples)}{more}")
 
 
 def show_deciles(results, show):
@@ -1474,8 +1487,9 @@ class SubFolders:
 
     def count_to_train(self, n):
         """How many of a class's n photos are trained on."""
-        wanted = max(2, round(self.options.train_share * n))
-        return self.options.train_per_class or min(n - 1, wanted)
+        if self.options.train_per_class:
+            return self.options.train_per_class
+        return min(n - 1, max(2, round(self.options.train_share * n)))
 
     def check(self, classes, counts):
         """ValueError where a class has no photos to train, choose λ and test."""
@@ -1507,7 +1521,7 @@ class Voc:
 
     def read_list(self, path):
         """Add the labels of class_trainval.txt or class_test.txt."""
-        name, _, part = os.path.basename(path).removesuffix(".txt").rpartition("_")
+        name, _, subset = os.path.basename(path).removesuffix(".txt").rpartition("_")
         with open(path, encoding="utf-8", errors="replace") as file:
             lines = [line.strip() for line in file if line.strip()]
         for line in lines:
@@ -1518,7 +1532,7 @@ class Voc:
             photo = os.path.join("JPEGImages", photo + ".jpg")
             self.labels.setdefault(photo, {})
             self.labels[photo][name] = int(label)
-            if part == "trainval":
+            if subset == "trainval":
                 self.trained.add(photo)
 
     def tasks(self, names):
@@ -1634,7 +1648,7 @@ def show_ways(ways, by_csls, show):
 
 
 def show_best_pairs(run, sources, targets, scores, right, show):
-    """The words nearest to a translation, and that: {heading: {pair: score}}, ! marks wrong ones."""
+    """{heading: {pair: score}} of words with the translation that was nearest; ! if it is wrong."""
     names = []
     nearest = scores.argmax(axis=1)                                 # (S,)
     for i, j in enumerate(nearest):

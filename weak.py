@@ -64,7 +64,7 @@ CHANGEABLE = {"resume", "out", "images", "epochs", "min_lr", "patience", "worker
 
 
 def main(arguments=None):
-    """Train as the arguments say, a list, or else those of the command; returns the exit status."""
+    """Train as `arguments` say, a list, or else the command line; returns the exit status."""
     ranks = several.join()
     if ranks.rank:                              # the first rank speaks for all
         sys.stdout = open(os.devnull, "w")
@@ -77,10 +77,12 @@ def main(arguments=None):
             draw_set(options.images, options.captions, options.seed)
     index = read_captions(options, ranks)
     run = begin_run(options, index, checkpoint, ranks)
+    warnings.filterwarnings("ignore", "(overflow|invalid value)", RuntimeWarning)   # the loss says
     try:
-        with Interrupt() as interrupt:
-            finished = train(run, interrupt)
-        finish(run, finished)
+        with run.loader:
+            with Interrupt() as interrupt:
+                finished = train(run, interrupt)
+            finish(run, finished)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; {describe_saved(run)}") from None
     return 0 if finished else 130
@@ -190,8 +192,8 @@ def load_run(path):
     if not checkpoint.velocities:
         raise ValueError(f"{path} has weights only, as best.npz; begin a new run by --from")
     if checkpoint.facts.get("order") != ORDER:
-        raise ValueError(f"{path} is of another version of weak.py, which draws photos in another "
-                         "order; begin a new run by --from")
+        raise ValueError(f"{path} is of a version of weak.py that drew photos in another order; "
+                         f"begin a new run with its weights by --from {os.path.dirname(path)}")
     return checkpoint
 
 
@@ -314,10 +316,10 @@ def describe_index(index, options):
     print(f"captions: {facts['captions']:,} as {options.format}, {len(index):,} photos "
           f"({index.held_out:,} held out), {len(index.dictionary):,} words, "
           f"{index.labels / max(1, len(index)):.2f} a photo", flush=True)
-    # the most frequent words that are left out, and behind them the first that are too rare
-    words = [f"{word} ({times:,} times)" for word, times in facts["left_out"]]
-    stop_words = ", ".join(words[:min(facts["stop_words"], 5)])
-    rare_words = ", ".join(words[-3:])
+    examples = [f"{word} ({times:,} times)" for word, times in facts["left_out"]]
+    first_rare = min(facts["stop_words"], 5)    # before it are stop words
+    stop_words = ", ".join(examples[:first_rare])
+    rare_words = ", ".join(examples[first_rare:])
     notes = {
         "bad_lines": "lines are no captions",
         "refused": "names are absolute or leave --images: refused",
@@ -380,6 +382,11 @@ class Run:
         return model.NETWORKS[self.options.network]
 
     @property
+    def rows(self):
+        """The slice of a batch that is this rank's."""
+        return self.ranks.part(self.options.batch)
+
+    @property
     def steps_per_epoch(self):
         """Batches between two validations."""
         size = self.options.epoch_size
@@ -388,7 +395,7 @@ class Run:
         return math.ceil(size / self.options.batch)
 
     def path(self, name):
-        """The path of a file of the run."""
+        """Where the run keeps a file."""
         return os.path.join(self.options.out, name)
 
 
@@ -434,18 +441,6 @@ def make_network(options, index, checkpoint):
     return net
 
 
-def check_arrays(arrays, expected, out):
-    """ValueError unless a checkpoint's arrays are as many and as large as this run's."""
-    def describe(array):
-        return array.shape, array.dtype
-
-    fits = arrays.keys() == expected.keys() and all(
-        describe(arrays[name]) == describe(expected[name]) for name in expected)
-    if not fits:
-        raise ValueError(f"{out}/model.npz does not fit its own options, or it is damaged; choose "
-                         "another --out")
-
-
 def load_weights_from(source, net, network, dictionary):
     """Take another run's weights; in output layers, only those of words that both runs know."""
     path = data.find_checkpoint(source)
@@ -460,45 +455,14 @@ def load_weights_from(source, net, network, dictionary):
             getattr(layer, attribute)[rows] = kernels.to_device(weights[their_rows])
         else:
             setattr(layer, attribute, kernels.to_device(weights))
-    print(f"beginning with {describe_checkpoint(path, checkpoint.facts)}, and {len(rows):,} of "
-          f"its {len(checkpoint.words):,} words", flush=True)
-
-
-def describe_checkpoint(path, facts):
-    """A line that says which epoch of its run a checkpoint is of."""
-    log = data.read_log(os.path.dirname(path)) or facts["log"]      # of epochs after it, too
-    text = f"{path}: step {facts['step']:,}, epoch {facts['epoch']} of {len(log)}"
-    for row in log:
-        if row["step"] == facts["step"] and row["validation_loss"] is not None:
-            text += f", held-out loss {row['validation_loss']:.4f}"
-    return text
+    line = evaluation.describe_checkpoint(path, checkpoint.facts)
+    print(f"beginning with {line}, and {len(rows):,} of its {len(checkpoint.words):,} words",
+          flush=True)
 
 
 def new_epoch(rows):
     """An epoch of which nothing is done yet; rows: the slice of a batch that is this rank's."""
     return Epoch(losses=kernels.to_device(np.zeros(rows.stop - rows.start)))
-
-
-def restore(run, checkpoint):
-    """Go on exactly where the checkpoint was written."""
-    facts = checkpoint.facts
-    check_arrays(checkpoint.velocities, run.sgd.v, run.options.out)
-    for name, v in run.sgd.v.items():
-        v[...] = kernels.to_device(checkpoint.velocities[name])
-    run.step = facts["step"]
-    run.saved = facts["step"]
-    run.epoch = facts["epoch"]
-    run.log = facts["log"]
-    vars(run.schedule).update(facts["plateau"])
-    run.loader.skipped.update(facts["skipped"])
-    steps, trained, losses = facts["losses"]
-    rows = run.ranks.part(run.options.batch)
-    run.current = Epoch(kernels.to_device(np.array(losses)[rows]), steps, trained)
-    reason = stop_reason(run)
-    if reason:
-        print(f"this run is finished; to train on, change {reason}", flush=True)
-    else:
-        print(f"going on at step {run.step:,}, epoch {run.epoch + 1}", flush=True)
 
 
 def weight_bytes(run):
@@ -522,9 +486,8 @@ def check_disk(run):
 def check_memory(run):
     """Say what memory a step takes; ValueError if that is more than there is."""
     batch = run.options.batch
-    rows = run.ranks.part(batch)
     image = run.net.bytes_per_image(run.recipe.size, run.recipe.crop)
-    needed = image * (rows.stop - rows.start)
+    needed = image * (run.rows.stop - run.rows.start)
     where = "the GPU"
     free = kernels.memory()
     if free is None:
@@ -551,20 +514,21 @@ class Interrupt:
         self.handlers_before = {}
 
     def __enter__(self):
-        for number_of_signal in [*console.stop_signals(), signal.SIGPIPE]:
-            before = signal.signal(number_of_signal, self.handle)
-            self.handlers_before[number_of_signal] = before
+        for signum in [*console.stop_signals(), signal.SIGPIPE]:
+            before = signal.signal(signum, self.handle)
+            self.handlers_before[signum] = before
         return self
 
     def __exit__(self, *_):
-        for number_of_signal, handler in self.handlers_before.items():
-            signal.signal(number_of_signal, handler)
+        for signum, handler in self.handlers_before.items():
+            signal.signal(signum, handler)
 
-    def handle(self, number_of_signal, _):
+    def handle(self, signum, _):
+        """What the signals do while training."""
         if not self.asked:
             self.asked = True                   # first, since printing may bring the next signal
             print("\nstopping after this step, and saving; once more to stop at once", flush=True)
-        elif number_of_signal in (signal.SIGINT, signal.SIGTERM):
+        elif signum in (signal.SIGINT, signal.SIGTERM):
             raise KeyboardInterrupt
 
 
@@ -573,17 +537,17 @@ def train(run, interrupt):
     plans = map(run.sampler.batch, itertools.count(run.step))
     batches = run.loader.batches(plans, run.sampler.replacement)    # read ahead across epochs
     while not stop_reason(run):
-        progress = watch_epoch(run)
+        progress = begin_progress(run)
         rest = run.steps_per_epoch - run.current.steps
         for batch, _, pixels, available in itertools.islice(batches, rest):
-            agreed = agree(run, available, interrupt)
-            count_step(run, agreed.has_photos)
-            if agreed.has_photos:
+            decision = decide_together(run, available, interrupt)
+            count_step(run, decision.train)
+            if decision.train:
                 train_step(run, batch, pixels, available)
             show_progress(run, progress)
-            if agreed.stop:
+            if decision.stop:
                 return False
-            if agreed.to_save:
+            if decision.save:
                 save(run)
         end_epoch(run, progress)
     return True
@@ -591,11 +555,10 @@ def train(run, interrupt):
 
 def train_step(run, batch, pixels, available):
     """One step of SGD: forward, loss, backward, the sum of all ranks' gradients, update."""
-    options = run.options
     labels = make_labels(run, batch, available)
-    context = model.Context(options.seed, run.step, batch.rows.start, labels.classes)
+    context = model.Context(run.options.seed, run.step, batch.rows.start, labels.classes)
     x = kernels.prepare(pixels, batch.top, batch.left, batch.flip, run.recipe.crop)  # (N, H, W, 3)
-    scores = run.net.forward_training(x, context)                   # a list: heads', main ones
+    scores = run.net.forward_training(x, context)                   # a list, the main ones last
     losses, gradients = model.training_losses(run.loss, scores, labels)     # (N,), like scores
     run.net.backward(gradients, done=run.ranks.begin_allreduce)
     run.ranks.wait()
@@ -613,20 +576,20 @@ def make_labels(run, batch, available):
     return labels
 
 
-class Agreed(NamedTuple):
-    """What all ranks do alike."""
+class Decision(NamedTuple):
+    """What all ranks do alike in a step."""
 
-    has_photos: bool                    # train a step: some rank has a photo of the batch
+    train: bool                         # some rank has a photo of the batch
+    save: bool                          # for some rank it is time to
     stop: bool                          # some rank was asked to
-    to_save: bool                       # for some rank it is time to
 
 
-def agree(run, available, interrupt):
-    """What all ranks do with this step: whatever any one of them must do."""
+def decide_together(run, available, interrupt):
+    """The Decision for a step: the ranks do whatever any of them must do."""
     time_to_save = time.monotonic() - run.saved_at > SAVE_SECONDS
-    votes = run.ranks.allreduce([available.any(), interrupt.asked, time_to_save])
-    has_photos, stop, to_save = votes > 0
-    return Agreed(has_photos, stop, to_save)
+    votes = run.ranks.allreduce([available.any(), time_to_save, interrupt.asked])
+    train, save, stop = votes > 0
+    return Decision(train, save, stop)
 
 
 def count_step(run, has_photos):
@@ -667,9 +630,102 @@ def best_epoch(log):
     return min(rows, key=lambda row: row["validation_loss"], default=None)
 
 
+# ------------------------------------------------------------------------ the end of an epoch
+
+def end_epoch(run, progress):
+    """Validate, log, apply the learning-rate rule, save, and say how the epoch went."""
+    run.epoch += 1
+    row = measure_training(run, progress)
+    waiting = describe_waiting(run, progress)
+    scores = validate(run)
+    if scores:
+        check_divergence(run, scores["loss"])
+        row["validation_loss"] = scores["loss"]
+        for key in "precision@10", "auc", "map":
+            row[key] = scores[key]
+    run.log.append(row)
+    run.schedule.update(scores["loss"] if scores else row["loss"])
+    run.current = new_epoch(run.rows)
+    compare_weights(run)
+    save(run)
+    write_files(run)
+    print(describe_epoch(row, run.options.targets, waiting), flush=True)
+    reason = stop_reason(run)
+    if reason:
+        print(f"training is over by {reason}", flush=True)
+
+
+def measure_training(run, progress):
+    """The row of the log for this epoch, without the scores of held-out photos."""
+    loss = float(run.ranks.allreduce(sum_losses(run))) / max(1, run.current.trained)
+    return {"epoch": run.epoch, "step": run.step, "loss": loss,
+            "learning_rate": run.schedule.rate, "images_per_second": progress.rate(),
+            "loader_wait": run.loader.waited / progress.seconds(), "validation_loss": None,
+            "skipped": len(gather_skipped(run)), "precision@10": None, "auc": None, "map": None}
+
+
+def describe_epoch(row, targets, waiting):
+    """The line that says how an epoch went."""
+    among = "" if targets == "all" else f" ({targets} words)"
+    parts = [f"epoch {row['epoch']}: loss{among} {row['loss']:.4f}"]
+    if row["validation_loss"] is not None:
+        parts.append(f"held-out loss {row['validation_loss']:.4f}")
+        parts.append(f"precision@10 {row['precision@10']:.4f}")
+        parts.append(f"AUC {row['auc']:.4f}")
+    parts.append(f"rate {row['learning_rate']:g}")
+    parts.append(f"{row['images_per_second']:.0f} images/s")
+    parts.append(waiting)
+    if row["skipped"]:
+        parts.append(f"{row['skipped']:,} photos cannot be read")
+    return ", ".join(parts)
+
+
+def validate(run):
+    """Metrics on held-out photos, of which each rank reads a part; None without any."""
+    photos = validation_photos(run.index)
+    features, found = evaluation.extract_features(
+        run.net, run.loader, photos[run.ranks.part(len(photos))], run.recipe.crop)
+    found = run.ranks.gather(found)
+    features = run.ranks.gather(kernels.to_host(features))          # a list of N rows (E,)
+    scores = None
+    if found:                                   # on the first rank
+        scores = evaluation.word_metrics(
+            kernels.to_device(np.stack(features)), run.net.output,
+            [run.index.words(photo) for photo in found], run.index.counts, run.held_out_loss)
+    return run.ranks.broadcast(scores)
+
+
+def validation_photos(index):
+    """The held-out photos to score after an epoch, evenly from all: fewer where K is large."""
+    count = max(100, evaluation.BLOCK // len(index.dictionary))
+    count = min(VALIDATED, count, index.held_out)
+    return np.linspace(0, index.held_out - 1, count).astype(int).tolist()
+
+
+def check_divergence(run, loss):
+    """RuntimeError if the held-out loss is far above that of guessing."""
+    words_per_photo = run.index.labels / len(run.index)
+    k = 1 + len(run.index.dictionary)           # since guessing costs nothing with one word alone
+    if not loss < DIVERGED * run.held_out_loss.of_guessing(k, words_per_photo):
+        raise divergence(run, f"training diverges, the held-out loss is {loss:.4g}")
+
+
+def compare_weights(run):
+    """RuntimeError unless all ranks have the same weights, to the bit."""
+    if run.ranks.size == 1:
+        return
+    checksum = 0
+    for array in run.net.state().values():
+        checksum = zlib.crc32(np.ascontiguousarray(array), checksum)
+    checksums = run.ranks.gather([checksum])    # empty but on the first rank
+    if len(set(checksums)) > 1:
+        raise RuntimeError(f"the ranks' weights differ after step {run.step:,}: are their "
+                           "machines and libraries alike?")
+
+
 # -------------------------------------------------------------------------------- progress
 
-def watch_epoch(run):
+def begin_progress(run):
     """The progress of the epoch under way, whose times of waiting begin at 0."""
     run.loader.waited = 0.0
     run.ranks.waited = 0.0
@@ -731,120 +787,22 @@ def divergence(run, what):
                         f"({run.schedule.rate:g})")
 
 
-# ------------------------------------------------------------------------ the end of an epoch
-
-def end_epoch(run, progress):
-    """Validate, log, apply the learning-rate rule, save, and say how the epoch went."""
-    run.epoch += 1
-    row = measure_training(run, progress)
-    waiting = describe_waiting(run, progress)
-    scores = validate(run)
-    if scores:
-        check_divergence(run, scores["loss"])
-        row["validation_loss"] = scores["loss"]
-        for key in "precision@10", "auc", "map":
-            row[key] = scores[key]
-    run.log.append(row)
-    run.schedule.update(scores["loss"] if scores else row["loss"])
-    run.current = new_epoch(run.ranks.part(run.options.batch))
-    compare_weights(run)
-    save(run)
-    write_files(run)
-    print(describe_epoch(row, run.options.targets, waiting), flush=True)
-    reason = stop_reason(run)
-    if reason:
-        print(f"training is over by {reason}", flush=True)
-
-
-def measure_training(run, progress):
-    """The row of the log for this epoch, without the scores of held-out photos."""
-    loss = float(run.ranks.allreduce(sum_losses(run))) / max(1, run.current.trained)
-    return {"epoch": run.epoch, "step": run.step, "loss": loss,
-            "learning_rate": run.schedule.rate, "images_per_second": progress.rate(),
-            "loader_wait": run.loader.waited / progress.seconds(), "validation_loss": None,
-            "skipped": len(gather_skipped(run)), "precision@10": None, "auc": None, "map": None}
-
-
-def describe_epoch(row, targets, waiting):
-    """The line that says how an epoch went."""
-    among = "" if targets == "all" else f" ({targets} words)"
-    parts = [f"epoch {row['epoch']}: loss{among} {row['loss']:.4f}"]
-    if row["validation_loss"] is not None:
-        parts.append(f"held-out loss {row['validation_loss']:.4f}")
-        parts.append(f"precision@10 {row['precision@10']:.4f}")
-        parts.append(f"AUC {row['auc']:.4f}")
-    parts.append(f"rate {row['learning_rate']:g}")
-    parts.append(f"{row['images_per_second']:.0f} images/s")
-    parts.append(waiting)
-    if row["skipped"]:
-        parts.append(f"{row['skipped']:,} photos cannot be read")
-    return ", ".join(parts)
-
-
-def validate(run):
-    """Metrics on held-out photos, of which each rank reads a part; None without any."""
-    photos = validation_photos(run.index)
-    features, found = evaluation.extract_features(
-        run.net, run.loader, photos[run.ranks.part(len(photos))], run.recipe.crop)
-    found = run.ranks.gather(found)
-    features = run.ranks.gather(kernels.to_host(features))          # a list of N rows (E,)
-    scores = None
-    if found:                                   # on the first rank
-        scores = evaluation.word_metrics(
-            kernels.to_device(np.stack(features)), run.net.output,
-            [run.index.words(photo) for photo in found], run.index.counts, run.held_out_loss)
-    return run.ranks.broadcast(scores)
-
-
-def validation_photos(index):
-    """The held-out photos to score after an epoch, evenly from all: fewer where K is large."""
-    count = max(100, evaluation.BLOCK // len(index.dictionary))
-    count = min(VALIDATED, count, index.held_out)
-    return np.linspace(0, index.held_out - 1, count).astype(int).tolist()
-
-
-def check_divergence(run, loss):
-    """RuntimeError if the held-out loss is far above that of guessing."""
-    words_per_photo = run.index.labels / len(run.index)
-    one_more = len(run.index.dictionary) + 1    # for the loss of guessing one word of one is 0
-    if not loss < DIVERGED * run.held_out_loss.of_guessing(one_more, words_per_photo):
-        raise divergence(run, f"training diverges, the held-out loss is {loss:.4g}")
-
-
-def compare_weights(run):
-    """RuntimeError unless all ranks have the same weights, to the bit."""
-    if run.ranks.size == 1:
-        return
-    checksum = 0
-    for array in run.net.state().values():
-        checksum = zlib.crc32(np.ascontiguousarray(array), checksum)
-    checksums = run.ranks.gather([checksum])    # empty but on the first rank
-    if len(set(checksums)) > 1:
-        raise RuntimeError(f"the ranks' weights differ after step {run.step:,}: are their "
-                           "machines and libraries alike?")
-
-
-# ------------------------------------------------------------------------------------- saving
+# ---------------------------------------------------------------------------- save and resume
 
 def save(run, then=""):
-    """Write model.npz, and best.npz after the best epoch; whether model.npz was written.
-
-    then: what happens next if it could not be written.
-    """
+    """Write model.npz, and after the best epoch best.npz; then: what to do if the disk is full."""
     sum_losses(run)                             # which raises unless they are finite
     weights = run.net.state()
     check_weights(run, weights)                 # the last update may have diverged
     facts = collect_facts(run)
     written = False
     if run.ranks.rank == 0:
-        if best_is_due(run) and write_checkpoint(run, "best.npz", weights, {}, facts):
+        if best_is_due(run) and write_checkpoint(run, "best.npz", weights, {}, facts, then):
             run.saved_best = run.step
         written = write_checkpoint(run, "model.npz", weights, run.sgd.v, facts, then)
-    run.saved_at = time.monotonic()
-    written = run.ranks.broadcast(written)
-    if written:
+    if run.ranks.broadcast(written):
         run.saved = run.step
-    return written
+    run.saved_at = time.monotonic()
 
 
 def check_weights(run, weights):
@@ -863,10 +821,18 @@ def best_is_due(run):
 def collect_facts(run):
     """What a checkpoint holds besides arrays, from all ranks."""
     losses = run.ranks.gather(kernels.to_host(run.current.losses).tolist())
-    return {"order": ORDER, "options": vars(run.options), "step": run.step, "epoch": run.epoch,
-            "losses": [run.current.steps, run.current.trained, losses], "log": run.log,
-            "plateau": vars(run.schedule), "counts": run.index.counts.tolist(),
-            "training": run.index.training, "skipped": gather_skipped(run)}
+    return {
+        "order": ORDER,
+        "options": vars(run.options),
+        "step": run.step,
+        "epoch": run.epoch,
+        "under_way": {"steps": run.current.steps, "trained": run.current.trained,
+                      "losses": losses},
+        "log": run.log,
+        "plateau": vars(run.schedule),
+        "counts": run.index.counts.tolist(),
+        "training": run.index.training,
+        "skipped": gather_skipped(run)}
 
 
 def gather_skipped(run):
@@ -874,9 +840,8 @@ def gather_skipped(run):
     return dict(run.ranks.gather(run.loader.skipped.items()))
 
 
-def write_checkpoint(run, name, weights, velocities, facts, then=""):
+def write_checkpoint(run, name, weights, velocities, facts, then):
     """Write a checkpoint; False, and a line that says why, if the disk does not take it."""
-    velocities = {path: kernels.to_host(v) for path, v in velocities.items()}
     checkpoint = data.Checkpoint(weights, velocities, facts, run.index.dictionary)
     try:
         data.save_checkpoint(run.path(name), checkpoint)
@@ -894,6 +859,42 @@ def describe_saved(run):
         return "nothing was saved yet"
     return f"{run.path('model.npz')} is of step {run.saved:,}"
 
+
+def restore(run, checkpoint):
+    """Go on exactly where the checkpoint was written."""
+    facts = checkpoint.facts
+    check_arrays(checkpoint.velocities, run.sgd.v, run.options.out)
+    for name, v in run.sgd.v.items():
+        v[...] = kernels.to_device(checkpoint.velocities[name])
+    run.step = facts["step"]
+    run.saved = facts["step"]
+    run.epoch = facts["epoch"]
+    run.log = facts["log"]
+    vars(run.schedule).update(facts["plateau"])
+    run.loader.skipped.update(facts["skipped"])
+    under_way = facts["under_way"]
+    losses = np.array(under_way["losses"])[run.rows]
+    run.current = Epoch(kernels.to_device(losses), under_way["steps"], under_way["trained"])
+    reason = stop_reason(run)
+    if reason:
+        print(f"this run is finished; to train on, change {reason}", flush=True)
+    else:
+        print(f"going on at step {run.step:,}, epoch {run.epoch + 1}", flush=True)
+
+
+def check_arrays(arrays, expected, out):
+    """ValueError unless a checkpoint's arrays have the names, shapes and types of this run's."""
+    if describe_arrays(arrays) != describe_arrays(expected):
+        raise ValueError(f"{out}/model.npz does not fit its own options, or it is damaged; choose "
+                         "another --out")
+
+
+def describe_arrays(arrays):
+    """{name: (shape, type)} of {name: array}."""
+    return {name: (array.shape, array.dtype) for name, array in arrays.items()}
+
+
+# -------------------------------------------------------------------- files for people to look at
 
 def write_files(run):
     """Texts and pictures for people to look at; losing one of them never ends a run."""
@@ -937,13 +938,11 @@ def draw_pictures(run):
 
 def finish(run, finished):
     """Save, show what the best weights learned, and say what to do next."""
-    if run.ranks.broadcast(save_is_due(run)):
-        save_at_last(run)
+    save_at_last(run)
     write_files(run)
     if finished:
         show_scores(run)
     skipped = gather_skipped(run)
-    run.loader.close()
     if skipped:
         name, why = next(iter(skipped.items()))
         print(f"skipped {len(skipped):,} photos, e.g. {name}: {why}; "
@@ -956,19 +955,21 @@ def finish(run, finished):
     print(f"next: {next_command(run, skipped)}")
 
 
+def save_at_last(run):
+    """Save what is not on the disk yet, trying again for an hour if that is full."""
+    tries = 0
+    while run.ranks.broadcast(save_is_due(run)) and tries <= RETRIES:
+        if tries:
+            time.sleep(RETRY_SECONDS)
+        then = f": trying again in {RETRY_SECONDS} s" if tries < RETRIES else ""
+        save(run, then)
+        tries += 1
+
+
 def save_is_due(run):
     """Whether something of this step is not on the disk."""
     return (run.saved != run.step or best_is_due(run)
-            or not os.path.exists(run.path("model.npz")))       # somebody may have removed it
-
-
-def save_at_last(run):
-    """Save, trying again for an hour if the disk is full."""
-    for _ in range(RETRIES):
-        if save(run, then=f": trying again in {RETRY_SECONDS} s"):
-            return
-        time.sleep(RETRY_SECONDS)
-    save(run)
+            or not os.path.exists(run.path("model.npz")))           # somebody may have removed it
 
 
 def show_scores(run):
@@ -977,7 +978,7 @@ def show_scores(run):
         path = data.find_checkpoint(run.options.out)
         checkpoint = data.load_checkpoint(path)
         run.net.load(checkpoint.weights)
-        print(describe_checkpoint(path, checkpoint.facts))
+        print(evaluation.describe_checkpoint(path, checkpoint.facts))
     scores = validate(run)
     if scores:
         evaluation.print_words(scores)

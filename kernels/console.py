@@ -241,8 +241,8 @@ def run_command(work):
 
     The exit status is what work() returns, or that of `explain` if it raises something.
     """
-    for number_of_signal in stop_signals():
-        signal.signal(number_of_signal, signal.default_int_handler)
+    for signum in stop_signals():
+        signal.signal(signum, signal.default_int_handler)
     for name in "stdout", "stderr":
         protect_stream(name)
     try:

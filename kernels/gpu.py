@@ -497,20 +497,18 @@ def prepare(photos, top, left, flip, crop):
 def sample_by_class(class_photos, class_ends, spare, seed, step, steps, count):
     """A thread for each row, on a stream of its own, which is all that the host then waits for.
 
-    class_photos, int32 or int64, and class_ends, int64, are arrays of to_device; what is returned
-    are NumPy's, which the loader needs: a copy of 40 bytes a row.
+    class_photos, uint32 and of any size, and class_ends, int64, are arrays of to_device. What is
+    returned are NumPy's, which the loader needs: that is a copy of 40 bytes a row.
     """
-    if class_ends.dtype != np.int64 or class_photos.dtype not in (np.int32, np.int64):
-        raise ValueError("class_ends of int64 and class_photos of int32 or int64 are needed, not "
-                         f"{class_ends.dtype} and {class_photos.dtype}")
-    photo = "int" if class_photos.dtype == np.int32 else "long long"
+    if class_photos.dtype != np.uint32 or class_ends.dtype != np.int64:
+        raise ValueError("class_photos of uint32 and class_ends of int64 are needed, not of "
+                         f"{class_photos.dtype} and {class_ends.dtype}")
     total = steps * count
     with _device.samples:
         drawn = _device.xp.empty((5, total), np.int64)
         _launch_each("random.cu", "sample_by_class", total, (
             class_photos, class_ends, drawn, np.uint32(len(class_ends)), np.uint32(spare),
-            np.uint64(seed), np.uint64(step), np.uint32(count), np.uint32(total)),
-            (("PHOTO", photo),))
+            np.uint64(seed), np.uint64(step), np.uint32(count), np.uint32(total)))
         words, photos, top, left, flip = _device.xp.asnumpy(drawn).reshape(5, steps, count)
     return (words.astype(np.int32), photos, top.astype(np.int32), left.astype(np.int32),
             flip.astype(bool))

@@ -48,7 +48,7 @@ dropout(const float* x, float* y, unsigned total, int e, int blocks, unsigned th
 // a number below n. Writes drawn (5, total): words, photos, top, left, flip. Called by
 // gpu.sample_by_class.
 extern "C" __global__ void
-sample_by_class(const PHOTO* class_photos, const long long* class_ends, long long* drawn,
+sample_by_class(const unsigned* class_photos, const long long* class_ends, long long* drawn,
                 unsigned words, unsigned spare, Word seed, Word step, unsigned count, unsigned total)
 {
     const unsigned index = blockIdx.x * blockDim.x + threadIdx.x;

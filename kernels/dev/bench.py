@@ -29,7 +29,7 @@ import time
 from functools import partial
 from urllib.parse import quote_plus
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
 import numpy as np
 
@@ -638,7 +638,7 @@ def index_of(count, bz2_packed, folder):
                for name in os.listdir(built.folder))
     started = time.perf_counter()
     for number in range(50):
-        data.Draws(built, 0, number, 128)
+        data.BatchSampler(built, 0, 128).batch(number)
     draw = (time.perf_counter() - started) / 50
     print(f"{count:>12,}{len(built):>12,}{os.path.getsize(path) / 1e6:9.0f}{seconds:9.1f}"
           f"{count / seconds:14,.0f}{memory.most:11.0f}{size / 1e6:10.1f}{draw * 1000:11.2f}",

@@ -25,7 +25,7 @@ try:
 except ImportError:
     REAL = None
 
-LIMITS = {"shared": 227 << 10, "free": 8 << 30, "gpus": 1}
+LIMITS = {"shared": 227 << 10, "multiprocessor": 228 << 10, "free": 8 << 30, "gpus": 1}
 
 
 def real_has(path):
@@ -210,6 +210,7 @@ class NCCLBackend:
 @contextmanager
 def installed(emulator, **limits):
     """`import cupy` finds the stand-in, whose kernels the emulator runs, with these LIMITS."""
+    current[:] = [Stream(null=True)]            # nothing is left over from a launch that failed
     limits = SimpleNamespace(**{**LIMITS, **limits})
     facts = {"name": b"emulated", "multiProcessorCount": 3, "major": 9}     # 3: to split sums
     runtime = SimpleNamespace(
@@ -219,7 +220,8 @@ def installed(emulator, **limits):
         Stream=Stream, get_current_stream=lambda: current[-1], runtime=runtime,
         alloc_pinned_memory=alloc_pinned_memory, nvrtc=REAL and REAL.cuda.nvrtc,
         Device=lambda number: SimpleNamespace(use=lambda: None, attributes={
-            "MaxSharedMemoryPerBlockOptin": limits.shared}))
+            "MaxSharedMemoryPerBlockOptin": limits.shared,
+            "MaxSharedMemoryPerMultiprocessor": limits.multiprocessor}))
     contents = {
         "cupy": dict(ndarray=ndarray, array=array, asarray=array, asnumpy=asnumpy,
                      RawModule=functools.partial(RawModule, emulator, current),
