@@ -2762,8 +2762,9 @@ MISTAKES = [
     ("conv.cu", "if (m >= end) i", "if (m > end) i", CONV),
     ("conv.cu", "if (bias) v[n] += bias[col + n];", "", CONV),
     ("conv.cu", "if (relu && v[n] < 0) v[n] = 0;", "", CONV),
-    ("conv.cu", "tile % shares == blockIdx.x", "tile == blockIdx.x", DB),
-    ("conv.cu", "(blockIdx.z * shares + blockIdx.x)", "blockIdx.x", DB),
+    ("conv.cu", "blockIdx.x == 0 && threadIdx.x < BN", "threadIdx.x < BN / 2", PARTS),
+    ("conv.cu", "(shape.rows + FILTER)", "shape.rows", DB),
+    ("conv.cu", "if (adds && col < shape.cols)", "if (adds)", DB),
     ("conv.cu", "B_PLACE(k) (INNER && !FILTER", "B_PLACE(k) (0", TF32),
     ("conv.cu", "hi = to_tf32(x);", "hi = __float_as_uint(x);", TF32),
     ("conv.cu", "hi = to_tf32(x);", "hi = __float_as_uint(x) & 0xffffe000;", TF32),
@@ -2914,33 +2915,35 @@ def test_ranks_on_gpus_sum_by_nccl(mine, on_device, train):
     assert "2 ranks on a machine with 1 GPUs" in done.stderr
 
 
-def test_experiments_run_on_a_gpu(on_device, photos, tmp_path, monkeypatch):
+def test_experiments_run_on_a_gpu(on_device, photos, tmp_path):
     on_device("--out", "r")
     words = [line.split("\t")[0] for line in open("r/words.txt")]
-    (tmp_path / "pairs.txt").write_text("".join(
-        f"{a}\t{b}\t{i}\n" for i, (a, b) in enumerate(zip(words[::2], words[1::2]), 1)))
+    pairs = zip(words[::2], words[1::2])
+    lines = [f"{a}\t{b}\t{i}\n" for i, (a, b) in enumerate(pairs)]
+    (tmp_path / "pairs.txt").write_text("".join(lines))
     for i, name in enumerate(data.list_photos(photos)[-12:]):
-        (tmp_path / "classes" / f"{i % 2}").mkdir(parents=True, exist_ok=True)
-        shutil.copy(photos / name, tmp_path / "classes" / f"{i % 2}")
-    few, found = ["--images", "classes"], {}
-    for command in (
-            ["words"], ["tag", "classes"], ["search", words[0], *few, "--out", "s.png"],
-            ["features", *few, "--crops", "10", "--out", "f.npz"],
-            ["transfer", *few, "--splits", "1"], ["similar", "--pairs", "pairs.txt"],
-            ["translate", "--pairs", "pairs.txt"], ["neighbors", words[0]],
-            ["map", *few, "--steps", "3", "--out", "m.png"],
-            ["report", *few, "--steps", "3", "--out", "r.html"]):
-        for device in "gpu", "cpu":
-            evaluation.Trained.cache_clear()
-            monkeypatch.setattr(sys, "argv", [
-                "eval.py", *command, "--model", "r", "--json", "o.json", "--device", device])
+        folder = tmp_path / "classes" / str(i % 2)
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(photos / name, folder)
+    few = ["--images", "classes"]
+    commands = [
+        ["words"], ["tag", "classes"], ["search", words[0], *few, "--out", "s.png"],
+        ["features", *few, "--crops", "10", "--out", "f.npz"],
+        ["transfer", *few, "--splits", "1"], ["similar", "--pairs", "pairs.txt"],
+        ["translate", "--pairs", "pairs.txt"], ["neighbors", words[0]],
+        ["map", *few, "--steps", "3", "--out", "m.png"],
+        ["report", *few, "--steps", "3", "--out", "r.html"]]
+    results = {}
+    for command in commands:
+        for device in ("gpu", "cpu"):
             with emulated():
-                evaluation.main()
-            found[command[0], device] = result = json.load(open("o.json"))
-            assert not result.get("failed"), (command, device)
-    one, two = (found["words", device] for device in ("gpu", "cpu"))
-    assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
-    assert found["map", "gpu"]["kl"] > 0        # the map itself hangs on the last bits
+                evaluation.main(
+                    [*command, "--model", "r", "--json", "o.json", "--device", device])
+            results[command[0], device] = json.load(open("o.json"))
+            assert not results[command[0], device].get("failed"), (command, device)
+    on_cpu = results["words", "cpu"]["loss"]
+    assert results["words", "gpu"]["loss"] == pytest.approx(on_cpu, rel=1e-4)
+    assert results["map", "gpu"]["kl"] > 0      # the map itself hangs on the last bits
 
 
 def test_photos_that_are_not_kept_until_they_are_there_are_noticed(
@@ -2958,15 +2961,30 @@ def test_photos_that_are_not_kept_until_they_are_there_are_noticed(
     assert differing("cpu", "gpu", 1e-3)
 
 
+def test_samples_wait_for_no_other_work():
+    class_photos = np.arange(12, dtype=np.uint32)
+    class_ends = np.array([4, 12])
+    with emulated():
+        on_device = kernels.to_device(class_photos), kernels.to_device(class_ends)
+        (x,) = up(np.ones((2, 3)))
+        total = kernels.sum_gradients([x, x])
+        kernels.sample_by_class(*on_device, 8, 0, 1, 5, 16)
+        (computation,) = emulate_cupy.current
+        assert computation.over < computation.begun                 # the sum is still to come
+        assert (kernels.to_host(total) == 2).all()
+
+
 def test_stand_in_is_as_strict_as_cupy():
     with emulated():
         cupy = gpu._device.xp
         x = kernels.to_device(np.ones((2, 3), np.float32))
-        for silent in (np.asarray, np.ascontiguousarray, lambda x: float(x[0, 0]),
-                       lambda x: x + np.ones(3), lambda x: x.set([1]),
-                       *[np.spacing] * bool(emulate_cupy.REAL)):    # CuPy says that it lacks that
+        silent = [np.asarray, np.ascontiguousarray, lambda x: float(x[0, 0]),
+                  lambda x: x + np.ones(3), lambda x: x.set([1])]
+        if emulate_cupy.REAL:
+            silent.append(np.spacing)           # which CuPy lacks
+        for call in silent:
             with pytest.raises(TypeError):
-                silent(x)
+                call(x)
         with pytest.raises(AttributeError):     # CuPy does not import it by itself
             cupy.cuda.nccl
         assert np.isnan(kernels.to_host(cupy.empty(3, np.float32))).all()

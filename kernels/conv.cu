@@ -288,22 +288,23 @@ struct Product {
 };
 #endif
 
-// Called by gpu._launch_conv. bias (cols,) or null. With FILTER the blocks of the first `shares` row
-// tiles share the tiles of `right` among them, and leave the sums of its columns, which make db, in
-// `sums` (parts, shares, cols).
+// Called by gpu._launch_conv. y (parts, rows, cols), bias (cols,) or null. With FILTER a part has one
+// more row, the sums of the columns of `right`, which make db: the blocks of the first row tile add
+// them up on the way.
 extern "C" __global__ void __launch_bounds__(THREADS, VEC == 4 ? 2 : 1)
-conv(const float* x, const float* right, float* y, const float* bias, int relu, float* sums,
-     int shares, const Geometry shape)
+conv(const float* x, const float* right, float* y, const float* bias, int relu,
+     const Geometry shape)
 {
-    float* part = y + static_cast<long long>(blockIdx.z) * shape.rows * shape.cols;
-    const int row0 = blockIdx.x * BM, col0 = blockIdx.y * BN;
+    float* part = y + static_cast<long long>(blockIdx.z) * (shape.rows + FILTER) * shape.cols;
+    const int row0 = blockIdx.x * BM, col = blockIdx.y * BN + threadIdx.x;
     const int begin = blockIdx.z * shape.part, end = min(shape.depth, begin + shape.part);
     const int tiles = (end - begin + BK - 1) / BK;
 
     float* shared = shared_memory();                        // STAGES × (A_SIZE + B_SIZE)
     const Left left(shape, row0);
     Product product;
-    float sum = 0;
+    const bool adds = FILTER && blockIdx.x == 0 && threadIdx.x < BN;
+    float sum = 0;                                          // of column `col`
 
     const auto load = [&](int tile) {
         if (tile < tiles) {
@@ -321,11 +322,11 @@ conv(const float* x, const float* right, float* y, const float* bias, int relu, 
         load(tile + STAGES - 1);                            // into the memory of the last one
         const float* a = shared + tile % STAGES * (A_SIZE + B_SIZE);
         product.add(a, a + A_SIZE);
-        if (FILTER && tile % shares == blockIdx.x && threadIdx.x < BN)
+        if (adds)
 #pragma unroll 8
             for (int k = 0; k < BK; k++) sum += a[A_SIZE + k * B_PITCH + threadIdx.x];
     }
     product.store(shape, part, bias, relu);
-    if (FILTER && blockIdx.x < shares && threadIdx.x < BN && col0 + threadIdx.x < shape.cols)
-        sums[(blockIdx.z * shares + blockIdx.x) * shape.cols + col0 + threadIdx.x] = sum;
+    if (adds && col < shape.cols)
+        part[static_cast<long long>(shape.rows) * shape.cols + col] = sum;
 }

@@ -251,11 +251,11 @@ def plan(device, precision, x_shape, patches, cols, vec, filter_gradient):
                 conv_defines(bn, stages, vec, filter_gradient, inner, patches.dilate), geometry)
 
 
-def _launch_conv(launch, x, right, y, bias=None, relu=False, sums=NULL, shares=0):
+def _launch_conv(launch, x, right, y, bias=None, relu=False):
     """Queue conv.cu: y, or its parts, = relu(the left operand, gathered from x, · right + bias)."""
-    _launch("conv.cu", "conv", launch.grid, (launch.threads,), (
-        x, right, y, _or_null(bias), np.int32(relu), sums, np.int32(shares), launch.geometry),
-            launch.shared, launch.defines)
+    _launch("conv.cu", "conv", launch.grid, (launch.threads,),
+            (x, right, y, _or_null(bias), np.int32(relu), launch.geometry), launch.shared,
+            launch.defines)
 
 
 def _convolve(x, right, y, patches, bias=None, relu=False):
@@ -294,21 +294,18 @@ def conv_backward_input(dy, w, x_shape, stride=1, pad=0):
 def conv_backward_filter(x, dy, w_shape, stride=1, pad=0):
     """A product whose rows are the numbers of a patch; its reduction goes over the pixels of dy.
 
-    The blocks that read dy add it up on the way: their sums make db.
+    The blocks that read dy first add it up on the way: db is the last row of the result.
     """
     _check(x, dy)
-    kh, kw, _, f = w_shape
+    kh, kw, c, f = w_shape
     _, oh, ow, _ = dy.shape
+    vec = _vector((c, f), x, dy)
     patches = Patches(kh, kw, oh, ow, stride, pad, pad)
-    vec = _vector((x.shape[3], f), x, dy)
     launch = plan(_device, _precision, x.shape, patches, f, vec, True)
-    parts = launch.grid[2]
-    shares = min(4, launch.grid[0])             # row tiles whose blocks share the sums of a part
-    products = _empty((parts, *w_shape))
-    sums = _empty((parts * shares, f))
-    _launch_conv(launch, x, dy, products, sums=sums, shares=shares)
-    dw = products[0] if parts == 1 else _add_parts(products, _empty(w_shape))
-    return dw, _add_parts(sums, _empty(f))
+    parts = _empty((launch.grid[2], kh * kw * c + 1, f))
+    _launch_conv(launch, x, dy, parts)
+    total = parts[0] if len(parts) == 1 else _add_parts(parts, _empty(parts.shape[1:]))
+    return total[:-1].reshape(w_shape), total[-1]
 
 
 def _add_parts(parts, y, bias=None, relu=False):
