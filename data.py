@@ -5,7 +5,7 @@ In this order:
     text            a caption's words; which of all words are the classes
     index           photo → words and word → photos, in arrays on the disk
     formats         captions files of several formats, read as (photo's name, caption) pairs
-    building        captions → index: count, sort, prune, index
+    building        captions → index: count, prune, sort, index
     sampling        which photos and words a training step takes: BatchSampler
     photos          names → files → pixels; Loader decodes batches in threads, ahead of time
     checkpoints     weights and what else a run needs to go on
@@ -583,16 +583,16 @@ FORMATS = {                     # the first that recognises a file's first line 
 
 
 # === building =====================================================================================
-# count: one pass over the captions; their words are counted and, as hashes, written to flat files
+# count: one pass over the captions counts their words, and writes them to flat files as hashes
+# prune: the most frequent words and the rare ones are left out; the others are the dictionary
 # sort:  each set of these files is sorted by the hash of the photo's name: captions of a photo come
 #        to stand beside each other, and the held-out photos, those of the smallest hashes, first
-# prune: the most frequent words and the rare ones are left out; the others are the dictionary
-# index: photo → words is appended, set after set, and turned round into word → photos
+# index: photo → words is written set after set, and then turned round into word → photos
 
 INDEX_VERSION = 6
 BATCH_CHARACTERS = 8 << 20      # captions hashed at a time
 MOST_COUNTED = 2_000_000        # distinct words counted at a time: rare ones are dropped beyond
-SET_BYTES = 64 << 20            # captions of a set, which is sorted in memory
+SET_BYTES = 32 << 20            # captions of a set, which is sorted in memory
 UNPACKED = 5                    # about how many times larger a packed file is when unpacked
 REFUSED_LISTED = 100
 CAPTION = np.dtype([("photo", "u8"), ("name_size", "u4"), ("word_count", "u4")])
@@ -896,16 +896,25 @@ def _group_by_photo(hashes, names, words, find_classes):
     """
     order, is_first = sort_by_photo(hashes, names)
     first = order[is_first]                     # (photos,) a caption of each
-    photo = np.empty(len(order), np.int64)      # (captions,)
-    photo[order] = np.cumsum(is_first) - 1
+    photos = np.empty(len(order), np.int64)     # (captions,) each caption's
+    photos[order] = np.cumsum(is_first) - 1
+    photos, classes = _distinct_labels(photos, words, find_classes)
+    counts = np.bincount(photos, minlength=len(first))
+    return hashes[first], names.take(first), Ragged(classes, np.cumsum(counts))
+
+
+def _distinct_labels(photos, words, find_classes):
+    """(photo, class) for each word of a photo that is in the dictionary, ascending, each once.
+
+    photos (captions,), words: Ragged of hashes (captions,) -> photos and classes (labels,).
+    """
     classes = find_classes(words.values)
     known = classes >= 0
-    owner = np.repeat(photo, words.counts())[known]
-    k = find_classes.count
-    labels = np.sort(owner * k + classes[known])
-    labels = labels[np.diff(labels, prepend=-1) > 0]                # each once
-    counts = np.bincount(labels // k, minlength=len(first))
-    return hashes[first], names.take(first), Ragged(labels % k, np.cumsum(counts))
+    owners = np.repeat(photos, words.counts())[known]
+    labels = owners * find_classes.count + classes[known]           # as one number each
+    labels.sort()
+    labels = labels[np.diff(labels, prepend=-1) > 0]
+    return np.divmod(labels, find_classes.count)
 
 
 def sort_by_photo(hashes, names):
@@ -935,13 +944,14 @@ class ClassFinder:
     def __init__(self, dictionary):
         hashes = hash_all([word.encode() for word in dictionary], 8)
         self.count = len(dictionary)
-        self.classes = np.argsort(hashes)
-        self.hashes = hashes[self.classes]      # ascending
+        order = np.argsort(hashes)
+        self.hashes = hashes[order]
+        self.classes = order.astype(np.int32)   # of these hashes
 
     def __call__(self, hashes):
         """(n,) hashes -> (n,) classes, -1 for words that are not in the dictionary."""
         places = np.minimum(np.searchsorted(self.hashes, hashes), self.count - 1)
-        return np.where(self.hashes[places] == hashes, self.classes[places], -1)
+        return np.where(self.hashes[places] == hashes, self.classes[places], np.int32(-1))
 
 
 class RaggedWriter(AbstractContextManager):

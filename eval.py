@@ -1095,7 +1095,7 @@ COMMON = (
     option("--workers", type=number(int, 0, MOST_THREADS), default=2, help="threads to decode"),
     option("--device", choices=kernels.DEVICES, default="auto", help="where to compute"),
     option("--threads", type=number(int, 1, MOST_THREADS), help="threads that compute"),
-    output_option("--json", required=False, help="the file to write, or - "))
+    output_option("--json", required=False, help="the file to write, or -"))
 WORDS = option("words", nargs="+", metavar="WORD", help="words of the dictionary")
 TOP = option("--top", type=number(int, 1), default=6, help="how many to show for each")
 FOLDER = option("--images", required=True, metavar="DIR", help="folder of photos")
@@ -1197,8 +1197,8 @@ def warn_about_duplicates(index, folder, held_out, show):
     held_out: the names of those that were read.
     """
     if len(index) > MOST_COMPARED:
-        show.line(f"among more than {MOST_COMPARED:,} photos, held-out ones that are also training "
-                  "photos are not looked for")
+        show.line(f"there are more than {MOST_COMPARED:,} photos: held-out ones that are also "
+                  "training photos were not looked for")
         return
     training = [index.name(i) for i in range(index.held_out, len(index))]
     pairs = data.find_duplicates(folder, held_out, training)
@@ -1214,13 +1214,12 @@ def show_deciles(results, show):
     heading = ["words by frequency", "photos"]
     for name in results:
         heading += [f"AUC, {name}", f"AP, {name}"]
+    largest = list(results.values())[-1]
     rows = {}
-    for result in results.values():
-        for name, decile in result["deciles"].items():
-            rows.setdefault(name, [])
-            rows[name] += [decile["auc"], decile["map"]]
-    for name, decile in result["deciles"].items():                  # the largest run's
-        rows[name].insert(0, f"{decile['photos']:,.0f}")
+    for decile, numbers in largest["deciles"].items():
+        rows[decile] = [f"{numbers['photos']:,.0f}"]
+        for result in results.values():
+            rows[decile] += [result["deciles"][decile]["auc"], result["deciles"][decile]["map"]]
     show.table(heading, rows)
 
 
@@ -1364,8 +1363,12 @@ def write_features(options, show, run):
 
 def mean_features(net, crops, layer):
     """What a layer, or the last hidden one, makes of photos' crops, on average: float32 (n, …)."""
-    features = [kernels.to_host(net.features(x, layer)) for x in crops]
-    return np.mean(features, axis=0, dtype=np.float32)
+    total = 0
+    count = 0
+    for x in crops:
+        total = total + kernels.to_host(net.features(x, layer))
+        count += 1
+    return (total / count).astype(np.float32)
 
 
 # ----------------------------------------------------------- transfer (Fig. 5, Tables 2 to 4)
@@ -1497,7 +1500,7 @@ class SubFolders:
         if len(classes) < 2 or counts.min() < least:
             there = [f"{name} {count}" for name, count in zip(classes, counts)]
             raise ValueError(f"--images: two or more sub-folders of {least} or more photos are "
-                             f"needed, to train, choose and test; there are "
+                             "needed, to train, choose and test; there are "
                              f"{', '.join(there) or 'none'}")
 
     def chance(self, task):
@@ -1525,8 +1528,8 @@ class Voc:
         with open(path, encoding="utf-8", errors="replace") as file:
             lines = [line.strip() for line in file if line.strip()]
         for line in lines:
-            photo, _, label = line.partition(" ")
-            if label.strip() not in ("-1", "0", "1") or data.refused(photo):
+            photo, label, *_ = line.split() + [""]
+            if label not in ("-1", "0", "1") or data.refused(photo):
                 raise ValueError(f"--images: a line of {path} is not the name of a photo in "
                                  f"JPEGImages and 1, 0 or -1: {line[:60]!r}")
             photo = os.path.join("JPEGImages", photo + ".jpg")
@@ -1614,7 +1617,7 @@ def translate_words(options, show, run):
                          "(not counting pairs of one word); it takes 2")
     sources, rows = np.unique(pairs[:, 0], return_inverse=True)     # (S,), (P,)
     targets, columns = np.unique(pairs[:, 1], return_inverse=True)  # (T,), (P,)
-    scores = score_translations(run, sources, targets, options.csls)            # (S, T)
+    scores = score_translations(run.vectors(), sources, targets, options.csls)  # (S, T)
     right = np.zeros(scores.shape, bool)
     right[rows, columns] = True
     alike = len(known) - len(pairs)
@@ -1626,9 +1629,9 @@ def translate_words(options, show, run):
     return {"pairs": len(pairs), "alike": alike, **ways, "best": best}
 
 
-def score_translations(run, sources, targets, by_csls):
-    """How near the vectors of two kinds of words are: classes (S,), (T,) -> (S, T)."""
-    vectors = units(run.vectors())                                  # (K, E)
+def score_translations(vectors, sources, targets, by_csls):
+    """How near the vectors (K, E) of some words are to others': classes (S,), (T,) -> (S, T)."""
+    vectors = units(vectors)
     scores = vectors[sources] @ vectors[targets].T                  # (S, T)
     if by_csls:
         scores = csls(scores)

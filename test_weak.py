@@ -3383,6 +3383,24 @@ def test_words_are_scored_on_held_out_photos_or_on_all(tiny, ask):
     assert every["photos"] + every["skipped"] == len(index)
 
 
+@pytest.mark.parametrize("loss", model.LOSSES)
+def test_run_may_be_scored_over_some_of_its_words(loss, tiny, rng, monkeypatch):
+    monkeypatch.chdir(tiny[0])
+    trained = evaluation.Trained("r")
+    trained.options["loss"] = loss
+    classes = np.array([7, 2, 11, 5])
+    features = rng.random((6, 512)).astype(np.float32)
+    targets = [np.array([i % 4]) for i in range(6)]
+    words = [trained.words[i] for i in classes]
+    result = evaluation.score_run(trained, words, features, targets)
+    s = trained.net.output.scores(features)[:, classes]             # (6, 4)
+    labels = data.Labels(np.array(targets), np.full(6, 1 / 6))
+    losses, _ = trained.make_loss(trained.counts[classes])(s, labels)
+    assert result["loss"] == pytest.approx(losses.sum(), rel=1e-5)
+    first = s.argmax(axis=1) == np.concatenate(targets)
+    assert result["precision@1"] == pytest.approx(first.mean())
+
+
 def test_words_of_several_runs_make_a_curve(tiny, ask):
     folder, _ = tiny
     lines = open(folder / "captions.tsv").read().splitlines()
@@ -3419,6 +3437,8 @@ def test_held_out_photos_that_were_trained_on_are_said_once(tiny, ask, tmp_path,
     _, said = ask("words", "--images", tmp_path / "photos")
     assert said.out.count("byte-identical") == 1
     assert f"{held_out} = {training}" in said.out
+    _, said = ask("words", "--images", tmp_path / "photos", "--all")
+    assert "byte-identical" not in said.out
     _, said = ask("words")
     assert "byte-identical" not in said.out
     monkeypatch.setattr(evaluation, "MOST_COMPARED", len(index) - 1)
@@ -3498,6 +3518,12 @@ def test_translate_leaves_out_words_spelt_alike(options, ask):
     assert result["alike"] == 1
     assert result["forward"]["chance"]["precision@1"] == pytest.approx(1 / 15)
     assert "best pairs" in said.out
+
+
+def test_word_is_not_its_own_translation():
+    vectors = np.array([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
+    scores = evaluation.score_translations(vectors, np.array([0, 1]), np.array([1, 2]), False)
+    np.testing.assert_allclose(scores, [[0.6, 0.0], [-np.inf, 0.8]])
 
 
 @pytest.mark.parametrize("kind", [["--words"], ["--images", "classes"]])
