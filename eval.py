@@ -803,17 +803,18 @@ class Trained:
 
         captions: a file, or None for the run's; valid: the fraction of the photos held out.
         """
-        captions = captions or self.options["captions"]
+        own = self.options["captions"]
+        captions = captions or own
         text = data.Text(self.options["words"], self.options["stop_words"], valid)
-        if captions == self.options["captions"]:
-            kind = self.options["format"]
-        else:
-            kind = data.recognise(captions)
-        own = data.cached_index(captions, os.path.join(self.folder, "index"), text, kind)
-        if own is not None and own.dictionary == words:
-            return own
+        source = data.Source(
+            captions, self.options["format"] if captions == own else None,
+            self.options.get("image_column"), self.options.get("text_column"),
+            self.options["images"])
+        index = data.cached_index(source, os.path.join(self.folder, "index"), text)
+        if index is not None and index.dictionary == words:
+            return index
         folder = os.path.join(self.writable_folder(), "index-eval")
-        return data.build_index(captions, folder, text, kind, words)
+        return data.build_index(source, folder, text, words)
 
     def writable_folder(self):
         """The run's folder, or a temporary one where that takes no files."""

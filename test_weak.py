@@ -753,11 +753,10 @@ CAPTIONS = {                    # the rows in each format; a key begins with the
 
 def read(path):
     """A captions file's format, its photos' names and words, and how many of its lines are bad."""
-    kind = data.recognise(path)
-    captions = data.Captions(path, kind)
+    captions = data.captions_of(data.Source(str(path)))
     rows = [(name, data.words_of(caption)) for name, caption in captions]
     assert captions.count == len(rows)
-    return kind, rows, captions.bad_lines
+    return captions.kind, rows, captions.bad_lines
 
 
 @pytest.mark.parametrize("name", CAPTIONS)
@@ -799,7 +798,8 @@ ODD = {                         # format, a file, what is read of it, and the nu
     "names like an archive's magic": ("tsv", b"PK.jpg\tone\nPAR1.jpg\ttwo\n",
                                       [("PK.jpg", "one"), ("PAR1.jpg", "two")], 0),
     "coco": ("coco", b'{"images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2}, 7], "annotations": '
-             b'[null, [], {"image_id": [1]}, {"image_id": 1}]}', [("a.jpg", "")], 3),
+             b'[null, [], {"image_id": [1]}, {"image_id": 1}, {"image_id": 1, "caption": "x"}]}',
+             [("a.jpg", "x")], 4),
     "yfcc": ("yfcc", as_yfcc("61"), [("61.jpg", "my cafe at the sea red car sun")], 1),
     "yfcc with line numbers": (
         "yfcc", as_yfcc("7", "61"), [("61.jpg", "my cafe at the sea red car sun")], 1),
@@ -824,7 +824,7 @@ def test_odd_captions_cost_their_own_lines_and_no_more(name, tmp_path):
 def test_captions_that_cannot_be_read_are_told_in_one_line(kind, content, complaint, tmp_path):
     (tmp_path / "c").write_bytes(content)
     with pytest.raises(ValueError, match=f"^captions: {tmp_path}/c [^\n]*{complaint}[^\n]*$"):
-        list(data.Captions(tmp_path / "c", kind))
+        list(data.captions_of(data.Source(str(tmp_path / "c"), kind)))
 
 
 # ------------------------------------------------------------------------- index and draws
@@ -843,7 +843,7 @@ def write_captions(path, photos=400, seed=0, extra=""):
 
 
 def build(folder, text=data.Text(30, 5, 0.2), name="i", captions="c", **how):
-    return data.build_index(str(folder / captions), str(folder / name), text, **how)
+    return data.build_index(data.Source(str(folder / captions)), str(folder / name), text, **how)
 
 
 def words_by_photo(index):
@@ -986,7 +986,8 @@ def test_stop_words_chosen_by_size_may_be_named(tmp_path):
 
     def is_cached(stop_words):
         text = data.Text(30, stop_words, 0.2)
-        return data.cached_index(str(tmp_path / "c"), index.folder, text, "tsv") is not None
+        source = data.Source(str(tmp_path / "c"))
+        return data.cached_index(source, index.folder, text) is not None
 
     assert is_cached(3)
     assert is_cached(None)

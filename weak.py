@@ -106,6 +106,9 @@ def add_data_options(add):
     add("--captions", type=os.path.abspath, metavar="FILE", help="also .gz or .bz2; if not given "
         "photo.txt beside photo.jpg, or else the sub-folders' names")
     add("--format", choices=data.FORMATS, help="of the captions; recognised if not given")
+    add("--image-column", metavar="NAME", help="of the captions' column, or key, of photos' names; "
+        "or its number, from 1, if they have no heading")
+    add("--text-column", metavar="NAME", help="the same of the captions' text; several with commas")
     add("--words", type=number(int, 1), default=data.WORDS, help="K, the size of the dictionary")
     add("--stop-words", type=number(int, 0), help="most frequent words, left out; if not given "
         f"{data.STOP_WORDS} from {data.MANY:,} captions on, else {data.FEW_STOP_WORDS} or 5%%")
@@ -290,11 +293,13 @@ def read_captions(options, ranks):
     text = data.Text(options.words, options.stop_words, options.valid)
     folder = os.path.join(options.out, "index")
     if ranks.rank == 0:
-        data.build_index(options.captions, folder, text, options.format)
+        source = data.Source(options.captions, options.format, options.image_column,
+                             options.text_column, options.images)
+        data.build_index(source, folder, text)
     ranks.broadcast(None)                       # the others wait here
     try:
         index = data.Index(folder)
-    except OSError:
+    except FileNotFoundError:
         raise RuntimeError(f"the first rank's {folder} is not to be seen here; put --out and the "
                            "photos on a disk that all machines share") from None
     options.format = index.facts["fingerprint"]["format"]
@@ -313,6 +318,8 @@ def read_captions(options, ranks):
 def describe_index(index, options):
     """Print what the captions hold, and what of it is left out."""
     facts = index.facts
+    if facts["origin"]:
+        print(f"captions: {facts['origin']}")
     print(f"captions: {facts['captions']:,} as {options.format}, {len(index):,} photos "
           f"({index.held_out:,} held out), {len(index.dictionary):,} words, "
           f"{index.labels / max(1, len(index)):.2f} a photo", flush=True)
@@ -322,6 +329,7 @@ def describe_index(index, options):
     rare_words = ", ".join(examples[first_rare:])
     notes = {
         "bad_lines": "lines are no captions",
+        "recoded": "are not in UTF-8, and are read as Windows-1252",
         "refused": "names are absolute or leave --images: refused",
         "without_words": "photos have no word of the dictionary",
         "stop_words": f"stop words are left out, e.g. {stop_words}",
@@ -329,6 +337,8 @@ def describe_index(index, options):
     for fact, note in notes.items():
         if facts[fact]:
             print(f"captions: {facts[fact]:,} {note}")
+    if index.labels == len(index) * len(index.dictionary):
+        print("captions: all photos have the same words: there is nothing to learn")
 
 
 def default_rate(options, index):
