@@ -1277,8 +1277,11 @@ LISTED = f"{CODE}/1234567.jpg"
 @pytest.mark.parametrize("name, place", [
     (LISTED, LISTED), (LISTED, "1234567.jpg"), (LISTED, "123/456/1234567.jpg"),
     (LISTED, "part 2/x/1234567.jpg"), (LISTED, f"0f1/e2d/{CODE}.jpg"), ("A.JPG", "sub/a.jpg"),
-    ("photos/a.jpg", "sub/a.jpg"), ("x\\a.jpg", "sub/a.jpg"), ("a", "sub/a.jpg"),
-    ("a.png", "sub/a.jpg")])
+    ("SUB/A.jpg", "sub/a.jpg"), ("sub\\a.jpg", "sub/a.jpg"), ("a", "sub/a.jpg"),
+    ("sub/a", "sub/a.jpg"), ("sub/a.png", "sub/a.jpg"), ("a.png", "a.jpg"),
+    ("photos/a.jpg", "a.jpg"), ("photos/sub/a.jpg", "sub/a.jpg"), ("sub/a.jpg", "x/sub/a.jpg"),
+    ("http://x.org/sub/a.jpg", "sub/a.jpg"), ("my%20a.jpg", "my a.jpg"), ("50%.jpg", "50%.jpg"),
+    ("u\u0308.jpg", "sub/ü.jpg")])
 def test_photos_are_found_in_sub_folders_and_by_nearly_their_names(name, place, tmp_path):
     write(tmp_path, place, "sub/a.txt", "sub/b.jpg", "1/12345678.jpg")
     folder = data.Folder(str(tmp_path))
@@ -1341,13 +1344,13 @@ def numbers_read(loader, photos):
 def test_broken_photo_is_read_once_and_one_that_is_unavailable_again(tmp_path, monkeypatch):
     write(tmp_path, "broken.jpg", "large.jpg")
     os.truncate(tmp_path / "large.jpg", data.LARGEST + 1)
-    names, seen, decode = ["broken.jpg", "gone.jpg", "large.jpg"], [], data.decode
+    names, seen, read_photo = ["broken.jpg", "gone.jpg", "large.jpg"], [], data.read_photo
 
-    def spy(path, size):
+    def spy(path, check):
         seen.append(os.path.basename(path))
-        return decode(path, size)
+        return read_photo(path, check)
 
-    monkeypatch.setattr(data, "decode", spy)
+    monkeypatch.setattr(data, "read_photo", spy)
     with data.Loader(str(tmp_path), names.__getitem__, 3, 8) as loader:
         assert numbers_read(loader, [0, 1, 2]) == []
         assert "too large" in loader.skipped["large.jpg"]
@@ -1516,7 +1519,7 @@ def test_loader_reads_only_a_little_ahead(index, photos):
 
 
 def test_mistake_in_a_thread_is_not_a_broken_photo(index, photos, monkeypatch):
-    monkeypatch.setattr(data, "decode", lambda path, size: 1 / 0)
+    monkeypatch.setattr(data, "decode_bytes", lambda content, size: 1 / 0)
     with data.Loader(str(photos), index.name, 9, 24, 2) as loader:
         with pytest.raises(ZeroDivisionError):
             list(loader.batches([data.FixedOrder(range(5))]))
