@@ -612,6 +612,14 @@ def test_probabilities_are_the_losses_own(rng):
     assert np.isfinite(one_vs_all.probabilities(1e4 * s)).all()
 
 
+def test_normaliser_is_log_of_the_sum_and_survives_large_scores(rng):
+    s = rng.standard_normal((3, 6))
+    np.testing.assert_allclose(s - model.Softmax().normaliser(s), log_softmax(s, axis=1))
+    large = np.array([[1e4, 0], [-1e4, -1e4]], np.float32)
+    assert model.Softmax().normaliser(large)[:, 0] == pytest.approx([1e4, math.log(2) - 1e4])
+    assert not model.OneVersusAll(np.full(6, 0.1)).normaliser(s).any()
+
+
 @pytest.mark.parametrize("corrected", [True, False])
 def test_one_vs_all_over_the_batchs_words_is_unbiased(corrected):
     """By the inclusion probability, over all draws of 3 of 4 words; without it, it is not."""
@@ -3048,11 +3056,11 @@ def scored(rng):
     return rng.standard_normal((9, 4)), output, carried, rng.integers(1, 30, 12)
 
 
-def metrics_of(scored, loss="softmax"):
+def metrics_of(scored, loss="softmax", shift=None):
     features, output, carried, counts = scored
     targets = [np.flatnonzero(row) for row in carried]
     return evaluation.word_metrics(features, output, targets, counts,
-                                   model.LOSSES[loss](counts / 30))
+                                   model.LOSSES[loss](counts / 30), shift)
 
 
 BLOCKS = pytest.mark.parametrize("block", [evaluation.BLOCK, 60])   # 60: 5 photos, or a word
@@ -3080,7 +3088,8 @@ def test_means_over_words_leave_out_those_of_no_photo_and_of_all(block, scored, 
     monkeypatch.setattr(evaluation, "BLOCK", block)
     features, output, carried, counts = scored
     result = metrics_of(scored)
-    auc, ap = evaluation.auc_and_ap(features @ output.w.T + output.b, carried)
+    log_p = log_softmax(features @ output.w.T + output.b, axis=1)
+    auc, ap = evaluation.auc_and_ap(log_p, carried)
     often = np.argsort(-counts, kind="stable")
     mixed = carried.any(axis=0) & ~carried.all(axis=0)
     assert result["words"] == mixed.sum() < 12
@@ -3107,6 +3116,40 @@ def test_held_out_loss_is_that_of_a_plain_computation(block, scored, monkeypatch
     negatives = ~carried / (1 - frequency) * np.log1p(np.exp(s))
     one_vs_all = (positives + negatives).sum(axis=1) / 12
     assert metrics_of(scored, "one-vs-all")["loss"] == pytest.approx(one_vs_all.mean())
+
+
+@pytest.mark.parametrize("loss, unchanged", [("softmax", True), ("one-vs-all", False)])
+def test_ranks_of_photos_ignore_what_softmax_leaves_free(loss, unchanged, scored, rng):
+    """A number added to all scores of a photo changes no p: here, by another column of w."""
+    features, output, carried, counts = scored
+    result = metrics_of(scored, loss)
+    moved = model.Output(5, 12)
+    moved.w = np.hstack([output.w, np.ones((12, 1))])
+    moved.b = output.b
+    noise = 5 * rng.standard_normal((9, 1))     # one for each photo
+    again = metrics_of((np.hstack([features, noise]), moved, carried, counts), loss)
+    keys = ("auc", "map", "auc_frequent", "auc_rare", "loss")
+    same = [again[key] == pytest.approx(result[key], rel=1e-9) for key in keys]
+    assert same == [unchanged] * len(keys)
+    assert again["precision@5"] == result["precision@5"]
+
+
+@BLOCKS
+def test_prior_moves_words_within_a_photo_and_the_loss_of_softmax(block, scored, monkeypatch):
+    monkeypatch.setattr(evaluation, "BLOCK", block)
+    features, output, carried, counts = scored
+    shift = np.log(counts)
+    with_prior = model.Output(4, 12)
+    with_prior.w = output.w
+    with_prior.b = output.b + shift
+    for loss in model.LOSSES:
+        result = metrics_of(scored, loss, shift)
+        in_biases = metrics_of((features, with_prior, carried, counts), loss)
+        for key in ("precision@1", "precision@10", "auc", "map"):
+            assert result[key] == pytest.approx(in_biases[key])
+        one_vs_all = loss == "one-vs-all"       # whose class weights stand in the prior's place
+        expected = metrics_of(scored, loss) if one_vs_all else in_biases
+        assert result["loss"] == pytest.approx(expected["loss"])
 
 
 def test_csls_is_worked_out_by_hand():
