@@ -29,6 +29,7 @@ import numpy as np
 import pytest
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
+from scipy.optimize import minimize
 from scipy.signal import correlate
 from scipy.special import log_expit, log_softmax, softmax
 from scipy.stats import chisquare
@@ -618,6 +619,108 @@ def test_normaliser_is_log_of_the_sum_and_survives_large_scores(rng):
     large = np.array([[1e4, 0], [-1e4, -1e4]], np.float32)
     assert model.Softmax().normaliser(large)[:, 0] == pytest.approx([1e4, math.log(2) - 1e4])
     assert not model.OneVersusAll(np.full(6, 0.1)).normaliser(s).any()
+
+
+# how rows are drawn, and whether the prior makes p exact
+PRIORS = {
+    "by image": ({"sampling": "image"}, True),
+    "drawn": ({}, True),
+    "balanced": ({"positives": "balanced"}, True),
+    "all": ({"positives": "all"}, False),
+    "idf": ({"positives": "idf", "sampling": "image"}, False),
+    "one-vs-all by image": ({"loss": "one-vs-all", "sampling": "image"}, True),
+    "one-vs-all drawn": ({"loss": "one-vs-all"}, False),
+    "one-vs-all all": ({"loss": "one-vs-all", "positives": "all"}, False)}
+
+
+def toy_photos(rng):
+    """The kind of each of 6,000 photos, one of 3, (N, 3), and which of 5 words it carries, (N, K).
+
+    The network can tell kinds apart, and photos of a kind not.
+    """
+    chance = np.array([[.9, .5, .4, .05, .02], [.3, .1, .7, .3, .01], [.5, .5, .02, .02, .3]])
+    kind = np.repeat([0, 1, 2], [2000, 3000, 1000])
+    carried = rng.random((6000, 5)) < chance[kind]
+    labelled = carried.any(axis=1)
+    return np.eye(3)[kind[labelled]], carried[labelled]
+
+
+def training_draws(carried, options):
+    """How often training draws each photo, (N, 1), and each word as its target, (N, K)."""
+    n, k = carried.shape
+    counts = carried.sum(axis=0)
+    by_image = np.full((n, 1), 1 / n)
+    by_word = carried / (k * counts)                                # a word, then a photo of it
+    by_class = by_word.sum(axis=1, keepdims=True)
+    if options["positives"] == "idf":
+        weights = carried * np.log(n / counts)
+        return by_image, by_image * weights / weights.sum(axis=1, keepdims=True)
+    if options["sampling"] == "image":
+        return by_image, by_image * carried
+    if options["positives"] == "all":
+        return by_class, by_class * carried
+    return by_class, by_word
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_prior_makes_probabilities_those_of_photos_as_they_are(name, rng):
+    given, exact = PRIORS[name]
+    options = {"loss": "softmax", "sampling": "class", "positives": "drawn", "targets": "all",
+               "batch": 64, **given}
+    kind, carried = toy_photos(rng)
+    rows, targets = training_draws(carried, options)
+    frequency = targets.sum(axis=0)                                 # (K,)
+    shift = model.prior_shift(options, carried.sum(axis=0), len(carried), frequency)
+    positive = kind.T @ targets                                     # (3, K)
+    real = kind.T @ carried
+    if options["loss"] == "softmax":            # scores at which the training loss is least
+        s = np.log(positive)
+        p = real / real.sum(axis=1, keepdims=True)
+    else:
+        s = np.log(positive / frequency) - np.log((kind.T @ rows - positive) / (1 - frequency))
+        p = real / kind.sum(axis=0)[:, None]
+    loss = model.LOSSES[options["loss"]](frequency)
+    before = abs(loss.probabilities(s) - p).max()
+    after = before if shift is None else abs(loss.probabilities(s + shift) - p).max()
+    assert model.prior_is_exact(options) == exact
+    if exact:
+        assert after < 1e-6
+        assert before > 0.1 or options["sampling"] == "image"
+    else:
+        assert 0.01 < after < 0.8 * before
+
+
+@pytest.mark.parametrize("sampling, error", [("class", 1e-3), ("image", 0.1)])
+def test_prior_holds_over_the_batchs_own_words(sampling, error):
+    """Photos of one word; the minimum over all batches of 3 such rows is found by L-BFGS."""
+    counts = np.array([70, 20, 9, 1])
+    p = np.array([0.4, 0.2, 0.3, 0.1])          # of the words of a photo x
+    options = {"loss": "softmax", "sampling": sampling, "positives": "drawn", "targets": "batch",
+               "batch": 3}
+    q = np.full(4, 1 / 4) if sampling == "class" else counts / 100
+    drawn = p * q / counts                      # p(k | x) of the rows that training draws
+    drawn = drawn / drawn.sum()
+    loss = model.Softmax()
+
+    def mean_loss(s):
+        total = 0
+        gradient = np.zeros(4)
+        for words in np.ndindex(4, 4, 4):       # the word of x, and of the other rows
+            classes = np.unique(words)
+            target = np.searchsorted(classes, words[:1])
+            weight = drawn[words[0]] * q[words[1]] * q[words[2]]
+            losses, ds = loss(s[None, classes], target)
+            total += weight * losses[0]
+            gradient[classes] += weight * ds[0]
+        return total, gradient
+
+    s = minimize(mean_loss, np.zeros(4), jac=True, method="L-BFGS-B", tol=1e-12).x
+    shift = model.prior_shift(options, counts, 100, q)
+    after = abs(loss.probabilities((s + shift)[None]) - p).max()
+    assert after < error
+    assert model.prior_is_exact(options) == (sampling == "class")
+    if sampling == "image":
+        assert after < abs(loss.probabilities(s[None]) - p).max() / 2
 
 
 @pytest.mark.parametrize("corrected", [True, False])
