@@ -590,9 +590,9 @@ class Softmax:
         highest = s.max(axis=1, keepdims=True)                      # (N, 1): no overflow
         return highest + np.log(np.exp(s - highest).sum(axis=1, keepdims=True))
 
-    def prior_shift(self, counts, training, label_frequency, presence):
+    def prior_shift(self, counts, training, drawn, presence):
         """log N_k - log q_k + log a_k, about its mean, (K,): see the function of that name."""
-        shift = np.log(counts) - np.log(label_frequency) + np.log(presence)
+        shift = np.log(counts) - np.log(drawn) + np.log(presence)
         return shift - shift.mean()             # p knows no number that is added to all scores
 
     @staticmethod
@@ -649,7 +649,7 @@ class OneVersusAll:
         """0, (N, 1): a score is the log-odds of one word by itself, in every photo alike."""
         return np.zeros_like(s[:, :1])
 
-    def prior_shift(self, counts, training, label_frequency, presence):
+    def prior_shift(self, counts, training, drawn, presence):
         """log (π_k / (1 - π_k)), (K,): see the function of that name."""
         least = 0.5 / training                  # a word of every photo has finite odds, too
         frequency = np.clip(counts / training, least, 1 - least)
@@ -681,14 +681,15 @@ def prior_shift(options, counts, training, label_frequency):
     """What makes scores those of photos as they are: to add to the biases, (K,); None for nothing.
 
     options: those of the run, a dictionary; counts (K,): N_k, of the `training` photos, that carry
-    word k; label_frequency (K,): q_k, of the rows that training draws, that have it as a target.
+    word k; label_frequency (K,): of the rows that training draws, that have it as a target, or
+    after `idf` what it weighs among them.
 
     Training draws (photo, word) pairs otherwise than a collection has them, and scores learn that.
-    Softmax: the collection has a pair of word k N_k times in Σ N_j, training q_k times in Σ q_j,
-    and among the photos of one word both draw alike. So by Bayes' rule
+    Softmax: of the collection's pairs a part ∝ N_k has word k, of those drawn a part ∝ q_k, and
+    among the photos of one word both draw alike. So by Bayes' rule
         p(k | x) ∝ N_k p(x | k) ∝ N_k / q_k · p_drawn(k | x), or s_k + log N_k - log q_k.
-    Over a batch's own words k stands in the sum with probability a_k = 1 - (1 - q_k)^B only, so s_k
-    learns log p - log a_k: add log a_k. `sampled` words are corrected while training already.
+    Over a batch's own words k is in the sum with a probability a_k only, so s_k learns log p -
+    log a_k: add log a_k. `sampled` words are corrected while training already.
     One-versus-all: with eq. 1's weights 1/π_k of positives and 1/(1 - π_k) of negatives s_k learns
     log-odds less log (π_k / (1 - π_k)), π_k = N_k / N: add that.
 
@@ -696,11 +697,16 @@ def prior_shift(options, counts, training, label_frequency):
     of rare words are drawn more often, whatever their other words are; in one-versus-all by class,
     drawn, a photo's other words are negatives. (Saerens et al. 2002; Menon et al. 2021, §5.)
     """
+    counts = np.asarray(counts)
+    label_frequency = np.asarray(label_frequency)
+    loss = LOSSES[options["loss"]](label_frequency)
     presence = np.ones(len(counts))
     if options["targets"] == "batch":
-        presence = 1 - (1 - np.asarray(label_frequency)) ** options["batch"]    # (K,)
-    loss = LOSSES[options["loss"]](label_frequency)
-    shift = loss.prior_shift(np.asarray(counts), training, np.asarray(label_frequency), presence)
+        presence = 1 - (1 - label_frequency) ** options["batch"]    # (K,) a_k
+    drawn = label_frequency                     # (K,) q_k
+    if options["positives"] == "balanced":      # which on average weighs as one drawn word does
+        drawn = np.ones(len(counts))
+    shift = loss.prior_shift(counts, training, drawn, presence)
     return shift.astype(np.float32) if abs(shift).max() > 1e-9 else None
 
 

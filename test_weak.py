@@ -670,6 +670,8 @@ def test_prior_makes_probabilities_those_of_photos_as_they_are(name, rng):
     kind, carried = toy_photos(rng)
     rows, targets = training_draws(carried, options)
     frequency = targets.sum(axis=0)                                 # (K,)
+    if options["positives"] == "balanced":      # all words of a row are targets, of less weight
+        frequency = (rows * carried).sum(axis=0)
     shift = model.prior_shift(options, carried.sum(axis=0), len(carried), frequency)
     positive = kind.T @ targets                                     # (3, K)
     real = kind.T @ carried
