@@ -824,10 +824,15 @@ class Trained:
 
     net, and recipe, of model.NETWORKS; loss; words, and classes, {word: class}; counts (K,), the
     training photos of each word, and training, all of them; options and log of the run.
+    net's scores are those of photos as they are: the prior, shift (K,) of model.prior_shift, is in
+    the biases of its output layer. learned_b are these without it; shift is None for nothing.
     """
 
-    def __init__(self, run):
-        """run: a run's folder, or a checkpoint; it says on stderr which weights these are."""
+    def __init__(self, run, prior="real"):
+        """run: a run's folder, or a checkpoint; it says on stderr which weights these are.
+
+        prior: "none" leaves the biases as training made them.
+        """
         path = data.find_checkpoint(run)
         checkpoint = data.load_checkpoint(path)
         facts = checkpoint.facts
@@ -846,6 +851,49 @@ class Trained:
         self.recipe = model.NETWORKS[self.options["network"]]
         self.net = self.recipe.build(len(self.words), self.options["dropout"], seed=None)
         self.net.load(checkpoint.weights)
+        self.learned_b = self.net.output.b
+        self.shift = None
+        if prior == "real":
+            self.add_prior(facts.get("label_frequency"))
+
+    def add_prior(self, label_frequency):
+        """Add the prior of real photos to the biases, and say on stderr how good it is."""
+        if label_frequency is None:             # a checkpoint of before they had it
+            label_frequency = self.find_label_frequency()
+        if label_frequency is None:
+            print("prior: not known, the run's captions or index are not at hand; probabilities "
+                  "are those of the words as training drew them", file=sys.stderr, flush=True)
+            return
+        self.shift = model.prior_shift(self.options, self.counts, self.training, label_frequency)
+        if self.shift is None:
+            return
+        self.net.output.b = self.learned_b + kernels.to_device(self.shift)
+        how = "exactly" if model.prior_is_exact(self.options) else "approximately"
+        print(f"prior: scores are {how} those of photos as they are, not as training drew them",
+              file=sys.stderr, flush=True)
+
+    def find_label_frequency(self):
+        """How often training's rows have each word as a target, (K,), or None if that is lost."""
+        sampling = self.options["sampling"]
+        positives = self.options["positives"]
+        if sampling == "image":
+            return self.counts / self.training
+        if positives == "drawn":
+            return np.full(len(self.words), 1 / len(self.words))
+        index = self.own_index()
+        if index is None or index.dictionary != self.words:
+            return None
+        return index.label_frequency(sampling, positives)
+
+    def own_index(self):
+        """The run's index of its captions, or None where it is not there or they have changed."""
+        text = data.Text(self.options["words"], self.options["stop_words"], self.options["valid"])
+        folder = os.path.join(self.folder, "index")
+        try:
+            return data.cached_index(self.options["captions"], folder, text,
+                                     self.options["format"])
+        except (OSError, ValueError):           # no captions
+            return None
 
     def make_loss(self, counts):
         """The run's loss for words with so many training photos."""
@@ -1116,7 +1164,7 @@ def command(name, *options, runs=1):
     def register(function):
         says = console.summary(function.__doc__)
         parser = COMMANDS.add_parser(name, help=says, description=says)
-        parser.set_defaults(function=function, out=None)
+        parser.set_defaults(function=function, out=None, prior="none")
         parser.add_argument("--model", required=True, nargs=runs, metavar="RUN",
                             help="a run's folder, or an .npz")
         for flag, settings in options + COMMON:
@@ -1154,6 +1202,8 @@ TOP = option("--top", type=number(int, 1), default=6, help="how many to show for
 FOLDER = option("--images", required=True, metavar="DIR", help="folder of photos")
 IMAGES = option("--images", metavar="DIR", help="folder of photos; the run's if not given")
 CAPTIONS = option("--captions", metavar="FILE", help="captions; the run's if not given")
+PRIOR = option("--prior", choices=("real", "none"), default="real",
+               help="probabilities of photos as they are, or as training drew them")
 FONT = option("--font", type=Fonts, metavar="FILE", help="of words; else any with their letters")
 SPLITTING = (
     option("--splits", type=number(int, 1, 10_000), default=10, help="random splits"),
@@ -1174,7 +1224,7 @@ def change(options, **changes):
 
 # --------------------------------------------------------------------------- words (Table 1)
 
-@command("words", IMAGES, CAPTIONS, *SPLITTING, output_option("--out", ".png", required=False),
+@command("words", IMAGES, CAPTIONS, PRIOR, *SPLITTING, output_option("--out", ".png", required=False),
          option("--deciles", action="store_true", help="AUC and AP by frequency of the words, too"),
          option("--transfer", nargs="+", metavar="DIR",
                 help="accuracy of features, as `transfer`, too"),
@@ -1224,10 +1274,11 @@ def score_run(run, words, features, targets):
     """word_metrics of a run over some of its words, of which the targets are classes."""
     classes = run.find_words(words)
     counts = run.counts[classes]
+    shift = None if run.shift is None else run.shift[classes]
     output = model.Output(features.shape[1], len(words))
     output.w = run.net.output.w[classes]
-    output.b = run.net.output.b[classes]
-    return word_metrics(features, output, targets, counts, run.make_loss(counts))
+    output.b = run.learned_b[classes]
+    return word_metrics(features, output, targets, counts, run.make_loss(counts), shift)
 
 
 def transfer_key(images):
@@ -1334,7 +1385,7 @@ def print_words(result, show=Output()):
 
 # -------------------------------------------------------------------- photos, one at a time
 
-@command("tag", TOP,
+@command("tag", TOP, PRIOR,
          option("photos", nargs="+", metavar="PHOTO", help="picture files, or folders of them"),
          option("--threshold", type=number(float, 0, 1),
                 help="instead of --top: the least probability"))
@@ -1364,16 +1415,17 @@ def expand_folders(paths):
     return files
 
 
-@command("search", WORDS, IMAGES, TOP, FONT, output_option("--out", ".png"))
+@command("search", WORDS, IMAGES, TOP, PRIOR, FONT, output_option("--out", ".png"))
 def search_photos(options, show, run):
-    """The photos that score highest for a word, with their scores (Fig. 3)."""
+    """The most probable photos for a word, with log p, or log-odds after one-vs-all (Fig. 3)."""
     classes = run.find_words(options.words)
     folder, names = run.photos(options)
     reader = run.read(folder, names, options.workers)
     scores = []
     for _, x, _ in reader:
-        features = run.net.features(x)
-        scores.append(kernels.to_host(run.net.output.scores(features, classes)))    # (n, C)
+        s = run.net.forward(x)                                      # (n, K)
+        comparable = s - run.loss.normaliser(s)
+        scores.append(kernels.to_host(comparable[:, classes]))      # (n, C)
     s = np.concatenate(scores)                                      # (N, C)
     rankings = Output().best(options.words, s.T, reader.names, options.top)
     find = data.Folder(folder).find
@@ -1783,7 +1835,7 @@ svg { font-family: sans-serif; text-anchor: middle; dominant-baseline: central }
 """
 
 
-@command("report", CAPTIONS, IMAGES, *SPLITTING, *MAPPING, FONT, output_option("--out", ".html"),
+@command("report", CAPTIONS, IMAGES, PRIOR, *SPLITTING, *MAPPING, FONT, output_option("--out", ".html"),
          option("words", nargs="*", metavar="WORD", help="words to search photos for"),
          option("--series", nargs="+", metavar="RUN", help="runs for `words` side by side"),
          option("--pairs-similar", nargs="+", metavar="FILE", help="as `similar --pairs`"),
@@ -1801,7 +1853,9 @@ def write_report(options, show, run):
         changed = change(options, all=False, deciles=False, layer=None)
         changed = change(changed, **changes)
         try:
-            runs = [run if path == run.name else Trained(path) for path in changed.model]
+            runs = []
+            for path in changed.model:
+                runs.append(run if path == run.name else Trained(path, options.prior))
             results[title] = function(changed, page, *runs)
         except (ValueError, OSError) as error:
             failed[title] = str(error)
@@ -1906,7 +1960,7 @@ def main(arguments=None):
     print(kernels.use(options.device, "fp32"), file=sys.stderr)     # distances cancel in TF32
     terminal = sys.stderr if options.json == "-" else sys.stdout
     with redirect_stdout(terminal):
-        runs = [Trained(path) for path in options.model]
+        runs = [Trained(path, options.prior) for path in options.model]
         result = options.function(options, Output(options.out), *runs)
     if options.json:
         console.write_json(options.json, result)

@@ -3521,6 +3521,37 @@ def test_run_says_which_weights_it_is_evaluated_with(tiny, ask):
             f"{best['validation_loss']:.4f}") in said.err
 
 
+def test_run_is_loaded_with_the_prior_of_real_photos(tiny, monkeypatch, capsys):
+    monkeypatch.chdir(tiny[0])
+    plain = evaluation.Trained("r", prior="none")
+    assert plain.shift is None and "prior" not in capsys.readouterr().err
+    trained = evaluation.Trained("r")
+    assert "prior: scores are exactly those of photos" in capsys.readouterr().err
+    expected = np.log(plain.counts) - np.log(plain.counts).mean()   # words are drawn alike often
+    np.testing.assert_allclose(trained.shift, expected, rtol=1e-5)
+    np.testing.assert_allclose(trained.net.output.b - plain.net.output.b, expected, atol=1e-5)
+    assert np.array_equal(trained.learned_b, plain.net.output.b)
+
+
+@pytest.mark.parametrize("options, said", [
+    ({"sampling": "image"}, ""),                                    # nothing to add
+    ({"positives": "all"}, "approximately"),
+    ({"positives": "all", "captions": "gone.tsv"}, "not known"),
+    ({"loss": "one-vs-all"}, "approximately")])
+def test_prior_of_an_old_run_follows_from_its_options(options, said, tiny, tmp_path, monkeypatch,
+                                                      capsys):
+    monkeypatch.chdir(tiny[0])
+    old = data.load_checkpoint("r/best.npz")
+    old.facts.pop("label_frequency", None)
+    old.facts["options"].update(options)
+    shutil.copytree("r/index", tmp_path / "index")
+    data.save_checkpoint(str(tmp_path / "model.npz"), old)
+    trained = evaluation.Trained(str(tmp_path))
+    assert (trained.shift is None) == (said in ("", "not known"))
+    line = capsys.readouterr().err
+    assert said in line and ("prior: " in line) == bool(said)
+
+
 def test_words_are_scored_on_held_out_photos_or_on_all(tiny, ask):
     held_out, _ = ask("words")
     every, _ = ask("words", "--all")
@@ -3542,11 +3573,13 @@ def test_run_may_be_scored_over_some_of_its_words(loss, tiny, rng, monkeypatch):
     words = [trained.words[i] for i in classes]
     result = evaluation.score_run(trained, words, features, targets)
     s = trained.net.output.scores(features)[:, classes]             # (6, 4)
+    first = s.argmax(axis=1) == np.concatenate(targets)
+    assert result["precision@1"] == pytest.approx(first.mean())
+    if loss == "one-vs-all":                    # eq. 1 is measured without the prior
+        s = s - trained.shift[classes]
     labels = data.Labels(np.array(targets), np.full(6, 1 / 6))
     losses, _ = trained.make_loss(trained.counts[classes])(s, labels)
     assert result["loss"] == pytest.approx(losses.sum(), rel=1e-5)
-    first = s.argmax(axis=1) == np.concatenate(targets)
-    assert result["precision@1"] == pytest.approx(first.mean())
 
 
 def test_words_of_several_runs_make_a_curve(tiny, ask):
@@ -3638,10 +3671,12 @@ def test_search_finds_the_photos_of_the_highest_scores(tiny, ask):
     assert Image.open("s.png").size == (3 * 156 + 6, 2 * 206 + 6)
     trained = evaluation.Trained("r")
     features, reader = trained.features("classes", data.list_photos("classes"), 0)
-    scores = trained.net.output.scores(features)[:, trained.find_words(words)]  # (24, 2)
+    log_p = log_softmax(trained.net.output.scores(features), axis=1)
+    scores = log_p[:, trained.find_words(words)]                    # (24, 2)
     for column, word in zip(scores.T, words):
         best = [reader.names[i] for i in np.argsort(-column, kind="stable")[:3]]
         assert list(result["words"][word]) == best
+        assert result["words"][word][best[0]] == pytest.approx(column.max(), rel=1e-4)
 
 
 def test_neighbors_are_by_cosine(tiny, ask):
