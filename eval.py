@@ -79,6 +79,18 @@ def auc_and_ap(scores, carried):
     return np.where(both, auc, np.nan), np.where(both, ap, np.nan)
 
 
+def chance_of_ap(positives, n):
+    """The mean AP of a random order of n photos, of which so many are positive.
+
+    A positive stands at any rank r alike often. Before it are (r - 1) (m - 1) / (n - 1) others of
+    the m on average, so its precision is (1 + (r - 1) (m - 1) / (n - 1)) / r; the mean over r is
+    q + (1 - q) H_n / n with q = (m - 1) / (n - 1) and H_n = 1 + 1/2 + … + 1/n.
+    """
+    q = (positives - 1) / max(1, n - 1)
+    harmonic = (1 / np.arange(1, n + 1)).sum()
+    return q + (1 - q) * harmonic / n
+
+
 def word_metrics(features, output, targets, counts, loss, shift=None):
     """What `words` reports of N photos, as a plain dictionary.
 
@@ -95,7 +107,7 @@ def word_metrics(features, output, targets, counts, loss, shift=None):
     auc, ap = score_words(scorer, carried)                          # (K,) each
     sizes = carried.sum(axis=1)                                     # (N,) words of a photo
     positives = carried.sum(axis=0)                                 # (K,) photos of a word
-    scored = np.isfinite(ap)
+    chance = np.where(np.isfinite(ap), chance_of_ap(positives, n), np.nan)      # (K,)
     by_frequency = np.argsort(-counts, kind="stable")               # (K,)
     third = max(1, k // 3)
     return {
@@ -105,15 +117,15 @@ def word_metrics(features, output, targets, counts, loss, shift=None):
         "loss": mean_loss(features, output, targets, loss, shift),
         "auc_frequent": mean_of_finite(auc[by_frequency[:third]]),
         "auc_rare": mean_of_finite(auc[by_frequency[-third:]]),
-        "deciles": score_deciles(auc, ap, counts, by_frequency),
+        "deciles": score_deciles(auc, ap, chance, counts, by_frequency),
         "photos": n,
-        "words": int(scored.sum()),
+        "words": int(np.isfinite(ap).sum()),
         "dictionary": k,
         "ceiling": name_precisions(np.minimum.outer(sizes, KS).mean(axis=0) / KS),
         "baseline": name_precisions([positives[by_frequency[:top]].sum() / (n * top)
                                      for top in KS]),
         "chance": {**name_precisions(sizes.mean() / k * np.minimum(KS, k) / KS),
-                   "auc": 0.5, "map": mean_of_finite(positives[scored] / n)},
+                   "auc": 0.5, "map": mean_of_finite(chance)},
     }
 
 
@@ -206,14 +218,18 @@ def mean_loss(features, output, targets, loss, shift=None):
     return total / len(targets)
 
 
-def score_deciles(auc, ap, counts, by_frequency):
-    """{"1 of 10": numbers of the most frequent tenth of the words, …}; fewer where K < 10."""
+def score_deciles(auc, ap, chance, counts, by_frequency):
+    """{"1 of 10": numbers of the most frequent tenth of the words, …}; fewer where K < 10.
+
+    auc, ap, and its chance (K,): NaN for a word that is not scored.
+    """
     deciles = {}
     for i, words in enumerate(np.array_split(by_frequency, 10), 1):
         if len(words):
             deciles[f"{i} of 10"] = {
                 "words": len(words), "photos": float(counts[words].mean()),
-                "auc": mean_of_finite(auc[words]), "map": mean_of_finite(ap[words])}
+                "auc": mean_of_finite(auc[words]), "map": mean_of_finite(ap[words]),
+                "chance": {"auc": 0.5, "map": mean_of_finite(chance[words])}}
     return deciles
 
 
@@ -293,6 +309,7 @@ def ten_crops(pixels, crop):
 PENALTIES = 10.0 ** np.arange(-1, -7, -1)       # λ to choose from, strongest first
 USUAL_PENALTY = 1e-4                            # where no photo can be held out to choose
 HELD = 0.2                                      # fraction of the training photos that chooses λ
+ORDERS = 300                                    # random ones, whose mean is the chance
 RAW = 16                                        # raw pixels: that many rows and columns
 VIEWS = ("this model", "untrained network", f"raw pixels, {RAW} × {RAW}")
 FIT = {"maxiter": 300, "maxcor": 10, "gtol": 1e-5, "ftol": 1e-8}
@@ -1315,13 +1332,13 @@ def warn_about_duplicates(index, folder, held_out, show):
 
 def show_deciles(results, show):
     """AUC and AP of the words by frequency: a row for each tenth of them, two columns a run."""
-    heading = ["words by frequency", "photos"]
+    heading = ["words by frequency", "photos", "AP by chance"]
     for name in results:
         heading += [f"AUC, {name}", f"AP, {name}"]
     largest = list(results.values())[-1]
     rows = {}
     for decile, numbers in largest["deciles"].items():
-        rows[decile] = [f"{numbers['photos']:,.0f}"]
+        rows[decile] = [f"{numbers['photos']:,.0f}", numbers["chance"]["map"]]
         for result in results.values():
             rows[decile] += [result["deciles"][decile]["auc"], result["deciles"][decile]["map"]]
     show.table(heading, rows)
@@ -1377,7 +1394,7 @@ def print_words(result, show=Output()):
         rows[key] = [column[key] for column in columns]
     ap = result["chance"]["map"]
     rows["AUC, mean of words"] = [result["auc"], 0.5, 0.5, 1]
-    rows["AP, mean of words"] = [result["map"], ap, ap, 1]
+    rows[f"AP of {result['photos']:,}, mean of words"] = [result["map"], ap, ap, 1]
     show.table(["", "model", "frequent words", "chance", "ceiling"], rows)
     show.line(f"AUC of the most frequent third of the words {result['auc_frequent']:.4f}, "
               f"of the rarest third {result['auc_rare']:.4f}")
@@ -1664,8 +1681,14 @@ class Voc:
         return tasks
 
     def chance(self, task):
-        """The average precision of guessing."""
-        return float(task.y[task.test].mean())
+        """The average precision of a random order of the photos to test, the mean of many."""
+        y = task.y[task.test]
+        keys = philox(0, (0, 0, 0, SPLITS)).random_raw(ORDERS * len(y))
+        values = []
+        for order in keys.reshape(ORDERS, len(y)):
+            ranks = order / 2**64
+            values.append(voc_ap(np.stack([-ranks, ranks], axis=1), y))
+        return float(np.mean(values))
 
 
 # --------------------------------------------------------------- words' vectors (Tables 5 to 7)
