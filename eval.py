@@ -308,9 +308,11 @@ def ten_crops(pixels, crop):
 
 PENALTIES = 10.0 ** np.arange(-1, -7, -1)       # λ to choose from, strongest first
 USUAL_PENALTY = 1e-4                            # where no photo can be held out to choose
-HELD = 0.2                                      # fraction of the training photos that chooses λ
+FOLDS = 5                                       # of the training photos; one is held to choose λ,
+FEW = 20                                        # or each in turn if a class has fewer photos
 ORDERS = 300                                    # random ones, whose mean is the chance
 RAW = 16                                        # raw pixels: that many rows and columns
+ZERO_SHOT = "class names as words"
 VIEWS = ("this model", "untrained network", f"raw pixels, {RAW} × {RAW}")
 FIT = {"maxiter": 300, "maxcor": 10, "gtol": 1e-5, "ftol": 1e-8}
 
@@ -346,27 +348,50 @@ def predict(table, x):
     return x @ table[:-1].astype(x.dtype) + table[-1].astype(x.dtype)
 
 
-def choose_penalty(x, y, held, goodness):
-    """The fit to all with the λ whose fit to the rest is best on those held (N,), and that λ."""
-    if not held.any():                          # one photo a class
+def choose_penalty(x, y, folds, goodness):
+    """The fit to all with the λ whose fits to the rest are best on those held, and that λ.
+
+    folds: boolean (N,) each, of the photos that are held; where there are several, the mean counts.
+    """
+    if not folds:                               # one photo a class
         return fit(x, y, USUAL_PENALTY), USUAL_PENALTY
-    table = None
-    best_table = None
-    best_penalty = USUAL_PENALTY
-    best_value = -np.inf
-    for penalty in PENALTIES:
-        table = fit(x[~held], y[~held], penalty, table)             # begins at a stronger λ's
-        value = goodness(predict(table, x[held]), y[held])
-        if value > best_value:
-            best_value = value
-            best_penalty = penalty
-            best_table = table
-    return fit(x, y, best_penalty, best_table), best_penalty
+    values = np.zeros(len(PENALTIES))
+    for held in folds:
+        table = None
+        for i, penalty in enumerate(PENALTIES):
+            table = fit(x[~held], y[~held], penalty, table)         # begins at a stronger λ's
+            values[i] += goodness(predict(table, x[held]), y[held]) / len(folds)
+    best = PENALTIES[values.argmax()]           # the strongest of equally good ones
+    return fit(x, y, best), best
+
+
+def fold_masks(y, seed, number):
+    """Boolean (N,) each: photos of each class to choose λ by, at random by (seed, number).
+
+    A fifth of the photos, or five in turn where a class has few, as one fifth says little then. The
+    only photo of a class is never among them.
+    """
+    order = shuffled(len(y), seed, number)
+    fold = np.full(len(y), -1)
+    fewest = len(y)
+    for label in np.unique(y):
+        photos = order[y[order] == label]
+        fewest = min(fewest, len(photos))
+        if len(photos) > 1:
+            fold[photos] = np.arange(len(photos)) % FOLDS
+    count = FOLDS if fewest < FEW else 1
+    masks = [fold == i for i in range(count)]
+    return [mask for mask in masks if mask.any()]
+
+
+def shuffled(n, seed, number):
+    """The numbers 0 … n - 1 in a random order, a function of (seed, number)."""
+    return np.argsort(philox(seed, (0, number, 0, SPLITS)).random_raw(n), kind="stable")
 
 
 def split(y, take, seed, number):
     """Boolean (N,): take(n) of each class's n photos at random, a function of (seed, number)."""
-    order = np.argsort(philox(seed, (0, number, 0, SPLITS)).random_raw(len(y)), kind="stable")
+    order = shuffled(len(y), seed, number)
     mask = np.zeros(len(y), bool)
     for label in np.unique(y):
         photos = order[y[order] == label]
@@ -377,6 +402,12 @@ def split(y, take, seed, number):
 def accuracy(scores, y):
     """How often the class with the highest of the scores (N, C) is the photo's."""
     return float((scores.argmax(axis=1) == y).mean())
+
+
+def class_accuracy(scores, y):
+    """The mean over the classes of y of each one's accuracy: a constant guess has 1 / C."""
+    right = scores.argmax(axis=1) == y
+    return float(np.mean([right[y == label].mean() for label in np.unique(y)]))
 
 
 def voc_ap(scores, y):
@@ -1307,8 +1338,9 @@ def score_transfer(run, images, options, show):
     """The run's mean accuracy on a folder's photos, and its standard deviation over the splits."""
     key = transfer_key(images)
     show.line(f"{run.name}: {key}")
-    rows = transfer_features(change(options, images=images, layer=None), show, run)["rows"]
-    deviations = rows.get("± deviation", [0, 0])
+    result = transfer_features(change(options, images=images, layer=None), show, run)
+    rows = result["rows"]
+    deviations = rows.get(f"± over {result['over']}", [0, 0])
     return {key: rows["mean"][1], key + SPREAD: deviations[1]}      # after that of chance
 
 
@@ -1508,38 +1540,123 @@ class Task(NamedTuple):
          option("--layer",
                 help="of that name, the mean of its pixels; the last hidden one if not given"))
 def transfer_features(options, show, run):
-    """Regression on features: DIR/class/*.jpg, or a Pascal VOC folder (Fig. 5, Tables 2 to 4)."""
+    """Regression on features: DIR/class/*.jpg, or a Pascal VOC folder (Fig. 5, Tables 2 to 4).
+
+    For folders of classes also without any regression and labelled photo: the class whose name has
+    the most probable words.
+    """
     is_voc = os.path.isdir(os.path.join(options.images, "JPEGImages"))
     collection = Voc(options) if is_voc else SubFolders(options)
     collection.tasks(list(collection.labels))                       # may fail: before the work
     reader = run.read(options.images, list(collection.labels), options.workers)
-    views = extract_views(run, reader, options.layer)
+    named = NamedClasses(run, collection.class_names)
+    views = extract_views(run, reader, options.layer, named)
     tasks = collection.tasks(reader.names)
-    rows = run_regressions(tasks, views, collection, options.seed)
-    values = np.array(list(rows.values()))                          # (tasks, 1 + views)
-    rows["mean"] = values.mean(axis=0).tolist()
-    if len(values) > 1:
-        rows["± deviation"] = values.std(axis=0, ddof=1).tolist()
+    scores = run_regressions(tasks, views, collection, options.seed)
+    columns = ["chance", *VIEWS]
+    if named.known():
+        named.report_unknown(show)
+        columns.append(ZERO_SHOT)
+        for task in tasks:
+            scores[task.name].append(named.scores[task.test])       # (n, C)
+    rows = measure_tasks(tasks, scores, collection)
     count = len(reader.names)
     show.line(f"{count:,} photos; {tasks[-1].train.sum():,} to train and "
               f"{tasks[-1].test.sum():,} to test")
-    columns = ["chance", *VIEWS]
     show.table([collection.measured, *columns], rows)
-    return {"columns": columns, "rows": rows, "photos": count, "skipped": reader.skipped}
+    return {"columns": columns, "rows": rows, "over": collection.describe(tasks), "photos": count,
+            "unknown_names": named.unknown(), "skipped": reader.skipped}
 
 
-def extract_views(run, reader, layer):
-    """{view: (N, D)} of the reader's photos by each of VIEWS."""
+class NamedClasses:
+    """Scores of photos for classes by their names: the mean of log p of the words of each.
+
+    scores (N, C): -inf for a class of which the run knows no word, so that its photos are missed.
+    """
+
+    def __init__(self, run, names):
+        self.run = run
+        self.words = {}                         # {class: those of its words that the run knows}
+        for name in names:
+            words = [run.classes.get(word) for word in data.words_of(name)]
+            self.words[name] = [word for word in words if word is not None]
+        self.batches = []
+
+    def known(self):
+        """Whether some class can be told by its name."""
+        return any(self.words.values())
+
+    def unknown(self):
+        """The classes without a word that the run knows."""
+        return [name for name, words in self.words.items() if not words]
+
+    def report_unknown(self, show):
+        """Say which classes are missed, whatever the model does."""
+        unknown = self.unknown()
+        if unknown:
+            show.line(f"{len(unknown)} of {len(self.words)} classes have no word that the model "
+                      f"knows, {ZERO_SHOT} miss them: {', '.join(unknown)}")
+
+    def add(self, features):
+        """Take the last hidden layer (n, E) of the next photos."""
+        if self.known():
+            s = self.run.net.output.scores(features)                # (n, K)
+            log_p = kernels.to_host(s - self.run.loss.normaliser(s))
+            scores = np.full((len(s), len(self.words)), -np.inf)
+            for i, words in enumerate(self.words.values()):
+                if words:
+                    scores[:, i] = log_p[:, words].mean(axis=1)
+            self.batches.append(scores)
+
+    @functools.cached_property
+    def scores(self):
+        return np.concatenate(self.batches)
+
+
+def extract_views(run, reader, layer, named):
+    """{view: (N, D)} of the reader's photos by each of VIEWS; they are shown to `named`, too."""
     untrained = run.recipe.build(len(run.words), 0, seed=run.options["seed"])
     batches = []
     for _, x, pixels in reader:
-        batches.append([mean_of_pixels(kernels.to_host(run.net.features(x, layer))),
+        hidden = run.net.features(x)                                # (n, E)
+        named.add(hidden)
+        own = hidden if layer is None else run.net.features(x, layer)
+        batches.append([mean_of_pixels(kernels.to_host(own)),
                         mean_of_pixels(kernels.to_host(untrained.features(x, layer))),
                         shrink(pixels)])
     views = {}
     for i, view in enumerate(VIEWS):
         views[view] = np.concatenate([batch[i] for batch in batches])
     return views
+
+
+def measure_tasks(tasks, scores, collection):
+    """Rows of a table: chance and what the scores of each task's photos to test are worth.
+
+    scores: {task: [(n, C) of each view]}. Rows of means over the tasks follow, with deviations,
+    and, where the collection has classes of unequal size, the mean accuracy of a class.
+    """
+    rows = {}
+    by_class = []
+    for task in tasks:
+        y = task.y[task.test]
+        values = [collection.measure(s, y) for s in scores[task.name]]
+        rows[task.name] = [collection.chance(task), *values]
+        if collection.measure is accuracy:
+            values = [class_accuracy(s, y) for s in scores[task.name]]
+            by_class.append([1 / len(np.unique(y)), *values])
+    over = collection.describe(tasks)
+    add_means(rows, list(rows.values()), "mean", f"± over {over}")
+    if by_class:
+        add_means(rows, by_class, "mean class accuracy", f"± of it over {over}")
+    return rows
+
+
+def add_means(rows, values, name, spread):
+    """Add to rows the mean of some rows, and, if they are several, their deviation."""
+    rows[name] = np.mean(values, axis=0).tolist()
+    if len(values) > 1:
+        rows[spread] = np.std(values, axis=0, ddof=1).tolist()
 
 
 def mean_of_pixels(features):
@@ -1557,36 +1674,36 @@ def shrink(pixels):
 
 
 def run_regressions(tasks, views, collection, seed):
-    """{task: [chance, what its regression on each view is worth]}, threads sharing the work."""
-    results = {}
-    rows = {}
+    """{task: [scores of its photos to test by a regression on each view]}, by several threads."""
+    waiting = {}
+    scores = {}
     pool = ThreadPoolExecutor(kernels.threads.count)
     try:
         for i, task in enumerate(tasks):
+            waiting[task.name] = []
             for view in VIEWS:
-                results[task.name, view] = pool.submit(
-                    regress, views[view], task, collection.measure, seed, 2 * i + 1)
+                waiting[task.name].append(pool.submit(
+                    regress, views[view], task, collection.measure, seed, 2 * i + 1))
         with console.Progress("regressions", len(tasks), "tasks") as progress:
             for task in tasks:
-                values = [results[task.name, view].result() for view in VIEWS]
-                rows[task.name] = [collection.chance(task), *values]
+                scores[task.name] = [result.result() for result in waiting[task.name]]
                 progress.tick()
     finally:
         pool.shutdown(cancel_futures=True)      # after Ctrl-C
-    return rows
+    return scores
 
 
 def regress(x, task, measure, seed, number):
-    """What a regression on features x (N, D) is worth on the task's photos to test.
+    """The scores (n, C) of the task's photos to test, by a regression on features x (N, D).
 
-    Of those to train on some are held out, a function of (seed, number), which choose λ.
+    λ is the best by `measure` on some of the photos to train on, a function of (seed, number).
     """
     y = task.y[task.train]
-    held = split(y, lambda n: min(n - 1, max(1, round(HELD * n))), seed, number)
     mean = x[task.train].mean(axis=0, dtype=np.float64)
     features = units((x - mean).astype(np.float32))                 # so one λ suits all
-    table, _ = choose_penalty(features[task.train], y, held, measure)
-    return measure(predict(table, features[task.test]), task.y[task.test])
+    folds = fold_masks(y, seed, number)
+    table, _ = choose_penalty(features[task.train], y, folds, measure)
+    return predict(table, features[task.test])
 
 
 class SubFolders:
@@ -1599,11 +1716,16 @@ class SubFolders:
         self.options = options
         names = [name for name in data.list_photos(options.images) if os.sep in name]
         self.labels = {name: name.split(os.sep)[0] for name in names}
+        self.class_names = sorted(set(self.labels.values()))
+
+    def describe(self, tasks):
+        """What the tasks differ in."""
+        return f"{len(tasks)} splits"
 
     def tasks(self, names):
         """A Task of the photos for each split; ValueError where there are too few."""
-        classes, y = np.unique([self.labels[name] for name in names], return_inverse=True)
-        self.check(classes, np.bincount(y, minlength=1))
+        y = np.searchsorted(self.class_names, [self.labels[name] for name in names])
+        self.check(np.bincount(y, minlength=len(self.class_names)))
         tasks = []
         for i in range(self.options.splits):
             train = split(y, self.count_to_train, self.options.seed, 2 * i)
@@ -1616,18 +1738,19 @@ class SubFolders:
             return self.options.train_per_class
         return min(n - 1, max(2, round(self.options.train_share * n)))
 
-    def check(self, classes, counts):
-        """ValueError where a class has no photos to train, choose λ and test."""
+    def check(self, counts):
+        """ValueError where a class has no photos to train, choose λ and test; counts (C,)."""
         least = (self.options.train_per_class or 2) + 1
-        if len(classes) < 2 or counts.min() < least:
-            there = [f"{name} {count}" for name, count in zip(classes, counts)]
+        if len(counts) < 2 or counts.min() < least:
+            there = [f"{name} {count}" for name, count in zip(self.class_names, counts)]
             raise ValueError(f"--images: two or more sub-folders of {least} or more photos are "
                              "needed, to train, choose and test; there are "
                              f"{', '.join(there) or 'none'}")
 
     def chance(self, task):
-        """The accuracy of guessing."""
-        return 1 / float(task.y.max() + 1)
+        """The accuracy of always guessing the largest class."""
+        y = task.y[task.test]
+        return float(np.bincount(y).max() / len(y))
 
 
 class Voc:
@@ -1635,6 +1758,7 @@ class Voc:
 
     measured = "average precision"
     measure = staticmethod(voc_ap)
+    class_names = ()                            # photos are not told apart by these
 
     def __init__(self, options):
         """labels: {photo: {class: 1, or 0 where it is difficult, -1 where it is not there}}."""
@@ -1659,6 +1783,10 @@ class Voc:
             self.labels[photo][name] = int(label)
             if subset == "trainval":
                 self.trained.add(photo)
+
+    def describe(self, tasks):
+        """What the tasks differ in."""
+        return f"{len(tasks)} classes"
 
     def tasks(self, names):
         """A Task of the photos for each class that they can train and test."""

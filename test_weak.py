@@ -3307,23 +3307,38 @@ def test_penalty_is_chosen_on_held_out_photos(rng):
     x = rng.standard_normal((60, 40))
     y = rng.integers(0, 2, 60)
     held = evaluation.split(y, lambda n: n // 5, 0, 1)
+    other = evaluation.split(y, lambda n: n // 3, 0, 2)
     judged = []
 
     def goodness(scores, labels):
         judged.append(labels)
         return -float(np.abs(scores).sum())                         # the strongest has the least
 
-    _, penalty = evaluation.choose_penalty(x, y, held, goodness)
+    _, penalty = evaluation.choose_penalty(x, y, [held, other], goodness)
     assert penalty == evaluation.PENALTIES[0]
-    assert len(judged) == len(evaluation.PENALTIES)
-    assert all(np.array_equal(labels, y[held]) for labels in judged)
+    count = len(evaluation.PENALTIES)
+    assert len(judged) == 2 * count
+    assert all(np.array_equal(labels, y[held]) for labels in judged[:count])
+    assert all(np.array_equal(labels, y[other]) for labels in judged[count:])
 
 
 def test_penalty_is_the_usual_one_if_no_photo_can_be_held_out(rng):
     x = rng.standard_normal((6, 3))
-    nothing_held = np.zeros(6, bool)
-    _, penalty = evaluation.choose_penalty(x, np.array([0, 0, 0, 1, 1, 1]), nothing_held, None)
+    _, penalty = evaluation.choose_penalty(x, np.array([0, 0, 0, 1, 1, 1]), [], None)
     assert penalty == 1e-4
+
+
+def test_few_photos_choose_the_penalty_in_five_turns():
+    y = np.array([0] * 40 + [1] * 19 + [2])     # of the last class there is none to spare
+    folds = evaluation.fold_masks(y, 0, 1)
+    assert len(folds) == 5
+    assert np.array_equal(np.sum(folds, axis=0), y != 2)            # each of the others once
+    for held in folds:
+        assert held[y == 0].sum() == 8 and 3 <= held[y == 1].sum() <= 4
+    assert len(evaluation.fold_masks(y[:59], 0, 1)) == 5
+    many, = evaluation.fold_masks(np.repeat([0, 1], 20), 0, 1)
+    assert many[:20].sum() == many[20:].sum() == 4
+    assert evaluation.fold_masks(np.array([0, 1, 2]), 0, 1) == []
 
 
 def test_split_takes_of_each_class_and_is_a_function_of_seed_and_number(rng):
@@ -3777,10 +3792,45 @@ def test_transfer_tells_colours_apart(options, ask):
     mean = dict(zip(result["columns"], result["rows"]["mean"]))
     assert mean["chance"] == 0.5
     assert mean["raw pixels, 16 × 16"] == 1
-    assert list(result["rows"]) == ["split 1", "split 2", "split 3", "mean", "± deviation"]
+    assert list(result["rows"]) == ["split 1", "split 2", "split 3", "mean", "± over 3 splits",
+                                    "mean class accuracy", "± of it over 3 splits"]
     assert result["photos"] == 24
     assert list(result["skipped"]) == ["class0/broken.jpg"]
     assert "24 photos; 12 to train and 12 to test" in said.out
+    assert "class names as words" not in result["columns"]          # no word of them is known
+
+
+def test_transfer_by_class_names_needs_no_labelled_photo(tiny, tmp_path, ask):
+    """A class is found by its name's words; one without a known word is missed, and that is said."""
+    first, second, third = tiny[1][:3]
+    for i, folder in enumerate([f"{first.upper()}_{second}", third, "unheardof"]):
+        for number in range(6 + 6 * (i == 2)):
+            path = tmp_path / folder / f"{number}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.new("RGB", (20, 20), (100 * i, 20 * number, 90)).save(path)
+    result, said = ask("transfer", "--images", tmp_path, "--splits", 2)
+    assert result["columns"][-1] == "class names as words"
+    assert result["unknown_names"] == ["unheardof"] and "unheardof" in said.out
+    trained = evaluation.Trained("r", prior="none")
+    features, reader = trained.features(tmp_path, data.list_photos(tmp_path), 0)
+    log_p = log_softmax(trained.net.output.scores(features), axis=1)
+    classes = trained.find_words([first, second, third])
+    best = np.where(log_p[:, classes[:2]].mean(axis=1) > log_p[:, classes[2]],
+                    f"{first.upper()}_{second}", third)
+    right = np.array([name.split("/")[0] for name in reader.names]) == best
+    order = {name: i for i, name in enumerate(sorted({n.split("/")[0] for n in reader.names}))}
+    y = np.array([order[name.split("/")[0]] for name in reader.names])
+    train = evaluation.split(y, lambda n: n // 2, 0, 0)
+    assert result["rows"]["split 1"][-1] == pytest.approx(right[~train].mean())
+    assert result["rows"]["mean"][0] == 0.5                         # always "unheardof"
+    assert result["rows"]["mean class accuracy"][0] == pytest.approx(1 / 3)
+
+
+def test_class_accuracy_of_a_constant_guess_is_that_of_chance():
+    y = np.repeat([0, 1], [270, 30])
+    always_first = np.tile([1.0, 0.0], (300, 1))
+    assert evaluation.accuracy(always_first, y) == 0.9
+    assert evaluation.class_accuracy(always_first, y) == 0.5
 
 
 def test_transfer_reads_a_voc_folder_and_leaves_difficult_photos_out(tmp_path, ask):
@@ -3797,7 +3847,7 @@ def test_transfer_reads_a_voc_folder_and_leaves_difficult_photos_out(tmp_path, a
     for name, text in lines.items():
         write(tmp_path, **{f"ImageSets/Main/{name}.txt": text})
     result, said = ask("transfer", "--images", tmp_path)
-    assert list(result["rows"]) == ["cat", "dog", "mean", "± deviation"]
+    assert list(result["rows"]) == ["cat", "dog", "mean", "± over 2 classes"]
     assert result["rows"]["mean"][-1] == 1      # of raw pixels
     # the precision at a recall is the best of the following, so chance is more than 10 of 18
     assert 10 / 18 < result["rows"]["cat"][0] < 0.75
@@ -3901,7 +3951,7 @@ def test_experiment_with_bad_input_says_so_in_one_line(name, tiny, ask, capsys):
     assert "\n" not in str(error.value)
     said = capsys.readouterr()
     assert not said.out
-    assert said.err.count("\n") <= 3            # device, model, skipped
+    assert said.err.count("\n") <= 4            # device, model, prior, skipped
 
 
 @pytest.mark.parametrize("arguments, message", [
