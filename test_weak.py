@@ -32,6 +32,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 from scipy.optimize import minimize
 from scipy.signal import correlate
+from scipy.sparse import csr_array
 from scipy.special import log_expit, log_softmax, softmax
 from scipy.stats import chisquare
 
@@ -3267,6 +3268,28 @@ def test_prior_moves_words_within_a_photo_and_the_loss_of_softmax(block, scored,
         assert result["loss"] == pytest.approx(expected["loss"])
 
 
+def test_nearest_photos_lend_their_words_by_rank():
+    training = np.array([[1.0, 0], [0.9, 0.1], [-1, 0], [0, -1]])   # with a mean near 0
+    labels = csr_array(np.array([[1, 0, 0], [0, 1, 0], [0, 0, 0], [1, 0, 0]], bool))
+    x = np.array([[2.0, 0.0], [-3.0, 0.1]])
+    nearest = evaluation.NearestScores(x, training, labels)
+    (_, scores), = nearest.word_blocks()
+    # photo 0 is nearest, then 1, 3 and 2; from the other side, 2, 3, 1 and 0 are
+    np.testing.assert_allclose(scores, [[1 + 1 / 3, 1 / 2, 0], [1 / 2 + 1 / 4, 1 / 3, 0]])
+    (_, blocks), = nearest.photo_blocks()
+    assert np.argsort(-blocks[0]).tolist() == [0, 1, 2]
+    assert len(nearest) == 2 and nearest.words == 3
+
+
+def test_words_that_no_near_photo_has_are_ordered_by_frequency(monkeypatch):
+    monkeypatch.setattr(evaluation, "NEAREST", 1)
+    training = np.array([[1.0, 0], [-1, 0], [0, 1], [0, -1]])
+    labels = csr_array(np.array([[1, 0, 0], [0, 0, 1], [0, 1, 1], [0, 0, 1]], bool))
+    nearest = evaluation.NearestScores(np.array([[5.0, 1.0]]), training, labels)
+    (_, scores), = nearest.photo_blocks()
+    assert np.argsort(-scores[0]).tolist() == [0, 2, 1]
+
+
 def test_csls_is_worked_out_by_hand():
     cosines = np.array([[0.9, 0.8, 0.1], [0.7, 0.2, 0.3]])
     # with k = 2: rows have means .85 and .5; columns .8, .5 and .2
@@ -3594,6 +3617,22 @@ def test_words_are_scored_on_held_out_photos_or_on_all(tiny, ask):
     index = data.Index("r/index")
     assert held_out["photos"] + held_out["skipped"] == index.held_out
     assert every["photos"] + every["skipped"] == len(index)
+
+
+def test_words_have_baselines_of_the_same_photos(tiny, ask):
+    result, said = ask("words")
+    baselines = result["baselines"]
+    index = data.Index("r/index")
+    training = [index.name(i) for i in range(index.held_out, len(index))]
+    readable = [name for name in training if is_whole(Path("photos", name))]
+    assert baselines.pop("training_photos") == len(readable) > 200
+    assert list(baselines) == list(evaluation.VIEWS)
+    for view, numbers in baselines.items():
+        assert numbers["words"] == result["words"]
+        assert 0.3 < numbers["auc"] < 0.7       # of captions made up
+        assert f"50 nearest: {view} " in said.out
+    assert "baselines" not in ask("words", "--no-baselines")[0]
+    assert "baselines" not in ask("words", "--all")[0]
 
 
 @pytest.mark.parametrize("loss", model.LOSSES)
