@@ -288,8 +288,8 @@ def retrieve_photos(scorer, carried):
     first = Scorer(scorer.features[:count], scorer.output, scorer.loss, scorer.shift)
     scores = np.zeros((count, count), np.float32)                   # (sets, photos)
     columns = carried.tocsc()
-    for words, log_p in first.word_blocks():
-        scores += columns[:, words] @ log_p.T
+    for words, s in first.word_blocks():
+        scores += columns[:, words] @ scorer.loss.log_probability(s).T
     sizes = carried.sum(axis=1)                                     # (C,)
     common = (carried @ carried.T).toarray()                        # words that two photos share
     right = (common == sizes) & (common == sizes[:, None])
@@ -318,7 +318,7 @@ def table_of_words(scorer, carried, words, counts, step):
             photos = int(marks[:, i].sum())
             if LEAST_PHOTOS <= photos < len(marks):
                 score, f1 = best_f1(scores[:, i], marks[:, i])
-                threshold = float(scorer.loss.probability(score))
+                threshold = float(np.exp(scorer.loss.log_probability(score)))
             rows.append([words[k], int(counts[k]), photos, auc[i], ap[i], threshold, f1, step])
     return [["" if is_nan(value) else value for value in row] for row in rows]
 
@@ -1486,6 +1486,8 @@ IMAGES = option("--images", metavar="DIR", help="folder of photos; the run's if 
 CAPTIONS = option("--captions", metavar="FILE", help="captions; the run's if not given")
 PRIOR = option("--prior", choices=("real", "none"), default="real",
                help="probabilities of photos as they are, or as training drew them")
+BASELINES = option("--no-baselines", action="store_true",
+                   help="without the words of the nearest training photos, which take minutes")
 FONT = option("--font", type=Fonts, metavar="FILE", help="of words; else any with their letters")
 SPLITTING = (
     option("--splits", type=number(int, 1, 10_000), default=10, help="random splits"),
@@ -1513,9 +1515,7 @@ def change(options, **changes):
          option("--all", action="store_true", help="score all photos, not the held-out ones"),
          output_option("--per-word", ".csv", required=False,
                        help="AUC, AP and the threshold of the best F1 of each word, to write"),
-         option("--no-baselines", action="store_true",
-                help="without the words of the nearest training photos"),
-         runs="+")
+         BASELINES, runs="+")
 def predict_words(options, show, *runs):
     """Precision@k, AUC and AP of words for photos that were not trained on (Table 1, Fig. 2).
 
@@ -1939,7 +1939,8 @@ class NamedClasses:
         """Take the last hidden layer (n, E) of the next photos."""
         if self.known():
             s = self.run.net.output.scores(features)                # (n, K)
-            log_p = kernels.to_host(s - self.run.loss.normaliser(s))
+            comparable = kernels.to_host(s - self.run.loss.normaliser(s))
+            log_p = self.run.loss.log_probability(comparable)
             scores = np.full((len(s), len(self.words)), -np.inf)
             for i, words in enumerate(self.words.values()):
                 if words:
@@ -2346,7 +2347,8 @@ svg { font-family: sans-serif; text-anchor: middle; dominant-baseline: central }
 """
 
 
-@command("report", CAPTIONS, IMAGES, PRIOR, *SPLITTING, *MAPPING, FONT, output_option("--out", ".html"),
+@command("report", CAPTIONS, IMAGES, PRIOR, BASELINES, *SPLITTING, *MAPPING, FONT,
+         output_option("--out", ".html"),
          option("words", nargs="*", metavar="WORD", help="words to search photos for"),
          option("--series", nargs="+", metavar="RUN", help="runs for `words` side by side"),
          option("--pairs-similar", nargs="+", metavar="FILE", help="as `similar --pairs`"),
@@ -2361,7 +2363,7 @@ def write_report(options, show, run):
         print(f"\n{title}", flush=True)
         note = console.summary(function.__doc__)
         page.html.append(f'<h2>{escape(title)}</h2><p class="note">{escape(note)}</p>')
-        changed = change(options, all=False, deciles=False, layer=None)
+        changed = change(options, all=False, deciles=False, layer=None, per_word=None)
         changed = change(changed, **changes)
         try:
             runs = []

@@ -602,13 +602,13 @@ class Softmax:
             return positives == "drawn" or (positives == "balanced" and targets != "batch")
         return positives != "idf" and targets != "batch"
 
-    def probability(self, log_p):
-        """p from s - normaliser, NumPy of any shape."""
-        return np.exp(log_p)
+    def log_probability(self, s):
+        """log p from s - normaliser, NumPy of any shape: that is what these are."""
+        return s
 
     def probabilities(self, s):
         """p (N, K), of one word among all, from scores of NumPy."""
-        return self.probability(s - self.normaliser(s))
+        return np.exp(s - self.normaliser(s))
 
     def photo_weights(self, targets):
         """In validation a photo's words share its weight, as one drawn word a row does: (N,)."""
@@ -664,14 +664,14 @@ class OneVersusAll:
         """By class, other words of a photo count as negatives, or it is drawn more often."""
         return sampling == "image" and positives != "idf"
 
-    def probability(self, s):
-        """σ(s), NumPy of any shape."""
-        small = np.exp(-np.abs(s))                                  # no overflow
-        return np.where(s > 0, 1, small) / (1 + small)
+    def log_probability(self, s):
+        """log σ(s), NumPy of any shape."""
+        return -np.logaddexp(0, -s)
 
     def probabilities(self, s):
         """σ(s) (N, K), of each word by itself, from scores of NumPy."""
-        return self.probability(s)
+        small = np.exp(-np.abs(s))                                  # no overflow
+        return np.where(s > 0, 1, small) / (1 + small)
 
     def photo_weights(self, targets):
         """In validation each photo counts once, whatever its words are: (N,)."""
