@@ -1147,14 +1147,17 @@ class BatchSampler:
         self.index.check_training(photo)
         return int(photo)
 
-    def labels(self, batch, available, targets="all", negatives=0):
+    def labels(self, batch, available, targets="all", negatives=0, counted=None):
         """The Labels of this rank's rows; a row whose photo is not available (N,) weighs nothing.
 
         targets: which words are scored: "all", those of the whole "batch", or these and as many
-        `negatives`, "sampled".
+        `negatives`, "sampled". counted: how many rows of the whole batch have a photo, so that the
+        loss is their mean; if not given these rows are all.
         """
         words = pad_rows([batch.targets[row] for row in batch.rows])                # (N, T)
-        weights = np.where(available, 1 / self.count, 0).astype(np.float32)
+        if counted is None:
+            counted = available.sum()
+        weights = np.where(available, 1 / max(1, counted), 0).astype(np.float32)
         labels = Labels(words, weights, self._target_weights(words))
         if targets == "all":
             return labels

@@ -1105,8 +1105,13 @@ def test_photos_are_drawn_by_image_uniformly_with_all_words(index):
 
 def test_row_without_a_photo_weighs_nothing(index):
     sampler = data.BatchSampler(index, 3, 4)
-    labels = sampler.labels(sampler.batch(0), np.array([True, False, True, True]))
-    assert labels.weights.tolist() == [0.25, 0, 0.25, 0.25]
+    available = np.array([True, False, False, True])
+    labels = sampler.labels(sampler.batch(0), available)
+    assert labels.weights.tolist() == [0.5, 0, 0, 0.5]              # a mean over those that count
+    labels = sampler.labels(sampler.batch(0), available, counted=8)
+    assert labels.weights.tolist() == [0.125, 0, 0, 0.125]          # … of all ranks
+    labels = sampler.labels(sampler.batch(0), np.zeros(4, bool))
+    assert not labels.weights.any()
 
 
 def gradient_statistics(index, s, positives, steps=600):
@@ -1196,7 +1201,7 @@ def test_ranks_rows_are_those_of_the_whole_batch(sampling, targets, index):
                              (mine.flip, batch.flip)):
         assert values.tolist() == expected[3:].tolist()
     labels = whole.labels(batch, all_there(batch), targets, 7)
-    my_labels = last.labels(mine, all_there(mine), targets, 7)
+    my_labels = last.labels(mine, all_there(mine), targets, 7, counted=10)
     assert my_labels.weights.tolist() == labels.weights[3:].tolist()
     width = my_labels.targets.shape[1]
     assert my_labels.targets.tolist() == labels.targets[3:, :width].tolist()
@@ -2225,6 +2230,24 @@ def test_steps_without_any_photo_cost_nothing_but_themselves(mine, train):
     train("--resume", "--out", "r")
     assert kept
     assert open("r/skipped.txt").read() == kept
+
+
+def test_missing_photos_leave_the_loss_a_mean_over_the_others(mine, train, monkeypatch):
+    """At a rate that moves nothing it is ln K for each word of a photo that is there."""
+    for i in range(0, 400, 2):
+        Path(f"photos/p{i}.jpg").unlink(missing_ok=True)
+    honest = weak.train_step
+    sizes = []                                  # a step's mean number of words
+
+    def train_step(run, batch, pixels, available, counted):
+        assert 0 < counted < 16
+        words = [len(targets) for targets in batch.targets]
+        sizes.append(np.mean(np.array(words)[available]))
+        honest(run, batch, pixels, available, counted)
+
+    monkeypatch.setattr(weak, "train_step", train_step)
+    train(*mine, "--sampling", "image", "--lr", 1e-6, "--min-lr", 1e-9, "--epochs", 1, "--out", "r")
+    assert losses_of("r") == pytest.approx([math.log(30) * np.mean(sizes)], rel=1e-3)
 
 
 def test_folder_of_a_running_run_is_refused(tmp_path):

@@ -346,11 +346,11 @@ def default_rate(options, index):
 class Epoch:
     """The epoch under way."""
 
-    losses: np.ndarray                  # of each row of this rank, summed over the steps
+    losses: np.ndarray                  # of each row of this rank, weighed, summed over the steps
+    weights: np.ndarray                 # … and these weights: 1 a step, on all ranks together
     steps: int = 0                      # that were made
-    trained: int = 0                    # … with at least one photo
     shown_loss: float = 0.0             # the sum of `losses` when progress was last shown
-    shown_trained: int = 0              # … and `trained` then
+    shown_weight: float = 0.0           # … and of `weights`
 
 
 @dataclass
@@ -462,7 +462,8 @@ def load_weights_from(source, net, network, dictionary):
 
 def new_epoch(rows):
     """An epoch of which nothing is done yet; rows: the slice of a batch that is this rank's."""
-    return Epoch(losses=kernels.to_device(np.zeros(rows.stop - rows.start)))
+    zeros = np.zeros(rows.stop - rows.start)
+    return Epoch(losses=kernels.to_device(zeros), weights=zeros.copy())
 
 
 def weight_bytes(run):
@@ -541,9 +542,9 @@ def train(run, interrupt):
         rest = run.steps_per_epoch - run.current.steps
         for batch, _, pixels, available in itertools.islice(batches, rest):
             decision = decide_together(run, available, interrupt)
-            count_step(run, decision.train)
-            if decision.train:
-                train_step(run, batch, pixels, available)
+            count_step(run, decision.counted)
+            if decision.counted:
+                train_step(run, batch, pixels, available, decision.counted)
             show_progress(run, progress)
             if decision.stop:
                 return False
@@ -553,9 +554,9 @@ def train(run, interrupt):
     return True
 
 
-def train_step(run, batch, pixels, available):
+def train_step(run, batch, pixels, available, counted):
     """One step of SGD: forward, loss, backward, the sum of all ranks' gradients, update."""
-    labels = make_labels(run, batch, available)
+    labels = make_labels(run, batch, available, counted)
     context = model.Context(run.options.seed, run.step, batch.rows.start, labels.classes)
     x = kernels.prepare(pixels, batch.top, batch.left, batch.flip, run.recipe.crop)  # (N, H, W, 3)
     scores = run.net.forward_training(x, context)                   # a list, the main ones last
@@ -564,12 +565,13 @@ def train_step(run, batch, pixels, available):
     run.ranks.wait()
     run.sgd.step(run.schedule.rate)
     run.current.losses += losses                # on a GPU, nobody waits for them
+    run.current.weights += labels.weights
 
 
-def make_labels(run, batch, available):
+def make_labels(run, batch, available, counted):
     """What the step scores, and the weight of each row: 0 without a photo."""
     options = run.options
-    labels = run.sampler.labels(batch, available, options.targets, options.negatives)
+    labels = run.sampler.labels(batch, available, options.targets, options.negatives, counted)
     if options.targets == "batch" and not run.loss.corrects_batch:
         # The paper's estimate over a batch's own words is biased, and not corrected.
         labels = labels._replace(inclusion_probability=None)
@@ -579,7 +581,7 @@ def make_labels(run, batch, available):
 class Decision(NamedTuple):
     """What all ranks do alike in a step."""
 
-    train: bool                         # some rank has a photo of the batch
+    counted: int                        # the rows of the batch that have a photo, on all ranks
     save: bool                          # for some rank it is time to
     stop: bool                          # some rank was asked to
 
@@ -587,17 +589,16 @@ class Decision(NamedTuple):
 def decide_together(run, available, interrupt):
     """The Decision for a step: the ranks do whatever any of them must do."""
     time_to_save = time.monotonic() - run.saved_at > SAVE_SECONDS
-    votes = run.ranks.allreduce([available.any(), time_to_save, interrupt.asked])
-    train, save, stop = votes > 0
-    return Decision(train, save, stop)
+    votes = run.ranks.allreduce([available.sum(), time_to_save, interrupt.asked])
+    counted, save, stop = votes
+    return Decision(int(counted), save > 0, stop > 0)
 
 
-def count_step(run, has_photos):
+def count_step(run, counted):
     """One more step; RuntimeError if too many of the last ones had no photo."""
     run.step += 1
     run.current.steps += 1
-    if has_photos:
-        run.current.trained += 1
+    if counted:
         run.empty_steps = 0
         return
     run.empty_steps += 1
@@ -657,8 +658,8 @@ def end_epoch(run, progress):
 
 def measure_training(run, progress):
     """The row of the log for this epoch, without the scores of held-out photos."""
-    loss = float(run.ranks.allreduce(sum_losses(run))) / max(1, run.current.trained)
-    return {"epoch": run.epoch, "step": run.step, "loss": loss,
+    loss, weight = run.ranks.allreduce([sum_losses(run), run.current.weights.sum()])
+    return {"epoch": run.epoch, "step": run.step, "loss": float(loss / weight),
             "learning_rate": run.schedule.rate, "images_per_second": progress.rate(),
             "loader_wait": run.loader.waited / progress.seconds(), "validation_loss": None,
             "skipped": len(gather_skipped(run)), "precision@10": None, "auc": None, "map": None}
@@ -751,17 +752,15 @@ def show_progress(run, progress):
 
 
 def loss_since_shown(run):
-    """The mean loss of the steps since progress was last shown; None if there are none."""
+    """The mean loss of this rank's rows since progress was last shown; None if there are none."""
     epoch = run.current
-    total = sum_losses(run)
-    increase = total - epoch.shown_loss
-    steps = epoch.trained - epoch.shown_trained
-    epoch.shown_loss = total
-    epoch.shown_trained = epoch.trained
-    if not steps:
-        return None
-    part_of_batch = len(epoch.losses) / run.options.batch           # a loss is over all ranks' rows
-    return increase / steps / part_of_batch
+    total_loss = sum_losses(run)
+    total_weight = float(epoch.weights.sum())
+    loss = total_loss - epoch.shown_loss
+    weight = total_weight - epoch.shown_weight
+    epoch.shown_loss = total_loss
+    epoch.shown_weight = total_weight
+    return loss / weight if weight else None
 
 
 def describe_waiting(run, progress):
@@ -821,13 +820,13 @@ def best_is_due(run):
 def collect_facts(run):
     """What a checkpoint holds besides arrays, from all ranks."""
     losses = run.ranks.gather(kernels.to_host(run.current.losses).tolist())
+    weights = run.ranks.gather(run.current.weights.tolist())
     return {
         "order": ORDER,
         "options": vars(run.options),
         "step": run.step,
         "epoch": run.epoch,
-        "under_way": {"steps": run.current.steps, "trained": run.current.trained,
-                      "losses": losses},
+        "under_way": {"steps": run.current.steps, "losses": losses, "weights": weights},
         "log": run.log,
         "plateau": vars(run.schedule),
         "counts": run.index.counts.tolist(),
@@ -874,7 +873,8 @@ def restore(run, checkpoint):
     run.loader.skipped.update(facts["skipped"])
     under_way = facts["under_way"]
     losses = np.array(under_way["losses"])[run.rows]
-    run.current = Epoch(kernels.to_device(losses), under_way["steps"], under_way["trained"])
+    weights = np.array(under_way["weights"])[run.rows]
+    run.current = Epoch(kernels.to_device(losses), weights, under_way["steps"])
     reason = stop_reason(run)
     if reason:
         print(f"this run is finished; to train on, change {reason}", flush=True)
