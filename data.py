@@ -228,7 +228,7 @@ class Index:
             raise ValueError(f"the index in {self.folder} is damaged; remove that folder, and it "
                              "is made again")
 
-    def label_frequency(self, sampling, positives="drawn"):
+    def target_frequency(self, sampling, positives):
         """The fraction of the training rows that have each word as a target, (K,)."""
         k = len(self.dictionary)
         if sampling == "image":
@@ -236,14 +236,36 @@ class Index:
         if positives == "drawn":
             return np.full(k, 1 / k)
         frequency = np.zeros(k)
+        for words, photos in self._training_words():
+            # a photo is drawn by any of its words j, with probability 1 / (K N_j)
+            drawn = np.bincount(photos, 1 / (k * self.counts[words]))
+            frequency += np.bincount(words, drawn[photos], k)
+        return frequency
+
+    def label_frequency(self, sampling, positives):
+        """The mean weight of each word as a target of a training row, (K,): q_k.
+
+        It is target_frequency where each target weighs 1; `balanced` ones weigh as drawn ones do.
+        """
+        k = len(self.dictionary)
+        if positives == "balanced":
+            return np.full(k, 1 / k)
+        if positives != "idf":
+            return self.target_frequency(sampling, positives)
+        weights = idf(self.counts, self.training)                   # (K,)
+        frequency = np.zeros(k)
+        for words, photos in self._training_words():
+            totals = np.bincount(photos, weights[words])            # of each photo
+            frequency += np.bincount(words, weights[words] / totals[photos], k)
+        return frequency / self.training
+
+    def _training_words(self):
+        """Yield words and photos, of equal length: the words of some training photos, and whose."""
+        k = len(self.dictionary)
         for start in range(self.held_out, len(self), ROWS_AT_A_TIME):
             words = self._words.part(start, min(start + ROWS_AT_A_TIME, len(self)))
             self._check((words.values >= 0).all() and (words.values < k).all())
-            photos = np.repeat(np.arange(len(words)), words.counts())
-            # a photo is drawn by any of its words j, with probability 1 / (K N_j)
-            drawn = np.bincount(photos, 1 / (k * self.counts[words.values]))
-            frequency += np.bincount(words.values, drawn[photos], k)
-        return frequency
+            yield words.values, np.repeat(np.arange(len(words)), words.counts())
 
 
 def _read_facts(folder):
@@ -1027,7 +1049,9 @@ def _write_class_photos(work, k, held_out):
 
 # === sampling =====================================================================================
 
-POSITIVES = "drawn", "all", "balanced"
+POSITIVES = {                   # by how rows are sampled; the first is the default
+    "class": ("drawn", "all", "balanced"),
+    "image": ("all", "idf")}
 ATTEMPTS = 8                    # photos tried for a drawn word before its row counts nothing
 STEPS_AHEAD = 64                # sampled by class at a time
 
@@ -1065,20 +1089,21 @@ class BatchSampler:
     Positives other than "drawn" make all words of a photo targets by class, too: "all" alike, and
     "balanced" by the probability that each was the one drawn, which is (1/N_k) / Σ_j 1/N_j over the
     photo's words. That is the mean of the drawn word's loss, given the photo: so the gradient has
-    the same expectation, and no larger variance (Rao and Blackwell).
+    the same expectation, and no larger variance (Rao and Blackwell). By image, the words may share
+    the photo's weight by `idf` (Huang et al. 2024, SuperClass).
 
     Row i of attempt a takes the block of Philox counter (i, step, a, DRAWS): word, photo, crop.
     count: rows of a batch, of which `rows`, a slice, are this rank's. spare: pixels that a photo is
     larger than its crop.
     """
 
-    def __init__(self, index, seed, count, sampling="class", positives="drawn", spare=0,
+    def __init__(self, index, seed, count, sampling="class", positives=None, spare=0,
                  random_crops=True, rows=slice(None)):
         self.index = index
         self.seed = seed
         self.count = count
         self.sampling = sampling
-        self.positives = positives if sampling == "class" else "all"
+        self.positives = positives or POSITIVES[sampling][0]
         self.spare = spare
         self.random_crops = random_crops
         self.rows = range(count)[rows]
@@ -1086,9 +1111,18 @@ class BatchSampler:
         self._sampled = None                    # words, photos, top, left, flip: (steps, count)
 
     @cached_property
-    def label_frequency(self):
+    def target_frequency(self):
         """The fraction of the training rows that have each word as a target, (K,)."""
-        return self.index.label_frequency(self.sampling, self.positives)
+        return self.index.target_frequency(self.sampling, self.positives)
+
+    @cached_property
+    def word_weights(self):
+        """How the words of a photo share its weight, (K,), up to a factor; None if they do not."""
+        if self.positives == "balanced":
+            return 1 / self.index.counts
+        if self.positives == "idf":
+            return idf(self.index.counts, self.index.training)
+        return None
 
     def batch(self, step):
         """The Batch of a step; fastest for one step after the other."""
@@ -1166,10 +1200,10 @@ class BatchSampler:
         return self._score_sampled(labels, batch, negatives)
 
     def _target_weights(self, words):
-        """Among balanced positives (N, T), the probability that each was drawn; else None."""
-        if self.positives != "balanced":
+        """What each of the words (N, T) weighs in its row, which sums to 1; None: 1 each."""
+        if self.word_weights is None:
             return None
-        weights = np.where(words < 0, 0, 1 / self.index.counts[words])
+        weights = np.where(words < 0, 0, self.word_weights[words])
         return weights / weights.sum(axis=1, keepdims=True)
 
     def _score_batch(self, labels, batch):
@@ -1198,7 +1232,15 @@ class BatchSampler:
 
     def _absent(self, classes):
         """The probability (C,) that no other row of the batch carries a class."""
-        return (1 - self.label_frequency[classes]) ** (self.count - 1)
+        return (1 - self.target_frequency[classes]) ** (self.count - 1)
+
+
+def idf(counts, photos):
+    """What a word tells of a photo, (K,): log((1 + N) / N_k), N_k of N photos carry it.
+
+    The 1 leaves a word of every photo some weight, since it may be a photo's only one.
+    """
+    return np.log((1 + photos) / counts)
 
 
 def _score(labels, classes, probability):

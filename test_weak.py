@@ -1138,19 +1138,46 @@ def test_balanced_positives_have_the_gradient_of_the_drawn_word_on_average(index
     assert balanced_variance < 0.9 * variance
 
 
-@pytest.mark.parametrize("sampling, positives", [("class", "drawn"), ("class", "all"),
-                                                 ("image", "drawn")])
+@pytest.mark.parametrize("sampling, positives", [
+    ("class", "drawn"), ("class", "all"), ("class", "balanced"), ("image", "all"),
+    ("image", "idf")])
 @pytest.mark.parametrize("at_a_time", [data.ROWS_AT_A_TIME, 7])
-def test_label_frequency_is_how_often_a_word_is_a_target(
+def test_label_frequency_is_what_words_weigh_and_target_frequency_how_often_they_are_there(
         index, sampling, positives, at_a_time, monkeypatch):
     monkeypatch.setattr(data, "ROWS_AT_A_TIME", at_a_time)
     sampler = data.BatchSampler(index, 3, 64, sampling, positives)
-    targets = []
+    times = np.zeros(30)
+    weights = np.zeros(30)
     for step in range(400):
-        targets += sampler.batch(step).targets
-    counts = np.bincount(np.concatenate(targets))
-    expected = 400 * 64 * sampler.label_frequency
-    assert (abs(counts - expected) < 5 * np.sqrt(expected)).all()
+        batch = sampler.batch(step)
+        labels = sampler.labels(batch, all_there(batch))
+        there = labels.targets >= 0
+        words = labels.targets[there]
+        times += np.bincount(words, minlength=30)
+        if labels.target_weights is None:
+            weights += np.bincount(words, minlength=30)
+        else:
+            weights += np.bincount(words, labels.target_weights[there], minlength=30)
+    for total, frequency in ((times, sampler.target_frequency),
+                             (weights, index.label_frequency(sampling, positives))):
+        expected = 400 * 64 * frequency
+        assert (abs(total - expected) < 5 * np.sqrt(expected)).all()
+
+
+def test_idf_gives_a_photos_weight_to_its_rarest_words(index, monkeypatch):
+    index.counts[0] = index.training            # a word of every photo
+    sampler = data.BatchSampler(index, 3, 64, "image", "idf")
+    batch = sampler.batch(0)
+    labels = sampler.labels(batch, all_there(batch))
+    for words, weights in zip(batch.targets, labels.target_weights):
+        weights = weights[:len(words)]
+        assert weights.sum() == pytest.approx(1)
+        logs = np.log((index.training + 1) / index.counts[words])
+        assert weights / weights[-1] == pytest.approx(logs / logs[-1])
+    index.counts[:] = index.training            # which no photo is told apart by
+    sampler = data.BatchSampler(index, 3, 64, "image", "idf")
+    labels = sampler.labels(batch, all_there(batch))
+    assert labels.target_weights.sum(axis=1) == pytest.approx(1)
 
 
 def test_draws_are_a_function_of_seed_step_row_and_attempt(index):
@@ -1625,7 +1652,8 @@ def test_run_leaves_all_its_files(tiny):
 @pytest.mark.parametrize("options", [
     ["--dropout", 0.2], ["--loss", "one-vs-all"], ["--targets", "batch"],
     ["--targets", "batch", "--loss", "one-vs-all", "--sampling", "image"],
-    ["--targets", "sampled", "--negatives", 9], ["--targets", "sampled", "--loss", "one-vs-all"]])
+    ["--targets", "sampled", "--negatives", 9, "--sampling", "image", "--positives", "idf"],
+    ["--targets", "sampled", "--loss", "one-vs-all"]])
 def test_resumed_run_is_the_uninterrupted_one_to_the_bit(options, mine, start, train, monkeypatch):
     """From a checkpoint before any step, from one of Ctrl-C within an epoch, and between epochs."""
     mine += ["--min-lr", 1e-9, *options]
@@ -1671,7 +1699,7 @@ def test_run_of_another_order_of_photos_is_not_resumed(start, train):
     checkpoint = data.load_checkpoint("r/model.npz")
     del checkpoint.facts["order"]               # as in the versions before
     data.save_checkpoint("r/model.npz", checkpoint)
-    with pytest.raises(ValueError, match="in another order; begin .* by --from r$"):
+    with pytest.raises(ValueError, match="weighed photos differently; begin .* by --from r$"):
         train("--resume", "--out", "r")
 
 
@@ -1703,7 +1731,8 @@ def test_rate_is_halved_when_the_error_rose_also_after_a_resume(mine, train, hel
 
 @pytest.mark.parametrize("options, rate", [
     (["--sampling", "image"], 0.0076), (["--positives", "all"], 0.0072), ([], 0.02),
-    (["--positives", "balanced"], 0.02), (["--sampling", "image", "--lr", 0.01], 0.01)])
+    (["--positives", "balanced"], 0.02), (["--sampling", "image", "--positives", "idf"], 0.02),
+    (["--sampling", "image", "--lr", 0.01], 0.01)])
 def test_default_rate_is_by_the_number_of_targets_and_kept(options, rate, start, train, capsys):
     weak.save(start(*options, "--epoch-size", 16, "--epochs", 1))
     assert f"rate: {rate:g}\n" in capsys.readouterr().out
@@ -2177,9 +2206,11 @@ BAD = {
     "a pipe to resume": (["--resume", "--out", "photos"], "no model at photos/model.npz"),
     "a batch of one word": (["--targets", "batch", "--batch", 1], "--batch 2"),
     "negatives of nothing": (["--negatives", 5], "--targets sampled"),
-    "balance by image": (["--sampling", "image", "--positives", "balanced"], "--sampling class"),
-    "balance of one-vs-all": (["--loss", "one-vs-all", "--positives", "balanced"],
-                              "use --positives drawn"),
+    "balance by image": (["--sampling", "image", "--positives", "balanced"], "use all or idf"),
+    "idf by class": (["--positives", "idf"], "use drawn or all or balanced"),
+    "balance of one-vs-all": (["--loss", "one-vs-all", "--positives", "balanced"], "use drawn"),
+    "idf of one-vs-all": (["--loss", "one-vs-all", "--sampling", "image", "--positives", "idf"],
+                          "use all"),
 }
 
 

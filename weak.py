@@ -56,7 +56,7 @@ SAVE_SECONDS = 600              # between two checkpoints within an epoch
 RETRY_SECONDS = 10              # between two tries to make the last save on a full disk
 RETRIES = 360                   # of them: an hour
 EMPTY_STEPS = 100               # steps in a row without a photo that can be read: give up
-ORDER = 2                       # version of the order in which photos are drawn
+ORDER = 3                       # version of what steps draw, and of how their rows weigh
 DRAWN = {"words": 80, "stop_words": 10, "epochs": 3, "epoch_size": 9_000,
          "positives": "balanced"}       # without --images
 CHANGEABLE = {"resume", "out", "images", "epochs", "min_lr", "patience", "workers", "threads",
@@ -113,8 +113,10 @@ def add_data_options(add):
     add("--crop", choices=("center", "random"), default="random", help="random: mirrored, too")
     add("--sampling", choices=("class", "image"), default="class", help="draw a word, then its "
         "photo; or a photo with all its words")
-    add("--positives", choices=data.POSITIVES, default="drawn", help="of a photo drawn by class: "
-        "the drawn word, or all its words, each of the same weight or balanced as the drawn ones")
+    add("--positives", choices=sorted({*data.POSITIVES["class"], *data.POSITIVES["image"]}),
+        help="of a photo drawn by class: the drawn word (default), or all its words, each of the "
+        "same weight or balanced as the drawn ones; by image: all its words, of the same weight "
+        "(default), or the more the rarer (idf)")
 
 
 def add_model_options(add):
@@ -192,8 +194,9 @@ def load_run(path):
     if not checkpoint.velocities:
         raise ValueError(f"{path} has weights only, as best.npz; begin a new run by --from")
     if checkpoint.facts.get("order") != ORDER:
-        raise ValueError(f"{path} is of a version of weak.py that drew photos in another order; "
-                         f"begin a new run with its weights by --from {os.path.dirname(path)}")
+        raise ValueError(f"{path} is of a version of weak.py that drew or weighed photos "
+                         "differently; begin a new run with its weights by --from "
+                         f"{os.path.dirname(path)}")
     return checkpoint
 
 
@@ -220,6 +223,8 @@ def new_options(defaults, given):
     options.drawn = drawn
     options.captions = options.captions or options.images
     recipe = model.NETWORKS[options.network]    # --lr depends on the captions, too
+    if options.positives is None:
+        options.positives = data.POSITIVES[options.sampling][0]
     if options.batch is None:
         options.batch = recipe.batch
     if options.dropout is None:
@@ -235,11 +240,14 @@ def check_options(options):
         raise ValueError(f"images: there is no folder {options.images}")
     if not (options.drawn or os.path.isfile(options.captions) or os.path.isdir(options.captions)):
         raise ValueError(f"captions: {options.captions} is no file; save a pipe to one first")
-    if options.positives != "drawn" and options.sampling == "image":
-        raise ValueError("--positives goes with --sampling class: by image all words are targets")
-    if options.positives == "balanced" and not model.LOSSES[options.loss].balances:
-        raise ValueError(f"--positives balanced is impossible with --loss {options.loss}; "
-                         "use --positives drawn")
+    possible = data.POSITIVES[options.sampling]
+    if options.positives not in possible:
+        raise ValueError(f"--positives {options.positives} is impossible with --sampling "
+                         f"{options.sampling}; use {' or '.join(possible)}")
+    weighed = options.positives in ("balanced", "idf")
+    if weighed and not model.LOSSES[options.loss].balances:
+        raise ValueError(f"--positives {options.positives} is impossible with --loss "
+                         f"{options.loss}; use {possible[0]}")
     if options.negatives and options.targets != "sampled":
         raise ValueError("--negatives goes with --targets sampled")
     if options.targets == "batch" and options.batch == 1:
@@ -334,9 +342,9 @@ def describe_index(index, options):
 def default_rate(options, index):
     """The network's learning rate, lowered where a photo has several words as targets."""
     rate = model.NETWORKS[options.network].lr
-    if options.sampling == "class" and options.positives != "all":
+    if options.positives != "all":
         return rate
-    targets = index.label_frequency(options.sampling, options.positives).sum()      # of a row
+    targets = index.label_frequency(options.sampling, "all").sum()  # of a row
     return float(f"{0.8 * rate / math.sqrt(targets):.2g}")          # as 1 / √targets diverged
 
 
@@ -409,7 +417,7 @@ def begin_run(options, index, checkpoint, ranks):
     run = Run(
         options, index, ranks, net,
         loss=loss(frequency),
-        held_out_loss=loss(index.label_frequency("image")),
+        held_out_loss=loss(index.label_frequency("image", "all")),
         sgd=model.SGD(net, options.momentum, options.weight_decay),
         schedule=model.Plateau(options.lr, options.epochs_per_lr),
         sampler=data.BatchSampler(
