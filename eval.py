@@ -79,18 +79,20 @@ def auc_and_ap(scores, carried):
     return np.where(both, auc, np.nan), np.where(both, ap, np.nan)
 
 
-def word_metrics(features, output, targets, counts, loss):
+def word_metrics(features, output, targets, counts, loss, shift=None):
     """What `words` reports of N photos, as a plain dictionary.
 
     features (N, E); output: the layer of the K words; targets: N arrays, the classes of each
     photo's words; counts (K,): the training photos of each word, for baseline, thirds and tenths;
-    loss: one of model.LOSSES, made with the frequencies of the words among the training photos.
+    loss: one of model.LOSSES, made with the frequencies of the words among the training photos;
+    shift (K,): as of model.prior_shift, to add to the scores; None for nothing.
     """
     n = len(targets)
     k = len(counts)
+    scorer = Scorer(features, output, loss, shift)
     carried = mark_words(targets, k)                                # (N, K)
-    precision, mean_loss = score_photos(features, output, targets, carried, loss)
-    auc, ap = score_words(features, output, carried)                # (K,) each
+    precision = score_photos(scorer, carried)
+    auc, ap = score_words(scorer, carried)                          # (K,) each
     sizes = carried.sum(axis=1)                                     # (N,) words of a photo
     positives = carried.sum(axis=0)                                 # (K,) photos of a word
     scored = np.isfinite(ap)
@@ -100,7 +102,7 @@ def word_metrics(features, output, targets, counts, loss):
         **name_precisions(precision),
         "auc": mean_of_finite(auc),
         "map": mean_of_finite(ap),
-        "loss": mean_loss,
+        "loss": mean_loss(features, output, targets, loss, shift),
         "auc_frequent": mean_of_finite(auc[by_frequency[:third]]),
         "auc_rare": mean_of_finite(auc[by_frequency[-third:]]),
         "deciles": score_deciles(auc, ap, counts, by_frequency),
@@ -123,34 +125,85 @@ def mark_words(targets, k):
     return csr_array((marks, (photos, np.concatenate(targets))), (len(targets), k))
 
 
-def score_photos(features, output, targets, carried, loss):
-    """Mean precision@k (len(KS),) (Table 1) and mean loss, summed a block of photos at a time."""
-    n, k = carried.shape
+class Scorer:
+    """The scores of N photos for K words, a block of photos or of words at a time.
+
+    They compare between words and between photos: they hold the prior (shift (K,), or None), and
+    the loss's normaliser is taken off. After softmax that is log p, else the log-odds of a word.
+    """
+
+    def __init__(self, features, output, loss, shift=None):
+        self.features = features                                    # (N, E)
+        self.output = output
+        self.loss = loss
+        self.shift = shift if shift is None else kernels.to_device(shift)
+        self.words = len(output.b)
+        self._normaliser = None                                     # (N, 1)
+
+    def __len__(self):
+        return len(self.features)
+
+    def photo_blocks(self):
+        """Yield (slice, raw scores with the prior (B, K)) of all photos, on the device."""
+        for photos in slices(len(self), BLOCK // self.words):
+            scores = self.output.scores(self.features[photos])      # (B, K)
+            yield photos, scores if self.shift is None else scores + self.shift
+
+    def word_blocks(self):
+        """Yield (slice, scores (N, B)) of all words, as NumPy."""
+        for words in slices(self.words, BLOCK // 4 // len(self)):
+            yield words, self.of_words(np.arange(words.start, words.stop))
+
+    def of_words(self, classes):
+        """The scores of some words (C,), (N, C), as NumPy."""
+        scores = self.output.scores(self.features, classes)
+        if self.shift is not None:
+            scores = scores + self.shift[classes]
+        return kernels.to_host(scores - self.normaliser())
+
+    def normaliser(self):
+        """The loss's normaliser of each photo, (N, 1)."""
+        if self._normaliser is None:
+            parts = [self.loss.normaliser(scores) for _, scores in self.photo_blocks()]
+            self._normaliser = np.concatenate(parts)
+        return self._normaliser
+
+
+def score_photos(scorer, carried):
+    """Mean precision@k (len(KS),) over the photos (Table 1); carried (N, K)."""
     hits = np.zeros(len(KS))
-    total = 0.0
-    for photos in slices(n, BLOCK // k):
-        scores = output.scores(features[photos])                    # (B, K)
+    for photos, scores in scorer.photo_blocks():
         best = top_words(kernels.to_host(scores), max(KS))
         rows = np.arange(len(best))[:, None]                        # (B, 1)
         right = carried[photos][rows, best].toarray()               # (B, 10)
         hits += [right[:, :top].sum() for top in KS]
+    return hits / (len(scorer) * np.array(KS))
+
+
+def score_words(scorer, carried):
+    """AUC and average precision of each word, (K,) each; carried (N, K)."""
+    columns = carried.tocsc()
+    auc = np.full(scorer.words, np.nan)
+    ap = np.full(scorer.words, np.nan)
+    for words, scores in scorer.word_blocks():
+        auc[words], ap[words] = auc_and_ap(scores, columns[:, words].toarray())
+    return auc, ap
+
+
+def mean_loss(features, output, targets, loss, shift=None):
+    """The loss of N photos, one definition for training and held-out ones; see word_metrics.
+
+    Softmax: the mean over photos of the mean over its words of -log p, with the prior. One-versus-
+    all: eq. 1, a photo's mean, whose class weights stand in the place of the prior.
+    """
+    if not loss.measured_with_prior:
+        shift = None
+    total = 0.0
+    for photos, scores in Scorer(features, output, loss, shift).photo_blocks():
         weights = loss.photo_weights(targets[photos])               # (B,)
         losses, _ = loss(scores, data.Labels(data.pad_rows(targets[photos]), weights))
         total += float(kernels.to_host(losses).sum())
-    return hits / (n * np.array(KS)), total / n
-
-
-def score_words(features, output, carried):
-    """AUC and average precision of each word, (K,) each, a block of words at a time."""
-    n, k = carried.shape
-    columns = carried.tocsc()
-    auc = np.full(k, np.nan)
-    ap = np.full(k, np.nan)
-    for words in slices(k, BLOCK // 4 // n):
-        classes = np.arange(words.start, words.stop)
-        scores = kernels.to_host(output.scores(features, classes))              # (N, B)
-        auc[words], ap[words] = auc_and_ap(scores, columns[:, words].toarray())
-    return auc, ap
+    return total / len(targets)
 
 
 def score_deciles(auc, ap, counts, by_frequency):

@@ -29,6 +29,7 @@ import numpy as np
 import pytest
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
+from scipy.optimize import minimize
 from scipy.signal import correlate
 from scipy.special import log_expit, log_softmax, softmax
 from scipy.stats import chisquare
@@ -610,6 +611,118 @@ def test_probabilities_are_the_losses_own(rng):
     one_vs_all = model.OneVersusAll(np.full(6, 0.1))
     np.testing.assert_allclose(one_vs_all.probabilities(s), np.exp(log_expit(s)))
     assert np.isfinite(one_vs_all.probabilities(1e4 * s)).all()
+
+
+def test_normaliser_is_log_of_the_sum_and_survives_large_scores(rng):
+    s = rng.standard_normal((3, 6))
+    np.testing.assert_allclose(s - model.Softmax().normaliser(s), log_softmax(s, axis=1))
+    large = np.array([[1e4, 0], [-1e4, -1e4]], np.float32)
+    assert model.Softmax().normaliser(large)[:, 0] == pytest.approx([1e4, math.log(2) - 1e4])
+    assert not model.OneVersusAll(np.full(6, 0.1)).normaliser(s).any()
+
+
+# how rows are drawn, and whether the prior makes p exact
+PRIORS = {
+    "by image": ({"sampling": "image"}, True),
+    "drawn": ({}, True),
+    "balanced": ({"positives": "balanced"}, True),
+    "all": ({"positives": "all"}, False),
+    "idf": ({"positives": "idf", "sampling": "image"}, False),
+    "one-vs-all by image": ({"loss": "one-vs-all", "sampling": "image"}, True),
+    "one-vs-all drawn": ({"loss": "one-vs-all"}, False),
+    "one-vs-all all": ({"loss": "one-vs-all", "positives": "all"}, False)}
+
+
+def toy_photos(rng):
+    """The kind of each of 6,000 photos, one of 3, (N, 3), and which of 5 words it carries, (N, K).
+
+    The network can tell kinds apart, and photos of a kind not.
+    """
+    chance = np.array([[.9, .5, .4, .05, .02], [.3, .1, .7, .3, .01], [.5, .5, .02, .02, .3]])
+    kind = np.repeat([0, 1, 2], [2000, 3000, 1000])
+    carried = rng.random((6000, 5)) < chance[kind]
+    labelled = carried.any(axis=1)
+    return np.eye(3)[kind[labelled]], carried[labelled]
+
+
+def training_draws(carried, options):
+    """How often training draws each photo, (N, 1), and each word as its target, (N, K)."""
+    n, k = carried.shape
+    counts = carried.sum(axis=0)
+    by_image = np.full((n, 1), 1 / n)
+    by_word = carried / (k * counts)                                # a word, then a photo of it
+    by_class = by_word.sum(axis=1, keepdims=True)
+    if options["positives"] == "idf":
+        weights = carried * np.log(n / counts)
+        return by_image, by_image * weights / weights.sum(axis=1, keepdims=True)
+    if options["sampling"] == "image":
+        return by_image, by_image * carried
+    if options["positives"] == "all":
+        return by_class, by_class * carried
+    return by_class, by_word
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_prior_makes_probabilities_those_of_photos_as_they_are(name, rng):
+    given, exact = PRIORS[name]
+    options = {"loss": "softmax", "sampling": "class", "positives": "drawn", "targets": "all",
+               "batch": 64, **given}
+    kind, carried = toy_photos(rng)
+    rows, targets = training_draws(carried, options)
+    frequency = targets.sum(axis=0)                                 # (K,)
+    if options["positives"] == "balanced":      # all words of a row are targets, of less weight
+        frequency = (rows * carried).sum(axis=0)
+    shift = model.prior_shift(options, carried.sum(axis=0), len(carried), frequency)
+    positive = kind.T @ targets                                     # (3, K)
+    real = kind.T @ carried
+    if options["loss"] == "softmax":            # scores at which the training loss is least
+        s = np.log(positive)
+        p = real / real.sum(axis=1, keepdims=True)
+    else:
+        s = np.log(positive / frequency) - np.log((kind.T @ rows - positive) / (1 - frequency))
+        p = real / kind.sum(axis=0)[:, None]
+    loss = model.LOSSES[options["loss"]](frequency)
+    before = abs(loss.probabilities(s) - p).max()
+    after = before if shift is None else abs(loss.probabilities(s + shift) - p).max()
+    assert model.prior_is_exact(options) == exact
+    if exact:
+        assert after < 1e-6
+        assert before > 0.1 or options["sampling"] == "image"
+    else:
+        assert 0.01 < after < 0.8 * before
+
+
+@pytest.mark.parametrize("sampling, error", [("class", 1e-3), ("image", 0.1)])
+def test_prior_holds_over_the_batchs_own_words(sampling, error):
+    """Photos of one word; the minimum over all batches of 3 such rows is found by L-BFGS."""
+    counts = np.array([70, 20, 9, 1])
+    p = np.array([0.4, 0.2, 0.3, 0.1])          # of the words of a photo x
+    options = {"loss": "softmax", "sampling": sampling, "positives": "drawn", "targets": "batch",
+               "batch": 3}
+    q = np.full(4, 1 / 4) if sampling == "class" else counts / 100
+    drawn = p * q / counts                      # p(k | x) of the rows that training draws
+    drawn = drawn / drawn.sum()
+    loss = model.Softmax()
+
+    def mean_loss(s):
+        total = 0
+        gradient = np.zeros(4)
+        for words in np.ndindex(4, 4, 4):       # the word of x, and of the other rows
+            classes = np.unique(words)
+            target = np.searchsorted(classes, words[:1])
+            weight = drawn[words[0]] * q[words[1]] * q[words[2]]
+            losses, ds = loss(s[None, classes], target)
+            total += weight * losses[0]
+            gradient[classes] += weight * ds[0]
+        return total, gradient
+
+    s = minimize(mean_loss, np.zeros(4), jac=True, method="L-BFGS-B", tol=1e-12).x
+    shift = model.prior_shift(options, counts, 100, q)
+    after = abs(loss.probabilities((s + shift)[None]) - p).max()
+    assert after < error
+    assert model.prior_is_exact(options) == (sampling == "class")
+    if sampling == "image":
+        assert after < abs(loss.probabilities(s[None]) - p).max() / 2
 
 
 @pytest.mark.parametrize("corrected", [True, False])
@@ -3102,11 +3215,11 @@ def scored(rng):
     return rng.standard_normal((9, 4)), output, carried, rng.integers(1, 30, 12)
 
 
-def metrics_of(scored, loss="softmax"):
+def metrics_of(scored, loss="softmax", shift=None):
     features, output, carried, counts = scored
     targets = [np.flatnonzero(row) for row in carried]
     return evaluation.word_metrics(features, output, targets, counts,
-                                   model.LOSSES[loss](counts / 30))
+                                   model.LOSSES[loss](counts / 30), shift)
 
 
 BLOCKS = pytest.mark.parametrize("block", [evaluation.BLOCK, 60])   # 60: 5 photos, or a word
@@ -3134,7 +3247,8 @@ def test_means_over_words_leave_out_those_of_no_photo_and_of_all(block, scored, 
     monkeypatch.setattr(evaluation, "BLOCK", block)
     features, output, carried, counts = scored
     result = metrics_of(scored)
-    auc, ap = evaluation.auc_and_ap(features @ output.w.T + output.b, carried)
+    log_p = log_softmax(features @ output.w.T + output.b, axis=1)
+    auc, ap = evaluation.auc_and_ap(log_p, carried)
     often = np.argsort(-counts, kind="stable")
     mixed = carried.any(axis=0) & ~carried.all(axis=0)
     assert result["words"] == mixed.sum() < 12
@@ -3161,6 +3275,40 @@ def test_held_out_loss_is_that_of_a_plain_computation(block, scored, monkeypatch
     negatives = ~carried / (1 - frequency) * np.log1p(np.exp(s))
     one_vs_all = (positives + negatives).sum(axis=1) / 12
     assert metrics_of(scored, "one-vs-all")["loss"] == pytest.approx(one_vs_all.mean())
+
+
+@pytest.mark.parametrize("loss, unchanged", [("softmax", True), ("one-vs-all", False)])
+def test_ranks_of_photos_ignore_what_softmax_leaves_free(loss, unchanged, scored, rng):
+    """A number added to all scores of a photo changes no p: here, by another column of w."""
+    features, output, carried, counts = scored
+    result = metrics_of(scored, loss)
+    moved = model.Output(5, 12)
+    moved.w = np.hstack([output.w, np.ones((12, 1))])
+    moved.b = output.b
+    noise = 5 * rng.standard_normal((9, 1))     # one for each photo
+    again = metrics_of((np.hstack([features, noise]), moved, carried, counts), loss)
+    keys = ("auc", "map", "auc_frequent", "auc_rare", "loss")
+    same = [again[key] == pytest.approx(result[key], rel=1e-9) for key in keys]
+    assert same == [unchanged] * len(keys)
+    assert again["precision@5"] == result["precision@5"]
+
+
+@BLOCKS
+def test_prior_moves_words_within_a_photo_and_the_loss_of_softmax(block, scored, monkeypatch):
+    monkeypatch.setattr(evaluation, "BLOCK", block)
+    features, output, carried, counts = scored
+    shift = np.log(counts)
+    with_prior = model.Output(4, 12)
+    with_prior.w = output.w
+    with_prior.b = output.b + shift
+    for loss in model.LOSSES:
+        result = metrics_of(scored, loss, shift)
+        in_biases = metrics_of((features, with_prior, carried, counts), loss)
+        for key in ("precision@1", "precision@10", "auc", "map"):
+            assert result[key] == pytest.approx(in_biases[key])
+        one_vs_all = loss == "one-vs-all"       # whose class weights stand in the prior's place
+        expected = metrics_of(scored, loss) if one_vs_all else in_biases
+        assert result["loss"] == pytest.approx(expected["loss"])
 
 
 def test_csls_is_worked_out_by_hand():
