@@ -228,7 +228,7 @@ class Index:
             raise ValueError(f"the index in {self.folder} is damaged; remove that folder, and it "
                              "is made again")
 
-    def target_frequency(self, sampling, positives):
+    def label_frequency(self, sampling, positives):
         """The fraction of the training rows that have each word as a target, (K,)."""
         k = len(self.dictionary)
         if sampling == "image":
@@ -242,22 +242,14 @@ class Index:
             frequency += np.bincount(words, drawn[photos], k)
         return frequency
 
-    def label_frequency(self, sampling, positives):
-        """The mean weight of each word as a target of a training row, (K,): q_k.
-
-        It is target_frequency where each target weighs 1; `balanced` ones weigh as drawn ones do.
-        """
-        k = len(self.dictionary)
-        if positives == "balanced":
-            return np.full(k, 1 / k)
-        if positives != "idf":
-            return self.target_frequency(sampling, positives)
+    def idf_frequency(self):
+        """What each word weighs in a training photo whose words share it by `idf`, a mean, (K,)."""
         weights = idf(self.counts, self.training)                   # (K,)
-        frequency = np.zeros(k)
+        total = np.zeros_like(weights)
         for words, photos in self._training_words():
-            totals = np.bincount(photos, weights[words])            # of each photo
-            frequency += np.bincount(words, weights[words] / totals[photos], k)
-        return frequency / self.training
+            sums = np.bincount(photos, weights[words])              # of each photo
+            total += np.bincount(words, weights[words] / sums[photos], len(total))
+        return total / self.training
 
     def _training_words(self):
         """Yield words and photos, of equal length: the words of some training photos, and whose."""
@@ -1111,9 +1103,9 @@ class BatchSampler:
         self._sampled = None                    # words, photos, top, left, flip: (steps, count)
 
     @cached_property
-    def target_frequency(self):
+    def label_frequency(self):
         """The fraction of the training rows that have each word as a target, (K,)."""
-        return self.index.target_frequency(self.sampling, self.positives)
+        return self.index.label_frequency(self.sampling, self.positives)
 
     @cached_property
     def word_weights(self):
@@ -1232,7 +1224,7 @@ class BatchSampler:
 
     def _absent(self, classes):
         """The probability (C,) that no other row of the batch carries a class."""
-        return (1 - self.target_frequency[classes]) ** (self.count - 1)
+        return (1 - self.label_frequency[classes]) ** (self.count - 1)
 
 
 def idf(counts, photos):

@@ -1255,26 +1255,27 @@ def test_balanced_positives_have_the_gradient_of_the_drawn_word_on_average(index
     ("class", "drawn"), ("class", "all"), ("class", "balanced"), ("image", "all"),
     ("image", "idf")])
 @pytest.mark.parametrize("at_a_time", [data.ROWS_AT_A_TIME, 7])
-def test_label_frequency_is_what_words_weigh_and_target_frequency_how_often_they_are_there(
+def test_label_frequency_is_how_often_a_word_is_a_target(
         index, sampling, positives, at_a_time, monkeypatch):
     monkeypatch.setattr(data, "ROWS_AT_A_TIME", at_a_time)
     sampler = data.BatchSampler(index, 3, 64, sampling, positives)
-    times = np.zeros(30)
-    weights = np.zeros(30)
+    targets = []
     for step in range(400):
-        batch = sampler.batch(step)
-        labels = sampler.labels(batch, all_there(batch))
-        there = labels.targets >= 0
-        words = labels.targets[there]
-        times += np.bincount(words, minlength=30)
-        if labels.target_weights is None:
-            weights += np.bincount(words, minlength=30)
-        else:
-            weights += np.bincount(words, labels.target_weights[there], minlength=30)
-    for total, frequency in ((times, sampler.target_frequency),
-                             (weights, index.label_frequency(sampling, positives))):
-        expected = 400 * 64 * frequency
-        assert (abs(total - expected) < 5 * np.sqrt(expected)).all()
+        targets += sampler.batch(step).targets
+    counts = np.bincount(np.concatenate(targets))
+    expected = 400 * 64 * sampler.label_frequency
+    assert (abs(counts - expected) < 5 * np.sqrt(expected)).all()
+
+
+@pytest.mark.parametrize("at_a_time", [data.ROWS_AT_A_TIME, 7])
+def test_idf_frequency_is_what_a_word_weighs_in_a_photo(index, at_a_time, monkeypatch):
+    monkeypatch.setattr(data, "ROWS_AT_A_TIME", at_a_time)
+    weights = np.log((index.training + 1) / index.counts)
+    expected = np.zeros(30)
+    for photo in range(index.held_out, len(index)):
+        words = index.words(photo)
+        expected[words] += weights[words] / weights[words].sum() / index.training
+    assert index.idf_frequency() == pytest.approx(expected)
 
 
 def test_idf_gives_a_photos_weight_to_its_rarest_words(index, monkeypatch):
