@@ -1752,7 +1752,9 @@ def test_run_leaves_all_its_files(tiny):
     log = log_of(folder)
     assert [row["epoch"] for row in log] == [1, 2]
     assert log[-1]["step"] == 12
-    keys = {"loss", "learning_rate", "images_per_second", "loader_wait", "precision@10"}
+    assert ", held-out loss " in said.partition(": training loss ")[2]
+    keys = {"loss", "training_loss", "validation_loss", "learning_rate", "images_per_second",
+            "loader_wait", "precision@10"}
     assert keys <= log[0].keys()
     words = [line.split("\t") for line in open(folder / "words.txt")]
     assert len(words) == 30
@@ -1794,6 +1796,33 @@ def test_training_on_the_reference_gives_the_same_losses(mine, train):
     assert losses_of("plain") == pytest.approx(losses_of("fast"), rel=1e-4)
     for fast, plain in zip(log_of("fast"), log_of("plain")):
         assert plain["validation_loss"] == pytest.approx(fast["validation_loss"], rel=1e-4)
+
+
+def test_training_and_held_out_loss_are_one_function_of_as_many_photos(start, monkeypatch, capsys):
+    training = start("--epochs", 1, "--positives", "all")
+    assert training.shift is not None           # both are with the prior
+    compared = weak.compared_photos(training.index)
+    validated = weak.validation_photos(training.index)
+    assert len(compared) == len(set(compared)) == len(validated)
+    assert min(compared) >= training.index.held_out > max(validated)
+    weak.train(training, weak.Interrupt())
+    (row,) = training.log
+    assert f"training loss {row['training_loss']:.4f}, held-out loss" in capsys.readouterr().out
+    assert row["training_loss"] == weak.measure_training_loss(training)
+    monkeypatch.setattr(weak, "compared_photos", weak.validation_photos)
+    assert row["validation_loss"] == weak.measure_training_loss(training)
+    assert row["validation_loss"] == weak.validate(training)["loss"] != row["training_loss"]
+
+
+def test_checkpoint_knows_what_training_rows_have_of_each_word(start):
+    training = start("--positives", "all")
+    weak.save(training)
+    expected = training.index.label_frequency("class", "all").tolist()
+    assert facts_of("r")["label_frequency"] == expected
+    shutil.rmtree("r")
+    training = start("--sampling", "image", "--positives", "idf")
+    weak.save(training)
+    assert facts_of("r")["label_frequency"] == training.index.idf_frequency().tolist()
 
 
 def test_resumed_run_keeps_its_options(mine, start, train):

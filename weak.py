@@ -369,8 +369,10 @@ class Run:
     index: data.Index
     ranks: several.Alone
     net: model.Network
-    loss: object                        # of model.LOSSES, for the rows that training draws
+    label_frequency: np.ndarray         # (K,) of the rows that training draws
+    loss: object                        # of model.LOSSES, for these rows
     held_out_loss: object               # … and for photos as they are
+    shift: np.ndarray | None            # (K,) from the scores of the former to those of the latter
     sgd: model.SGD
     schedule: model.Plateau             # of the learning rate
     sampler: data.BatchSampler
@@ -410,14 +412,15 @@ class Run:
 def begin_run(options, index, checkpoint, ranks):
     """A new run, or the one of the checkpoint as it was when that was written."""
     recipe = model.NETWORKS[options.network]
-    frequency = index.label_frequency(options.sampling, options.positives)          # (K,)
+    frequency = label_frequency(options, index)                     # (K,)
     loss = model.LOSSES[options.loss]
     rows = ranks.part(options.batch)
     net = make_network(options, index, checkpoint)
     run = Run(
-        options, index, ranks, net,
+        options, index, ranks, net, frequency,
         loss=loss(frequency),
         held_out_loss=loss(index.label_frequency("image", "all")),
+        shift=model.prior_shift(vars(options), index.counts, index.training, frequency),
         sgd=model.SGD(net, options.momentum, options.weight_decay),
         schedule=model.Plateau(options.lr, options.epochs_per_lr),
         sampler=data.BatchSampler(
@@ -432,6 +435,13 @@ def begin_run(options, index, checkpoint, ranks):
     check_memory(run)
     write_files(run)
     return run
+
+
+def label_frequency(options, index):
+    """What the rows that training draws have of each word, (K,), as model.prior_shift takes it."""
+    if options.positives == "idf":
+        return index.idf_frequency()
+    return index.label_frequency(options.sampling, options.positives)
 
 
 def make_network(options, index, checkpoint):
@@ -644,13 +654,14 @@ def best_epoch(log):
 def end_epoch(run, progress):
     """Validate, log, apply the learning-rate rule, save, and say how the epoch went."""
     run.epoch += 1
-    row = measure_training(run, progress)
+    row = describe_steps(run, progress)
     waiting = describe_waiting(run, progress)
+    row["training_loss"] = measure_training_loss(run)
     scores = validate(run)
     if scores:
         check_divergence(run, scores["loss"])
         row["validation_loss"] = scores["loss"]
-        for key in "precision@10", "auc", "map":
+        for key in ("precision@10", "auc", "map"):
             row[key] = scores[key]
     run.log.append(row)
     run.schedule.update(scores["loss"] if scores else row["loss"])
@@ -664,23 +675,28 @@ def end_epoch(run, progress):
         print(f"training is over by {reason}", flush=True)
 
 
-def measure_training(run, progress):
-    """The row of the log for this epoch, without the scores of held-out photos."""
+def describe_steps(run, progress):
+    """The row of the log for this epoch; "loss" is what its steps minimised, the objective."""
     loss, weight = run.ranks.allreduce([sum_losses(run), run.current.weights.sum()])
     return {"epoch": run.epoch, "step": run.step, "loss": float(loss / weight),
             "learning_rate": run.schedule.rate, "images_per_second": progress.rate(),
-            "loader_wait": run.loader.waited / progress.seconds(), "validation_loss": None,
-            "skipped": len(gather_skipped(run)), "precision@10": None, "auc": None, "map": None}
+            "loader_wait": run.loader.waited / progress.seconds(),
+            "skipped": len(gather_skipped(run)), "training_loss": None, "validation_loss": None,
+            "precision@10": None, "auc": None, "map": None}
 
 
 def describe_epoch(row, targets, waiting):
     """The line that says how an epoch went."""
-    among = "" if targets == "all" else f" ({targets} words)"
-    parts = [f"epoch {row['epoch']}: loss{among} {row['loss']:.4f}"]
-    if row["validation_loss"] is not None:
-        parts.append(f"held-out loss {row['validation_loss']:.4f}")
-        parts.append(f"precision@10 {row['precision@10']:.4f}")
-        parts.append(f"AUC {row['auc']:.4f}")
+    scores = {"training_loss": "training loss", "validation_loss": "held-out loss",
+              "precision@10": "precision@10", "auc": "AUC", "map": "mean AP"}
+    parts = []
+    for key, name in scores.items():
+        if row[key] is not None:
+            parts.append(f"{name} {row[key]:.4f}")
+    if not parts:                               # no photo is held out
+        among = "" if targets == "all" else f" ({targets} words)"
+        parts.append(f"objective{among} {row['loss']:.4f}")
+    parts[0] = f"epoch {row['epoch']}: {parts[0]}"
     parts.append(f"rate {row['learning_rate']:g}")
     parts.append(f"{row['images_per_second']:.0f} images/s")
     parts.append(waiting)
@@ -690,18 +706,38 @@ def describe_epoch(row, targets, waiting):
 
 
 def validate(run):
-    """Metrics on held-out photos, of which each rank reads a part; None without any."""
-    photos = validation_photos(run.index)
+    """Metrics on held-out photos; None without any."""
+    features, targets = read_features(run, validation_photos(run.index))
+    scores = None
+    if targets:                                 # on the first rank
+        scores = evaluation.word_metrics(features, run.net.output, targets, run.index.counts,
+                                         run.held_out_loss, run.shift)
+    return run.ranks.broadcast(scores)
+
+
+def measure_training_loss(run):
+    """The loss of training photos by the definition of the held-out loss; None without any."""
+    features, targets = read_features(run, compared_photos(run.index))
+    loss = None
+    if targets:                                 # on the first rank
+        loss = evaluation.mean_loss(features, run.net.output, targets, run.held_out_loss,
+                                    run.shift)
+    return run.ranks.broadcast(loss)
+
+
+def read_features(run, photos):
+    """Features (N, E) and words (N arrays) of those photos that can be read, on the first rank.
+
+    Each rank reads a part of the photos. On the others, both are empty.
+    """
     features, found = evaluation.extract_features(
         run.net, run.loader, photos[run.ranks.part(len(photos))], run.recipe.crop)
     found = run.ranks.gather(found)
     features = run.ranks.gather(kernels.to_host(features))          # a list of N rows (E,)
-    scores = None
-    if found:                                   # on the first rank
-        scores = evaluation.word_metrics(
-            kernels.to_device(np.stack(features)), run.net.output,
-            [run.index.words(photo) for photo in found], run.index.counts, run.held_out_loss)
-    return run.ranks.broadcast(scores)
+    targets = [run.index.words(photo) for photo in found]
+    if not targets:
+        return [], []
+    return kernels.to_device(np.stack(features)), targets
 
 
 def validation_photos(index):
@@ -709,6 +745,12 @@ def validation_photos(index):
     count = max(100, evaluation.BLOCK // len(index.dictionary))
     count = min(VALIDATED, count, index.held_out)
     return np.linspace(0, index.held_out - 1, count).astype(int).tolist()
+
+
+def compared_photos(index):
+    """As many training photos, evenly from all, whose loss stands beside the held-out loss."""
+    count = min(len(validation_photos(index)), index.training)
+    return np.linspace(index.held_out, len(index) - 1, count).astype(int).tolist()
 
 
 def check_divergence(run, loss):
@@ -744,14 +786,14 @@ def begin_progress(run):
 
 
 def show_progress(run, progress):
-    """Count a batch, and show the loss, the waiting and the time left if it is time to."""
+    """Count a batch, and show the objective, the waiting, the time left if it is time to."""
     progress.done += run.options.batch
     if not progress.is_due():
         return
     notes = [describe_waiting(run, progress)]
     loss = loss_since_shown(run)
     if loss is not None:
-        notes.insert(0, f"loss {loss:.4f}")
+        notes.insert(0, f"objective {loss:.4f}")
     if run.options.epochs:
         epochs_left = run.options.epochs - run.epoch - 1
         seconds = progress.left() + epochs_left * progress.total / progress.rate()
@@ -839,6 +881,7 @@ def collect_facts(run):
         "plateau": vars(run.schedule),
         "counts": run.index.counts.tolist(),
         "training": run.index.training,
+        "label_frequency": run.label_frequency.tolist(),
         "skipped": gather_skipped(run)}
 
 
