@@ -2317,6 +2317,16 @@ def test_drawn_set_is_drawn_trained_and_evaluated(train, monkeypatch):
     assert "is finished" in train("--resume")
 
 
+@pytest.mark.parametrize("arguments, positives", [
+    ([], "balanced"), (["--loss", "one-vs-all"], "drawn"), (["--sampling", "image"], "all"),
+    (["--positives", "drawn"], "drawn")])
+def test_drawn_set_takes_every_loss_and_sampling(arguments, positives, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options, _ = weak.read_options(arguments)
+    assert options.drawn
+    assert options.positives == positives
+
+
 def test_drawn_scene_is_always_the_same():
     image, caption = weak.draw_scene(0, 5)
     same_image, same_caption = weak.draw_scene(0, 5)

@@ -57,8 +57,7 @@ RETRY_SECONDS = 10              # between two tries to make the last save on a f
 RETRIES = 360                   # of them: an hour
 EMPTY_STEPS = 100               # steps in a row without a photo that can be read: give up
 ORDER = 3                       # version of what steps draw, and of how their rows weigh
-DRAWN = {"words": 80, "stop_words": 10, "epochs": 3, "epoch_size": 9_000,
-         "positives": "balanced"}       # without --images
+DRAWN = {"words": 80, "stop_words": 10, "epochs": 3, "epoch_size": 9_000}      # without --images
 CHANGEABLE = {"resume", "out", "images", "epochs", "min_lr", "patience", "workers", "threads",
               "device", "precision"}    # options that a resumed run may change
 
@@ -224,7 +223,7 @@ def new_options(defaults, given):
     options.captions = options.captions or options.images
     recipe = model.NETWORKS[options.network]    # --lr depends on the captions, too
     if options.positives is None:
-        options.positives = data.POSITIVES[options.sampling][0]
+        options.positives = default_positives(options)
     if options.batch is None:
         options.batch = recipe.batch
     if options.dropout is None:
@@ -232,6 +231,14 @@ def new_options(defaults, given):
     if options.targets == "sampled" and options.negatives is None:
         options.negatives = NEGATIVES
     return options
+
+
+def default_positives(options):
+    """The targets of a row if --positives is not given."""
+    balances = model.LOSSES[options.loss].balances
+    if options.drawn and options.sampling == "class" and balances:
+        return "balanced"
+    return data.POSITIVES[options.sampling][0]
 
 
 def check_options(options):
