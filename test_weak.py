@@ -1772,7 +1772,7 @@ def test_run_leaves_all_its_files(tiny):
     ["--targets", "sampled", "--loss", "one-vs-all"]])
 def test_resumed_run_is_the_uninterrupted_one_to_the_bit(options, mine, start, train, monkeypatch):
     """From a checkpoint before any step, from one of Ctrl-C within an epoch, and between epochs."""
-    mine += ["--min-lr", 1e-9, *options]
+    mine += ["--min-lr", 1e-9, "--final", 0, *options]
     train(*mine, "--epochs", 2, "--out", "whole")
     weak.save(start("--epochs", 1))
     after_step(3, monkeypatch, lambda run: signal.raise_signal(signal.SIGINT))
@@ -1861,7 +1861,7 @@ def test_rate_is_halved_when_the_error_rose_also_after_a_resume(mine, train, hel
     before = [5, 6, 7]
     after = [8, 8.5, 8.2, 8.4]
     held_out_losses(*before, *after, 9, *before, 9, *after, 9)      # one more at a run's end
-    mine += ["--epochs-per-lr", 2, "--epoch-size", 16]
+    mine += ["--epochs-per-lr", 2, "--epoch-size", 16, "--final", 0]
     train(*mine, "--out", "whole", "--epochs", 7)
     train(*mine, "--out", "halves", "--epochs", 3)
     train(*mine, "--out", "halves", "--epochs", 7, "--resume")
@@ -1870,6 +1870,51 @@ def test_rate_is_halved_when_the_error_rose_also_after_a_resume(mine, train, hel
         assert rates == [0.02, 0.02, 0.01, 0.01, 0.005, 0.005, 0.005]
         assert facts_of(name)["plateau"] == {
             "rate": 0.0025, "epochs_per_rate": 2, "epochs": 0, "error": 8.4}
+
+
+def rates_of(training, monkeypatch):
+    """The rates of the steps of this training, a list that it fills."""
+    rates = []
+    honest = training.sgd.step
+
+    def step(rate):
+        rates.append(rate)
+        honest(rate)
+
+    monkeypatch.setattr(training.sgd, "step", step)
+    return rates
+
+
+@pytest.mark.parametrize("options, rates, logged", [
+    (["--epochs", 2], 10 * [0.02] + 2 * [0.002], [(0.02, 0), (0.002, 2)]),
+    (["--epochs", 2, "--final", 0.75], 3 * [0.02] + 9 * [0.002], [(0.002, 3), (0.002, 6)]),
+    (["--epochs", 1, "--final", 0], 6 * [0.02], [(0.02, 0)]),
+    (["--patience", 1], 12 * [0.02], [(0.02, 0), (0.02, 0)])])
+def test_rate_of_the_final_steps_is_a_tenth_and_so_it_is_logged(
+        options, rates, logged, start, held_out_losses, monkeypatch):
+    training = start(*options)
+    held_out_losses(3.0, 4.0)                   # so that patience ends after 2 epochs
+    found = rates_of(training, monkeypatch)
+    weak.train(training, weak.Interrupt())
+    assert found == pytest.approx(rates)
+    assert [(row["learning_rate"], row["final_steps"]) for row in training.log] == logged
+
+
+def test_run_resumed_in_its_final_steps_is_the_uninterrupted_one(mine, train, monkeypatch):
+    mine += ["--epochs", 1, "--final", 0.6]     # 4 of 6 steps
+    train(*mine, "--out", "whole")
+    for step in (1, 4):
+        after_step(step, monkeypatch, lambda run: signal.raise_signal(signal.SIGINT))
+        more = mine if step == 1 else ["--resume"]
+        train(*more, "--out", "r", expect=130)
+    train("--resume", "--out", "r")
+    assert not differing("whole", "r")
+    (row,) = log_of("r")
+    assert row["final_steps"] == 4
+    assert losses_of("r") == losses_of("whole")
+    train("--resume", "--out", "r", "--epochs", 3, "--final", 0.2)
+    assert [row["final_steps"] for row in log_of("r")] == [4, 0, 4]     # of 18 steps
+    assert [row["learning_rate"] for row in log_of("r")] == [0.002, 0.02, 0.002]
 
 
 @pytest.mark.parametrize("options, rate", [

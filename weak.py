@@ -48,6 +48,8 @@ EPOCHS_PER_RATE = 10            # epochs that each learning rate is kept at leas
 LEAST_RATE = 1e-6               # training stops below
 MOMENTUM = 0.9                  # not stated in the paper; Krizhevsky's (2012, §5)
 DECAY = 5e-4                    # likewise
+FINAL = 0.2                     # of the steps of --epochs …
+FINAL_RATE = 0.1                # … are at this part of the learning rate: the last ones
 PATIENCE = 2                    # learning rates' epochs without a lower held-out loss
 NEGATIVES = 1000                # of --targets sampled
 VALIDATED = 10_000              # held-out photos scored after an epoch, at most
@@ -58,8 +60,8 @@ RETRIES = 360                   # of them: an hour
 EMPTY_STEPS = 100               # steps in a row without a photo that can be read: give up
 ORDER = 3                       # version of what steps draw, and of how their rows weigh
 DRAWN = {"words": 80, "stop_words": 10, "epochs": 3, "epoch_size": 9_000}      # without --images
-CHANGEABLE = {"resume", "out", "images", "epochs", "min_lr", "patience", "workers", "threads",
-              "device", "precision"}    # options that a resumed run may change
+CHANGEABLE = {"resume", "out", "images", "epochs", "final", "min_lr", "patience", "workers",
+              "threads", "device", "precision"}     # options that a resumed run may change
 
 
 def main(arguments=None):
@@ -138,10 +140,15 @@ def add_training_options(add):
     add("--weight-decay", type=number(float, 0), default=DECAY, help="of SGD, not for biases")
     add("--epoch-size", type=number(int, 1), help="photos an epoch; if not given as many as there "
         f"are, but {LEAST_EPOCH:,} to {EPOCH:,}")
-    add("--epochs", type=number(int, 1), help="stop after so many, if not by --min-lr before")
+    add("--epochs", type=number(int, 1), help="stop after so many, if not by --min-lr before; "
+        "a resumed run may ask for more")
+    add("--final", type=number(float, 0, 1), default=FINAL, help="the part of the steps of all "
+        f"--epochs, the last ones, that are at {FINAL_RATE:g} of the learning rate; 0: none. A "
+        "resumed run counts the epochs that are asked for now. Without --epochs there are none")
     add("--epochs-per-lr", type=number(int, 1), default=EPOCHS_PER_RATE,
         help="epochs before the rate may be halved, which happens when the held-out loss rises")
-    add("--min-lr", type=number(float, above=0), default=LEAST_RATE, help="stop below this rate")
+    add("--min-lr", type=number(float, above=0), default=LEAST_RATE,
+        help="stop when the rate is halved below this one")
     add("--patience", type=number(int, 1), metavar="N", help="stop when the held-out loss was not "
         f"lower for N epochs; if neither this nor --epochs is given {PATIENCE} x --epochs-per-lr")
     add("--seed", type=number(int, 0, below=2**63), default=0, help="of all random numbers")
@@ -364,6 +371,7 @@ class Epoch:
     losses: np.ndarray                  # of each row of this rank, weighed, summed over the steps
     weights: np.ndarray                 # … and these weights: 1 a step, on all ranks together
     steps: int = 0                      # that were made
+    final_steps: int = 0                # … at FINAL_RATE
     shown_loss: float = 0.0             # the sum of `losses` when progress was last shown
     shown_weight: float = 0.0           # … and of `weights`
 
@@ -588,9 +596,25 @@ def train_step(run, batch, pixels, available, counted):
     losses, gradients = model.training_losses(run.loss, scores, labels)     # (N,), like scores
     run.net.backward(gradients, done=run.ranks.begin_allreduce)
     run.ranks.wait()
-    run.sgd.step(run.schedule.rate)
+    run.sgd.step(learning_rate(run))
     run.current.losses += losses                # on a GPU, nobody waits for them
     run.current.weights += labels.weights
+
+
+def learning_rate(run):
+    """The rate of the step under way: the rule's, or a part of it in the final steps."""
+    if run.step > first_steps(run):
+        return FINAL_RATE * run.schedule.rate
+    return run.schedule.rate
+
+
+def first_steps(run):
+    """How many steps the run makes before its final ones; without --epochs there are none."""
+    options = run.options
+    if not options.epochs:
+        return math.inf
+    steps = options.epochs * run.steps_per_epoch
+    return steps - round(options.final * steps)
 
 
 def make_labels(run, batch, available, counted):
@@ -623,6 +647,8 @@ def count_step(run, counted):
     """One more step; RuntimeError if too many of the last ones had no photo."""
     run.step += 1
     run.current.steps += 1
+    if run.step > first_steps(run):
+        run.current.final_steps += 1
     if counted:
         run.empty_steps = 0
         return
@@ -686,7 +712,8 @@ def describe_steps(run, progress):
     """The row of the log for this epoch; "loss" is what its steps minimised, the objective."""
     loss, weight = run.ranks.allreduce([sum_losses(run), run.current.weights.sum()])
     return {"epoch": run.epoch, "step": run.step, "loss": float(loss / weight),
-            "learning_rate": run.schedule.rate, "images_per_second": progress.rate(),
+            "learning_rate": learning_rate(run), "final_steps": run.current.final_steps,
+            "images_per_second": progress.rate(),
             "loader_wait": run.loader.waited / progress.seconds(),
             "skipped": len(gather_skipped(run)), "training_loss": None, "validation_loss": None,
             "precision@10": None, "auc": None, "map": None}
@@ -704,7 +731,9 @@ def describe_epoch(row, targets, waiting):
         among = "" if targets == "all" else f" ({targets} words)"
         parts.append(f"objective{among} {row['loss']:.4f}")
     parts[0] = f"epoch {row['epoch']}: {parts[0]}"
-    parts.append(f"rate {row['learning_rate']:g}")
+    parts.append(f"rate {row['learning_rate']:g}")              # of its last step
+    if row["final_steps"]:
+        parts.append(f"final steps {row['final_steps']:,}")
     parts.append(f"{row['images_per_second']:.0f} images/s")
     parts.append(waiting)
     if row["skipped"]:
@@ -883,7 +912,8 @@ def collect_facts(run):
         "options": vars(run.options),
         "step": run.step,
         "epoch": run.epoch,
-        "under_way": {"steps": run.current.steps, "losses": losses, "weights": weights},
+        "under_way": {"steps": run.current.steps, "final_steps": run.current.final_steps,
+                      "losses": losses, "weights": weights},
         "log": run.log,
         "plateau": vars(run.schedule),
         "counts": run.index.counts.tolist(),
@@ -932,7 +962,8 @@ def restore(run, checkpoint):
     under_way = facts["under_way"]
     losses = np.array(under_way["losses"])[run.rows]
     weights = np.array(under_way["weights"])[run.rows]
-    run.current = Epoch(kernels.to_device(losses), weights, under_way["steps"])
+    run.current = Epoch(kernels.to_device(losses), weights, under_way["steps"],
+                        under_way["final_steps"])
     reason = stop_reason(run)
     if reason:
         print(f"this run is finished; to train on, change {reason}", flush=True)
