@@ -2250,6 +2250,27 @@ def test_fine_tuning_keeps_the_rows_of_words_that_both_know(start):
     assert np.array_equal(after.net.first.w, before.net.first.w)
 
 
+def test_fine_tuning_holds_out_no_photo_that_was_trained_on(start, train, capsys):
+    """Whichever of its ancestors trained on it, as long as the captions are the same."""
+    weak.save(start("--valid", 0.1))
+    shutil.move("r", "first")
+    with pytest.raises(ValueError, match="--valid 0.2 holds out; use --valid 0.1 at most"):
+        start("--from", "first")
+    shutil.rmtree("r")
+    weak.save(start("--from", "first", "--valid", 0.05))
+    shutil.move("r", "second")
+    assert "not known" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="use --valid 0.05 at most"):
+        start("--from", "second", "--valid", 0.1)
+    shutil.rmtree("r")
+    write_captions(Path("captions.tsv"), seed=1)
+    weak.save(start("--from", "second"))
+    assert "had other captions; whether it trained on photos" in capsys.readouterr().out
+    assert sorted(facts_of("r")["trained_on"].values()) == [0.05, 0.2]
+    train("--resume", "--out", "r", "--epochs", 1)
+    assert sorted(facts_of("r")["trained_on"].values()) == [0.05, 0.2]
+
+
 def test_printing_ends_nothing():
     class Busy(io.RawIOBase):
         def writable(self):

@@ -385,6 +385,7 @@ class Run:
     ranks: several.Alone
     net: model.Network
     label_frequency: np.ndarray         # (K,) of the rows that training draws
+    trained_on: dict                    # what its weights saw: see `read_history`
     loss: object                        # of model.LOSSES, for these rows
     held_out_loss: object               # … and for photos as they are
     shift: np.ndarray | None            # (K,) from the scores of the former to those of the latter
@@ -430,9 +431,11 @@ def begin_run(options, index, checkpoint, ranks):
     frequency = label_frequency(options, index)                     # (K,)
     loss = model.LOSSES[options.loss]
     rows = ranks.part(options.batch)
-    net = make_network(options, index, checkpoint)
+    source = None if checkpoint else read_source(options, index)
+    net = make_network(options, index, checkpoint, source)
     run = Run(
         options, index, ranks, net, frequency,
+        trained_on=extend_history(options, index, read_history(checkpoint or source)),
         loss=loss(frequency),
         held_out_loss=loss(index.label_frequency("image", "all")),
         shift=model.prior_shift(vars(options), index.counts, index.training, frequency),
@@ -459,38 +462,76 @@ def label_frequency(options, index):
     return index.label_frequency(options.sampling, options.positives)
 
 
-def make_network(options, index, checkpoint):
-    """The network with its first weights, or those to go on with."""
+def read_source(options, index):
+    """The checkpoint of --from, if that is given; ValueError if the run cannot begin with it."""
+    source = getattr(options, "from")
+    if not source:
+        return None
+    path = data.find_checkpoint(source)
+    checkpoint = data.load_checkpoint(path)
+    network = checkpoint.facts["options"]["network"]
+    if network != options.network:
+        raise ValueError(f"--from: that run is of --network {network}")
+    check_history(options, index, read_history(checkpoint))
+    print(f"beginning with {evaluation.describe_checkpoint(path, checkpoint.facts)}", flush=True)
+    return checkpoint
+
+
+def read_history(checkpoint):
+    """{captions: the smallest part of their photos that was held out} of all training so far.
+
+    A checkpoint's weights were trained with these captions, by itself or by the runs that it began
+    with; they are known by the content of their fingerprint. Another --valid holds out more photos
+    or fewer, but always the same ones first.
+    """
+    if checkpoint is None:
+        return {}
+    unknown = {"unknown": checkpoint.facts["options"]["valid"]}     # before this was written
+    return checkpoint.facts.get("trained_on", unknown)
+
+
+def check_history(options, index, history):
+    """ValueError if photos that are held out now were trained on; say if that is not known."""
+    captions = index.facts["fingerprint"]["content"]
+    least = history.get(captions, 1)
+    if options.valid > least:
+        raise ValueError(f"--from: that run or one before it trained on photos that --valid "
+                         f"{options.valid:g} holds out; use --valid {least:g} at most")
+    if set(history) - {captions}:
+        print("--from: that run or one before it had other captions; whether it trained on photos "
+              "that are held out now is not known", flush=True)
+
+
+def extend_history(options, index, history):
+    """The history with this run's captions."""
+    captions = index.facts["fingerprint"]["content"]
+    return {**history, captions: min(options.valid, history.get(captions, 1))}
+
+
+def make_network(options, index, checkpoint, source):
+    """The network with its first weights, those to go on with, or those of a source."""
     if checkpoint and checkpoint.words != index.dictionary:
         raise ValueError("the captions, and so the dictionary, changed; choose another --out")
     build = model.NETWORKS[options.network].build
     net = build(len(index.dictionary), options.dropout, seed=options.seed)
-    source = getattr(options, "from")
     if checkpoint:
         check_arrays(checkpoint.weights, net.state(), options.out)
         net.load(checkpoint.weights)
     elif source:
-        load_weights_from(source, net, options.network, index.dictionary)
+        take_weights(source, net, index.dictionary)
     return net
 
 
-def load_weights_from(source, net, network, dictionary):
+def take_weights(source, net, dictionary):
     """Take another run's weights; in output layers, only those of words that both runs know."""
-    path = data.find_checkpoint(source)
-    checkpoint = data.load_checkpoint(path)
-    if checkpoint.facts["options"]["network"] != network:
-        raise ValueError(f"--from: that run is of --network "
-                         f"{checkpoint.facts['options']['network']}")
-    _, rows, their_rows = np.intersect1d(dictionary, checkpoint.words, return_indices=True)
+    _, rows, their_rows = np.intersect1d(dictionary, source.words, return_indices=True)
     for name, layer, attribute in net.parameters():
-        weights = checkpoint.weights[name]
+        weights = source.weights[name]
         if isinstance(layer, model.Output):
             getattr(layer, attribute)[rows] = kernels.to_device(weights[their_rows])
         else:
             setattr(layer, attribute, kernels.to_device(weights))
-    line = evaluation.describe_checkpoint(path, checkpoint.facts)
-    print(f"beginning with {line}, and {len(rows):,} of its {len(checkpoint.words):,} words",
-          flush=True)
+    print(f"both know {len(rows):,} of its {len(source.words):,} words", flush=True)
 
 
 def new_epoch(rows):
@@ -919,6 +960,7 @@ def collect_facts(run):
         "counts": run.index.counts.tolist(),
         "training": run.index.training,
         "label_frequency": run.label_frequency.tolist(),
+        "trained_on": run.trained_on,
         "skipped": gather_skipped(run)}
 
 
