@@ -2110,6 +2110,38 @@ def test_best_epoch_is_evaluated_and_begun_with(mine, train, held_out_losses, ca
     assert "/r/best.npz: step 2, epoch 2 of 3" in said
 
 
+@pytest.mark.parametrize("photos, words, best", [
+    (1000, 100, 3), (999, 100, 2), (1000, 99, 2)])
+def test_best_epoch_is_by_mean_ap_where_enough_is_scored(photos, words, best):
+    def row(epoch, loss, mean_ap):
+        return {"epoch": epoch, "validation_loss": loss, "map": mean_ap, "scored_photos": photos,
+                "scored_words": words}
+
+    log = [row(1, 3.0, 0.1), row(2, 2.0, 0.2), row(3, 2.5, 0.4), row(4, 2.2, 0.4)]
+    assert weak.best_epoch(log)["epoch"] == best
+    assert weak.best_epoch([]) is None
+    assert weak.best_epoch([{"validation_loss": None}]) is None
+
+
+def test_best_weights_and_patience_follow_mean_ap_and_the_rate_the_loss(start, monkeypatch):
+    monkeypatch.setattr(weak, "ENOUGH_PHOTOS", 10)
+    monkeypatch.setattr(weak, "ENOUGH_WORDS", 10)
+    training = start("--patience", 2, "--epochs-per-lr", 1, "--epoch-size", 16)
+    honest = weak.validate
+    scores = iter([(2.0, 0.1), (3.0, 0.3), (2.5, 0.2), (2.4, 0.1)])
+
+    def validate(run):
+        measured = honest(run)
+        measured["loss"], measured["map"] = next(scores)
+        return measured
+
+    monkeypatch.setattr(weak, "validate", validate)
+    weak.train(training, weak.Interrupt())
+    assert [row["learning_rate"] for row in training.log] == [0.02, 0.02, 0.01, 0.01]
+    assert facts_of("r", "best.npz")["epoch"] == 2
+    assert weak.stop_reason(training) == "--patience"
+
+
 def fail_writes(monkeypatch, *failing):
     """Of the writes of checkpoints from now on, those of these numbers fail; their names, a list.
     """

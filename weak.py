@@ -7,7 +7,7 @@
 
 Joulin, van der Maaten, Jabri, Vasilache: Learning Visual Features from Large Weakly Supervised
 Data (2016). `main` is the table of contents, `train` and `train_step` the method. A run's folder
-holds model.npz (all of the run), best.npz (the weights of the lowest held-out loss), words.txt,
+holds model.npz (all of the run), best.npz (the weights of the best epoch), words.txt,
 log.jsonl, skipped.txt, curves.png and filters.png.
 """
 import argparse
@@ -50,7 +50,9 @@ MOMENTUM = 0.9                  # not stated in the paper; Krizhevsky's (2012, �
 DECAY = 5e-4                    # likewise
 FINAL = 0.2                     # of the steps of --epochs …
 FINAL_RATE = 0.1                # … are at this part of the learning rate: the last ones
-PATIENCE = 2                    # learning rates' epochs without a lower held-out loss
+PATIENCE = 2                    # learning rates' epochs without a better one
+ENOUGH_PHOTOS = 1000            # scored after an epoch that mean AP is no noise …
+ENOUGH_WORDS = 100              # … and words: the best epoch is that of the highest
 NEGATIVES = 1000                # of --targets sampled
 VALIDATED = 10_000              # held-out photos scored after an epoch, at most
 DIVERGED = 10                   # times the loss of guessing: training diverges
@@ -149,8 +151,10 @@ def add_training_options(add):
         help="epochs before the rate may be halved, which happens when the held-out loss rises")
     add("--min-lr", type=number(float, above=0), default=LEAST_RATE,
         help="stop when the rate is halved below this one")
-    add("--patience", type=number(int, 1), metavar="N", help="stop when the held-out loss was not "
-        f"lower for N epochs; if neither this nor --epochs is given {PATIENCE} x --epochs-per-lr")
+    add("--patience", type=number(int, 1), metavar="N", help="stop when none of N epochs "
+        f"is the best; if neither this nor --epochs is given {PATIENCE} x --epochs-per-lr. The "
+        "best has the highest mean AP on held-out photos, or, where fewer than "
+        f"{ENOUGH_PHOTOS:,} photos or {ENOUGH_WORDS} words are scored, the lowest loss")
     add("--seed", type=number(int, 0, below=2**63), default=0, help="of all random numbers")
 
 
@@ -718,8 +722,16 @@ def stop_reason(run):
 
 
 def best_epoch(log):
-    """The row of the lowest held-out loss, the first of equal ones; None if there is none."""
+    """The row of the best epoch, the first of equal ones; None if nothing is held out.
+
+    It is that of the highest mean AP where enough photos and words are scored to tell epochs apart,
+    else that of the lowest held-out loss, which is lowest before words and features are best.
+    """
     rows = [row for row in log if row["validation_loss"] is not None]
+    photos = min((row["scored_photos"] for row in rows), default=0)
+    words = min((row["scored_words"] for row in rows), default=0)
+    if photos >= ENOUGH_PHOTOS and words >= ENOUGH_WORDS:
+        return max(rows, key=lambda row: row["map"])
     return min(rows, key=lambda row: row["validation_loss"], default=None)
 
 
@@ -735,6 +747,8 @@ def end_epoch(run, progress):
     if scores:
         check_divergence(run, scores["loss"])
         row["validation_loss"] = scores["loss"]
+        row["scored_photos"] = scores["photos"]
+        row["scored_words"] = scores["words"]
         for key in ("precision@10", "auc", "map"):
             row[key] = scores[key]
     run.log.append(row)
@@ -757,7 +771,7 @@ def describe_steps(run, progress):
             "images_per_second": progress.rate(),
             "loader_wait": run.loader.waited / progress.seconds(),
             "skipped": len(gather_skipped(run)), "training_loss": None, "validation_loss": None,
-            "precision@10": None, "auc": None, "map": None}
+            "precision@10": None, "auc": None, "map": None, "scored_photos": 0, "scored_words": 0}
 
 
 def describe_epoch(row, targets, waiting):
