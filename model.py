@@ -699,7 +699,7 @@ def prior_shift(options, counts, training, label_frequency):
 
     prior_is_exact says where this is all there is to it. With all words of a photo by class, photos
     of rare words are drawn more often, whatever their other words are; in one-versus-all by class,
-    drawn, a photo's other words are negatives. (Saerens et al. 2002; Menon et al. 2021, §5.)
+    drawn, a photo's other words are negatives. (Saerens et al. 2002; Menon et al. 2021.)
     """
     counts = np.asarray(counts)
     label_frequency = np.asarray(label_frequency)

@@ -9,6 +9,7 @@ import errno
 import gzip
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -3340,6 +3341,14 @@ def test_auc_is_the_fraction_of_pairs_in_the_right_order(rng):
     assert np.isnan(auc[4:]).all() and np.isnan(ap[4:]).all()
 
 
+@pytest.mark.parametrize("positives", [1, 2, 5])
+def test_chance_of_average_precision_is_the_mean_over_all_orders(positives):
+    orders = np.array(list(itertools.permutations(range(6)))).T     # (6, 720)
+    _, ap = evaluation.auc_and_ap(-orders.astype(float), orders * 0 + np.arange(6)[:, None]
+                                  < positives)
+    assert evaluation.chance_of_ap(positives, 6) == pytest.approx(ap.mean())
+
+
 @pytest.fixture
 def scored(rng):
     """9 photos with features (9, 4), 12 words with counts, and which photo carries which word."""
@@ -3393,7 +3402,8 @@ def test_means_over_words_leave_out_those_of_no_photo_and_of_all(block, scored, 
     assert result["dictionary"] == 12
     assert result["auc"] == pytest.approx(auc[mixed].mean())
     assert result["map"] == pytest.approx(ap[mixed].mean())
-    assert result["chance"]["map"] == pytest.approx(carried[:, mixed].mean())
+    chance = evaluation.chance_of_ap(carried[:, mixed].sum(axis=0), 9)
+    assert result["chance"]["map"] == pytest.approx(chance.mean())
     assert result["auc_rare"] == pytest.approx(np.nanmean(auc[often[-4:]]))
     assert result["auc_frequent"] == pytest.approx(np.nanmean(auc[often[:4]]))
     deciles = result["deciles"]
@@ -3489,23 +3499,38 @@ def test_penalty_is_chosen_on_held_out_photos(rng):
     x = rng.standard_normal((60, 40))
     y = rng.integers(0, 2, 60)
     held = evaluation.split(y, lambda n: n // 5, 0, 1)
+    other = evaluation.split(y, lambda n: n // 3, 0, 2)
     judged = []
 
     def goodness(scores, labels):
         judged.append(labels)
         return -float(np.abs(scores).sum())                         # the strongest has the least
 
-    _, penalty = evaluation.choose_penalty(x, y, held, goodness)
+    _, penalty = evaluation.choose_penalty(x, y, [held, other], goodness)
     assert penalty == evaluation.PENALTIES[0]
-    assert len(judged) == len(evaluation.PENALTIES)
-    assert all(np.array_equal(labels, y[held]) for labels in judged)
+    count = len(evaluation.PENALTIES)
+    assert len(judged) == 2 * count
+    assert all(np.array_equal(labels, y[held]) for labels in judged[:count])
+    assert all(np.array_equal(labels, y[other]) for labels in judged[count:])
 
 
 def test_penalty_is_the_usual_one_if_no_photo_can_be_held_out(rng):
     x = rng.standard_normal((6, 3))
-    nothing_held = np.zeros(6, bool)
-    _, penalty = evaluation.choose_penalty(x, np.array([0, 0, 0, 1, 1, 1]), nothing_held, None)
+    _, penalty = evaluation.choose_penalty(x, np.array([0, 0, 0, 1, 1, 1]), [], None)
     assert penalty == 1e-4
+
+
+def test_few_photos_choose_the_penalty_in_five_turns():
+    y = np.array([0] * 40 + [1] * 19 + [2])     # of the last class there is none to spare
+    folds = evaluation.fold_masks(y, 0, 1)
+    assert len(folds) == 5
+    assert np.array_equal(np.sum(folds, axis=0), y != 2)            # each of the others once
+    for held in folds:
+        assert held[y == 0].sum() == 8 and 3 <= held[y == 1].sum() <= 4
+    assert len(evaluation.fold_masks(y[:59], 0, 1)) == 5
+    many, = evaluation.fold_masks(np.repeat([0, 1], 20), 0, 1)
+    assert many[:20].sum() == many[20:].sum() == 4
+    assert evaluation.fold_masks(np.array([0, 1, 2]), 0, 1) == []
 
 
 def test_split_takes_of_each_class_and_is_a_function_of_seed_and_number(rng):
@@ -3523,6 +3548,15 @@ def test_voc_average_precision_is_worked_out_by_hand():
     # recalls up to 0.5 have precision 1, the others 2/3: points 0 to 0.5 are six, five follow
     ap = evaluation.voc_ap(scores, np.array([1, 0, 1, 0, 0]))
     assert ap == pytest.approx((6 + 5 * 2 / 3) / 11)
+
+
+def test_chance_of_vocs_average_precision_is_the_mean_over_all_orders():
+    orders = np.array(list(itertools.permutations(range(6))), float)
+    y = np.array([1, 1, 0, 0, 0, 0])
+    mean = np.mean([evaluation.voc_ap(np.stack([-order, order], axis=1), y) for order in orders])
+    everything = np.ones(6, bool)
+    task = evaluation.Task("cat", y, ~everything, everything)
+    assert evaluation.Voc.chance(None, task) == pytest.approx(mean, abs=0.03)
 
 
 # ------------------------------------------------------------------------------------ maps
@@ -3713,6 +3747,37 @@ def test_run_says_which_weights_it_is_evaluated_with(tiny, ask):
             f"{best['validation_loss']:.4f}") in said.err
 
 
+def test_run_is_loaded_with_the_prior_of_real_photos(tiny, monkeypatch, capsys):
+    monkeypatch.chdir(tiny[0])
+    plain = evaluation.Trained("r", prior="none")
+    assert plain.shift is None and "prior" not in capsys.readouterr().err
+    trained = evaluation.Trained("r")
+    assert "prior: scores are exactly those of photos" in capsys.readouterr().err
+    expected = np.log(plain.counts) - np.log(plain.counts).mean()   # words are drawn alike often
+    np.testing.assert_allclose(trained.shift, expected, rtol=1e-5)
+    np.testing.assert_allclose(trained.net.output.b - plain.net.output.b, expected, atol=1e-5)
+    assert np.array_equal(trained.learned_b, plain.net.output.b)
+
+
+@pytest.mark.parametrize("options, said", [
+    ({"sampling": "image"}, ""),                                    # nothing to add
+    ({"positives": "all"}, "approximately"),
+    ({"positives": "all", "captions": "gone.tsv"}, "not known"),
+    ({"loss": "one-vs-all"}, "approximately")])
+def test_prior_of_an_old_run_follows_from_its_options(options, said, tiny, tmp_path, monkeypatch,
+                                                      capsys):
+    monkeypatch.chdir(tiny[0])
+    old = data.load_checkpoint("r/best.npz")
+    old.facts.pop("label_frequency", None)
+    old.facts["options"].update(options)
+    shutil.copytree("r/index", tmp_path / "index")
+    data.save_checkpoint(str(tmp_path / "model.npz"), old)
+    trained = evaluation.Trained(str(tmp_path))
+    assert (trained.shift is None) == (said in ("", "not known"))
+    line = capsys.readouterr().err
+    assert said in line and ("prior: " in line) == bool(said)
+
+
 def test_words_are_scored_on_held_out_photos_or_on_all(tiny, ask):
     held_out, _ = ask("words")
     every, _ = ask("words", "--all")
@@ -3734,11 +3799,13 @@ def test_run_may_be_scored_over_some_of_its_words(loss, tiny, rng, monkeypatch):
     words = [trained.words[i] for i in classes]
     result = evaluation.score_run(trained, words, features, targets)
     s = trained.net.output.scores(features)[:, classes]             # (6, 4)
+    first = s.argmax(axis=1) == np.concatenate(targets)
+    assert result["precision@1"] == pytest.approx(first.mean())
+    if loss == "one-vs-all":                    # eq. 1 is measured without the prior
+        s = s - trained.shift[classes]
     labels = data.Labels(np.array(targets), np.full(6, 1 / 6))
     losses, _ = trained.make_loss(trained.counts[classes])(s, labels)
     assert result["loss"] == pytest.approx(losses.sum(), rel=1e-5)
-    first = s.argmax(axis=1) == np.concatenate(targets)
-    assert result["precision@1"] == pytest.approx(first.mean())
 
 
 def test_words_of_several_runs_make_a_curve(tiny, ask):
@@ -3830,10 +3897,12 @@ def test_search_finds_the_photos_of_the_highest_scores(tiny, ask):
     assert Image.open("s.png").size == (3 * 156 + 6, 2 * 206 + 6)
     trained = evaluation.Trained("r")
     features, reader = trained.features("classes", data.list_photos("classes"), 0)
-    scores = trained.net.output.scores(features)[:, trained.find_words(words)]  # (24, 2)
+    log_p = log_softmax(trained.net.output.scores(features), axis=1)
+    scores = log_p[:, trained.find_words(words)]                    # (24, 2)
     for column, word in zip(scores.T, words):
         best = [reader.names[i] for i in np.argsort(-column, kind="stable")[:3]]
         assert list(result["words"][word]) == best
+        assert result["words"][word][best[0]] == pytest.approx(column.max(), rel=1e-4)
 
 
 def test_neighbors_are_by_cosine(tiny, ask):
@@ -3915,10 +3984,45 @@ def test_transfer_tells_colours_apart(options, ask):
     mean = dict(zip(result["columns"], result["rows"]["mean"]))
     assert mean["chance"] == 0.5
     assert mean["raw pixels, 16 × 16"] == 1
-    assert list(result["rows"]) == ["split 1", "split 2", "split 3", "mean", "± deviation"]
+    assert list(result["rows"]) == ["split 1", "split 2", "split 3", "mean", "± over 3 splits",
+                                    "mean class accuracy", "± of it over 3 splits"]
     assert result["photos"] == 24
     assert list(result["skipped"]) == ["class0/broken.jpg"]
     assert "24 photos; 12 to train and 12 to test" in said.out
+    assert "class names as words" not in result["columns"]          # no word of them is known
+
+
+def test_transfer_by_class_names_needs_no_labelled_photo(tiny, tmp_path, ask):
+    """A class is found by its name's words; one without a known word is missed, and that is said."""
+    first, second, third = tiny[1][:3]
+    for i, folder in enumerate([f"{first.upper()}_{second}", third, "unheardof"]):
+        for number in range(6 + 6 * (i == 2)):
+            path = tmp_path / folder / f"{number}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.new("RGB", (20, 20), (100 * i, 20 * number, 90)).save(path)
+    result, said = ask("transfer", "--images", tmp_path, "--splits", 2)
+    assert result["columns"][-1] == "class names as words"
+    assert result["unknown_names"] == ["unheardof"] and "unheardof" in said.out
+    trained = evaluation.Trained("r", prior="none")
+    features, reader = trained.features(tmp_path, data.list_photos(tmp_path), 0)
+    log_p = log_softmax(trained.net.output.scores(features), axis=1)
+    classes = trained.find_words([first, second, third])
+    best = np.where(log_p[:, classes[:2]].mean(axis=1) > log_p[:, classes[2]],
+                    f"{first.upper()}_{second}", third)
+    right = np.array([name.split("/")[0] for name in reader.names]) == best
+    order = {name: i for i, name in enumerate(sorted({n.split("/")[0] for n in reader.names}))}
+    y = np.array([order[name.split("/")[0]] for name in reader.names])
+    train = evaluation.split(y, lambda n: n // 2, 0, 0)
+    assert result["rows"]["split 1"][-1] == pytest.approx(right[~train].mean())
+    assert result["rows"]["mean"][0] == 0.5                         # always "unheardof"
+    assert result["rows"]["mean class accuracy"][0] == pytest.approx(1 / 3)
+
+
+def test_class_accuracy_of_a_constant_guess_is_that_of_chance():
+    y = np.repeat([0, 1], [270, 30])
+    always_first = np.tile([1.0, 0.0], (300, 1))
+    assert evaluation.accuracy(always_first, y) == 0.9
+    assert evaluation.class_accuracy(always_first, y) == 0.5
 
 
 def test_transfer_reads_a_voc_folder_and_leaves_difficult_photos_out(tmp_path, ask):
@@ -3935,9 +4039,10 @@ def test_transfer_reads_a_voc_folder_and_leaves_difficult_photos_out(tmp_path, a
     for name, text in lines.items():
         write(tmp_path, **{f"ImageSets/Main/{name}.txt": text})
     result, said = ask("transfer", "--images", tmp_path)
-    assert list(result["rows"]) == ["cat", "dog", "mean", "± deviation"]
+    assert list(result["rows"]) == ["cat", "dog", "mean", "± over 2 classes"]
     assert result["rows"]["mean"][-1] == 1      # of raw pixels
-    assert result["rows"]["cat"][0] == pytest.approx(10 / 18)
+    # the precision at a recall is the best of the following, so chance is more than 10 of 18
+    assert 10 / 18 < result["rows"]["cat"][0] < 0.75
     assert "40 photos; 18 to train and 18 to test" in said.out
 
 
@@ -4038,7 +4143,7 @@ def test_experiment_with_bad_input_says_so_in_one_line(name, tiny, ask, capsys):
     assert "\n" not in str(error.value)
     said = capsys.readouterr()
     assert not said.out
-    assert said.err.count("\n") <= 3            # device, model, skipped
+    assert said.err.count("\n") <= 4            # device, model, prior, skipped
 
 
 @pytest.mark.parametrize("arguments, message", [
