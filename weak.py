@@ -786,9 +786,10 @@ def describe_epoch(row, targets, waiting):
         among = "" if targets == "all" else f" ({targets} words)"
         parts.append(f"objective{among} {row['loss']:.4f}")
     parts[0] = f"epoch {row['epoch']}: {parts[0]}"
-    parts.append(f"rate {row['learning_rate']:g}")              # of its last step
+    rate = f"rate {row['learning_rate']:g}"     # of its last step
     if row["final_steps"]:
-        parts.append(f"final steps {row['final_steps']:,}")
+        rate += f" ({row['final_steps']:,} final steps)"
+    parts.append(rate)
     parts.append(f"{row['images_per_second']:.0f} images/s")
     parts.append(waiting)
     if row["skipped"]:
