@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-import kernels
+import kernels                          # kernels.f is f of reference.py, or its faster form
 from data import Labels
 
 OUTPUT_STD = 0.001                      # first scores near 0: the loss starts at ln K
@@ -40,7 +40,8 @@ class Context(NamedTuple):
 class Layer:
     """What all layers share: `forward` keeps what `backward` needs, which returns dx.
 
-    `backward` assigns the gradients of the weights, dw and db, and never changes its dy.
+    `backward` assigns the gradients of the weights, dw and db, and never changes its dy. Arrays
+    that are kept are called x, y or argmax, by which `bytes_per_image` finds them.
     """
 
     shapes = {}                         # of the parameters, by name; gradients are d + name
@@ -98,7 +99,7 @@ class Conv(Layer):
 
     def backward(self, dy):
         if self.relu:
-            dy = kernels.relu_backward(dy, self.y)                  # that of x * w + b
+            dy = kernels.relu_backward(dy, self.y)                  # now that of x * w + b
         self.dw, self.db = kernels.conv_backward_filter(
             self.x, dy, self.w.shape, self.stride, self.pad)
         if not self.needs_dx:
@@ -127,7 +128,7 @@ class Linear(Layer):
 
     def backward(self, dy):
         if self.relu:
-            dy = kernels.relu_backward(dy, self.y)                  # that of x w + b
+            dy = kernels.relu_backward(dy, self.y)                  # now that of x w + b
         # y = x w + b, so dw = xᵀ dy and dx = dy wᵀ
         self.dw = kernels.matmul(self.x.T, dy)                      # (D, E)
         self.db = dy.sum(axis=0)                                    # (E,)
@@ -335,7 +336,10 @@ class Head(Sequential):
 
 
 class Network(Layer):
-    """Layers one after the other, by name, and auxiliary heads: rows of (name, layer)."""
+    """Layers one after the other, by name, and auxiliary heads: rows of (name, layer).
+
+    The first layer is a Conv, whose filters are shown, and the last one an Output.
+    """
 
     def __init__(self, rows, seed=0):
         """seed: of the first weights; None for none, where `load` brings them."""

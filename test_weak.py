@@ -1224,8 +1224,13 @@ def test_photos_are_drawn_by_image_uniformly_with_all_words(index):
 
 def test_row_without_a_photo_weighs_nothing(index):
     sampler = data.BatchSampler(index, 3, 4)
-    labels = sampler.labels(sampler.batch(0), np.array([True, False, True, True]))
-    assert labels.weights.tolist() == [0.25, 0, 0.25, 0.25]
+    available = np.array([True, False, False, True])
+    labels = sampler.labels(sampler.batch(0), available)
+    assert labels.weights.tolist() == [0.5, 0, 0, 0.5]              # a mean over those that count
+    labels = sampler.labels(sampler.batch(0), available, counted=8)
+    assert labels.weights.tolist() == [0.125, 0, 0, 0.125]          # … of all ranks
+    labels = sampler.labels(sampler.batch(0), np.zeros(4, bool))
+    assert not labels.weights.any()
 
 
 def gradient_statistics(index, s, positives, steps=600):
@@ -1252,8 +1257,9 @@ def test_balanced_positives_have_the_gradient_of_the_drawn_word_on_average(index
     assert balanced_variance < 0.9 * variance
 
 
-@pytest.mark.parametrize("sampling, positives", [("class", "drawn"), ("class", "all"),
-                                                 ("image", "drawn")])
+@pytest.mark.parametrize("sampling, positives", [
+    ("class", "drawn"), ("class", "all"), ("class", "balanced"), ("image", "all"),
+    ("image", "idf")])
 @pytest.mark.parametrize("at_a_time", [data.ROWS_AT_A_TIME, 7])
 def test_label_frequency_is_how_often_a_word_is_a_target(
         index, sampling, positives, at_a_time, monkeypatch):
@@ -1265,6 +1271,33 @@ def test_label_frequency_is_how_often_a_word_is_a_target(
     counts = np.bincount(np.concatenate(targets))
     expected = 400 * 64 * sampler.label_frequency
     assert (abs(counts - expected) < 5 * np.sqrt(expected)).all()
+
+
+@pytest.mark.parametrize("at_a_time", [data.ROWS_AT_A_TIME, 7])
+def test_idf_frequency_is_what_a_word_weighs_in_a_photo(index, at_a_time, monkeypatch):
+    monkeypatch.setattr(data, "ROWS_AT_A_TIME", at_a_time)
+    weights = np.log((index.training + 1) / index.counts)
+    expected = np.zeros(30)
+    for photo in range(index.held_out, len(index)):
+        words = index.words(photo)
+        expected[words] += weights[words] / weights[words].sum() / index.training
+    assert index.idf_frequency() == pytest.approx(expected)
+
+
+def test_idf_gives_a_photos_weight_to_its_rarest_words(index, monkeypatch):
+    index.counts[0] = index.training            # a word of every photo
+    sampler = data.BatchSampler(index, 3, 64, "image", "idf")
+    batch = sampler.batch(0)
+    labels = sampler.labels(batch, all_there(batch))
+    for words, weights in zip(batch.targets, labels.target_weights):
+        weights = weights[:len(words)]
+        assert weights.sum() == pytest.approx(1)
+        logs = np.log((index.training + 1) / index.counts[words])
+        assert weights / weights[-1] == pytest.approx(logs / logs[-1])
+    index.counts[:] = index.training            # which no photo is told apart by
+    sampler = data.BatchSampler(index, 3, 64, "image", "idf")
+    labels = sampler.labels(batch, all_there(batch))
+    assert labels.target_weights.sum(axis=1) == pytest.approx(1)
 
 
 def test_draws_are_a_function_of_seed_step_row_and_attempt(index):
@@ -1315,7 +1348,7 @@ def test_ranks_rows_are_those_of_the_whole_batch(sampling, targets, index):
                              (mine.flip, batch.flip)):
         assert values.tolist() == expected[3:].tolist()
     labels = whole.labels(batch, all_there(batch), targets, 7)
-    my_labels = last.labels(mine, all_there(mine), targets, 7)
+    my_labels = last.labels(mine, all_there(mine), targets, 7, counted=10)
     assert my_labels.weights.tolist() == labels.weights[3:].tolist()
     width = my_labels.targets.shape[1]
     assert my_labels.targets.tolist() == labels.targets[3:, :width].tolist()
@@ -1725,7 +1758,9 @@ def test_run_leaves_all_its_files(tiny):
     log = log_of(folder)
     assert [row["epoch"] for row in log] == [1, 2]
     assert log[-1]["step"] == 12
-    keys = {"loss", "learning_rate", "images_per_second", "loader_wait", "precision@10"}
+    assert ", held-out loss " in said.partition(": training loss ")[2]
+    keys = {"loss", "training_loss", "validation_loss", "learning_rate", "images_per_second",
+            "loader_wait", "precision@10"}
     assert keys <= log[0].keys()
     words = [line.split("\t") for line in open(folder / "words.txt")]
     assert len(words) == 30
@@ -1739,10 +1774,11 @@ def test_run_leaves_all_its_files(tiny):
 @pytest.mark.parametrize("options", [
     ["--dropout", 0.2], ["--loss", "one-vs-all"], ["--targets", "batch"],
     ["--targets", "batch", "--loss", "one-vs-all", "--sampling", "image"],
-    ["--targets", "sampled", "--negatives", 9], ["--targets", "sampled", "--loss", "one-vs-all"]])
+    ["--targets", "sampled", "--negatives", 9, "--sampling", "image", "--positives", "idf"],
+    ["--targets", "sampled", "--loss", "one-vs-all"]])
 def test_resumed_run_is_the_uninterrupted_one_to_the_bit(options, mine, start, train, monkeypatch):
     """From a checkpoint before any step, from one of Ctrl-C within an epoch, and between epochs."""
-    mine += ["--min-lr", 1e-9, *options]
+    mine += ["--min-lr", 1e-9, "--final", 0, *options]
     train(*mine, "--epochs", 2, "--out", "whole")
     weak.save(start("--epochs", 1))
     after_step(3, monkeypatch, lambda run: signal.raise_signal(signal.SIGINT))
@@ -1768,6 +1804,33 @@ def test_training_on_the_reference_gives_the_same_losses(mine, train):
         assert plain["validation_loss"] == pytest.approx(fast["validation_loss"], rel=1e-4)
 
 
+def test_training_and_held_out_loss_are_one_function_of_as_many_photos(start, monkeypatch, capsys):
+    training = start("--epochs", 1, "--positives", "all")
+    assert training.shift is not None           # both are with the prior
+    compared = weak.compared_photos(training.index)
+    validated = weak.validation_photos(training.index)
+    assert len(compared) == len(set(compared)) == len(validated)
+    assert min(compared) >= training.index.held_out > max(validated)
+    weak.train(training, weak.Interrupt())
+    (row,) = training.log
+    assert f"training loss {row['training_loss']:.4f}, held-out loss" in capsys.readouterr().out
+    assert row["training_loss"] == weak.measure_training_loss(training)
+    monkeypatch.setattr(weak, "compared_photos", weak.validation_photos)
+    assert row["validation_loss"] == weak.measure_training_loss(training)
+    assert row["validation_loss"] == weak.validate(training)["loss"] != row["training_loss"]
+
+
+def test_checkpoint_knows_what_training_rows_have_of_each_word(start):
+    training = start("--positives", "all")
+    weak.save(training)
+    expected = training.index.label_frequency("class", "all").tolist()
+    assert facts_of("r")["label_frequency"] == expected
+    shutil.rmtree("r")
+    training = start("--sampling", "image", "--positives", "idf")
+    weak.save(training)
+    assert facts_of("r")["label_frequency"] == training.index.idf_frequency().tolist()
+
+
 def test_resumed_run_keeps_its_options(mine, start, train):
     weak.save(start("--epochs", 1, "--targets", "sampled"))
     assert facts_of("r")["options"]["negatives"] == weak.NEGATIVES
@@ -1785,7 +1848,7 @@ def test_run_of_another_order_of_photos_is_not_resumed(start, train):
     checkpoint = data.load_checkpoint("r/model.npz")
     del checkpoint.facts["order"]               # as in the versions before
     data.save_checkpoint("r/model.npz", checkpoint)
-    with pytest.raises(ValueError, match="in another order; begin .* by --from r$"):
+    with pytest.raises(ValueError, match="weighed photos differently; begin .* by --from r$"):
         train("--resume", "--out", "r")
 
 
@@ -1804,7 +1867,7 @@ def test_rate_is_halved_when_the_error_rose_also_after_a_resume(mine, train, hel
     before = [5, 6, 7]
     after = [8, 8.5, 8.2, 8.4]
     held_out_losses(*before, *after, 9, *before, 9, *after, 9)      # one more at a run's end
-    mine += ["--epochs-per-lr", 2, "--epoch-size", 16]
+    mine += ["--epochs-per-lr", 2, "--epoch-size", 16, "--final", 0]
     train(*mine, "--out", "whole", "--epochs", 7)
     train(*mine, "--out", "halves", "--epochs", 3)
     train(*mine, "--out", "halves", "--epochs", 7, "--resume")
@@ -1815,9 +1878,55 @@ def test_rate_is_halved_when_the_error_rose_also_after_a_resume(mine, train, hel
             "rate": 0.0025, "epochs_per_rate": 2, "epochs": 0, "error": 8.4}
 
 
+def rates_of(training, monkeypatch):
+    """The rates of the steps of this training, a list that it fills."""
+    rates = []
+    honest = training.sgd.step
+
+    def step(rate):
+        rates.append(rate)
+        honest(rate)
+
+    monkeypatch.setattr(training.sgd, "step", step)
+    return rates
+
+
+@pytest.mark.parametrize("options, rates, logged", [
+    (["--epochs", 2], 10 * [0.02] + 2 * [0.002], [(0.02, 0), (0.002, 2)]),
+    (["--epochs", 2, "--final", 0.75], 3 * [0.02] + 9 * [0.002], [(0.002, 3), (0.002, 6)]),
+    (["--epochs", 1, "--final", 0], 6 * [0.02], [(0.02, 0)]),
+    (["--patience", 1], 12 * [0.02], [(0.02, 0), (0.02, 0)])])
+def test_rate_of_the_final_steps_is_a_tenth_and_so_it_is_logged(
+        options, rates, logged, start, held_out_losses, monkeypatch):
+    training = start(*options)
+    held_out_losses(3.0, 4.0)                   # so that patience ends after 2 epochs
+    found = rates_of(training, monkeypatch)
+    weak.train(training, weak.Interrupt())
+    assert found == pytest.approx(rates)
+    assert [(row["learning_rate"], row["final_steps"]) for row in training.log] == logged
+
+
+def test_run_resumed_in_its_final_steps_is_the_uninterrupted_one(mine, train, monkeypatch):
+    mine += ["--epochs", 1, "--final", 0.6]     # 4 of 6 steps
+    train(*mine, "--out", "whole")
+    for step in (1, 4):
+        after_step(step, monkeypatch, lambda run: signal.raise_signal(signal.SIGINT))
+        more = mine if step == 1 else ["--resume"]
+        train(*more, "--out", "r", expect=130)
+    train("--resume", "--out", "r")
+    assert not differing("whole", "r")
+    (row,) = log_of("r")
+    assert row["final_steps"] == 4
+    assert losses_of("r") == losses_of("whole")
+    train("--resume", "--out", "r", "--epochs", 3, "--final", 0.2)
+    assert [row["final_steps"] for row in log_of("r")] == [4, 0, 4]     # of 18 steps
+    assert [row["learning_rate"] for row in log_of("r")] == [0.002, 0.02, 0.002]
+
+
 @pytest.mark.parametrize("options, rate", [
     (["--sampling", "image"], 0.0076), (["--positives", "all"], 0.0072), ([], 0.02),
-    (["--positives", "balanced"], 0.02), (["--sampling", "image", "--lr", 0.01], 0.01)])
+    (["--positives", "balanced"], 0.02), (["--sampling", "image", "--positives", "idf"], 0.02),
+    (["--sampling", "image", "--lr", 0.01], 0.01)])
 def test_default_rate_is_by_the_number_of_targets_and_kept(options, rate, start, train, capsys):
     weak.save(start(*options, "--epoch-size", 16, "--epochs", 1))
     assert f"rate: {rate:g}\n" in capsys.readouterr().out
@@ -2007,6 +2116,38 @@ def test_best_epoch_is_evaluated_and_begun_with(mine, train, held_out_losses, ca
     assert "/r/best.npz: step 2, epoch 2 of 3" in said
 
 
+@pytest.mark.parametrize("photos, words, best", [
+    (1000, 100, 3), (999, 100, 2), (1000, 99, 2)])
+def test_best_epoch_is_by_mean_ap_where_enough_is_scored(photos, words, best):
+    def row(epoch, loss, mean_ap):
+        return {"epoch": epoch, "validation_loss": loss, "map": mean_ap, "scored_photos": photos,
+                "scored_words": words}
+
+    log = [row(1, 3.0, 0.1), row(2, 2.0, 0.2), row(3, 2.5, 0.4), row(4, 2.2, 0.4)]
+    assert weak.best_epoch(log)["epoch"] == best
+    assert weak.best_epoch([]) is None
+    assert weak.best_epoch([{"validation_loss": None}]) is None
+
+
+def test_best_weights_and_patience_follow_mean_ap_and_the_rate_the_loss(start, monkeypatch):
+    monkeypatch.setattr(weak, "ENOUGH_PHOTOS", 10)
+    monkeypatch.setattr(weak, "ENOUGH_WORDS", 10)
+    training = start("--patience", 2, "--epochs-per-lr", 1, "--epoch-size", 16)
+    honest = weak.validate
+    scores = iter([(2.0, 0.1), (3.0, 0.3), (2.5, 0.2), (2.4, 0.1)])
+
+    def validate(run):
+        measured = honest(run)
+        measured["loss"], measured["map"] = next(scores)
+        return measured
+
+    monkeypatch.setattr(weak, "validate", validate)
+    weak.train(training, weak.Interrupt())
+    assert [row["learning_rate"] for row in training.log] == [0.02, 0.02, 0.01, 0.01]
+    assert facts_of("r", "best.npz")["epoch"] == 2
+    assert weak.stop_reason(training) == "--patience"
+
+
 def fail_writes(monkeypatch, *failing):
     """Of the writes of checkpoints from now on, those of these numbers fail; their names, a list.
     """
@@ -2147,6 +2288,27 @@ def test_fine_tuning_keeps_the_rows_of_words_that_both_know(start):
     assert np.array_equal(after.net.first.w, before.net.first.w)
 
 
+def test_fine_tuning_holds_out_no_photo_that_was_trained_on(start, train, capsys):
+    """Whichever of its ancestors trained on it, as long as the captions are the same."""
+    weak.save(start("--valid", 0.1))
+    shutil.move("r", "first")
+    with pytest.raises(ValueError, match="--valid 0.2 holds out; use --valid 0.1 at most"):
+        start("--from", "first")
+    shutil.rmtree("r")
+    weak.save(start("--from", "first", "--valid", 0.05))
+    shutil.move("r", "second")
+    assert "not known" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="use --valid 0.05 at most"):
+        start("--from", "second", "--valid", 0.1)
+    shutil.rmtree("r")
+    write_captions(Path("captions.tsv"), seed=1)
+    weak.save(start("--from", "second"))
+    assert "had other captions; whether it trained on photos" in capsys.readouterr().out
+    assert sorted(facts_of("r")["trained_on"].values()) == [0.05, 0.2]
+    train("--resume", "--out", "r", "--epochs", 1)
+    assert sorted(facts_of("r")["trained_on"].values()) == [0.05, 0.2]
+
+
 def test_printing_ends_nothing():
     class Busy(io.RawIOBase):
         def writable(self):
@@ -2259,6 +2421,16 @@ def test_drawn_set_is_drawn_trained_and_evaluated(train, monkeypatch):
     assert "is finished" in train("--resume")
 
 
+@pytest.mark.parametrize("arguments, positives", [
+    ([], "balanced"), (["--loss", "one-vs-all"], "drawn"), (["--sampling", "image"], "all"),
+    (["--positives", "drawn"], "drawn")])
+def test_drawn_set_takes_every_loss_and_sampling(arguments, positives, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options, _ = weak.read_options(arguments)
+    assert options.drawn
+    assert options.positives == positives
+
+
 def test_drawn_scene_is_always_the_same():
     image, caption = weak.draw_scene(0, 5)
     same_image, same_caption = weak.draw_scene(0, 5)
@@ -2291,9 +2463,11 @@ BAD = {
     "a pipe to resume": (["--resume", "--out", "photos"], "no model at photos/model.npz"),
     "a batch of one word": (["--targets", "batch", "--batch", 1], "--batch 2"),
     "negatives of nothing": (["--negatives", 5], "--targets sampled"),
-    "balance by image": (["--sampling", "image", "--positives", "balanced"], "--sampling class"),
-    "balance of one-vs-all": (["--loss", "one-vs-all", "--positives", "balanced"],
-                              "use --positives drawn"),
+    "balance by image": (["--sampling", "image", "--positives", "balanced"], "use all or idf"),
+    "idf by class": (["--positives", "idf"], "use drawn or all or balanced"),
+    "balance of one-vs-all": (["--loss", "one-vs-all", "--positives", "balanced"], "use drawn"),
+    "idf of one-vs-all": (["--loss", "one-vs-all", "--sampling", "image", "--positives", "idf"],
+                          "use all"),
 }
 
 
@@ -2344,6 +2518,24 @@ def test_steps_without_any_photo_cost_nothing_but_themselves(mine, train):
     train("--resume", "--out", "r")
     assert kept
     assert open("r/skipped.txt").read() == kept
+
+
+def test_missing_photos_leave_the_loss_a_mean_over_the_others(mine, train, monkeypatch):
+    """At a rate that moves nothing it is ln K for each word of a photo that is there."""
+    for i in range(0, 400, 2):
+        Path(f"photos/p{i}.jpg").unlink(missing_ok=True)
+    honest = weak.train_step
+    sizes = []                                  # a step's mean number of words
+
+    def train_step(run, batch, pixels, available, counted):
+        assert 0 < counted < 16
+        words = [len(targets) for targets in batch.targets]
+        sizes.append(np.mean(np.array(words)[available]))
+        honest(run, batch, pixels, available, counted)
+
+    monkeypatch.setattr(weak, "train_step", train_step)
+    train(*mine, "--sampling", "image", "--lr", 1e-6, "--min-lr", 1e-9, "--epochs", 1, "--out", "r")
+    assert losses_of("r") == pytest.approx([math.log(30) * np.mean(sizes)], rel=1e-3)
 
 
 def test_folder_of_a_running_run_is_refused(tmp_path):

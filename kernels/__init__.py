@@ -3,7 +3,11 @@
 reference.py is the specification of each operation, in plain NumPy. cpu.py and gpu.py have the same
 names and arguments: fast NumPy, and CUDA kernels. After `use("cpu")`, kernels.conv_forward is
 cpu.conv_forward, and so on for each of OPERATIONS; model.py calls them here and never asks where
-it runs.
+it runs. (So look an operation up when you call it: a name that was imported stays what it was.)
+
+A new operation needs a name in OPERATIONS; a function in reference.py, and in cpu.py, which may
+import the reference's; a kernel in a .cu file and its launch in gpu.py; and a test with the
+fixture `device`, which compares all of them with the reference.
 """
 from . import cpu, ranks, reference
 from .cpu import threads

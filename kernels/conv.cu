@@ -14,7 +14,8 @@
 //
 // A block makes BM×BN numbers of y. It walks along k in tiles of BK, STAGES - 1 of them in flight
 // (copy_async). blockIdx: x = row tile, y = column tile, z = part of k; with several parts each
-// writes its own sums, and add_parts adds them in a fixed order. So all bits are the same every run.
+// writes its own sums, and add_parts adds them in a fixed order, so that every run gives the same
+// bits.
 //
 // Constants that gpu.py injects: BM, BN, STAGES, VEC (4: sixteen-byte loads, channels and columns
 // must be multiples of 4; 1: any size), FILTER, DILATE, INNER (0: fmaf; 1: TF32; 3: three TF32
@@ -166,7 +167,7 @@ __device__ void load_right(float* b, const float* right, const Geometry& shape, 
     if (THREADS % groups && first >= step) return;          // the last threads, if BN is 96
 #pragma unroll (BK / step < 16 ? BK / step : 4)
     for (int r = 0; r < BK / step; r++) {
-        const int k = first % step + r * step;              // % tells the compiler
+        const int k = first + r * step;
         const bool valid = k0 + k < end && col + n < shape.cols;
         copy_async<4 * VEC>(&B_AT(k, n), right + ((k0 + k) * shape.cols + col + n), valid);
     }
@@ -288,9 +289,9 @@ struct Product {
 };
 #endif
 
-// Called by gpu._launch_conv. y (parts, rows, cols), bias (cols,) or null. With FILTER a part has one
-// more row, the sums of the columns of `right`, which make db: the blocks of the first row tile add
-// them up on the way.
+// Called by gpu._launch_conv. y (parts, rows, cols), bias (cols,) or null. With FILTER a part has
+// one more row, the sums of the columns of `right`, which make db: the blocks of the first row tile
+// add them up on the way.
 extern "C" __global__ void __launch_bounds__(THREADS, VEC == 4 ? 2 : 1)
 conv(const float* x, const float* right, float* y, const float* bias, int relu,
      const Geometry shape)

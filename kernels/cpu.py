@@ -20,8 +20,8 @@ from numpy.lib.stride_tricks import as_strided
 
 from . import reference
 from .reference import (  # noqa: F401: these are operations of this device, too
-    avg_pool_backward, avg_pool_forward, dropout, host_empty, memory, one_vs_all_loss, output_size,
-    sample_by_class, softmax_loss, to_device, to_host)
+    avg_pool_backward, avg_pool_forward, ceil_div, dropout, host_empty, memory, one_vs_all_loss,
+    output_size, sample_by_class, softmax_loss, to_device, to_host)
 
 PATCH_BYTES = 2 << 20       # patches one thread multiplies at a time: they stay in the cache
 TILE_BYTES = 1 << 20        # the same of the tiles that Winograd's algorithm multiplies
@@ -58,10 +58,12 @@ def _keep_freed_memory():
     """
     m_trim_threshold = -1                                           # the names in malloc.h
     m_mmap_threshold = -3
+    largest_int = (1 << 31) - 1                                     # bytes, as is the next
+    larger_than_any_array = 1 << 30
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):
-        library.mallopt(m_mmap_threshold, 1 << 30)
-        library.mallopt(m_trim_threshold, (1 << 31) - 1)
+        library.mallopt(m_mmap_threshold, larger_than_any_array)
+        library.mallopt(m_trim_threshold, largest_int)
 
 
 class Threads:
@@ -111,10 +113,10 @@ threads = Threads()
 
 def _chunk_size(n, bytes_each, limit=PATCH_BYTES):
     """Images a chunk: within the cache, and the threads' shares of equal size."""
-    share = -(-n // threads.count)                                  # of a thread
+    share = ceil_div(n, threads.count)                              # of a thread
     most = max(1, min(share, int(limit) // max(1, bytes_each)))
-    chunks = -(-share // most)
-    return -(-share // chunks)
+    chunks = ceil_div(share, most)
+    return ceil_div(share, chunks)
 
 
 # ---------------------------------------------------------------------- convolution by patches
@@ -253,7 +255,7 @@ def _tiles_chunk(w_shape, y_shape, itemsize):
     """Images a chunk: their tiles are as large as the filters that it reads, up to 8 MB."""
     r, _, c, f = w_shape
     n, oh, ow, _ = y_shape
-    tiles = -(-oh // (7 - r)) * -(-ow // (7 - r))                   # of an image
+    tiles = ceil_div(oh, 7 - r) * ceil_div(ow, 7 - r)                   # of an image
     filters = SIDE**2 * c * f * itemsize
     limit = np.clip(filters, TILE_BYTES, 8 * TILE_BYTES)
     return _chunk_size(n, SIDE**2 * tiles * max(c, f) * itemsize, limit)
@@ -262,8 +264,8 @@ def _tiles_chunk(w_shape, y_shape, itemsize):
 def _transform(matrix, x, size, step, pad):
     """Tiles of size×size pixels of x, `step` apart, by a matrix (36, size²): (36, n·tiles, C)."""
     n, h, w, c = x.shape
-    rows = -(-h // step)
-    columns = -(-w // step)
+    rows = ceil_div(h, step)
+    columns = ceil_div(w, step)
     x = _embed(x, pad, pad, (step * (rows - 1) + size, step * (columns - 1) + size))
     sn, sh, sw, item = x.strides
     tiles = as_strided(x, (size, size, n, rows, columns, c),
@@ -276,8 +278,8 @@ def _tile_product(w, y_shape, pad):
     r, _, c, f = w.shape
     _, oh, ow, _ = y_shape
     m = 7 - r
-    rows = -(-oh // m)
-    columns = -(-ow // m)
+    rows = ceil_div(oh, m)
+    columns = ceil_div(ow, m)
     filters = FILTER_MATRIX[r].astype(w.dtype) @ w.reshape(r * r, -1)
     filters = filters.reshape(SIDE**2, c, f)
     output = OUTPUT_MATRIX[r].astype(w.dtype)                       # (m², 36)
@@ -366,16 +368,18 @@ def conv_backward_filter(x, dy, w_shape, stride=1, pad=0):
 
 # ---------------------------------------------------------------------------------- pooling
 
+# A tap (p, q) is one of the kernel×kernel places of a window; its number is p·kernel + q.
+
 def _along(size, out, k, stride, pad):
     """Along one axis: the windows whose pixel k lies inside the image, and those pixels; slices."""
-    first = max(0, -(-(pad - k) // stride))                         # the first such window
-    last = min(out, (size - 1 + pad - k) // stride + 1)             # and one behind the last
+    first = max(0, ceil_div(pad - k, stride))                       # the first such window
+    last = min(out, (size - 1 + pad - k) // stride + 1)             # and the one behind the last
     start = first * stride + k - pad
     return slice(first, last), slice(start, start + (last - first - 1) * stride + 1, stride)
 
 
 def _taps(shape, out_shape, kernel, stride, pad):
-    """For each of the window's pixels, in scan order: its windows, the pixels, its place."""
+    """Rows of a tap's windows, those where it lies inside the image, their pixels, its number."""
     taps = []
     for p, q in np.ndindex(kernel, kernel):
         windows_i, pixels_i = _along(shape[0], out_shape[0], p, stride, pad)
@@ -488,7 +492,7 @@ def _flat_chunks(size, work):
 
 
 def relu_backward(dy, y):
-    """Chunks of numbers."""
+    """Chunks of numbers, by a product, the fastest way: an infinite dy becomes NaN where y is 0."""
     flat_dy = dy.reshape(-1)
     flat_y = y.reshape(-1)
     dx = np.empty(flat_dy.shape, dy.dtype)
@@ -548,7 +552,7 @@ def matmul(a, b, bias=None, relu=False):
 
     work = some_rows if rows >= columns else some_columns
     longer = max(rows, columns)
-    threads.chunks(longer, -(-longer // threads.count), work)
+    threads.chunks(longer, ceil_div(longer, threads.count), work)
     return y
 
 

@@ -118,9 +118,8 @@ def use(device, precision):
 # -------------------------------------------------------------------- what all launches share
 
 def _launch(file, kernel, grid, block, args, shared=0, defines=()):
-    """Queue a kernel, with `shared` bytes of shared memory. Without blocks there is nothing to do:
-    CuPy would run one."""
-    if 0 not in grid:
+    """Queue a kernel with `shared` bytes of shared memory."""
+    if 0 not in grid:                           # where CuPy would run one block
         _device.kernel(file, kernel, defines)(grid, block, args, shared_mem=shared)
 
 
@@ -138,7 +137,7 @@ def _or_null(x):
 
 
 def _check(*arrays, dtype=np.float32):
-    """ValueError unless all are contiguous, of the dtype, and small enough for indices of 32 bits."""
+    """ValueError unless all are contiguous, of the dtype, and small enough for 32-bit indices."""
     for x in arrays:
         if x.dtype != dtype or not x.flags.c_contiguous or x.size >= 1 << 31:
             raise ValueError(f"a contiguous {np.dtype(dtype)} array of less than 2^31 numbers is "
@@ -146,8 +145,10 @@ def _check(*arrays, dtype=np.float32):
 
 
 def _vector(channels, *arrays):
-    """4 where numbers of channels are multiples of 4 and addresses of 16 bytes, so that a thread
-    can access four numbers at once; or else 1."""
+    """How many channels a thread can access at once: 4 or 1.
+
+    4 where numbers of channels are multiples of 4, and addresses of 16 bytes.
+    """
     aligned = all(x.data.ptr % 16 == 0 for x in arrays)
     return 4 if aligned and all(c % 4 == 0 for c in channels) else 1
 
@@ -234,12 +235,15 @@ def conv_defines(bn, stages, vec, filter_gradient, inner, dilate=1):
 
 @functools.cache                        # of pure arithmetic: a layer asks the same in every step
 def plan(device, precision, x_shape, patches, cols, vec, filter_gradient):
-    """The Plan of a product: patches of x (N, H, W, C), or in the filter gradient their transpose,
-    times a matrix of `cols` columns."""
+    """The Plan of a product of the patches of x (N, H, W, C) and a matrix of `cols` columns.
+
+    In the filter gradient the patches are transposed.
+    """
     n, h, w, c = x_shape
     pixels = n * patches.oh * patches.ow
     patch = patches.kh * patches.kw * c
-    rows, depth = (patch, pixels) if filter_gradient else (pixels, patch)
+    rows = patch if filter_gradient else pixels
+    depth = pixels if filter_gradient else patch
     bn, stages, parts = tile(rows, cols, depth, filter_gradient, device, precision)
     part = max(1, -(-depth // parts // BK)) * BK                    # multiples of a tile
     grid = -(-rows // BM), -(-cols // bn), max(1, -(-depth // part))

@@ -1,12 +1,13 @@
 // Convolution as its formula says it: a thread for each number of the result. Read this before
-// conv.cu, which computes the same numbers many times as fast; only tests and dev/bench.py launch it.
+// conv.cu, which computes the same in tiles. Only tests and dev/bench.py launch it.
 //
 //   y[n,i,j,f]  = b[f] + Σ_{p,q,c} x[n, i·stride+p-pad, j·stride+q-pad, c] · w[p,q,c,f]
 //   dx[n,i,j,c] = Σ dy[n,i',j',f] · w[p,q,c,f] over i'·stride+p-pad = i, j'·stride+q-pad = j, and f
 //   dw[p,q,c,f] = Σ_{n,i,j} x[n, i·stride+p-pad, j·stride+q-pad, c] · dy[n,i,j,f]
 //
-// x (N, H, W, C), w (KH, KW, C, F), y (N, OH, OW, F). Neighbouring threads make neighbouring numbers
-// of the result, so they write, and mostly read, neighbouring memory. Called by gpu.naive_*.
+// x (N, H, W, C), w (KH, KW, C, F), y (N, OH, OW, F). Neighbouring threads make neighbouring
+// numbers of the result, so they write, and mostly read, neighbouring memory. Called by
+// gpu.naive_*.
 
 struct Shape {
     int n, h, w, c;                     // of x

@@ -24,12 +24,13 @@ sum_gradients(const float* a, const float* b, const float* c, const float* d, fl
     sum[at] = number;
 }
 
-// y = Σ_z parts[z] in the order of z, plus bias if it is not null, then with `relu` max(y, 0), where
-// a NaN stays. parts (count, total), y (total) = (…, cols), bias (cols); y may be the only part. The
-// end of a convolution that was split, and of a matrix product. Called by gpu._add_parts.
+// y = Σ_z parts[z] in the order of z, plus bias if it is not null, then with `relu` max(y, 0), in
+// which a NaN stays. parts (count, total), y (total) = (…, cols), bias (cols); y may be the only
+// part. The end of a convolution that was split, and of a matrix product. Called by
+// gpu._add_parts.
 extern "C" __global__ void
-add_parts(const float* parts, float* y, const float* bias, int count, unsigned total, unsigned cols,
-          int relu)
+add_parts(const float* parts, float* y, const float* bias, int count, unsigned total,
+          unsigned cols, int relu)
 {
     const unsigned at = blockIdx.x * blockDim.x + threadIdx.x;
     if (at >= total) return;

@@ -5,9 +5,9 @@
 //
 // A thread makes the numbers of VEC neighbouring channels, 4 or 1; the next thread those beside, so
 // every access is coalesced. The backward pass gathers: nothing is added atomically. The forward
-// pass of the maximum leaves its place in the window, one byte (argmax), and the backward pass reads
-// nothing else but dy. A window of the maximum may hang over the edge, one of the average may not.
-// Arrays hold less than 2^31 numbers. Called by gpu.max_pool_* and gpu.avg_pool_*.
+// pass of the maximum leaves its place in the window, one byte (argmax), and the backward pass
+// reads nothing else but dy. A window of the maximum may hang over the edge, one of the average may
+// not. Arrays hold less than 2^31 numbers. Called by gpu.max_pool_* and gpu.avg_pool_*.
 
 struct alignas(4 * VEC) Floats { float at[VEC]; };
 struct alignas(VEC) Bytes { unsigned char at[VEC]; };
@@ -135,7 +135,8 @@ avg_pool_backward(const Floats* dy, Floats* dx, unsigned total, const Window win
     for (int oi = window.first_over(i); oi < window.last_over(i, window.oh); oi++)
         for (int oj = window.first_over(j); oj < window.last_over(j, window.ow); oj++) {
             const Floats given = dy[window.in_y(n, oi, oj, channel)];
-            for (int e = 0; e < VEC; e++) sum.at[e] += given.at[e] / (window.kernel * window.kernel);
+            for (int e = 0; e < VEC; e++)
+                sum.at[e] += given.at[e] / (window.kernel * window.kernel);
         }
     dx[index] = sum;
 }

@@ -1,7 +1,8 @@
 // What CUDA C++ does not say: asynchronous copies, tensor cores, shared memory of any size.
 //
-// All inline PTX of the project is in this file. dev/emulate.h holds a host version of each function,
-// so the kernels call these names and compile as they are for a GPU and for the host's processor.
+// All inline PTX of the project is in this file. dev/emulate.h holds a host version of each
+// function, so the kernels call these names and compile as they are for a GPU and for the host's
+// processor.
 // Facts are from the PTX ISA, sections on cp.async, mma.m16n8k8 and cvt.
 
 #define INFINITY __uint_as_float(0x7f800000u)               // NVRTC has no math.h

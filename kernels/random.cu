@@ -43,13 +43,14 @@ dropout(const float* x, float* y, unsigned total, int e, int blocks, unsigned th
 }
 
 // Per-class uniform sampling (paper, §3): a thread draws row i of step t, from counter (i, t, 0,
-// DRAWS): a word, one of its photos, and a crop. class_photos has the photos of word 0, then those of
-// word 1, …; those of word k end at class_ends[k]. ⌊raw · n / 2^64⌋, the upper half of a product, is
-// a number below n. Writes drawn (5, total): words, photos, top, left, flip. Called by
-// gpu.sample_by_class.
+// DRAWS): a word, one of its photos, and a crop. class_photos has the photos of word 0, then those
+// of word 1, …; those of word k end at class_ends[k]. ⌊raw · n / 2^64⌋, the upper half of a
+// product, is a number below n. Writes drawn (5, total): words, photos, top, left, flip. Called
+// by gpu.sample_by_class.
 extern "C" __global__ void
 sample_by_class(const unsigned* class_photos, const long long* class_ends, long long* drawn,
-                unsigned words, unsigned spare, Word seed, Word step, unsigned count, unsigned total)
+                unsigned words, unsigned spare, Word seed, Word step, unsigned count,
+                unsigned total)
 {
     const unsigned index = blockIdx.x * blockDim.x + threadIdx.x;
     if (index >= total) return;

@@ -15,12 +15,17 @@ LANES = 16                  # dropout takes 16 numbers of 16 bits from one Philo
 
 # ------------------------------------------------------------------------------ convolution
 
+def ceil_div(a, b):
+    """⌈a / b⌉ of whole numbers."""
+    return -(-a // b)
+
+
 def output_size(size, kernel, stride, pad=0, ceil=False):
     """Output pixels along one axis; with `ceil` a last window may hang over the edge."""
     spare = size + 2 * pad - kernel
     if not ceil:
         return spare // stride + 1
-    out = -(-spare // stride) + 1
+    out = ceil_div(spare, stride) + 1
     starts_outside = (out - 1) * stride >= size + pad
     return out - 1 if starts_outside else out
 
@@ -189,7 +194,7 @@ def dropout(x, rate, seed, step, layer, row=0):
     ((row+n)·⌈E/16⌉ + ⌊e/16⌋, step, layer, DROPOUT) and is kept if they are at least rate·2^16.
     """
     n, e = x.shape
-    blocks = -(-e // LANES)                                         # of a row
+    blocks = ceil_div(e, LANES)                                     # of a row
     raw = philox(seed, (row * blocks, step, layer, DROPOUT)).random_raw(n * blocks * 4)
     lanes = raw.view(np.uint16).reshape(n, blocks * LANES)[:, :e]   # little-endian lanes
     kept = lanes >= round(rate * 65536)
@@ -222,7 +227,7 @@ def below(raw, n):
     """
     n = np.asarray(n, np.uint64)
     high = (raw >> np.uint64(32)) * n
-    low = (raw & np.uint64(0xFFFFFFFF)) * n
+    low = (raw & np.uint64(0xFFFFFFFF)) * n                         # raw · n = high · 2^32 + low
     return ((high + (low >> np.uint64(32))) >> np.uint64(32)).astype(np.int64)
 
 
@@ -295,9 +300,10 @@ def one_vs_all_loss(s, targets, weights, positive, negative):
     scale = (weights[:, None] * np.where(carried, positive, negative)).astype(s.dtype)
     z = np.where(carried, -s, s)
     small = np.exp(-np.abs(z))                                      # in (0, 1]: no overflow
-    losses = (scale * (np.maximum(z, 0) + np.log1p(small))).sum(axis=1, dtype=np.float64)
-    ds = scale * np.where(z > 0, 1, small) / (1 + small)            # scale · σ(z)
-    return losses, np.where(carried, -ds, ds)
+    softplus = np.maximum(z, 0) + np.log1p(small)                   # log(1 + exp z)
+    sigmoid = np.where(z > 0, 1, small) / (1 + small)               # σ(z)
+    losses = (scale * softplus).sum(axis=1, dtype=np.float64)
+    return losses, scale * np.where(carried, -sigmoid, sigmoid)
 
 
 def sgd(w, v, dw, rate, momentum, decay, rows=None):

@@ -29,8 +29,10 @@ class _Argument(ctypes.Structure):
 
 def compiler():
     """The C++ compiler's path, or None."""
-    return next(filter(None, map(shutil.which, (os.environ.get("CXX") or "g++", "c++", "clang++"))),
-                None)
+    for name in (os.environ.get("CXX") or "g++", "c++", "clang++"):
+        if shutil.which(name):
+            return shutil.which(name)
+    return None
 
 
 @functools.cache
@@ -40,7 +42,8 @@ def compiled():
     It holds emulate.h in g++'s own format: reading the text takes half a second.
     """
     if COMPILED not in os.environ:
-        os.environ[COMPILED] = folder = tempfile.mkdtemp(prefix="weak-emulated-")
+        folder = tempfile.mkdtemp(prefix="weak-emulated-")
+        os.environ[COMPILED] = folder
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         subprocess.run([compiler(), *FLAGS, "-x", "c++-header", os.path.join(FOLDER, "emulate.h"),
                         "-o", os.path.join(folder, "emulate.h.gch")], capture_output=True)
@@ -54,7 +57,9 @@ class Emulator:
         """`change` is applied to each .cu text first: the tests plant mistakes with it."""
         if not compiler():
             raise RuntimeError("no C++ compiler: install g++ to run the kernels on the host")
-        self.change, self.orders, self.libraries = change, range(len(ORDERS)), {}
+        self.change = change
+        self.orders = range(len(ORDERS))
+        self.libraries = {}                     # by text and options
 
     def library(self, code, options):
         """A compiled .cu text as a library with one `run_NAME` for each kernel."""
@@ -64,27 +69,9 @@ class Emulator:
         name = hashlib.blake2b(repr((text, options)).encode(), digest_size=16).hexdigest()
         path = os.path.join(compiled(), name + ".so")
         if not os.path.exists(path):
-            self.compile(text, options, path)
+            compile_library(text, options, path)
         self.libraries[code, options] = ctypes.CDLL(path)
         return self.libraries[code, options]
-
-    def compile(self, text, options, path):
-        """Make that library; RuntimeError with what the compiler says."""
-        base = f"{path}.{os.getpid()}"          # two processes may be at it
-        with open(base + ".cpp", "w", encoding="utf-8") as source:
-            source.write('#include "emulate.h"\n' + text)
-            for name in re.findall(r"__global__ void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(",
-                                   text):
-                source.write(
-                    f'\nextern "C" const char* run_{name}(emulated::Argument* arguments, '
-                    "unsigned* grid, unsigned* block, size_t bytes, int order, void** results)\n{\n"
-                    f"    return emulated::launch({name}, arguments, grid, block, bytes, order, "
-                    "results);\n}\n")
-        done = subprocess.run([compiler(), *FLAGS, *options, f"-I{compiled()}", f"-I{FOLDER}",
-                               base + ".cpp", "-o", base], capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{text[8:40]} does not compile for the host: {done.stderr[:2000]}")
-        os.replace(base, path)
 
     def launch(self, code, options, kernel, grid, block, args, shared=0):
         """Run a kernel in every order; the arrays among `args` change as the kernel changes them.
@@ -94,41 +81,77 @@ class Emulator:
         """
         run = getattr(self.library(code, options), "run_" + kernel)
         run.restype = ctypes.c_char_p
-        spans = [_span(arg) if isinstance(arg, np.ndarray) and not arg.dtype.names else None
-                 for arg in args]
-        once = [spans.index(span) == i for i, span in enumerate(spans)]    # an array passed twice
-        numbers = [None if span else np.array(arg) for arg, span in zip(args, spans)]
-        arguments = (_Argument * len(args))(*(
-            span or (number.ctypes.data, 0) for span, number in zip(spans, numbers)))
-        grid, block = ((ctypes.c_uint * 3)(*size, *[1] * (3 - len(size))) for size in (grid, block))
-        first = None
+        spans = [_span(arg) for arg in args]
+        expected = None
         for order in self.orders:
-            results = [np.zeros(span[1] if span else 0, np.uint8) for span in spans]
-            pointers = (ctypes.c_void_p * len(args))(*(found.ctypes.data for found in results))
-            wrong = run(arguments, grid, block, ctypes.c_size_t(shared), order, pointers)
-            if wrong:
-                raise RuntimeError(f"{kernel}: {wrong.decode()}")
-            first = first or results
-            for number, (a, b) in enumerate(zip(first, results)):
+            results = _run(run, args, spans, _size(grid), _size(block), shared, order, kernel)
+            if expected is None:
+                expected = results
+            for number, (a, b) in enumerate(zip(expected, results), 1):
                 if not np.array_equal(a, b):
-                    raise RuntimeError(f"{kernel}: a race: argument {number + 1} depends on the "
-                                       f"order of threads, from byte {np.argmax(a != b)}")
-        for span, found, own in zip(spans, first, once):
-            if span and own:
-                ctypes.memmove(span[0], found.ctypes.data, span[1])
+                    raise RuntimeError(f"{kernel}: a race: argument {number} depends on the order "
+                                       f"of threads, from byte {np.argmax(a != b)}")
+        for i, (start, length) in enumerate(spans):
+            if length and spans.index((start, length)) == i:        # not passed before
+                ctypes.memmove(start, expected[i].ctypes.data, length)
 
 
-def _span(x):
-    """First address and number of bytes from there of what an array reaches."""
-    low, high = np.lib.array_utils.byte_bounds(x)
-    return low, high - low
+def compile_library(text, options, path):
+    """Make a library of a .cu text; RuntimeError with what the compiler says."""
+    base = f"{path}.{os.getpid()}"              # two processes may be at it
+    kernels = re.findall(r"__global__ void\s+(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(", text)
+    with open(base + ".cpp", "w", encoding="utf-8") as source:
+        source.write('#include "emulate.h"\n' + text)
+        for name in kernels:
+            source.write(
+                f'\nextern "C" const char* run_{name}(emulated::Argument* arguments, '
+                "unsigned* grid, unsigned* block, size_t bytes, int order, void** results)\n{\n"
+                f"    return emulated::launch({name}, arguments, grid, block, bytes, order, "
+                "results);\n}\n")
+    done = subprocess.run([compiler(), *FLAGS, *options, f"-I{compiled()}", f"-I{FOLDER}",
+                           base + ".cpp", "-o", base], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{text[8:40]} does not compile for the host: {done.stderr[:2000]}")
+    os.replace(base, path)
+
+
+def _span(arg):
+    """First address and number of bytes of an array; zeros for what is passed by value."""
+    if not isinstance(arg, np.ndarray) or arg.dtype.names:
+        return 0, 0
+    return arg.ctypes.data, arg.nbytes
+
+
+def _size(numbers):
+    """A grid's or a block's three numbers."""
+    return (ctypes.c_uint * 3)(*numbers, *[1] * (3 - len(numbers)))
+
+
+def _run(run, args, spans, grid, block, shared, order, kernel):
+    """The bytes of each argument after a launch in that order; RuntimeError if something is wrong.
+    """
+    arguments = (_Argument * len(args))()
+    values = []                                 # numbers and records, kept while the kernel runs
+    for argument, arg, (start, length) in zip(arguments, args, spans):
+        if not length:
+            values.append(np.array(arg))
+            start = values[-1].ctypes.data
+        argument.at = start
+        argument.bytes = length
+    results = [np.zeros(length, np.uint8) for _, length in spans]
+    pointers = (ctypes.c_void_p * len(args))(*[result.ctypes.data for result in results])
+    wrong = run(arguments, grid, block, ctypes.c_size_t(shared), order, pointers)
+    if wrong:
+        raise RuntimeError(f"{kernel}: {wrong.decode()}")
+    return results
 
 
 class RawModule:
     """CuPy's, of a .cu text that the emulator runs when its stream, the last of `current`, does."""
 
     def __init__(self, emulator, current, *, code, options=()):
-        self.current, self.run = current, functools.partial(emulator.launch, code, options)
+        self.current = current
+        self.run = functools.partial(emulator.launch, code, options)
 
     def get_function(self, name):
         return RawKernel(self, name)
@@ -138,10 +161,12 @@ class RawKernel:
     """CuPy's: it takes arrays of the device (their numbers are in `_x`), NumPy's numbers, records.
     """
 
-    max_dynamic_shared_size_bytes, preferred_shared_memory_carveout = 48 << 10, -1
+    max_dynamic_shared_size_bytes = 48 << 10
+    preferred_shared_memory_carveout = -1
 
     def __init__(self, module, name):
-        self.module, self.name = module, name
+        self.module = module
+        self.name = name
 
     def __call__(self, grid, block, args, *, shared_mem=0):
         if shared_mem > self.max_dynamic_shared_size_bytes:
