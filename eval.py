@@ -228,11 +228,42 @@ def score_words(scorer, carried):
     return auc, ap
 
 
+def mean_loss(features, output, targets, loss, shift=None):
+    """The loss of N photos, one definition for training and held-out ones; see word_metrics.
+
+    Softmax: the mean over photos of the mean over its words of -log p, with the prior. One-versus-
+    all: eq. 1, a photo's mean, whose class weights stand in the place of the prior.
+    """
+    if not loss.measured_with_prior:
+        shift = None
+    total = 0.0
+    for photos, scores in Scorer(features, output, loss, shift).photo_blocks():
+        weights = loss.photo_weights(targets[photos])               # (B,)
+        losses, _ = loss(scores, data.Labels(data.pad_rows(targets[photos]), weights))
+        total += float(kernels.to_host(losses).sum())
+    return total / len(targets)
+
+
+def score_deciles(auc, ap, chance, counts, by_frequency):
+    """{"1 of 10": numbers of the most frequent tenth of the words, …}; fewer where K < 10.
+
+    auc, ap, and its chance (K,): NaN for a word that is not scored.
+    """
+    deciles = {}
+    for i, words in enumerate(np.array_split(by_frequency, 10), 1):
+        if len(words):
+            deciles[f"{i} of 10"] = {
+                "words": len(words), "photos": float(counts[words].mean()),
+                "auc": mean_of_finite(auc[words]), "map": mean_of_finite(ap[words]),
+                "chance": {"auc": 0.5, "map": mean_of_finite(chance[words])}}
+    return deciles
+
+
 def deviations(scorer, carried):
     """How much precision@k, AUC and AP vary with the choice of photos: {key: one deviation}.
 
-    By the bootstrap: N photos are drawn from these with replacement, RESAMPLES times. The words, and
-    the model, stay.
+    By the bootstrap: N photos are drawn from these with replacement, RESAMPLES times. The words
+    and the model stay.
     """
     n = len(scorer)
     raw = philox(0, (0, 1, 0, SPLITS)).random_raw(RESAMPLES * n)
@@ -324,6 +355,7 @@ def table_of_words(scorer, carried, words, counts, step):
 
 
 def is_nan(value):
+    """Whether this is a number that is none."""
     return isinstance(value, float) and np.isnan(value)
 
 
@@ -384,37 +416,6 @@ def rank_weights(nearest, count):
     weights = np.tile(1 / np.arange(1, k + 1, dtype=np.float32), b)
     rows = np.repeat(np.arange(b), k)
     return csr_array((weights, (rows, nearest.ravel())), (b, count))
-
-
-def mean_loss(features, output, targets, loss, shift=None):
-    """The loss of N photos, one definition for training and held-out ones; see word_metrics.
-
-    Softmax: the mean over photos of the mean over its words of -log p, with the prior. One-versus-
-    all: eq. 1, a photo's mean, whose class weights stand in the place of the prior.
-    """
-    if not loss.measured_with_prior:
-        shift = None
-    total = 0.0
-    for photos, scores in Scorer(features, output, loss, shift).photo_blocks():
-        weights = loss.photo_weights(targets[photos])               # (B,)
-        losses, _ = loss(scores, data.Labels(data.pad_rows(targets[photos]), weights))
-        total += float(kernels.to_host(losses).sum())
-    return total / len(targets)
-
-
-def score_deciles(auc, ap, chance, counts, by_frequency):
-    """{"1 of 10": numbers of the most frequent tenth of the words, …}; fewer where K < 10.
-
-    auc, ap, and its chance (K,): NaN for a word that is not scored.
-    """
-    deciles = {}
-    for i, words in enumerate(np.array_split(by_frequency, 10), 1):
-        if len(words):
-            deciles[f"{i} of 10"] = {
-                "words": len(words), "photos": float(counts[words].mean()),
-                "auc": mean_of_finite(auc[words]), "map": mean_of_finite(ap[words]),
-                "chance": {"auc": 0.5, "map": mean_of_finite(chance[words])}}
-    return deciles
 
 
 def name_precisions(values, ks=KS):
@@ -754,7 +755,7 @@ FONTS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/sha
          "/System/Library/Fonts", "/Library/Fonts", "~/Library/Fonts")
 MARGIN = np.array([-2, -1, 2, 1])               # left, top, right, bottom of a map's word, pixels
 CURVES = {                                      # key of a log's row: title
-    "loss": "training loss", "validation_loss": "held-out loss",
+    "training_loss": "training loss", "validation_loss": "held-out loss",
     "precision@10": "held-out precision@10", "auc": "held-out AUC, mean of words"}
 
 
@@ -849,7 +850,11 @@ def filters_picture(w, zoom=6):
 def curves_picture(log):
     """The learning curves of a run's log, over the epochs."""
     panels = []
-    for colour, (key, title) in zip(COLOURS, CURVES.items()):
+    curves = dict(CURVES)
+    if not any("training_loss" in row for row in log):              # of an older run
+        del curves["training_loss"]
+        curves = {"loss": "objective of training", **curves}
+    for colour, (key, title) in zip(COLOURS, curves.items()):
         chance = 0.5 if key == "auc" else None
         panels.append(plot_picture(log, "epoch", key, title, chance, colour=colour))
     return Image.fromarray(np.vstack([np.hstack(panels[:2]), np.hstack(panels[2:])]))
@@ -1508,7 +1513,8 @@ def change(options, **changes):
 
 # --------------------------------------------------------------------------- words (Table 1)
 
-@command("words", IMAGES, CAPTIONS, PRIOR, *SPLITTING, output_option("--out", ".png", required=False),
+@command("words", IMAGES, CAPTIONS, PRIOR, *SPLITTING,
+         output_option("--out", ".png", required=False),
          option("--deciles", action="store_true", help="AUC and AP by frequency of the words, too"),
          option("--transfer", nargs="+", metavar="DIR",
                 help="accuracy of features, as `transfer`, too"),
@@ -1521,6 +1527,8 @@ def predict_words(options, show, *runs):
 
     Of several runs: on photos that none of them trained on, over the words that all of them know.
     """
+    if options.per_word and (len(runs) > 1 or show.out):
+        raise ValueError("--per-word is of one run, and goes without --out")
     runs = sorted(runs, key=lambda run: run.training)
     words = common_words(runs)
     valid = min(run.options["valid"] for run in runs)

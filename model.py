@@ -589,7 +589,7 @@ class Softmax:
         """log Σ_k exp s_nk, (N, 1): the scores of different photos compare after it is taken off.
 
         A number added to all scores of a photo changes neither p nor this loss, so that training
-        leaves it free: for one word, s orders photos by chance, and log p = s - normaliser does not.
+        leaves it free, and it differs between photos: order them by log p = s - normaliser.
         """
         highest = s.max(axis=1, keepdims=True)                      # (N, 1): no overflow
         return highest + np.log(np.exp(s - highest).sum(axis=1, keepdims=True))

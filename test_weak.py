@@ -3955,6 +3955,8 @@ def test_words_of_several_runs_make_a_curve(tiny, ask):
     assert 10 < result["words"] <= 30
     assert small["training_photos"] < large["training_photos"]
     assert small["photos"] == large["photos"] > 0
+    for decile, numbers in large["deciles"].items():                # the same words in each row
+        assert small["deciles"][decile]["photos"] == numbers["photos"]
     assert 0 <= small["transfer to classes"] <= 1 and "transfer to classes ±" in small
     assert "AUC, r" in said.out and "10 of 10" in said.out
     assert Image.open("w.png").size == (3 * 480, 310)
@@ -4168,7 +4170,7 @@ def test_transfer_tells_colours_apart(options, ask):
 
 
 def test_transfer_by_class_names_needs_no_labelled_photo(tiny, tmp_path, ask):
-    """A class is found by its name's words; one without a known word is missed, and that is said."""
+    """A class without a known word in its name is missed, and that is said."""
     first, second, third = tiny[1][:3]
     for i, folder in enumerate([f"{first.upper()}_{second}", third, "unheardof"]):
         for number in range(6 + 6 * (i == 2)):
@@ -4297,6 +4299,7 @@ WRONG = {
     "pairs unknown": (["translate", "--pairs", "foreign.txt"], "knows both words of 0"),
     "captions foreign": (["words", "--captions", "foreign.tsv"], "there is no photo"),
     "no images": (["words", "--images", "nope"], "can be read from 'nope'"),
+    "per word of two": (["words", "r", "--per-word", "x.csv"], "is of one run"),
     "tiny map": (["map", "--images", "single", "--out", "x.png"], "takes 10"),
 }
 
