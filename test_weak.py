@@ -4321,7 +4321,7 @@ def test_experiment_with_bad_input_says_so_in_one_line(name, tiny, ask, capsys):
     assert "\n" not in str(error.value)
     said = capsys.readouterr()
     assert not said.out
-    assert said.err.count("\n") <= 4            # device, model, prior, skipped
+    assert said.err.count("\n") <= 5            # device, models, priors, skipped
 
 
 @pytest.mark.parametrize("arguments, message", [
