@@ -228,7 +228,7 @@ class Index:
             raise ValueError(f"the index in {self.folder} is damaged; remove that folder, and it "
                              "is made again")
 
-    def label_frequency(self, sampling, positives="drawn"):
+    def label_frequency(self, sampling, positives):
         """The fraction of the training rows that have each word as a target, (K,)."""
         k = len(self.dictionary)
         if sampling == "image":
@@ -236,14 +236,28 @@ class Index:
         if positives == "drawn":
             return np.full(k, 1 / k)
         frequency = np.zeros(k)
+        for words, photos in self._training_words():
+            # a photo is drawn by any of its words j, with probability 1 / (K N_j)
+            drawn = np.bincount(photos, 1 / (k * self.counts[words]))
+            frequency += np.bincount(words, drawn[photos], k)
+        return frequency
+
+    def idf_frequency(self):
+        """What each word weighs in a training photo whose words share it by `idf`, a mean, (K,)."""
+        weights = idf(self.counts, self.training)                   # (K,)
+        total = np.zeros_like(weights)
+        for words, photos in self._training_words():
+            sums = np.bincount(photos, weights[words])              # of each photo
+            total += np.bincount(words, weights[words] / sums[photos], len(total))
+        return total / self.training
+
+    def _training_words(self):
+        """Yield words and photos, of equal length: the words of some training photos, and whose."""
+        k = len(self.dictionary)
         for start in range(self.held_out, len(self), ROWS_AT_A_TIME):
             words = self._words.part(start, min(start + ROWS_AT_A_TIME, len(self)))
             self._check((words.values >= 0).all() and (words.values < k).all())
-            photos = np.repeat(np.arange(len(words)), words.counts())
-            # a photo is drawn by any of its words j, with probability 1 / (K N_j)
-            drawn = np.bincount(photos, 1 / (k * self.counts[words.values]))
-            frequency += np.bincount(words.values, drawn[photos], k)
-        return frequency
+            yield words.values, np.repeat(np.arange(len(words)), words.counts())
 
 
 def _read_facts(folder):
@@ -1027,7 +1041,9 @@ def _write_class_photos(work, k, held_out):
 
 # === sampling =====================================================================================
 
-POSITIVES = "drawn", "all", "balanced"
+POSITIVES = {                   # by how rows are sampled; the first is the default
+    "class": ("drawn", "all", "balanced"),
+    "image": ("all", "idf")}
 ATTEMPTS = 8                    # photos tried for a drawn word before its row counts nothing
 STEPS_AHEAD = 64                # sampled by class at a time
 
@@ -1065,20 +1081,21 @@ class BatchSampler:
     Positives other than "drawn" make all words of a photo targets by class, too: "all" alike, and
     "balanced" by the probability that each was the one drawn, which is (1/N_k) / Σ_j 1/N_j over the
     photo's words. That is the mean of the drawn word's loss, given the photo: so the gradient has
-    the same expectation, and no larger variance (Rao and Blackwell).
+    the same expectation, and no larger variance (Rao and Blackwell). By image, the words may share
+    the photo's weight by `idf` (Huang et al. 2024, SuperClass).
 
     Row i of attempt a takes the block of Philox counter (i, step, a, DRAWS): word, photo, crop.
     count: rows of a batch, of which `rows`, a slice, are this rank's. spare: pixels that a photo is
     larger than its crop.
     """
 
-    def __init__(self, index, seed, count, sampling="class", positives="drawn", spare=0,
+    def __init__(self, index, seed, count, sampling="class", positives=None, spare=0,
                  random_crops=True, rows=slice(None)):
         self.index = index
         self.seed = seed
         self.count = count
         self.sampling = sampling
-        self.positives = positives if sampling == "class" else "all"
+        self.positives = positives or POSITIVES[sampling][0]
         self.spare = spare
         self.random_crops = random_crops
         self.rows = range(count)[rows]
@@ -1089,6 +1106,15 @@ class BatchSampler:
     def label_frequency(self):
         """The fraction of the training rows that have each word as a target, (K,)."""
         return self.index.label_frequency(self.sampling, self.positives)
+
+    @cached_property
+    def word_weights(self):
+        """How the words of a photo share its weight, (K,), up to a factor; None if they do not."""
+        if self.positives == "balanced":
+            return 1 / self.index.counts
+        if self.positives == "idf":
+            return idf(self.index.counts, self.index.training)
+        return None
 
     def batch(self, step):
         """The Batch of a step; fastest for one step after the other."""
@@ -1147,14 +1173,17 @@ class BatchSampler:
         self.index.check_training(photo)
         return int(photo)
 
-    def labels(self, batch, available, targets="all", negatives=0):
+    def labels(self, batch, available, targets="all", negatives=0, counted=None):
         """The Labels of this rank's rows; a row whose photo is not available (N,) weighs nothing.
 
         targets: which words are scored: "all", those of the whole "batch", or these and as many
-        `negatives`, "sampled".
+        `negatives`, "sampled". counted: how many rows of the whole batch have a photo, so that the
+        loss is their mean; if not given these rows are all.
         """
         words = pad_rows([batch.targets[row] for row in batch.rows])                # (N, T)
-        weights = np.where(available, 1 / self.count, 0).astype(np.float32)
+        if counted is None:
+            counted = available.sum()
+        weights = np.where(available, 1 / max(1, counted), 0).astype(np.float32)
         labels = Labels(words, weights, self._target_weights(words))
         if targets == "all":
             return labels
@@ -1163,10 +1192,10 @@ class BatchSampler:
         return self._score_sampled(labels, batch, negatives)
 
     def _target_weights(self, words):
-        """Among balanced positives (N, T), the probability that each was drawn; else None."""
-        if self.positives != "balanced":
+        """What each of the words (N, T) weighs in its row, which sums to 1; None: 1 each."""
+        if self.word_weights is None:
             return None
-        weights = np.where(words < 0, 0, 1 / self.index.counts[words])
+        weights = np.where(words < 0, 0, self.word_weights[words])
         return weights / weights.sum(axis=1, keepdims=True)
 
     def _score_batch(self, labels, batch):
@@ -1196,6 +1225,14 @@ class BatchSampler:
     def _absent(self, classes):
         """The probability (C,) that no other row of the batch carries a class."""
         return (1 - self.label_frequency[classes]) ** (self.count - 1)
+
+
+def idf(counts, photos):
+    """What a word tells of a photo, (K,): log((1 + N) / N_k), N_k of N photos carry it.
+
+    The 1 leaves a word of every photo some weight, since it may be a photo's only one.
+    """
+    return np.log((1 + photos) / counts)
 
 
 def _score(labels, classes, probability):

@@ -79,39 +79,53 @@ def auc_and_ap(scores, carried):
     return np.where(both, auc, np.nan), np.where(both, ap, np.nan)
 
 
-def word_metrics(features, output, targets, counts, loss):
+def chance_of_ap(positives, n):
+    """The mean AP of a random order of n photos, of which so many are positive.
+
+    A positive stands at any rank r alike often. Before it are (r - 1) (m - 1) / (n - 1) others of
+    the m on average, so its precision is (1 + (r - 1) (m - 1) / (n - 1)) / r; the mean over r is
+    q + (1 - q) H_n / n with q = (m - 1) / (n - 1) and H_n = 1 + 1/2 + … + 1/n.
+    """
+    q = (positives - 1) / max(1, n - 1)
+    harmonic = (1 / np.arange(1, n + 1)).sum()
+    return q + (1 - q) * harmonic / n
+
+
+def word_metrics(features, output, targets, counts, loss, shift=None):
     """What `words` reports of N photos, as a plain dictionary.
 
     features (N, E); output: the layer of the K words; targets: N arrays, the classes of each
     photo's words; counts (K,): the training photos of each word, for baseline, thirds and tenths;
-    loss: one of model.LOSSES, made with the frequencies of the words among the training photos.
+    loss: one of model.LOSSES, made with the frequencies of the words among the training photos;
+    shift (K,): as of model.prior_shift, to add to the scores; None for nothing.
     """
     n = len(targets)
     k = len(counts)
+    scorer = Scorer(features, output, loss, shift)
     carried = mark_words(targets, k)                                # (N, K)
-    precision, mean_loss = score_photos(features, output, targets, carried, loss)
-    auc, ap = score_words(features, output, carried)                # (K,) each
+    precision = score_photos(scorer, carried)
+    auc, ap = score_words(scorer, carried)                          # (K,) each
     sizes = carried.sum(axis=1)                                     # (N,) words of a photo
     positives = carried.sum(axis=0)                                 # (K,) photos of a word
-    scored = np.isfinite(ap)
+    chance = np.where(np.isfinite(ap), chance_of_ap(positives, n), np.nan)      # (K,)
     by_frequency = np.argsort(-counts, kind="stable")               # (K,)
     third = max(1, k // 3)
     return {
         **name_precisions(precision),
         "auc": mean_of_finite(auc),
         "map": mean_of_finite(ap),
-        "loss": mean_loss,
+        "loss": mean_loss(features, output, targets, loss, shift),
         "auc_frequent": mean_of_finite(auc[by_frequency[:third]]),
         "auc_rare": mean_of_finite(auc[by_frequency[-third:]]),
-        "deciles": score_deciles(auc, ap, counts, by_frequency),
+        "deciles": score_deciles(auc, ap, chance, counts, by_frequency),
         "photos": n,
-        "words": int(scored.sum()),
+        "words": int(np.isfinite(ap).sum()),
         "dictionary": k,
         "ceiling": name_precisions(np.minimum.outer(sizes, KS).mean(axis=0) / KS),
         "baseline": name_precisions([positives[by_frequency[:top]].sum() / (n * top)
                                      for top in KS]),
         "chance": {**name_precisions(sizes.mean() / k * np.minimum(KS, k) / KS),
-                   "auc": 0.5, "map": mean_of_finite(positives[scored] / n)},
+                   "auc": 0.5, "map": mean_of_finite(chance)},
     }
 
 
@@ -123,44 +137,99 @@ def mark_words(targets, k):
     return csr_array((marks, (photos, np.concatenate(targets))), (len(targets), k))
 
 
-def score_photos(features, output, targets, carried, loss):
-    """Mean precision@k (len(KS),) (Table 1) and mean loss, summed a block of photos at a time."""
-    n, k = carried.shape
+class Scorer:
+    """The scores of N photos for K words, a block of photos or of words at a time.
+
+    They compare between words and between photos: they hold the prior (shift (K,), or None), and
+    the loss's normaliser is taken off. After softmax that is log p, else the log-odds of a word.
+    """
+
+    def __init__(self, features, output, loss, shift=None):
+        self.features = features                                    # (N, E)
+        self.output = output
+        self.loss = loss
+        self.shift = shift if shift is None else kernels.to_device(shift)
+        self.words = len(output.b)
+        self._normaliser = None                                     # (N, 1)
+
+    def __len__(self):
+        return len(self.features)
+
+    def photo_blocks(self):
+        """Yield (slice, raw scores with the prior (B, K)) of all photos, on the device."""
+        for photos in slices(len(self), BLOCK // self.words):
+            scores = self.output.scores(self.features[photos])      # (B, K)
+            yield photos, scores if self.shift is None else scores + self.shift
+
+    def word_blocks(self):
+        """Yield (slice, scores (N, B)) of all words, as NumPy."""
+        for words in slices(self.words, BLOCK // 4 // len(self)):
+            yield words, self.of_words(np.arange(words.start, words.stop))
+
+    def of_words(self, classes):
+        """The scores of some words (C,), (N, C), as NumPy."""
+        scores = self.output.scores(self.features, classes)
+        if self.shift is not None:
+            scores = scores + self.shift[classes]
+        return kernels.to_host(scores - self.normaliser())
+
+    def normaliser(self):
+        """The loss's normaliser of each photo, (N, 1)."""
+        if self._normaliser is None:
+            parts = [self.loss.normaliser(scores) for _, scores in self.photo_blocks()]
+            self._normaliser = np.concatenate(parts)
+        return self._normaliser
+
+
+def score_photos(scorer, carried):
+    """Mean precision@k (len(KS),) over the photos (Table 1); carried (N, K)."""
     hits = np.zeros(len(KS))
-    total = 0.0
-    for photos in slices(n, BLOCK // k):
-        scores = output.scores(features[photos])                    # (B, K)
+    for photos, scores in scorer.photo_blocks():
         best = top_words(kernels.to_host(scores), max(KS))
         rows = np.arange(len(best))[:, None]                        # (B, 1)
         right = carried[photos][rows, best].toarray()               # (B, 10)
         hits += [right[:, :top].sum() for top in KS]
-        weights = loss.photo_weights(targets[photos])               # (B,)
-        losses, _ = loss(scores, data.Labels(data.pad_rows(targets[photos]), weights))
-        total += float(kernels.to_host(losses).sum())
-    return hits / (n * np.array(KS)), total / n
+    return hits / (len(scorer) * np.array(KS))
 
 
-def score_words(features, output, carried):
-    """AUC and average precision of each word, (K,) each, a block of words at a time."""
-    n, k = carried.shape
+def score_words(scorer, carried):
+    """AUC and average precision of each word, (K,) each; carried (N, K)."""
     columns = carried.tocsc()
-    auc = np.full(k, np.nan)
-    ap = np.full(k, np.nan)
-    for words in slices(k, BLOCK // 4 // n):
-        classes = np.arange(words.start, words.stop)
-        scores = kernels.to_host(output.scores(features, classes))              # (N, B)
+    auc = np.full(scorer.words, np.nan)
+    ap = np.full(scorer.words, np.nan)
+    for words, scores in scorer.word_blocks():
         auc[words], ap[words] = auc_and_ap(scores, columns[:, words].toarray())
     return auc, ap
 
 
-def score_deciles(auc, ap, counts, by_frequency):
-    """{"1 of 10": numbers of the most frequent tenth of the words, …}; fewer where K < 10."""
+def mean_loss(features, output, targets, loss, shift=None):
+    """The loss of N photos, one definition for training and held-out ones; see word_metrics.
+
+    Softmax: the mean over photos of the mean over its words of -log p, with the prior. One-versus-
+    all: eq. 1, a photo's mean, whose class weights stand in the place of the prior.
+    """
+    if not loss.measured_with_prior:
+        shift = None
+    total = 0.0
+    for photos, scores in Scorer(features, output, loss, shift).photo_blocks():
+        weights = loss.photo_weights(targets[photos])               # (B,)
+        losses, _ = loss(scores, data.Labels(data.pad_rows(targets[photos]), weights))
+        total += float(kernels.to_host(losses).sum())
+    return total / len(targets)
+
+
+def score_deciles(auc, ap, chance, counts, by_frequency):
+    """{"1 of 10": numbers of the most frequent tenth of the words, …}; fewer where K < 10.
+
+    auc, ap, and its chance (K,): NaN for a word that is not scored.
+    """
     deciles = {}
     for i, words in enumerate(np.array_split(by_frequency, 10), 1):
         if len(words):
             deciles[f"{i} of 10"] = {
                 "words": len(words), "photos": float(counts[words].mean()),
-                "auc": mean_of_finite(auc[words]), "map": mean_of_finite(ap[words])}
+                "auc": mean_of_finite(auc[words]), "map": mean_of_finite(ap[words]),
+                "chance": {"auc": 0.5, "map": mean_of_finite(chance[words])}}
     return deciles
 
 
@@ -239,8 +308,11 @@ def ten_crops(pixels, crop):
 
 PENALTIES = 10.0 ** np.arange(-1, -7, -1)       # λ to choose from, strongest first
 USUAL_PENALTY = 1e-4                            # where no photo can be held out to choose
-HELD = 0.2                                      # fraction of the training photos that chooses λ
+FOLDS = 5                                       # of the training photos; one is held to choose λ,
+FEW = 20                                        # or each in turn if a class has fewer photos
+ORDERS = 300                                    # random ones, whose mean is the chance
 RAW = 16                                        # raw pixels: that many rows and columns
+ZERO_SHOT = "class names as words"
 VIEWS = ("this model", "untrained network", f"raw pixels, {RAW} × {RAW}")
 FIT = {"maxiter": 300, "maxcor": 10, "gtol": 1e-5, "ftol": 1e-8}
 
@@ -276,27 +348,50 @@ def predict(table, x):
     return x @ table[:-1].astype(x.dtype) + table[-1].astype(x.dtype)
 
 
-def choose_penalty(x, y, held, goodness):
-    """The fit to all with the λ whose fit to the rest is best on those held (N,), and that λ."""
-    if not held.any():                          # one photo a class
+def choose_penalty(x, y, folds, goodness):
+    """The fit to all with the λ whose fits to the rest are best on those held, and that λ.
+
+    folds: boolean (N,) each, of the photos that are held; where there are several, the mean counts.
+    """
+    if not folds:                               # one photo a class
         return fit(x, y, USUAL_PENALTY), USUAL_PENALTY
-    table = None
-    best_table = None
-    best_penalty = USUAL_PENALTY
-    best_value = -np.inf
-    for penalty in PENALTIES:
-        table = fit(x[~held], y[~held], penalty, table)             # begins at a stronger λ's
-        value = goodness(predict(table, x[held]), y[held])
-        if value > best_value:
-            best_value = value
-            best_penalty = penalty
-            best_table = table
-    return fit(x, y, best_penalty, best_table), best_penalty
+    values = np.zeros(len(PENALTIES))
+    for held in folds:
+        table = None
+        for i, penalty in enumerate(PENALTIES):
+            table = fit(x[~held], y[~held], penalty, table)         # begins at a stronger λ's
+            values[i] += goodness(predict(table, x[held]), y[held]) / len(folds)
+    best = PENALTIES[values.argmax()]           # the strongest of equally good ones
+    return fit(x, y, best), best
+
+
+def fold_masks(y, seed, number):
+    """Boolean (N,) each: photos of each class to choose λ by, at random by (seed, number).
+
+    A fifth of the photos, or five in turn where a class has few, as one fifth says little then. The
+    only photo of a class is never among them.
+    """
+    order = shuffled(len(y), seed, number)
+    fold = np.full(len(y), -1)
+    fewest = len(y)
+    for label in np.unique(y):
+        photos = order[y[order] == label]
+        fewest = min(fewest, len(photos))
+        if len(photos) > 1:
+            fold[photos] = np.arange(len(photos)) % FOLDS
+    count = FOLDS if fewest < FEW else 1
+    masks = [fold == i for i in range(count)]
+    return [mask for mask in masks if mask.any()]
+
+
+def shuffled(n, seed, number):
+    """The numbers 0 … n - 1 in a random order, a function of (seed, number)."""
+    return np.argsort(philox(seed, (0, number, 0, SPLITS)).random_raw(n), kind="stable")
 
 
 def split(y, take, seed, number):
     """Boolean (N,): take(n) of each class's n photos at random, a function of (seed, number)."""
-    order = np.argsort(philox(seed, (0, number, 0, SPLITS)).random_raw(len(y)), kind="stable")
+    order = shuffled(len(y), seed, number)
     mask = np.zeros(len(y), bool)
     for label in np.unique(y):
         photos = order[y[order] == label]
@@ -307,6 +402,12 @@ def split(y, take, seed, number):
 def accuracy(scores, y):
     """How often the class with the highest of the scores (N, C) is the photo's."""
     return float((scores.argmax(axis=1) == y).mean())
+
+
+def class_accuracy(scores, y):
+    """The mean over the classes of y of each one's accuracy: a constant guess has 1 / C."""
+    right = scores.argmax(axis=1) == y
+    return float(np.mean([right[y == label].mean() for label in np.unique(y)]))
 
 
 def voc_ap(scores, y):
@@ -771,10 +872,15 @@ class Trained:
 
     net, and recipe, of model.NETWORKS; loss; words, and classes, {word: class}; counts (K,), the
     training photos of each word, and training, all of them; options and log of the run.
+    net's scores are those of photos as they are: the prior, shift (K,) of model.prior_shift, is in
+    the biases of its output layer. learned_b are these without it; shift is None for nothing.
     """
 
-    def __init__(self, run):
-        """run: a run's folder, or a checkpoint; it says on stderr which weights these are."""
+    def __init__(self, run, prior="real"):
+        """run: a run's folder, or a checkpoint; it says on stderr which weights these are.
+
+        prior: "none" leaves the biases as training made them.
+        """
         path = data.find_checkpoint(run)
         checkpoint = data.load_checkpoint(path)
         facts = checkpoint.facts
@@ -793,6 +899,49 @@ class Trained:
         self.recipe = model.NETWORKS[self.options["network"]]
         self.net = self.recipe.build(len(self.words), self.options["dropout"], seed=None)
         self.net.load(checkpoint.weights)
+        self.learned_b = self.net.output.b
+        self.shift = None
+        if prior == "real":
+            self.add_prior(facts.get("label_frequency"))
+
+    def add_prior(self, label_frequency):
+        """Add the prior of real photos to the biases, and say on stderr how good it is."""
+        if label_frequency is None:             # a checkpoint of before they had it
+            label_frequency = self.find_label_frequency()
+        if label_frequency is None:
+            print("prior: not known, the run's captions or index are not at hand; probabilities "
+                  "are those of the words as training drew them", file=sys.stderr, flush=True)
+            return
+        self.shift = model.prior_shift(self.options, self.counts, self.training, label_frequency)
+        if self.shift is None:
+            return
+        self.net.output.b = self.learned_b + kernels.to_device(self.shift)
+        how = "exactly" if model.prior_is_exact(self.options) else "approximately"
+        print(f"prior: scores are {how} those of photos as they are, not as training drew them",
+              file=sys.stderr, flush=True)
+
+    def find_label_frequency(self):
+        """How often training's rows have each word as a target, (K,), or None if that is lost."""
+        sampling = self.options["sampling"]
+        positives = self.options["positives"]
+        if sampling == "image":
+            return self.counts / self.training
+        if positives == "drawn":
+            return np.full(len(self.words), 1 / len(self.words))
+        index = self.own_index()
+        if index is None or index.dictionary != self.words:
+            return None
+        return index.label_frequency(sampling, positives)
+
+    def own_index(self):
+        """The run's index of its captions, or None where it is not there or they have changed."""
+        text = data.Text(self.options["words"], self.options["stop_words"], self.options["valid"])
+        folder = os.path.join(self.folder, "index")
+        try:
+            return data.cached_index(self.options["captions"], folder, text,
+                                     self.options["format"])
+        except (OSError, ValueError):           # no captions
+            return None
 
     def make_loss(self, counts):
         """The run's loss for words with so many training photos."""
@@ -1063,7 +1212,7 @@ def command(name, *options, runs=1):
     def register(function):
         says = console.summary(function.__doc__)
         parser = COMMANDS.add_parser(name, help=says, description=says)
-        parser.set_defaults(function=function, out=None)
+        parser.set_defaults(function=function, out=None, prior="none")
         parser.add_argument("--model", required=True, nargs=runs, metavar="RUN",
                             help="a run's folder, or an .npz")
         for flag, settings in options + COMMON:
@@ -1101,6 +1250,8 @@ TOP = option("--top", type=number(int, 1), default=6, help="how many to show for
 FOLDER = option("--images", required=True, metavar="DIR", help="folder of photos")
 IMAGES = option("--images", metavar="DIR", help="folder of photos; the run's if not given")
 CAPTIONS = option("--captions", metavar="FILE", help="captions; the run's if not given")
+PRIOR = option("--prior", choices=("real", "none"), default="real",
+               help="probabilities of photos as they are, or as training drew them")
 FONT = option("--font", type=Fonts, metavar="FILE", help="of words; else any with their letters")
 SPLITTING = (
     option("--splits", type=number(int, 1, 10_000), default=10, help="random splits"),
@@ -1121,7 +1272,7 @@ def change(options, **changes):
 
 # --------------------------------------------------------------------------- words (Table 1)
 
-@command("words", IMAGES, CAPTIONS, *SPLITTING, output_option("--out", ".png", required=False),
+@command("words", IMAGES, CAPTIONS, PRIOR, *SPLITTING, output_option("--out", ".png", required=False),
          option("--deciles", action="store_true", help="AUC and AP by frequency of the words, too"),
          option("--transfer", nargs="+", metavar="DIR",
                 help="accuracy of features, as `transfer`, too"),
@@ -1171,10 +1322,11 @@ def score_run(run, words, features, targets):
     """word_metrics of a run over some of its words, of which the targets are classes."""
     classes = run.find_words(words)
     counts = run.counts[classes]
+    shift = None if run.shift is None else run.shift[classes]
     output = model.Output(features.shape[1], len(words))
     output.w = run.net.output.w[classes]
-    output.b = run.net.output.b[classes]
-    return word_metrics(features, output, targets, counts, run.make_loss(counts))
+    output.b = run.learned_b[classes]
+    return word_metrics(features, output, targets, counts, run.make_loss(counts), shift)
 
 
 def transfer_key(images):
@@ -1186,8 +1338,9 @@ def score_transfer(run, images, options, show):
     """The run's mean accuracy on a folder's photos, and its standard deviation over the splits."""
     key = transfer_key(images)
     show.line(f"{run.name}: {key}")
-    rows = transfer_features(change(options, images=images, layer=None), show, run)["rows"]
-    deviations = rows.get("± deviation", [0, 0])
+    result = transfer_features(change(options, images=images, layer=None), show, run)
+    rows = result["rows"]
+    deviations = rows.get(f"± over {result['over']}", [0, 0])
     return {key: rows["mean"][1], key + SPREAD: deviations[1]}      # after that of chance
 
 
@@ -1211,13 +1364,13 @@ def warn_about_duplicates(index, folder, held_out, show):
 
 def show_deciles(results, show):
     """AUC and AP of the words by frequency: a row for each tenth of them, two columns a run."""
-    heading = ["words by frequency", "photos"]
+    heading = ["words by frequency", "photos", "AP by chance"]
     for name in results:
         heading += [f"AUC, {name}", f"AP, {name}"]
     largest = list(results.values())[-1]
     rows = {}
     for decile, numbers in largest["deciles"].items():
-        rows[decile] = [f"{numbers['photos']:,.0f}"]
+        rows[decile] = [f"{numbers['photos']:,.0f}", numbers["chance"]["map"]]
         for result in results.values():
             rows[decile] += [result["deciles"][decile]["auc"], result["deciles"][decile]["map"]]
     show.table(heading, rows)
@@ -1273,7 +1426,7 @@ def print_words(result, show=Output()):
         rows[key] = [column[key] for column in columns]
     ap = result["chance"]["map"]
     rows["AUC, mean of words"] = [result["auc"], 0.5, 0.5, 1]
-    rows["AP, mean of words"] = [result["map"], ap, ap, 1]
+    rows[f"AP of {result['photos']:,}, mean of words"] = [result["map"], ap, ap, 1]
     show.table(["", "model", "frequent words", "chance", "ceiling"], rows)
     show.line(f"AUC of the most frequent third of the words {result['auc_frequent']:.4f}, "
               f"of the rarest third {result['auc_rare']:.4f}")
@@ -1281,7 +1434,7 @@ def print_words(result, show=Output()):
 
 # -------------------------------------------------------------------- photos, one at a time
 
-@command("tag", TOP,
+@command("tag", TOP, PRIOR,
          option("photos", nargs="+", metavar="PHOTO", help="picture files, or folders of them"),
          option("--threshold", type=number(float, 0, 1),
                 help="instead of --top: the least probability"))
@@ -1311,16 +1464,17 @@ def expand_folders(paths):
     return files
 
 
-@command("search", WORDS, IMAGES, TOP, FONT, output_option("--out", ".png"))
+@command("search", WORDS, IMAGES, TOP, PRIOR, FONT, output_option("--out", ".png"))
 def search_photos(options, show, run):
-    """The photos that score highest for a word, with their scores (Fig. 3)."""
+    """The most probable photos for a word, with log p, or log-odds after one-vs-all (Fig. 3)."""
     classes = run.find_words(options.words)
     folder, names = run.photos(options)
     reader = run.read(folder, names, options.workers)
     scores = []
     for _, x, _ in reader:
-        features = run.net.features(x)
-        scores.append(kernels.to_host(run.net.output.scores(features, classes)))    # (n, C)
+        s = run.net.forward(x)                                      # (n, K)
+        comparable = s - run.loss.normaliser(s)
+        scores.append(kernels.to_host(comparable[:, classes]))      # (n, C)
     s = np.concatenate(scores)                                      # (N, C)
     rankings = Output().best(options.words, s.T, reader.names, options.top)
     find = data.Folder(folder).find
@@ -1386,38 +1540,123 @@ class Task(NamedTuple):
          option("--layer",
                 help="of that name, the mean of its pixels; the last hidden one if not given"))
 def transfer_features(options, show, run):
-    """Regression on features: DIR/class/*.jpg, or a Pascal VOC folder (Fig. 5, Tables 2 to 4)."""
+    """Regression on features: DIR/class/*.jpg, or a Pascal VOC folder (Fig. 5, Tables 2 to 4).
+
+    For folders of classes also without any regression and labelled photo: the class whose name has
+    the most probable words.
+    """
     is_voc = os.path.isdir(os.path.join(options.images, "JPEGImages"))
     collection = Voc(options) if is_voc else SubFolders(options)
     collection.tasks(list(collection.labels))                       # may fail: before the work
     reader = run.read(options.images, list(collection.labels), options.workers)
-    views = extract_views(run, reader, options.layer)
+    named = NamedClasses(run, collection.class_names)
+    views = extract_views(run, reader, options.layer, named)
     tasks = collection.tasks(reader.names)
-    rows = run_regressions(tasks, views, collection, options.seed)
-    values = np.array(list(rows.values()))                          # (tasks, 1 + views)
-    rows["mean"] = values.mean(axis=0).tolist()
-    if len(values) > 1:
-        rows["± deviation"] = values.std(axis=0, ddof=1).tolist()
+    scores = run_regressions(tasks, views, collection, options.seed)
+    columns = ["chance", *VIEWS]
+    if named.known():
+        named.report_unknown(show)
+        columns.append(ZERO_SHOT)
+        for task in tasks:
+            scores[task.name].append(named.scores[task.test])       # (n, C)
+    rows = measure_tasks(tasks, scores, collection)
     count = len(reader.names)
     show.line(f"{count:,} photos; {tasks[-1].train.sum():,} to train and "
               f"{tasks[-1].test.sum():,} to test")
-    columns = ["chance", *VIEWS]
     show.table([collection.measured, *columns], rows)
-    return {"columns": columns, "rows": rows, "photos": count, "skipped": reader.skipped}
+    return {"columns": columns, "rows": rows, "over": collection.describe(tasks), "photos": count,
+            "unknown_names": named.unknown(), "skipped": reader.skipped}
 
 
-def extract_views(run, reader, layer):
-    """{view: (N, D)} of the reader's photos by each of VIEWS."""
+class NamedClasses:
+    """Scores of photos for classes by their names: the mean of log p of the words of each.
+
+    scores (N, C): -inf for a class of which the run knows no word, so that its photos are missed.
+    """
+
+    def __init__(self, run, names):
+        self.run = run
+        self.words = {}                         # {class: those of its words that the run knows}
+        for name in names:
+            words = [run.classes.get(word) for word in data.words_of(name)]
+            self.words[name] = [word for word in words if word is not None]
+        self.batches = []
+
+    def known(self):
+        """Whether some class can be told by its name."""
+        return any(self.words.values())
+
+    def unknown(self):
+        """The classes without a word that the run knows."""
+        return [name for name, words in self.words.items() if not words]
+
+    def report_unknown(self, show):
+        """Say which classes are missed, whatever the model does."""
+        unknown = self.unknown()
+        if unknown:
+            show.line(f"{len(unknown)} of {len(self.words)} classes have no word that the model "
+                      f"knows, {ZERO_SHOT} miss them: {', '.join(unknown)}")
+
+    def add(self, features):
+        """Take the last hidden layer (n, E) of the next photos."""
+        if self.known():
+            s = self.run.net.output.scores(features)                # (n, K)
+            log_p = kernels.to_host(s - self.run.loss.normaliser(s))
+            scores = np.full((len(s), len(self.words)), -np.inf)
+            for i, words in enumerate(self.words.values()):
+                if words:
+                    scores[:, i] = log_p[:, words].mean(axis=1)
+            self.batches.append(scores)
+
+    @functools.cached_property
+    def scores(self):
+        return np.concatenate(self.batches)
+
+
+def extract_views(run, reader, layer, named):
+    """{view: (N, D)} of the reader's photos by each of VIEWS; they are shown to `named`, too."""
     untrained = run.recipe.build(len(run.words), 0, seed=run.options["seed"])
     batches = []
     for _, x, pixels in reader:
-        batches.append([mean_of_pixels(kernels.to_host(run.net.features(x, layer))),
+        hidden = run.net.features(x)                                # (n, E)
+        named.add(hidden)
+        own = hidden if layer is None else run.net.features(x, layer)
+        batches.append([mean_of_pixels(kernels.to_host(own)),
                         mean_of_pixels(kernels.to_host(untrained.features(x, layer))),
                         shrink(pixels)])
     views = {}
     for i, view in enumerate(VIEWS):
         views[view] = np.concatenate([batch[i] for batch in batches])
     return views
+
+
+def measure_tasks(tasks, scores, collection):
+    """Rows of a table: chance and what the scores of each task's photos to test are worth.
+
+    scores: {task: [(n, C) of each view]}. Rows of means over the tasks follow, with deviations,
+    and, where the collection has classes of unequal size, the mean accuracy of a class.
+    """
+    rows = {}
+    by_class = []
+    for task in tasks:
+        y = task.y[task.test]
+        values = [collection.measure(s, y) for s in scores[task.name]]
+        rows[task.name] = [collection.chance(task), *values]
+        if collection.measure is accuracy:
+            values = [class_accuracy(s, y) for s in scores[task.name]]
+            by_class.append([1 / len(np.unique(y)), *values])
+    over = collection.describe(tasks)
+    add_means(rows, list(rows.values()), "mean", f"± over {over}")
+    if by_class:
+        add_means(rows, by_class, "mean class accuracy", f"± of it over {over}")
+    return rows
+
+
+def add_means(rows, values, name, spread):
+    """Add to rows the mean of some rows, and, if they are several, their deviation."""
+    rows[name] = np.mean(values, axis=0).tolist()
+    if len(values) > 1:
+        rows[spread] = np.std(values, axis=0, ddof=1).tolist()
 
 
 def mean_of_pixels(features):
@@ -1435,36 +1674,36 @@ def shrink(pixels):
 
 
 def run_regressions(tasks, views, collection, seed):
-    """{task: [chance, what its regression on each view is worth]}, threads sharing the work."""
-    results = {}
-    rows = {}
+    """{task: [scores of its photos to test by a regression on each view]}, by several threads."""
+    waiting = {}
+    scores = {}
     pool = ThreadPoolExecutor(kernels.threads.count)
     try:
         for i, task in enumerate(tasks):
+            waiting[task.name] = []
             for view in VIEWS:
-                results[task.name, view] = pool.submit(
-                    regress, views[view], task, collection.measure, seed, 2 * i + 1)
+                waiting[task.name].append(pool.submit(
+                    regress, views[view], task, collection.measure, seed, 2 * i + 1))
         with console.Progress("regressions", len(tasks), "tasks") as progress:
             for task in tasks:
-                values = [results[task.name, view].result() for view in VIEWS]
-                rows[task.name] = [collection.chance(task), *values]
+                scores[task.name] = [result.result() for result in waiting[task.name]]
                 progress.tick()
     finally:
         pool.shutdown(cancel_futures=True)      # after Ctrl-C
-    return rows
+    return scores
 
 
 def regress(x, task, measure, seed, number):
-    """What a regression on features x (N, D) is worth on the task's photos to test.
+    """The scores (n, C) of the task's photos to test, by a regression on features x (N, D).
 
-    Of those to train on some are held out, a function of (seed, number), which choose λ.
+    λ is the best by `measure` on some of the photos to train on, a function of (seed, number).
     """
     y = task.y[task.train]
-    held = split(y, lambda n: min(n - 1, max(1, round(HELD * n))), seed, number)
     mean = x[task.train].mean(axis=0, dtype=np.float64)
     features = units((x - mean).astype(np.float32))                 # so one λ suits all
-    table, _ = choose_penalty(features[task.train], y, held, measure)
-    return measure(predict(table, features[task.test]), task.y[task.test])
+    folds = fold_masks(y, seed, number)
+    table, _ = choose_penalty(features[task.train], y, folds, measure)
+    return predict(table, features[task.test])
 
 
 class SubFolders:
@@ -1477,11 +1716,16 @@ class SubFolders:
         self.options = options
         names = [name for name in data.list_photos(options.images) if os.sep in name]
         self.labels = {name: name.split(os.sep)[0] for name in names}
+        self.class_names = sorted(set(self.labels.values()))
+
+    def describe(self, tasks):
+        """What the tasks differ in."""
+        return f"{len(tasks)} splits"
 
     def tasks(self, names):
         """A Task of the photos for each split; ValueError where there are too few."""
-        classes, y = np.unique([self.labels[name] for name in names], return_inverse=True)
-        self.check(classes, np.bincount(y, minlength=1))
+        y = np.searchsorted(self.class_names, [self.labels[name] for name in names])
+        self.check(np.bincount(y, minlength=len(self.class_names)))
         tasks = []
         for i in range(self.options.splits):
             train = split(y, self.count_to_train, self.options.seed, 2 * i)
@@ -1494,18 +1738,19 @@ class SubFolders:
             return self.options.train_per_class
         return min(n - 1, max(2, round(self.options.train_share * n)))
 
-    def check(self, classes, counts):
-        """ValueError where a class has no photos to train, choose λ and test."""
+    def check(self, counts):
+        """ValueError where a class has no photos to train, choose λ and test; counts (C,)."""
         least = (self.options.train_per_class or 2) + 1
-        if len(classes) < 2 or counts.min() < least:
-            there = [f"{name} {count}" for name, count in zip(classes, counts)]
+        if len(counts) < 2 or counts.min() < least:
+            there = [f"{name} {count}" for name, count in zip(self.class_names, counts)]
             raise ValueError(f"--images: two or more sub-folders of {least} or more photos are "
                              "needed, to train, choose and test; there are "
                              f"{', '.join(there) or 'none'}")
 
     def chance(self, task):
-        """The accuracy of guessing."""
-        return 1 / float(task.y.max() + 1)
+        """The accuracy of always guessing the largest class."""
+        y = task.y[task.test]
+        return float(np.bincount(y).max() / len(y))
 
 
 class Voc:
@@ -1513,6 +1758,7 @@ class Voc:
 
     measured = "average precision"
     measure = staticmethod(voc_ap)
+    class_names = ()                            # photos are not told apart by these
 
     def __init__(self, options):
         """labels: {photo: {class: 1, or 0 where it is difficult, -1 where it is not there}}."""
@@ -1538,6 +1784,10 @@ class Voc:
             if subset == "trainval":
                 self.trained.add(photo)
 
+    def describe(self, tasks):
+        """What the tasks differ in."""
+        return f"{len(tasks)} classes"
+
     def tasks(self, names):
         """A Task of the photos for each class that they can train and test."""
         training = np.array([name in self.trained for name in names])           # (N,)
@@ -1559,8 +1809,14 @@ class Voc:
         return tasks
 
     def chance(self, task):
-        """The average precision of guessing."""
-        return float(task.y[task.test].mean())
+        """The average precision of a random order of the photos to test, the mean of many."""
+        y = task.y[task.test]
+        keys = philox(0, (0, 0, 0, SPLITS)).random_raw(ORDERS * len(y))
+        values = []
+        for order in keys.reshape(ORDERS, len(y)):
+            ranks = order / 2**64
+            values.append(voc_ap(np.stack([-ranks, ranks], axis=1), y))
+        return float(np.mean(values))
 
 
 # --------------------------------------------------------------- words' vectors (Tables 5 to 7)
@@ -1730,7 +1986,7 @@ svg { font-family: sans-serif; text-anchor: middle; dominant-baseline: central }
 """
 
 
-@command("report", CAPTIONS, IMAGES, *SPLITTING, *MAPPING, FONT, output_option("--out", ".html"),
+@command("report", CAPTIONS, IMAGES, PRIOR, *SPLITTING, *MAPPING, FONT, output_option("--out", ".html"),
          option("words", nargs="*", metavar="WORD", help="words to search photos for"),
          option("--series", nargs="+", metavar="RUN", help="runs for `words` side by side"),
          option("--pairs-similar", nargs="+", metavar="FILE", help="as `similar --pairs`"),
@@ -1748,7 +2004,9 @@ def write_report(options, show, run):
         changed = change(options, all=False, deciles=False, layer=None)
         changed = change(changed, **changes)
         try:
-            runs = [run if path == run.name else Trained(path) for path in changed.model]
+            runs = []
+            for path in changed.model:
+                runs.append(run if path == run.name else Trained(path, options.prior))
             results[title] = function(changed, page, *runs)
         except (ValueError, OSError) as error:
             failed[title] = str(error)
@@ -1853,7 +2111,7 @@ def main(arguments=None):
     print(kernels.use(options.device, "fp32"), file=sys.stderr)     # distances cancel in TF32
     terminal = sys.stderr if options.json == "-" else sys.stdout
     with redirect_stdout(terminal):
-        runs = [Trained(path) for path in options.model]
+        runs = [Trained(path, options.prior) for path in options.model]
         result = options.function(options, Output(options.out), *runs)
     if options.json:
         console.write_json(options.json, result)

@@ -9,6 +9,7 @@ import errno
 import gzip
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -29,6 +30,7 @@ import numpy as np
 import pytest
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
+from scipy.optimize import minimize
 from scipy.signal import correlate
 from scipy.special import log_expit, log_softmax, softmax
 from scipy.stats import chisquare
@@ -612,6 +614,118 @@ def test_probabilities_are_the_losses_own(rng):
     assert np.isfinite(one_vs_all.probabilities(1e4 * s)).all()
 
 
+def test_normaliser_is_log_of_the_sum_and_survives_large_scores(rng):
+    s = rng.standard_normal((3, 6))
+    np.testing.assert_allclose(s - model.Softmax().normaliser(s), log_softmax(s, axis=1))
+    large = np.array([[1e4, 0], [-1e4, -1e4]], np.float32)
+    assert model.Softmax().normaliser(large)[:, 0] == pytest.approx([1e4, math.log(2) - 1e4])
+    assert not model.OneVersusAll(np.full(6, 0.1)).normaliser(s).any()
+
+
+# how rows are drawn, and whether the prior makes p exact
+PRIORS = {
+    "by image": ({"sampling": "image"}, True),
+    "drawn": ({}, True),
+    "balanced": ({"positives": "balanced"}, True),
+    "all": ({"positives": "all"}, False),
+    "idf": ({"positives": "idf", "sampling": "image"}, False),
+    "one-vs-all by image": ({"loss": "one-vs-all", "sampling": "image"}, True),
+    "one-vs-all drawn": ({"loss": "one-vs-all"}, False),
+    "one-vs-all all": ({"loss": "one-vs-all", "positives": "all"}, False)}
+
+
+def toy_photos(rng):
+    """The kind of each of 6,000 photos, one of 3, (N, 3), and which of 5 words it carries, (N, K).
+
+    The network can tell kinds apart, and photos of a kind not.
+    """
+    chance = np.array([[.9, .5, .4, .05, .02], [.3, .1, .7, .3, .01], [.5, .5, .02, .02, .3]])
+    kind = np.repeat([0, 1, 2], [2000, 3000, 1000])
+    carried = rng.random((6000, 5)) < chance[kind]
+    labelled = carried.any(axis=1)
+    return np.eye(3)[kind[labelled]], carried[labelled]
+
+
+def training_draws(carried, options):
+    """How often training draws each photo, (N, 1), and each word as its target, (N, K)."""
+    n, k = carried.shape
+    counts = carried.sum(axis=0)
+    by_image = np.full((n, 1), 1 / n)
+    by_word = carried / (k * counts)                                # a word, then a photo of it
+    by_class = by_word.sum(axis=1, keepdims=True)
+    if options["positives"] == "idf":
+        weights = carried * np.log(n / counts)
+        return by_image, by_image * weights / weights.sum(axis=1, keepdims=True)
+    if options["sampling"] == "image":
+        return by_image, by_image * carried
+    if options["positives"] == "all":
+        return by_class, by_class * carried
+    return by_class, by_word
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_prior_makes_probabilities_those_of_photos_as_they_are(name, rng):
+    given, exact = PRIORS[name]
+    options = {"loss": "softmax", "sampling": "class", "positives": "drawn", "targets": "all",
+               "batch": 64, **given}
+    kind, carried = toy_photos(rng)
+    rows, targets = training_draws(carried, options)
+    frequency = targets.sum(axis=0)                                 # (K,)
+    if options["positives"] == "balanced":      # all words of a row are targets, of less weight
+        frequency = (rows * carried).sum(axis=0)
+    shift = model.prior_shift(options, carried.sum(axis=0), len(carried), frequency)
+    positive = kind.T @ targets                                     # (3, K)
+    real = kind.T @ carried
+    if options["loss"] == "softmax":            # scores at which the training loss is least
+        s = np.log(positive)
+        p = real / real.sum(axis=1, keepdims=True)
+    else:
+        s = np.log(positive / frequency) - np.log((kind.T @ rows - positive) / (1 - frequency))
+        p = real / kind.sum(axis=0)[:, None]
+    loss = model.LOSSES[options["loss"]](frequency)
+    before = abs(loss.probabilities(s) - p).max()
+    after = before if shift is None else abs(loss.probabilities(s + shift) - p).max()
+    assert model.prior_is_exact(options) == exact
+    if exact:
+        assert after < 1e-6
+        assert before > 0.1 or options["sampling"] == "image"
+    else:
+        assert 0.01 < after < 0.8 * before
+
+
+@pytest.mark.parametrize("sampling, error", [("class", 1e-3), ("image", 0.1)])
+def test_prior_holds_over_the_batchs_own_words(sampling, error):
+    """Photos of one word; the minimum over all batches of 3 such rows is found by L-BFGS."""
+    counts = np.array([70, 20, 9, 1])
+    p = np.array([0.4, 0.2, 0.3, 0.1])          # of the words of a photo x
+    options = {"loss": "softmax", "sampling": sampling, "positives": "drawn", "targets": "batch",
+               "batch": 3}
+    q = np.full(4, 1 / 4) if sampling == "class" else counts / 100
+    drawn = p * q / counts                      # p(k | x) of the rows that training draws
+    drawn = drawn / drawn.sum()
+    loss = model.Softmax()
+
+    def mean_loss(s):
+        total = 0
+        gradient = np.zeros(4)
+        for words in np.ndindex(4, 4, 4):       # the word of x, and of the other rows
+            classes = np.unique(words)
+            target = np.searchsorted(classes, words[:1])
+            weight = drawn[words[0]] * q[words[1]] * q[words[2]]
+            losses, ds = loss(s[None, classes], target)
+            total += weight * losses[0]
+            gradient[classes] += weight * ds[0]
+        return total, gradient
+
+    s = minimize(mean_loss, np.zeros(4), jac=True, method="L-BFGS-B", tol=1e-12).x
+    shift = model.prior_shift(options, counts, 100, q)
+    after = abs(loss.probabilities((s + shift)[None]) - p).max()
+    assert after < error
+    assert model.prior_is_exact(options) == (sampling == "class")
+    if sampling == "image":
+        assert after < abs(loss.probabilities(s[None]) - p).max() / 2
+
+
 @pytest.mark.parametrize("corrected", [True, False])
 def test_one_vs_all_over_the_batchs_words_is_unbiased(corrected):
     """By the inclusion probability, over all draws of 3 of 4 words; without it, it is not."""
@@ -1105,8 +1219,13 @@ def test_photos_are_drawn_by_image_uniformly_with_all_words(index):
 
 def test_row_without_a_photo_weighs_nothing(index):
     sampler = data.BatchSampler(index, 3, 4)
-    labels = sampler.labels(sampler.batch(0), np.array([True, False, True, True]))
-    assert labels.weights.tolist() == [0.25, 0, 0.25, 0.25]
+    available = np.array([True, False, False, True])
+    labels = sampler.labels(sampler.batch(0), available)
+    assert labels.weights.tolist() == [0.5, 0, 0, 0.5]              # a mean over those that count
+    labels = sampler.labels(sampler.batch(0), available, counted=8)
+    assert labels.weights.tolist() == [0.125, 0, 0, 0.125]          # … of all ranks
+    labels = sampler.labels(sampler.batch(0), np.zeros(4, bool))
+    assert not labels.weights.any()
 
 
 def gradient_statistics(index, s, positives, steps=600):
@@ -1133,8 +1252,9 @@ def test_balanced_positives_have_the_gradient_of_the_drawn_word_on_average(index
     assert balanced_variance < 0.9 * variance
 
 
-@pytest.mark.parametrize("sampling, positives", [("class", "drawn"), ("class", "all"),
-                                                 ("image", "drawn")])
+@pytest.mark.parametrize("sampling, positives", [
+    ("class", "drawn"), ("class", "all"), ("class", "balanced"), ("image", "all"),
+    ("image", "idf")])
 @pytest.mark.parametrize("at_a_time", [data.ROWS_AT_A_TIME, 7])
 def test_label_frequency_is_how_often_a_word_is_a_target(
         index, sampling, positives, at_a_time, monkeypatch):
@@ -1146,6 +1266,33 @@ def test_label_frequency_is_how_often_a_word_is_a_target(
     counts = np.bincount(np.concatenate(targets))
     expected = 400 * 64 * sampler.label_frequency
     assert (abs(counts - expected) < 5 * np.sqrt(expected)).all()
+
+
+@pytest.mark.parametrize("at_a_time", [data.ROWS_AT_A_TIME, 7])
+def test_idf_frequency_is_what_a_word_weighs_in_a_photo(index, at_a_time, monkeypatch):
+    monkeypatch.setattr(data, "ROWS_AT_A_TIME", at_a_time)
+    weights = np.log((index.training + 1) / index.counts)
+    expected = np.zeros(30)
+    for photo in range(index.held_out, len(index)):
+        words = index.words(photo)
+        expected[words] += weights[words] / weights[words].sum() / index.training
+    assert index.idf_frequency() == pytest.approx(expected)
+
+
+def test_idf_gives_a_photos_weight_to_its_rarest_words(index, monkeypatch):
+    index.counts[0] = index.training            # a word of every photo
+    sampler = data.BatchSampler(index, 3, 64, "image", "idf")
+    batch = sampler.batch(0)
+    labels = sampler.labels(batch, all_there(batch))
+    for words, weights in zip(batch.targets, labels.target_weights):
+        weights = weights[:len(words)]
+        assert weights.sum() == pytest.approx(1)
+        logs = np.log((index.training + 1) / index.counts[words])
+        assert weights / weights[-1] == pytest.approx(logs / logs[-1])
+    index.counts[:] = index.training            # which no photo is told apart by
+    sampler = data.BatchSampler(index, 3, 64, "image", "idf")
+    labels = sampler.labels(batch, all_there(batch))
+    assert labels.target_weights.sum(axis=1) == pytest.approx(1)
 
 
 def test_draws_are_a_function_of_seed_step_row_and_attempt(index):
@@ -1196,7 +1343,7 @@ def test_ranks_rows_are_those_of_the_whole_batch(sampling, targets, index):
                              (mine.flip, batch.flip)):
         assert values.tolist() == expected[3:].tolist()
     labels = whole.labels(batch, all_there(batch), targets, 7)
-    my_labels = last.labels(mine, all_there(mine), targets, 7)
+    my_labels = last.labels(mine, all_there(mine), targets, 7, counted=10)
     assert my_labels.weights.tolist() == labels.weights[3:].tolist()
     width = my_labels.targets.shape[1]
     assert my_labels.targets.tolist() == labels.targets[3:, :width].tolist()
@@ -1606,7 +1753,9 @@ def test_run_leaves_all_its_files(tiny):
     log = log_of(folder)
     assert [row["epoch"] for row in log] == [1, 2]
     assert log[-1]["step"] == 12
-    keys = {"loss", "learning_rate", "images_per_second", "loader_wait", "precision@10"}
+    assert ", held-out loss " in said.partition(": training loss ")[2]
+    keys = {"loss", "training_loss", "validation_loss", "learning_rate", "images_per_second",
+            "loader_wait", "precision@10"}
     assert keys <= log[0].keys()
     words = [line.split("\t") for line in open(folder / "words.txt")]
     assert len(words) == 30
@@ -1620,10 +1769,11 @@ def test_run_leaves_all_its_files(tiny):
 @pytest.mark.parametrize("options", [
     ["--dropout", 0.2], ["--loss", "one-vs-all"], ["--targets", "batch"],
     ["--targets", "batch", "--loss", "one-vs-all", "--sampling", "image"],
-    ["--targets", "sampled", "--negatives", 9], ["--targets", "sampled", "--loss", "one-vs-all"]])
+    ["--targets", "sampled", "--negatives", 9, "--sampling", "image", "--positives", "idf"],
+    ["--targets", "sampled", "--loss", "one-vs-all"]])
 def test_resumed_run_is_the_uninterrupted_one_to_the_bit(options, mine, start, train, monkeypatch):
     """From a checkpoint before any step, from one of Ctrl-C within an epoch, and between epochs."""
-    mine += ["--min-lr", 1e-9, *options]
+    mine += ["--min-lr", 1e-9, "--final", 0, *options]
     train(*mine, "--epochs", 2, "--out", "whole")
     weak.save(start("--epochs", 1))
     after_step(3, monkeypatch, lambda run: signal.raise_signal(signal.SIGINT))
@@ -1649,6 +1799,33 @@ def test_training_on_the_reference_gives_the_same_losses(mine, train):
         assert plain["validation_loss"] == pytest.approx(fast["validation_loss"], rel=1e-4)
 
 
+def test_training_and_held_out_loss_are_one_function_of_as_many_photos(start, monkeypatch, capsys):
+    training = start("--epochs", 1, "--positives", "all")
+    assert training.shift is not None           # both are with the prior
+    compared = weak.compared_photos(training.index)
+    validated = weak.validation_photos(training.index)
+    assert len(compared) == len(set(compared)) == len(validated)
+    assert min(compared) >= training.index.held_out > max(validated)
+    weak.train(training, weak.Interrupt())
+    (row,) = training.log
+    assert f"training loss {row['training_loss']:.4f}, held-out loss" in capsys.readouterr().out
+    assert row["training_loss"] == weak.measure_training_loss(training)
+    monkeypatch.setattr(weak, "compared_photos", weak.validation_photos)
+    assert row["validation_loss"] == weak.measure_training_loss(training)
+    assert row["validation_loss"] == weak.validate(training)["loss"] != row["training_loss"]
+
+
+def test_checkpoint_knows_what_training_rows_have_of_each_word(start):
+    training = start("--positives", "all")
+    weak.save(training)
+    expected = training.index.label_frequency("class", "all").tolist()
+    assert facts_of("r")["label_frequency"] == expected
+    shutil.rmtree("r")
+    training = start("--sampling", "image", "--positives", "idf")
+    weak.save(training)
+    assert facts_of("r")["label_frequency"] == training.index.idf_frequency().tolist()
+
+
 def test_resumed_run_keeps_its_options(mine, start, train):
     weak.save(start("--epochs", 1, "--targets", "sampled"))
     assert facts_of("r")["options"]["negatives"] == weak.NEGATIVES
@@ -1666,7 +1843,7 @@ def test_run_of_another_order_of_photos_is_not_resumed(start, train):
     checkpoint = data.load_checkpoint("r/model.npz")
     del checkpoint.facts["order"]               # as in the versions before
     data.save_checkpoint("r/model.npz", checkpoint)
-    with pytest.raises(ValueError, match="in another order; begin .* by --from r$"):
+    with pytest.raises(ValueError, match="weighed photos differently; begin .* by --from r$"):
         train("--resume", "--out", "r")
 
 
@@ -1685,7 +1862,7 @@ def test_rate_is_halved_when_the_error_rose_also_after_a_resume(mine, train, hel
     before = [5, 6, 7]
     after = [8, 8.5, 8.2, 8.4]
     held_out_losses(*before, *after, 9, *before, 9, *after, 9)      # one more at a run's end
-    mine += ["--epochs-per-lr", 2, "--epoch-size", 16]
+    mine += ["--epochs-per-lr", 2, "--epoch-size", 16, "--final", 0]
     train(*mine, "--out", "whole", "--epochs", 7)
     train(*mine, "--out", "halves", "--epochs", 3)
     train(*mine, "--out", "halves", "--epochs", 7, "--resume")
@@ -1696,9 +1873,55 @@ def test_rate_is_halved_when_the_error_rose_also_after_a_resume(mine, train, hel
             "rate": 0.0025, "epochs_per_rate": 2, "epochs": 0, "error": 8.4}
 
 
+def rates_of(training, monkeypatch):
+    """The rates of the steps of this training, a list that it fills."""
+    rates = []
+    honest = training.sgd.step
+
+    def step(rate):
+        rates.append(rate)
+        honest(rate)
+
+    monkeypatch.setattr(training.sgd, "step", step)
+    return rates
+
+
+@pytest.mark.parametrize("options, rates, logged", [
+    (["--epochs", 2], 10 * [0.02] + 2 * [0.002], [(0.02, 0), (0.002, 2)]),
+    (["--epochs", 2, "--final", 0.75], 3 * [0.02] + 9 * [0.002], [(0.002, 3), (0.002, 6)]),
+    (["--epochs", 1, "--final", 0], 6 * [0.02], [(0.02, 0)]),
+    (["--patience", 1], 12 * [0.02], [(0.02, 0), (0.02, 0)])])
+def test_rate_of_the_final_steps_is_a_tenth_and_so_it_is_logged(
+        options, rates, logged, start, held_out_losses, monkeypatch):
+    training = start(*options)
+    held_out_losses(3.0, 4.0)                   # so that patience ends after 2 epochs
+    found = rates_of(training, monkeypatch)
+    weak.train(training, weak.Interrupt())
+    assert found == pytest.approx(rates)
+    assert [(row["learning_rate"], row["final_steps"]) for row in training.log] == logged
+
+
+def test_run_resumed_in_its_final_steps_is_the_uninterrupted_one(mine, train, monkeypatch):
+    mine += ["--epochs", 1, "--final", 0.6]     # 4 of 6 steps
+    train(*mine, "--out", "whole")
+    for step in (1, 4):
+        after_step(step, monkeypatch, lambda run: signal.raise_signal(signal.SIGINT))
+        more = mine if step == 1 else ["--resume"]
+        train(*more, "--out", "r", expect=130)
+    train("--resume", "--out", "r")
+    assert not differing("whole", "r")
+    (row,) = log_of("r")
+    assert row["final_steps"] == 4
+    assert losses_of("r") == losses_of("whole")
+    train("--resume", "--out", "r", "--epochs", 3, "--final", 0.2)
+    assert [row["final_steps"] for row in log_of("r")] == [4, 0, 4]     # of 18 steps
+    assert [row["learning_rate"] for row in log_of("r")] == [0.002, 0.02, 0.002]
+
+
 @pytest.mark.parametrize("options, rate", [
     (["--sampling", "image"], 0.0076), (["--positives", "all"], 0.0072), ([], 0.02),
-    (["--positives", "balanced"], 0.02), (["--sampling", "image", "--lr", 0.01], 0.01)])
+    (["--positives", "balanced"], 0.02), (["--sampling", "image", "--positives", "idf"], 0.02),
+    (["--sampling", "image", "--lr", 0.01], 0.01)])
 def test_default_rate_is_by_the_number_of_targets_and_kept(options, rate, start, train, capsys):
     weak.save(start(*options, "--epoch-size", 16, "--epochs", 1))
     assert f"rate: {rate:g}\n" in capsys.readouterr().out
@@ -1888,6 +2111,38 @@ def test_best_epoch_is_evaluated_and_begun_with(mine, train, held_out_losses, ca
     assert "/r/best.npz: step 2, epoch 2 of 3" in said
 
 
+@pytest.mark.parametrize("photos, words, best", [
+    (1000, 100, 3), (999, 100, 2), (1000, 99, 2)])
+def test_best_epoch_is_by_mean_ap_where_enough_is_scored(photos, words, best):
+    def row(epoch, loss, mean_ap):
+        return {"epoch": epoch, "validation_loss": loss, "map": mean_ap, "scored_photos": photos,
+                "scored_words": words}
+
+    log = [row(1, 3.0, 0.1), row(2, 2.0, 0.2), row(3, 2.5, 0.4), row(4, 2.2, 0.4)]
+    assert weak.best_epoch(log)["epoch"] == best
+    assert weak.best_epoch([]) is None
+    assert weak.best_epoch([{"validation_loss": None}]) is None
+
+
+def test_best_weights_and_patience_follow_mean_ap_and_the_rate_the_loss(start, monkeypatch):
+    monkeypatch.setattr(weak, "ENOUGH_PHOTOS", 10)
+    monkeypatch.setattr(weak, "ENOUGH_WORDS", 10)
+    training = start("--patience", 2, "--epochs-per-lr", 1, "--epoch-size", 16)
+    honest = weak.validate
+    scores = iter([(2.0, 0.1), (3.0, 0.3), (2.5, 0.2), (2.4, 0.1)])
+
+    def validate(run):
+        measured = honest(run)
+        measured["loss"], measured["map"] = next(scores)
+        return measured
+
+    monkeypatch.setattr(weak, "validate", validate)
+    weak.train(training, weak.Interrupt())
+    assert [row["learning_rate"] for row in training.log] == [0.02, 0.02, 0.01, 0.01]
+    assert facts_of("r", "best.npz")["epoch"] == 2
+    assert weak.stop_reason(training) == "--patience"
+
+
 def fail_writes(monkeypatch, *failing):
     """Of the writes of checkpoints from now on, those of these numbers fail; their names, a list.
     """
@@ -2028,6 +2283,27 @@ def test_fine_tuning_keeps_the_rows_of_words_that_both_know(start):
     assert np.array_equal(after.net.first.w, before.net.first.w)
 
 
+def test_fine_tuning_holds_out_no_photo_that_was_trained_on(start, train, capsys):
+    """Whichever of its ancestors trained on it, as long as the captions are the same."""
+    weak.save(start("--valid", 0.1))
+    shutil.move("r", "first")
+    with pytest.raises(ValueError, match="--valid 0.2 holds out; use --valid 0.1 at most"):
+        start("--from", "first")
+    shutil.rmtree("r")
+    weak.save(start("--from", "first", "--valid", 0.05))
+    shutil.move("r", "second")
+    assert "not known" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="use --valid 0.05 at most"):
+        start("--from", "second", "--valid", 0.1)
+    shutil.rmtree("r")
+    write_captions(Path("captions.tsv"), seed=1)
+    weak.save(start("--from", "second"))
+    assert "had other captions; whether it trained on photos" in capsys.readouterr().out
+    assert sorted(facts_of("r")["trained_on"].values()) == [0.05, 0.2]
+    train("--resume", "--out", "r", "--epochs", 1)
+    assert sorted(facts_of("r")["trained_on"].values()) == [0.05, 0.2]
+
+
 def test_printing_ends_nothing():
     class Busy(io.RawIOBase):
         def writable(self):
@@ -2140,6 +2416,16 @@ def test_drawn_set_is_drawn_trained_and_evaluated(train, monkeypatch):
     assert "is finished" in train("--resume")
 
 
+@pytest.mark.parametrize("arguments, positives", [
+    ([], "balanced"), (["--loss", "one-vs-all"], "drawn"), (["--sampling", "image"], "all"),
+    (["--positives", "drawn"], "drawn")])
+def test_drawn_set_takes_every_loss_and_sampling(arguments, positives, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options, _ = weak.read_options(arguments)
+    assert options.drawn
+    assert options.positives == positives
+
+
 def test_drawn_scene_is_always_the_same():
     image, caption = weak.draw_scene(0, 5)
     same_image, same_caption = weak.draw_scene(0, 5)
@@ -2172,9 +2458,11 @@ BAD = {
     "a pipe to resume": (["--resume", "--out", "photos"], "no model at photos/model.npz"),
     "a batch of one word": (["--targets", "batch", "--batch", 1], "--batch 2"),
     "negatives of nothing": (["--negatives", 5], "--targets sampled"),
-    "balance by image": (["--sampling", "image", "--positives", "balanced"], "--sampling class"),
-    "balance of one-vs-all": (["--loss", "one-vs-all", "--positives", "balanced"],
-                              "use --positives drawn"),
+    "balance by image": (["--sampling", "image", "--positives", "balanced"], "use all or idf"),
+    "idf by class": (["--positives", "idf"], "use drawn or all or balanced"),
+    "balance of one-vs-all": (["--loss", "one-vs-all", "--positives", "balanced"], "use drawn"),
+    "idf of one-vs-all": (["--loss", "one-vs-all", "--sampling", "image", "--positives", "idf"],
+                          "use all"),
 }
 
 
@@ -2225,6 +2513,24 @@ def test_steps_without_any_photo_cost_nothing_but_themselves(mine, train):
     train("--resume", "--out", "r")
     assert kept
     assert open("r/skipped.txt").read() == kept
+
+
+def test_missing_photos_leave_the_loss_a_mean_over_the_others(mine, train, monkeypatch):
+    """At a rate that moves nothing it is ln K for each word of a photo that is there."""
+    for i in range(0, 400, 2):
+        Path(f"photos/p{i}.jpg").unlink(missing_ok=True)
+    honest = weak.train_step
+    sizes = []                                  # a step's mean number of words
+
+    def train_step(run, batch, pixels, available, counted):
+        assert 0 < counted < 16
+        words = [len(targets) for targets in batch.targets]
+        sizes.append(np.mean(np.array(words)[available]))
+        honest(run, batch, pixels, available, counted)
+
+    monkeypatch.setattr(weak, "train_step", train_step)
+    train(*mine, "--sampling", "image", "--lr", 1e-6, "--min-lr", 1e-9, "--epochs", 1, "--out", "r")
+    assert losses_of("r") == pytest.approx([math.log(30) * np.mean(sizes)], rel=1e-3)
 
 
 def test_folder_of_a_running_run_is_refused(tmp_path):
@@ -3035,6 +3341,14 @@ def test_auc_is_the_fraction_of_pairs_in_the_right_order(rng):
     assert np.isnan(auc[4:]).all() and np.isnan(ap[4:]).all()
 
 
+@pytest.mark.parametrize("positives", [1, 2, 5])
+def test_chance_of_average_precision_is_the_mean_over_all_orders(positives):
+    orders = np.array(list(itertools.permutations(range(6)))).T     # (6, 720)
+    _, ap = evaluation.auc_and_ap(-orders.astype(float), orders * 0 + np.arange(6)[:, None]
+                                  < positives)
+    assert evaluation.chance_of_ap(positives, 6) == pytest.approx(ap.mean())
+
+
 @pytest.fixture
 def scored(rng):
     """9 photos with features (9, 4), 12 words with counts, and which photo carries which word."""
@@ -3048,11 +3362,11 @@ def scored(rng):
     return rng.standard_normal((9, 4)), output, carried, rng.integers(1, 30, 12)
 
 
-def metrics_of(scored, loss="softmax"):
+def metrics_of(scored, loss="softmax", shift=None):
     features, output, carried, counts = scored
     targets = [np.flatnonzero(row) for row in carried]
     return evaluation.word_metrics(features, output, targets, counts,
-                                   model.LOSSES[loss](counts / 30))
+                                   model.LOSSES[loss](counts / 30), shift)
 
 
 BLOCKS = pytest.mark.parametrize("block", [evaluation.BLOCK, 60])   # 60: 5 photos, or a word
@@ -3080,14 +3394,16 @@ def test_means_over_words_leave_out_those_of_no_photo_and_of_all(block, scored, 
     monkeypatch.setattr(evaluation, "BLOCK", block)
     features, output, carried, counts = scored
     result = metrics_of(scored)
-    auc, ap = evaluation.auc_and_ap(features @ output.w.T + output.b, carried)
+    log_p = log_softmax(features @ output.w.T + output.b, axis=1)
+    auc, ap = evaluation.auc_and_ap(log_p, carried)
     often = np.argsort(-counts, kind="stable")
     mixed = carried.any(axis=0) & ~carried.all(axis=0)
     assert result["words"] == mixed.sum() < 12
     assert result["dictionary"] == 12
     assert result["auc"] == pytest.approx(auc[mixed].mean())
     assert result["map"] == pytest.approx(ap[mixed].mean())
-    assert result["chance"]["map"] == pytest.approx(carried[:, mixed].mean())
+    chance = evaluation.chance_of_ap(carried[:, mixed].sum(axis=0), 9)
+    assert result["chance"]["map"] == pytest.approx(chance.mean())
     assert result["auc_rare"] == pytest.approx(np.nanmean(auc[often[-4:]]))
     assert result["auc_frequent"] == pytest.approx(np.nanmean(auc[often[:4]]))
     deciles = result["deciles"]
@@ -3107,6 +3423,40 @@ def test_held_out_loss_is_that_of_a_plain_computation(block, scored, monkeypatch
     negatives = ~carried / (1 - frequency) * np.log1p(np.exp(s))
     one_vs_all = (positives + negatives).sum(axis=1) / 12
     assert metrics_of(scored, "one-vs-all")["loss"] == pytest.approx(one_vs_all.mean())
+
+
+@pytest.mark.parametrize("loss, unchanged", [("softmax", True), ("one-vs-all", False)])
+def test_ranks_of_photos_ignore_what_softmax_leaves_free(loss, unchanged, scored, rng):
+    """A number added to all scores of a photo changes no p: here, by another column of w."""
+    features, output, carried, counts = scored
+    result = metrics_of(scored, loss)
+    moved = model.Output(5, 12)
+    moved.w = np.hstack([output.w, np.ones((12, 1))])
+    moved.b = output.b
+    noise = 5 * rng.standard_normal((9, 1))     # one for each photo
+    again = metrics_of((np.hstack([features, noise]), moved, carried, counts), loss)
+    keys = ("auc", "map", "auc_frequent", "auc_rare", "loss")
+    same = [again[key] == pytest.approx(result[key], rel=1e-9) for key in keys]
+    assert same == [unchanged] * len(keys)
+    assert again["precision@5"] == result["precision@5"]
+
+
+@BLOCKS
+def test_prior_moves_words_within_a_photo_and_the_loss_of_softmax(block, scored, monkeypatch):
+    monkeypatch.setattr(evaluation, "BLOCK", block)
+    features, output, carried, counts = scored
+    shift = np.log(counts)
+    with_prior = model.Output(4, 12)
+    with_prior.w = output.w
+    with_prior.b = output.b + shift
+    for loss in model.LOSSES:
+        result = metrics_of(scored, loss, shift)
+        in_biases = metrics_of((features, with_prior, carried, counts), loss)
+        for key in ("precision@1", "precision@10", "auc", "map"):
+            assert result[key] == pytest.approx(in_biases[key])
+        one_vs_all = loss == "one-vs-all"       # whose class weights stand in the prior's place
+        expected = metrics_of(scored, loss) if one_vs_all else in_biases
+        assert result["loss"] == pytest.approx(expected["loss"])
 
 
 def test_csls_is_worked_out_by_hand():
@@ -3149,23 +3499,38 @@ def test_penalty_is_chosen_on_held_out_photos(rng):
     x = rng.standard_normal((60, 40))
     y = rng.integers(0, 2, 60)
     held = evaluation.split(y, lambda n: n // 5, 0, 1)
+    other = evaluation.split(y, lambda n: n // 3, 0, 2)
     judged = []
 
     def goodness(scores, labels):
         judged.append(labels)
         return -float(np.abs(scores).sum())                         # the strongest has the least
 
-    _, penalty = evaluation.choose_penalty(x, y, held, goodness)
+    _, penalty = evaluation.choose_penalty(x, y, [held, other], goodness)
     assert penalty == evaluation.PENALTIES[0]
-    assert len(judged) == len(evaluation.PENALTIES)
-    assert all(np.array_equal(labels, y[held]) for labels in judged)
+    count = len(evaluation.PENALTIES)
+    assert len(judged) == 2 * count
+    assert all(np.array_equal(labels, y[held]) for labels in judged[:count])
+    assert all(np.array_equal(labels, y[other]) for labels in judged[count:])
 
 
 def test_penalty_is_the_usual_one_if_no_photo_can_be_held_out(rng):
     x = rng.standard_normal((6, 3))
-    nothing_held = np.zeros(6, bool)
-    _, penalty = evaluation.choose_penalty(x, np.array([0, 0, 0, 1, 1, 1]), nothing_held, None)
+    _, penalty = evaluation.choose_penalty(x, np.array([0, 0, 0, 1, 1, 1]), [], None)
     assert penalty == 1e-4
+
+
+def test_few_photos_choose_the_penalty_in_five_turns():
+    y = np.array([0] * 40 + [1] * 19 + [2])     # of the last class there is none to spare
+    folds = evaluation.fold_masks(y, 0, 1)
+    assert len(folds) == 5
+    assert np.array_equal(np.sum(folds, axis=0), y != 2)            # each of the others once
+    for held in folds:
+        assert held[y == 0].sum() == 8 and 3 <= held[y == 1].sum() <= 4
+    assert len(evaluation.fold_masks(y[:59], 0, 1)) == 5
+    many, = evaluation.fold_masks(np.repeat([0, 1], 20), 0, 1)
+    assert many[:20].sum() == many[20:].sum() == 4
+    assert evaluation.fold_masks(np.array([0, 1, 2]), 0, 1) == []
 
 
 def test_split_takes_of_each_class_and_is_a_function_of_seed_and_number(rng):
@@ -3183,6 +3548,15 @@ def test_voc_average_precision_is_worked_out_by_hand():
     # recalls up to 0.5 have precision 1, the others 2/3: points 0 to 0.5 are six, five follow
     ap = evaluation.voc_ap(scores, np.array([1, 0, 1, 0, 0]))
     assert ap == pytest.approx((6 + 5 * 2 / 3) / 11)
+
+
+def test_chance_of_vocs_average_precision_is_the_mean_over_all_orders():
+    orders = np.array(list(itertools.permutations(range(6))), float)
+    y = np.array([1, 1, 0, 0, 0, 0])
+    mean = np.mean([evaluation.voc_ap(np.stack([-order, order], axis=1), y) for order in orders])
+    everything = np.ones(6, bool)
+    task = evaluation.Task("cat", y, ~everything, everything)
+    assert evaluation.Voc.chance(None, task) == pytest.approx(mean, abs=0.03)
 
 
 # ------------------------------------------------------------------------------------ maps
@@ -3373,6 +3747,37 @@ def test_run_says_which_weights_it_is_evaluated_with(tiny, ask):
             f"{best['validation_loss']:.4f}") in said.err
 
 
+def test_run_is_loaded_with_the_prior_of_real_photos(tiny, monkeypatch, capsys):
+    monkeypatch.chdir(tiny[0])
+    plain = evaluation.Trained("r", prior="none")
+    assert plain.shift is None and "prior" not in capsys.readouterr().err
+    trained = evaluation.Trained("r")
+    assert "prior: scores are exactly those of photos" in capsys.readouterr().err
+    expected = np.log(plain.counts) - np.log(plain.counts).mean()   # words are drawn alike often
+    np.testing.assert_allclose(trained.shift, expected, rtol=1e-5)
+    np.testing.assert_allclose(trained.net.output.b - plain.net.output.b, expected, atol=1e-5)
+    assert np.array_equal(trained.learned_b, plain.net.output.b)
+
+
+@pytest.mark.parametrize("options, said", [
+    ({"sampling": "image"}, ""),                                    # nothing to add
+    ({"positives": "all"}, "approximately"),
+    ({"positives": "all", "captions": "gone.tsv"}, "not known"),
+    ({"loss": "one-vs-all"}, "approximately")])
+def test_prior_of_an_old_run_follows_from_its_options(options, said, tiny, tmp_path, monkeypatch,
+                                                      capsys):
+    monkeypatch.chdir(tiny[0])
+    old = data.load_checkpoint("r/best.npz")
+    old.facts.pop("label_frequency", None)
+    old.facts["options"].update(options)
+    shutil.copytree("r/index", tmp_path / "index")
+    data.save_checkpoint(str(tmp_path / "model.npz"), old)
+    trained = evaluation.Trained(str(tmp_path))
+    assert (trained.shift is None) == (said in ("", "not known"))
+    line = capsys.readouterr().err
+    assert said in line and ("prior: " in line) == bool(said)
+
+
 def test_words_are_scored_on_held_out_photos_or_on_all(tiny, ask):
     held_out, _ = ask("words")
     every, _ = ask("words", "--all")
@@ -3394,11 +3799,13 @@ def test_run_may_be_scored_over_some_of_its_words(loss, tiny, rng, monkeypatch):
     words = [trained.words[i] for i in classes]
     result = evaluation.score_run(trained, words, features, targets)
     s = trained.net.output.scores(features)[:, classes]             # (6, 4)
+    first = s.argmax(axis=1) == np.concatenate(targets)
+    assert result["precision@1"] == pytest.approx(first.mean())
+    if loss == "one-vs-all":                    # eq. 1 is measured without the prior
+        s = s - trained.shift[classes]
     labels = data.Labels(np.array(targets), np.full(6, 1 / 6))
     losses, _ = trained.make_loss(trained.counts[classes])(s, labels)
     assert result["loss"] == pytest.approx(losses.sum(), rel=1e-5)
-    first = s.argmax(axis=1) == np.concatenate(targets)
-    assert result["precision@1"] == pytest.approx(first.mean())
 
 
 def test_words_of_several_runs_make_a_curve(tiny, ask):
@@ -3490,10 +3897,12 @@ def test_search_finds_the_photos_of_the_highest_scores(tiny, ask):
     assert Image.open("s.png").size == (3 * 156 + 6, 2 * 206 + 6)
     trained = evaluation.Trained("r")
     features, reader = trained.features("classes", data.list_photos("classes"), 0)
-    scores = trained.net.output.scores(features)[:, trained.find_words(words)]  # (24, 2)
+    log_p = log_softmax(trained.net.output.scores(features), axis=1)
+    scores = log_p[:, trained.find_words(words)]                    # (24, 2)
     for column, word in zip(scores.T, words):
         best = [reader.names[i] for i in np.argsort(-column, kind="stable")[:3]]
         assert list(result["words"][word]) == best
+        assert result["words"][word][best[0]] == pytest.approx(column.max(), rel=1e-4)
 
 
 def test_neighbors_are_by_cosine(tiny, ask):
@@ -3575,10 +3984,45 @@ def test_transfer_tells_colours_apart(options, ask):
     mean = dict(zip(result["columns"], result["rows"]["mean"]))
     assert mean["chance"] == 0.5
     assert mean["raw pixels, 16 × 16"] == 1
-    assert list(result["rows"]) == ["split 1", "split 2", "split 3", "mean", "± deviation"]
+    assert list(result["rows"]) == ["split 1", "split 2", "split 3", "mean", "± over 3 splits",
+                                    "mean class accuracy", "± of it over 3 splits"]
     assert result["photos"] == 24
     assert list(result["skipped"]) == ["class0/broken.jpg"]
     assert "24 photos; 12 to train and 12 to test" in said.out
+    assert "class names as words" not in result["columns"]          # no word of them is known
+
+
+def test_transfer_by_class_names_needs_no_labelled_photo(tiny, tmp_path, ask):
+    """A class is found by its name's words; one without a known word is missed, and that is said."""
+    first, second, third = tiny[1][:3]
+    for i, folder in enumerate([f"{first.upper()}_{second}", third, "unheardof"]):
+        for number in range(6 + 6 * (i == 2)):
+            path = tmp_path / folder / f"{number}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.new("RGB", (20, 20), (100 * i, 20 * number, 90)).save(path)
+    result, said = ask("transfer", "--images", tmp_path, "--splits", 2)
+    assert result["columns"][-1] == "class names as words"
+    assert result["unknown_names"] == ["unheardof"] and "unheardof" in said.out
+    trained = evaluation.Trained("r", prior="none")
+    features, reader = trained.features(tmp_path, data.list_photos(tmp_path), 0)
+    log_p = log_softmax(trained.net.output.scores(features), axis=1)
+    classes = trained.find_words([first, second, third])
+    best = np.where(log_p[:, classes[:2]].mean(axis=1) > log_p[:, classes[2]],
+                    f"{first.upper()}_{second}", third)
+    right = np.array([name.split("/")[0] for name in reader.names]) == best
+    order = {name: i for i, name in enumerate(sorted({n.split("/")[0] for n in reader.names}))}
+    y = np.array([order[name.split("/")[0]] for name in reader.names])
+    train = evaluation.split(y, lambda n: n // 2, 0, 0)
+    assert result["rows"]["split 1"][-1] == pytest.approx(right[~train].mean())
+    assert result["rows"]["mean"][0] == 0.5                         # always "unheardof"
+    assert result["rows"]["mean class accuracy"][0] == pytest.approx(1 / 3)
+
+
+def test_class_accuracy_of_a_constant_guess_is_that_of_chance():
+    y = np.repeat([0, 1], [270, 30])
+    always_first = np.tile([1.0, 0.0], (300, 1))
+    assert evaluation.accuracy(always_first, y) == 0.9
+    assert evaluation.class_accuracy(always_first, y) == 0.5
 
 
 def test_transfer_reads_a_voc_folder_and_leaves_difficult_photos_out(tmp_path, ask):
@@ -3595,9 +4039,10 @@ def test_transfer_reads_a_voc_folder_and_leaves_difficult_photos_out(tmp_path, a
     for name, text in lines.items():
         write(tmp_path, **{f"ImageSets/Main/{name}.txt": text})
     result, said = ask("transfer", "--images", tmp_path)
-    assert list(result["rows"]) == ["cat", "dog", "mean", "± deviation"]
+    assert list(result["rows"]) == ["cat", "dog", "mean", "± over 2 classes"]
     assert result["rows"]["mean"][-1] == 1      # of raw pixels
-    assert result["rows"]["cat"][0] == pytest.approx(10 / 18)
+    # the precision at a recall is the best of the following, so chance is more than 10 of 18
+    assert 10 / 18 < result["rows"]["cat"][0] < 0.75
     assert "40 photos; 18 to train and 18 to test" in said.out
 
 
@@ -3698,7 +4143,7 @@ def test_experiment_with_bad_input_says_so_in_one_line(name, tiny, ask, capsys):
     assert "\n" not in str(error.value)
     said = capsys.readouterr()
     assert not said.out
-    assert said.err.count("\n") <= 3            # device, model, skipped
+    assert said.err.count("\n") <= 4            # device, model, prior, skipped
 
 
 @pytest.mark.parametrize("arguments, message", [

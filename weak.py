@@ -7,7 +7,7 @@
 
 Joulin, van der Maaten, Jabri, Vasilache: Learning Visual Features from Large Weakly Supervised
 Data (2016). `main` is the table of contents, `train` and `train_step` the method. A run's folder
-holds model.npz (all of the run), best.npz (the weights of the lowest held-out loss), words.txt,
+holds model.npz (all of the run), best.npz (the weights of the best epoch), words.txt,
 log.jsonl, skipped.txt, curves.png and filters.png.
 """
 import argparse
@@ -48,7 +48,11 @@ EPOCHS_PER_RATE = 10            # epochs that each learning rate is kept at leas
 LEAST_RATE = 1e-6               # training stops below
 MOMENTUM = 0.9                  # not stated in the paper; Krizhevsky's (2012, §5)
 DECAY = 5e-4                    # likewise
-PATIENCE = 2                    # learning rates' epochs without a lower held-out loss
+FINAL = 0.2                     # of the steps of --epochs …
+FINAL_RATE = 0.1                # … are at this part of the learning rate: the last ones
+PATIENCE = 2                    # learning rates' epochs without a better one
+ENOUGH_PHOTOS = 1000            # scored after an epoch that mean AP is no noise …
+ENOUGH_WORDS = 100              # … and words: the best epoch is that of the highest
 NEGATIVES = 1000                # of --targets sampled
 VALIDATED = 10_000              # held-out photos scored after an epoch, at most
 DIVERGED = 10                   # times the loss of guessing: training diverges
@@ -56,11 +60,10 @@ SAVE_SECONDS = 600              # between two checkpoints within an epoch
 RETRY_SECONDS = 10              # between two tries to make the last save on a full disk
 RETRIES = 360                   # of them: an hour
 EMPTY_STEPS = 100               # steps in a row without a photo that can be read: give up
-ORDER = 2                       # version of the order in which photos are drawn
-DRAWN = {"words": 80, "stop_words": 10, "epochs": 3, "epoch_size": 9_000,
-         "positives": "balanced"}       # without --images
-CHANGEABLE = {"resume", "out", "images", "epochs", "min_lr", "patience", "workers", "threads",
-              "device", "precision"}    # options that a resumed run may change
+ORDER = 3                       # version of what steps draw, and of how their rows weigh
+DRAWN = {"words": 80, "stop_words": 10, "epochs": 3, "epoch_size": 9_000}      # without --images
+CHANGEABLE = {"resume", "out", "images", "epochs", "final", "min_lr", "patience", "workers",
+              "threads", "device", "precision"}     # options that a resumed run may change
 
 
 def main(arguments=None):
@@ -113,8 +116,10 @@ def add_data_options(add):
     add("--crop", choices=("center", "random"), default="random", help="random: mirrored, too")
     add("--sampling", choices=("class", "image"), default="class", help="draw a word, then its "
         "photo; or a photo with all its words")
-    add("--positives", choices=data.POSITIVES, default="drawn", help="of a photo drawn by class: "
-        "the drawn word, or all its words, each of the same weight or balanced as the drawn ones")
+    add("--positives", choices=sorted({*data.POSITIVES["class"], *data.POSITIVES["image"]}),
+        help="of a photo drawn by class: the drawn word (default), or all its words, each of the "
+        "same weight or balanced as the drawn ones; by image: all its words, of the same weight "
+        "(default), or the more the rarer (idf)")
 
 
 def add_model_options(add):
@@ -137,12 +142,19 @@ def add_training_options(add):
     add("--weight-decay", type=number(float, 0), default=DECAY, help="of SGD, not for biases")
     add("--epoch-size", type=number(int, 1), help="photos an epoch; if not given as many as there "
         f"are, but {LEAST_EPOCH:,} to {EPOCH:,}")
-    add("--epochs", type=number(int, 1), help="stop after so many, if not by --min-lr before")
+    add("--epochs", type=number(int, 1), help="stop after so many, if not by --min-lr before; "
+        "a resumed run may ask for more")
+    add("--final", type=number(float, 0, 1), default=FINAL, help="the part of the steps of all "
+        f"--epochs, the last ones, that are at {FINAL_RATE:g} of the learning rate; 0: none. A "
+        "resumed run counts the epochs that are asked for now. Without --epochs there are none")
     add("--epochs-per-lr", type=number(int, 1), default=EPOCHS_PER_RATE,
         help="epochs before the rate may be halved, which happens when the held-out loss rises")
-    add("--min-lr", type=number(float, above=0), default=LEAST_RATE, help="stop below this rate")
-    add("--patience", type=number(int, 1), metavar="N", help="stop when the held-out loss was not "
-        f"lower for N epochs; if neither this nor --epochs is given {PATIENCE} x --epochs-per-lr")
+    add("--min-lr", type=number(float, above=0), default=LEAST_RATE,
+        help="stop when the rate is halved below this one")
+    add("--patience", type=number(int, 1), metavar="N", help="stop when none of N epochs "
+        f"is the best; if neither this nor --epochs is given {PATIENCE} x --epochs-per-lr. The "
+        "best has the highest mean AP on held-out photos, or, where fewer than "
+        f"{ENOUGH_PHOTOS:,} photos or {ENOUGH_WORDS} words are scored, the lowest loss")
     add("--seed", type=number(int, 0, below=2**63), default=0, help="of all random numbers")
 
 
@@ -192,8 +204,9 @@ def load_run(path):
     if not checkpoint.velocities:
         raise ValueError(f"{path} has weights only, as best.npz; begin a new run by --from")
     if checkpoint.facts.get("order") != ORDER:
-        raise ValueError(f"{path} is of a version of weak.py that drew photos in another order; "
-                         f"begin a new run with its weights by --from {os.path.dirname(path)}")
+        raise ValueError(f"{path} is of a version of weak.py that drew or weighed photos "
+                         "differently; begin a new run with its weights by --from "
+                         f"{os.path.dirname(path)}")
     return checkpoint
 
 
@@ -220,6 +233,8 @@ def new_options(defaults, given):
     options.drawn = drawn
     options.captions = options.captions or options.images
     recipe = model.NETWORKS[options.network]    # --lr depends on the captions, too
+    if options.positives is None:
+        options.positives = default_positives(options)
     if options.batch is None:
         options.batch = recipe.batch
     if options.dropout is None:
@@ -229,17 +244,28 @@ def new_options(defaults, given):
     return options
 
 
+def default_positives(options):
+    """The targets of a row if --positives is not given."""
+    balances = model.LOSSES[options.loss].balances
+    if options.drawn and options.sampling == "class" and balances:
+        return "balanced"
+    return data.POSITIVES[options.sampling][0]
+
+
 def check_options(options):
     """ValueError for what no run can be made of."""
     if not options.drawn and not os.path.isdir(options.images):
         raise ValueError(f"images: there is no folder {options.images}")
     if not (options.drawn or os.path.isfile(options.captions) or os.path.isdir(options.captions)):
         raise ValueError(f"captions: {options.captions} is no file; save a pipe to one first")
-    if options.positives != "drawn" and options.sampling == "image":
-        raise ValueError("--positives goes with --sampling class: by image all words are targets")
-    if options.positives == "balanced" and not model.LOSSES[options.loss].balances:
-        raise ValueError(f"--positives balanced is impossible with --loss {options.loss}; "
-                         "use --positives drawn")
+    possible = data.POSITIVES[options.sampling]
+    if options.positives not in possible:
+        raise ValueError(f"--positives {options.positives} is impossible with --sampling "
+                         f"{options.sampling}; use {' or '.join(possible)}")
+    weighed = options.positives in ("balanced", "idf")
+    if weighed and not model.LOSSES[options.loss].balances:
+        raise ValueError(f"--positives {options.positives} is impossible with --loss "
+                         f"{options.loss}; use {possible[0]}")
     if options.negatives and options.targets != "sampled":
         raise ValueError("--negatives goes with --targets sampled")
     if options.targets == "batch" and options.batch == 1:
@@ -334,9 +360,9 @@ def describe_index(index, options):
 def default_rate(options, index):
     """The network's learning rate, lowered where a photo has several words as targets."""
     rate = model.NETWORKS[options.network].lr
-    if options.sampling == "class" and options.positives != "all":
+    if options.positives != "all":
         return rate
-    targets = index.label_frequency(options.sampling, options.positives).sum()      # of a row
+    targets = index.label_frequency(options.sampling, "all").sum()  # of a row
     return float(f"{0.8 * rate / math.sqrt(targets):.2g}")          # as 1 / √targets diverged
 
 
@@ -346,11 +372,12 @@ def default_rate(options, index):
 class Epoch:
     """The epoch under way."""
 
-    losses: np.ndarray                  # of each row of this rank, summed over the steps
+    losses: np.ndarray                  # of each row of this rank, weighed, summed over the steps
+    weights: np.ndarray                 # … and these weights: 1 a step, on all ranks together
     steps: int = 0                      # that were made
-    trained: int = 0                    # … with at least one photo
+    final_steps: int = 0                # … at FINAL_RATE
     shown_loss: float = 0.0             # the sum of `losses` when progress was last shown
-    shown_trained: int = 0              # … and `trained` then
+    shown_weight: float = 0.0           # … and of `weights`
 
 
 @dataclass
@@ -361,8 +388,11 @@ class Run:
     index: data.Index
     ranks: several.Alone
     net: model.Network
-    loss: object                        # of model.LOSSES, for the rows that training draws
+    label_frequency: np.ndarray         # (K,) of the rows that training draws
+    trained_on: dict                    # what its weights saw: see `read_history`
+    loss: object                        # of model.LOSSES, for these rows
     held_out_loss: object               # … and for photos as they are
+    shift: np.ndarray | None            # (K,) from the scores of the former to those of the latter
     sgd: model.SGD
     schedule: model.Plateau             # of the learning rate
     sampler: data.BatchSampler
@@ -402,14 +432,17 @@ class Run:
 def begin_run(options, index, checkpoint, ranks):
     """A new run, or the one of the checkpoint as it was when that was written."""
     recipe = model.NETWORKS[options.network]
-    frequency = index.label_frequency(options.sampling, options.positives)          # (K,)
+    frequency = label_frequency(options, index)                     # (K,)
     loss = model.LOSSES[options.loss]
     rows = ranks.part(options.batch)
-    net = make_network(options, index, checkpoint)
+    source = None if checkpoint else read_source(options, index)
+    net = make_network(options, index, checkpoint, source)
     run = Run(
-        options, index, ranks, net,
+        options, index, ranks, net, frequency,
+        trained_on=extend_history(options, index, read_history(checkpoint or source)),
         loss=loss(frequency),
-        held_out_loss=loss(index.label_frequency("image")),
+        held_out_loss=loss(index.label_frequency("image", "all")),
+        shift=model.prior_shift(vars(options), index.counts, index.training, frequency),
         sgd=model.SGD(net, options.momentum, options.weight_decay),
         schedule=model.Plateau(options.lr, options.epochs_per_lr),
         sampler=data.BatchSampler(
@@ -426,43 +459,89 @@ def begin_run(options, index, checkpoint, ranks):
     return run
 
 
-def make_network(options, index, checkpoint):
-    """The network with its first weights, or those to go on with."""
+def label_frequency(options, index):
+    """What the rows that training draws have of each word, (K,), as model.prior_shift takes it."""
+    if options.positives == "idf":
+        return index.idf_frequency()
+    return index.label_frequency(options.sampling, options.positives)
+
+
+def read_source(options, index):
+    """The checkpoint of --from, if that is given; ValueError if the run cannot begin with it."""
+    source = getattr(options, "from")
+    if not source:
+        return None
+    path = data.find_checkpoint(source)
+    checkpoint = data.load_checkpoint(path)
+    network = checkpoint.facts["options"]["network"]
+    if network != options.network:
+        raise ValueError(f"--from: that run is of --network {network}")
+    check_history(options, index, read_history(checkpoint))
+    print(f"beginning with {evaluation.describe_checkpoint(path, checkpoint.facts)}", flush=True)
+    return checkpoint
+
+
+def read_history(checkpoint):
+    """{captions: the smallest part of their photos that was held out} of all training so far.
+
+    A checkpoint's weights were trained with these captions, by itself or by the runs that it began
+    with; they are known by the content of their fingerprint. Another --valid holds out more photos
+    or fewer, but always the same ones first.
+    """
+    if checkpoint is None:
+        return {}
+    unknown = {"unknown": checkpoint.facts["options"]["valid"]}     # before this was written
+    return checkpoint.facts.get("trained_on", unknown)
+
+
+def check_history(options, index, history):
+    """ValueError if photos that are held out now were trained on; say if that is not known."""
+    captions = index.facts["fingerprint"]["content"]
+    least = history.get(captions, 1)
+    if options.valid > least:
+        raise ValueError(f"--from: that run or one before it trained on photos that --valid "
+                         f"{options.valid:g} holds out; use --valid {least:g} at most")
+    if set(history) - {captions}:
+        print("--from: that run or one before it had other captions; whether it trained on photos "
+              "that are held out now is not known", flush=True)
+
+
+def extend_history(options, index, history):
+    """The history with this run's captions."""
+    captions = index.facts["fingerprint"]["content"]
+    return {**history, captions: min(options.valid, history.get(captions, 1))}
+
+
+def make_network(options, index, checkpoint, source):
+    """The network with its first weights, those to go on with, or those of a source."""
     if checkpoint and checkpoint.words != index.dictionary:
         raise ValueError("the captions, and so the dictionary, changed; choose another --out")
     build = model.NETWORKS[options.network].build
     net = build(len(index.dictionary), options.dropout, seed=options.seed)
-    source = getattr(options, "from")
     if checkpoint:
         check_arrays(checkpoint.weights, net.state(), options.out)
         net.load(checkpoint.weights)
     elif source:
-        load_weights_from(source, net, options.network, index.dictionary)
+        take_weights(source, net, index.dictionary)
     return net
 
 
-def load_weights_from(source, net, network, dictionary):
+def take_weights(source, net, dictionary):
     """Take another run's weights; in output layers, only those of words that both runs know."""
-    path = data.find_checkpoint(source)
-    checkpoint = data.load_checkpoint(path)
-    if checkpoint.facts["options"]["network"] != network:
-        raise ValueError(f"--from: that run is of --network "
-                         f"{checkpoint.facts['options']['network']}")
-    _, rows, their_rows = np.intersect1d(dictionary, checkpoint.words, return_indices=True)
+    _, rows, their_rows = np.intersect1d(dictionary, source.words, return_indices=True)
     for name, layer, attribute in net.parameters():
-        weights = checkpoint.weights[name]
+        weights = source.weights[name]
         if isinstance(layer, model.Output):
             getattr(layer, attribute)[rows] = kernels.to_device(weights[their_rows])
         else:
             setattr(layer, attribute, kernels.to_device(weights))
-    line = evaluation.describe_checkpoint(path, checkpoint.facts)
-    print(f"beginning with {line}, and {len(rows):,} of its {len(checkpoint.words):,} words",
-          flush=True)
+    print(f"both know {len(rows):,} of its {len(source.words):,} words", flush=True)
 
 
 def new_epoch(rows):
     """An epoch of which nothing is done yet; rows: the slice of a batch that is this rank's."""
-    return Epoch(losses=kernels.to_device(np.zeros(rows.stop - rows.start)))
+    zeros = np.zeros(rows.stop - rows.start)
+    return Epoch(losses=kernels.to_device(zeros), weights=zeros.copy())
 
 
 def weight_bytes(run):
@@ -541,9 +620,9 @@ def train(run, interrupt):
         rest = run.steps_per_epoch - run.current.steps
         for batch, _, pixels, available in itertools.islice(batches, rest):
             decision = decide_together(run, available, interrupt)
-            count_step(run, decision.train)
-            if decision.train:
-                train_step(run, batch, pixels, available)
+            count_step(run, decision.counted)
+            if decision.counted:
+                train_step(run, batch, pixels, available, decision.counted)
             show_progress(run, progress)
             if decision.stop:
                 return False
@@ -553,23 +632,40 @@ def train(run, interrupt):
     return True
 
 
-def train_step(run, batch, pixels, available):
+def train_step(run, batch, pixels, available, counted):
     """One step of SGD: forward, loss, backward, the sum of all ranks' gradients, update."""
-    labels = make_labels(run, batch, available)
+    labels = make_labels(run, batch, available, counted)
     context = model.Context(run.options.seed, run.step, batch.rows.start, labels.classes)
     x = kernels.prepare(pixels, batch.top, batch.left, batch.flip, run.recipe.crop)  # (N, H, W, 3)
     scores = run.net.forward_training(x, context)                   # a list, the main ones last
     losses, gradients = model.training_losses(run.loss, scores, labels)     # (N,), like scores
     run.net.backward(gradients, done=run.ranks.begin_allreduce)
     run.ranks.wait()
-    run.sgd.step(run.schedule.rate)
+    run.sgd.step(learning_rate(run))
     run.current.losses += losses                # on a GPU, nobody waits for them
+    run.current.weights += labels.weights
 
 
-def make_labels(run, batch, available):
+def learning_rate(run):
+    """The rate of the step under way: the rule's, or a part of it in the final steps."""
+    if run.step > first_steps(run):
+        return FINAL_RATE * run.schedule.rate
+    return run.schedule.rate
+
+
+def first_steps(run):
+    """How many steps the run makes before its final ones; without --epochs there are none."""
+    options = run.options
+    if not options.epochs:
+        return math.inf
+    steps = options.epochs * run.steps_per_epoch
+    return steps - round(options.final * steps)
+
+
+def make_labels(run, batch, available, counted):
     """What the step scores, and the weight of each row: 0 without a photo."""
     options = run.options
-    labels = run.sampler.labels(batch, available, options.targets, options.negatives)
+    labels = run.sampler.labels(batch, available, options.targets, options.negatives, counted)
     if options.targets == "batch" and not run.loss.corrects_batch:
         # The paper's estimate over a batch's own words is biased, and not corrected.
         labels = labels._replace(inclusion_probability=None)
@@ -579,7 +675,7 @@ def make_labels(run, batch, available):
 class Decision(NamedTuple):
     """What all ranks do alike in a step."""
 
-    train: bool                         # some rank has a photo of the batch
+    counted: int                        # the rows of the batch that have a photo, on all ranks
     save: bool                          # for some rank it is time to
     stop: bool                          # some rank was asked to
 
@@ -587,17 +683,18 @@ class Decision(NamedTuple):
 def decide_together(run, available, interrupt):
     """The Decision for a step: the ranks do whatever any of them must do."""
     time_to_save = time.monotonic() - run.saved_at > SAVE_SECONDS
-    votes = run.ranks.allreduce([available.any(), time_to_save, interrupt.asked])
-    train, save, stop = votes > 0
-    return Decision(train, save, stop)
+    votes = run.ranks.allreduce([available.sum(), time_to_save, interrupt.asked])
+    counted, save, stop = votes
+    return Decision(int(counted), save > 0, stop > 0)
 
 
-def count_step(run, has_photos):
+def count_step(run, counted):
     """One more step; RuntimeError if too many of the last ones had no photo."""
     run.step += 1
     run.current.steps += 1
-    if has_photos:
-        run.current.trained += 1
+    if run.step > first_steps(run):
+        run.current.final_steps += 1
+    if counted:
         run.empty_steps = 0
         return
     run.empty_steps += 1
@@ -625,8 +722,16 @@ def stop_reason(run):
 
 
 def best_epoch(log):
-    """The row of the lowest held-out loss, the first of equal ones; None if there is none."""
+    """The row of the best epoch, the first of equal ones; None if nothing is held out.
+
+    It is that of the highest mean AP where enough photos and words are scored to tell epochs apart,
+    else that of the lowest held-out loss, which is lowest before words and features are best.
+    """
     rows = [row for row in log if row["validation_loss"] is not None]
+    photos = min((row["scored_photos"] for row in rows), default=0)
+    words = min((row["scored_words"] for row in rows), default=0)
+    if photos >= ENOUGH_PHOTOS and words >= ENOUGH_WORDS:
+        return max(rows, key=lambda row: row["map"])
     return min(rows, key=lambda row: row["validation_loss"], default=None)
 
 
@@ -635,13 +740,16 @@ def best_epoch(log):
 def end_epoch(run, progress):
     """Validate, log, apply the learning-rate rule, save, and say how the epoch went."""
     run.epoch += 1
-    row = measure_training(run, progress)
+    row = describe_steps(run, progress)
     waiting = describe_waiting(run, progress)
+    row["training_loss"] = measure_training_loss(run)
     scores = validate(run)
     if scores:
         check_divergence(run, scores["loss"])
         row["validation_loss"] = scores["loss"]
-        for key in "precision@10", "auc", "map":
+        row["scored_photos"] = scores["photos"]
+        row["scored_words"] = scores["words"]
+        for key in ("precision@10", "auc", "map"):
             row[key] = scores[key]
     run.log.append(row)
     run.schedule.update(scores["loss"] if scores else row["loss"])
@@ -655,24 +763,33 @@ def end_epoch(run, progress):
         print(f"training is over by {reason}", flush=True)
 
 
-def measure_training(run, progress):
-    """The row of the log for this epoch, without the scores of held-out photos."""
-    loss = float(run.ranks.allreduce(sum_losses(run))) / max(1, run.current.trained)
-    return {"epoch": run.epoch, "step": run.step, "loss": loss,
-            "learning_rate": run.schedule.rate, "images_per_second": progress.rate(),
-            "loader_wait": run.loader.waited / progress.seconds(), "validation_loss": None,
-            "skipped": len(gather_skipped(run)), "precision@10": None, "auc": None, "map": None}
+def describe_steps(run, progress):
+    """The row of the log for this epoch; "loss" is what its steps minimised, the objective."""
+    loss, weight = run.ranks.allreduce([sum_losses(run), run.current.weights.sum()])
+    return {"epoch": run.epoch, "step": run.step, "loss": float(loss / weight),
+            "learning_rate": learning_rate(run), "final_steps": run.current.final_steps,
+            "images_per_second": progress.rate(),
+            "loader_wait": run.loader.waited / progress.seconds(),
+            "skipped": len(gather_skipped(run)), "training_loss": None, "validation_loss": None,
+            "precision@10": None, "auc": None, "map": None, "scored_photos": 0, "scored_words": 0}
 
 
 def describe_epoch(row, targets, waiting):
     """The line that says how an epoch went."""
-    among = "" if targets == "all" else f" ({targets} words)"
-    parts = [f"epoch {row['epoch']}: loss{among} {row['loss']:.4f}"]
-    if row["validation_loss"] is not None:
-        parts.append(f"held-out loss {row['validation_loss']:.4f}")
-        parts.append(f"precision@10 {row['precision@10']:.4f}")
-        parts.append(f"AUC {row['auc']:.4f}")
-    parts.append(f"rate {row['learning_rate']:g}")
+    scores = {"training_loss": "training loss", "validation_loss": "held-out loss",
+              "precision@10": "precision@10", "auc": "AUC", "map": "mean AP"}
+    parts = []
+    for key, name in scores.items():
+        if row[key] is not None:
+            parts.append(f"{name} {row[key]:.4f}")
+    if not parts:                               # no photo is held out
+        among = "" if targets == "all" else f" ({targets} words)"
+        parts.append(f"objective{among} {row['loss']:.4f}")
+    parts[0] = f"epoch {row['epoch']}: {parts[0]}"
+    rate = f"rate {row['learning_rate']:g}"     # of its last step
+    if row["final_steps"]:
+        rate += f" ({row['final_steps']:,} final steps)"
+    parts.append(rate)
     parts.append(f"{row['images_per_second']:.0f} images/s")
     parts.append(waiting)
     if row["skipped"]:
@@ -681,18 +798,38 @@ def describe_epoch(row, targets, waiting):
 
 
 def validate(run):
-    """Metrics on held-out photos, of which each rank reads a part; None without any."""
-    photos = validation_photos(run.index)
+    """Metrics on held-out photos; None without any."""
+    features, targets = read_features(run, validation_photos(run.index))
+    scores = None
+    if targets:                                 # on the first rank
+        scores = evaluation.word_metrics(features, run.net.output, targets, run.index.counts,
+                                         run.held_out_loss, run.shift)
+    return run.ranks.broadcast(scores)
+
+
+def measure_training_loss(run):
+    """The loss of training photos by the definition of the held-out loss; None without any."""
+    features, targets = read_features(run, compared_photos(run.index))
+    loss = None
+    if targets:                                 # on the first rank
+        loss = evaluation.mean_loss(features, run.net.output, targets, run.held_out_loss,
+                                    run.shift)
+    return run.ranks.broadcast(loss)
+
+
+def read_features(run, photos):
+    """Features (N, E) and words (N arrays) of those photos that can be read, on the first rank.
+
+    Each rank reads a part of the photos. On the others, both are empty.
+    """
     features, found = evaluation.extract_features(
         run.net, run.loader, photos[run.ranks.part(len(photos))], run.recipe.crop)
     found = run.ranks.gather(found)
     features = run.ranks.gather(kernels.to_host(features))          # a list of N rows (E,)
-    scores = None
-    if found:                                   # on the first rank
-        scores = evaluation.word_metrics(
-            kernels.to_device(np.stack(features)), run.net.output,
-            [run.index.words(photo) for photo in found], run.index.counts, run.held_out_loss)
-    return run.ranks.broadcast(scores)
+    targets = [run.index.words(photo) for photo in found]
+    if not targets:
+        return [], []
+    return kernels.to_device(np.stack(features)), targets
 
 
 def validation_photos(index):
@@ -700,6 +837,12 @@ def validation_photos(index):
     count = max(100, evaluation.BLOCK // len(index.dictionary))
     count = min(VALIDATED, count, index.held_out)
     return np.linspace(0, index.held_out - 1, count).astype(int).tolist()
+
+
+def compared_photos(index):
+    """As many training photos, evenly from all, whose loss stands beside the held-out loss."""
+    count = min(len(validation_photos(index)), index.training)
+    return np.linspace(index.held_out, len(index) - 1, count).astype(int).tolist()
 
 
 def check_divergence(run, loss):
@@ -735,14 +878,14 @@ def begin_progress(run):
 
 
 def show_progress(run, progress):
-    """Count a batch, and show the loss, the waiting and the time left if it is time to."""
+    """Count a batch, and show the objective, the waiting, the time left if it is time to."""
     progress.done += run.options.batch
     if not progress.is_due():
         return
     notes = [describe_waiting(run, progress)]
     loss = loss_since_shown(run)
     if loss is not None:
-        notes.insert(0, f"loss {loss:.4f}")
+        notes.insert(0, f"objective {loss:.4f}")
     if run.options.epochs:
         epochs_left = run.options.epochs - run.epoch - 1
         seconds = progress.left() + epochs_left * progress.total / progress.rate()
@@ -751,17 +894,15 @@ def show_progress(run, progress):
 
 
 def loss_since_shown(run):
-    """The mean loss of the steps since progress was last shown; None if there are none."""
+    """The mean loss of this rank's rows since progress was last shown; None if there are none."""
     epoch = run.current
-    total = sum_losses(run)
-    increase = total - epoch.shown_loss
-    steps = epoch.trained - epoch.shown_trained
-    epoch.shown_loss = total
-    epoch.shown_trained = epoch.trained
-    if not steps:
-        return None
-    part_of_batch = len(epoch.losses) / run.options.batch           # a loss is over all ranks' rows
-    return increase / steps / part_of_batch
+    total_loss = sum_losses(run)
+    total_weight = float(epoch.weights.sum())
+    loss = total_loss - epoch.shown_loss
+    weight = total_weight - epoch.shown_weight
+    epoch.shown_loss = total_loss
+    epoch.shown_weight = total_weight
+    return loss / weight if weight else None
 
 
 def describe_waiting(run, progress):
@@ -821,17 +962,20 @@ def best_is_due(run):
 def collect_facts(run):
     """What a checkpoint holds besides arrays, from all ranks."""
     losses = run.ranks.gather(kernels.to_host(run.current.losses).tolist())
+    weights = run.ranks.gather(run.current.weights.tolist())
     return {
         "order": ORDER,
         "options": vars(run.options),
         "step": run.step,
         "epoch": run.epoch,
-        "under_way": {"steps": run.current.steps, "trained": run.current.trained,
-                      "losses": losses},
+        "under_way": {"steps": run.current.steps, "final_steps": run.current.final_steps,
+                      "losses": losses, "weights": weights},
         "log": run.log,
         "plateau": vars(run.schedule),
         "counts": run.index.counts.tolist(),
         "training": run.index.training,
+        "label_frequency": run.label_frequency.tolist(),
+        "trained_on": run.trained_on,
         "skipped": gather_skipped(run)}
 
 
@@ -874,7 +1018,9 @@ def restore(run, checkpoint):
     run.loader.skipped.update(facts["skipped"])
     under_way = facts["under_way"]
     losses = np.array(under_way["losses"])[run.rows]
-    run.current = Epoch(kernels.to_device(losses), under_way["steps"], under_way["trained"])
+    weights = np.array(under_way["weights"])[run.rows]
+    run.current = Epoch(kernels.to_device(losses), weights, under_way["steps"],
+                        under_way["final_steps"])
     reason = stop_reason(run)
     if reason:
         print(f"this run is finished; to train on, change {reason}", flush=True)
