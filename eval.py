@@ -8,10 +8,12 @@ pictures, trained runs, what the commands share, and the commands themselves.
 """
 import argparse
 import base64
+import csv
 import difflib
 import functools
 import glob
 import io
+import json
 import os
 import signal
 import sys
@@ -28,8 +30,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy.linalg import eigh
 from scipy.optimize import minimize
-from scipy.sparse import csr_array
-from scipy.special import log_softmax
+from scipy.sparse import csr_array, vstack
+from scipy.special import log_softmax, logsumexp
 from scipy.stats import hypergeom, rankdata, spearmanr
 
 import data
@@ -42,7 +44,14 @@ from kernels.philox import SPLITS, philox
 BLOCK = 20_000_000              # scores held at a time
 KS = (1, 5, 10)                 # precision@k
 SPREAD = " ±"                   # ends the key of a value's standard deviation
+OVER = " ± over"                # … and of what that is taken over
+NAMES = {"auc": "AUC, mean of words"}
 MOST_COMPARED = 200_000         # photos among which duplicates are looked for
+RESAMPLES = 200                 # of the photos, for deviations over them
+CANDIDATES = 1000               # photos among which one is looked for by its words
+LEAST_PHOTOS = 5                # that carry a word, to choose its threshold on
+NEAREST = 50                    # training photos whose words a baseline takes …
+MOST_NEIGHBOURS = 50_000        # … of so many at most
 
 
 def slices(n, size):
@@ -101,32 +110,48 @@ def word_metrics(features, output, targets, counts, loss, shift=None):
     """
     n = len(targets)
     k = len(counts)
-    scorer = Scorer(features, output, loss, shift)
     carried = mark_words(targets, k)                                # (N, K)
-    precision = score_photos(scorer, carried)
-    auc, ap = score_words(scorer, carried)                          # (K,) each
     sizes = carried.sum(axis=1)                                     # (N,) words of a photo
     positives = carried.sum(axis=0)                                 # (K,) photos of a word
-    chance = np.where(np.isfinite(ap), chance_of_ap(positives, n), np.nan)      # (K,)
+    most = np.argsort(-counts, kind="stable")                       # (K,) the most frequent first
+    return {
+        **rank_metrics(Scorer(features, output, loss, shift), carried, counts),
+        "loss": mean_loss(features, output, targets, loss, shift),
+        "photos": n,
+        "dictionary": k,
+        "ceiling": name_precisions(np.minimum.outer(sizes, KS).mean(axis=0) / KS),
+        "baseline": name_precisions([positives[most[:top]].sum() / (n * top) for top in KS]),
+        "chance": {**name_precisions(sizes.mean() / k * np.minimum(KS, k) / KS), "auc": 0.5,
+                   "map": mean_of_finite(chance_of_words(carried))},
+    }
+
+
+def rank_metrics(scorer, carried, counts):
+    """How well scores order words within a photo, and photos for a word: a dictionary.
+
+    scorer: of N photos for K words; carried (N, K); counts (K,), for thirds and tenths.
+    """
+    precision = photo_hits(scorer, carried).mean(axis=0, dtype=np.float64) / KS     # (Table 1)
+    auc, ap = score_words(scorer, carried)                          # (K,) each
     by_frequency = np.argsort(-counts, kind="stable")               # (K,)
-    third = max(1, k // 3)
+    third = max(1, len(counts) // 3)
     return {
         **name_precisions(precision),
         "auc": mean_of_finite(auc),
         "map": mean_of_finite(ap),
-        "loss": mean_loss(features, output, targets, loss, shift),
         "auc_frequent": mean_of_finite(auc[by_frequency[:third]]),
         "auc_rare": mean_of_finite(auc[by_frequency[-third:]]),
-        "deciles": score_deciles(auc, ap, chance, counts, by_frequency),
-        "photos": n,
+        "deciles": score_deciles(auc, ap, chance_of_words(carried), counts, by_frequency),
         "words": int(np.isfinite(ap).sum()),
-        "dictionary": k,
-        "ceiling": name_precisions(np.minimum.outer(sizes, KS).mean(axis=0) / KS),
-        "baseline": name_precisions([positives[by_frequency[:top]].sum() / (n * top)
-                                     for top in KS]),
-        "chance": {**name_precisions(sizes.mean() / k * np.minimum(KS, k) / KS),
-                   "auc": 0.5, "map": mean_of_finite(chance)},
     }
+
+
+def chance_of_words(carried):
+    """chance_of_ap of each word, (K,), NaN for a word of no photo, or of all; carried (N, K)."""
+    n = carried.shape[0]
+    positives = carried.sum(axis=0)                                 # (K,)
+    both = (positives > 0) & (positives < n)
+    return np.where(both, chance_of_ap(positives, n), np.nan)
 
 
 def mark_words(targets, k):
@@ -181,15 +206,16 @@ class Scorer:
         return self._normaliser
 
 
-def score_photos(scorer, carried):
-    """Mean precision@k (len(KS),) over the photos (Table 1); carried (N, K)."""
-    hits = np.zeros(len(KS))
+def photo_hits(scorer, carried):
+    """How many of its k best words each photo carries, (N, len(KS)); carried (N, K)."""
+    hits = np.zeros((len(scorer), len(KS)), np.float32)
     for photos, scores in scorer.photo_blocks():
         best = top_words(kernels.to_host(scores), max(KS))
         rows = np.arange(len(best))[:, None]                        # (B, 1)
         right = carried[photos][rows, best].toarray()               # (B, 10)
-        hits += [right[:, :top].sum() for top in KS]
-    return hits / (len(scorer) * np.array(KS))
+        for i, top in enumerate(KS):
+            hits[photos, i] = right[:, :top].sum(axis=1)
+    return hits
 
 
 def score_words(scorer, carried):
@@ -231,6 +257,165 @@ def score_deciles(auc, ap, chance, counts, by_frequency):
                 "auc": mean_of_finite(auc[words]), "map": mean_of_finite(ap[words]),
                 "chance": {"auc": 0.5, "map": mean_of_finite(chance[words])}}
     return deciles
+
+
+def deviations(scorer, carried):
+    """How much precision@k, AUC and AP vary with the choice of photos: {key: one deviation}.
+
+    By the bootstrap: N photos are drawn from these with replacement, RESAMPLES times. The words
+    and the model stay.
+    """
+    n = len(scorer)
+    raw = philox(0, (0, 1, 0, SPLITS)).random_raw(RESAMPLES * n)
+    drawn = (raw % n).astype(np.int64).reshape(RESAMPLES, n)
+    counts = [np.bincount(photos, minlength=n) for photos in drawn]
+    weights = np.stack(counts, axis=1).astype(np.float32)           # (N, R) how often each is drawn
+    means = weights.T @ photo_hits(scorer, carried) / (n * np.array(KS))        # (R, len(KS))
+    values = np.full((scorer.words, 2, RESAMPLES), np.nan, np.float32)
+    columns = carried.tocsc()
+    for words, scores in scorer.word_blocks():
+        marks = columns[:, words].toarray()                         # (N, B)
+
+        def work(start, stop):
+            for i in range(start, stop):
+                values[words.start + i] = weighted_auc_and_ap(scores[:, i], marks[:, i], weights)
+
+        kernels.threads.chunks(marks.shape[1], 16, work)
+    present = np.isfinite(values[:, 0]).sum(axis=0)                 # (R,) words of some photo drawn
+    auc, ap = np.nansum(values, axis=0) / np.maximum(1, present)    # (R,) each
+    return {**name_precisions(means.std(axis=0, ddof=1)),
+            "auc": float(auc.std(ddof=1)), "map": float(ap.std(ddof=1))}
+
+
+def weighted_auc_and_ap(scores, carried, weights):
+    """AUC and AP (2, R) of one word where photo n counts weights (N, R) times; NaN without one.
+
+    scores, carried (N,). Sums of weights down to each photo that carries the word take the place of
+    numbers of photos in auc_and_ap.
+    """
+    order = np.argsort(-scores, kind="stable")
+    hits = np.flatnonzero(carried[order])                           # (m,) their ranks
+    above = np.cumsum(weights[order], axis=0)                       # (N, R)
+    own = weights[order[hits]]                                      # (m, R)
+    positives = np.cumsum(own, axis=0)
+    total = own.sum(axis=0)                                         # (R,)
+    negatives = above[-1] - total
+    with np.errstate(divide="ignore", invalid="ignore"):            # 0 / 0: no such photo is drawn
+        wrong = (own * (above[hits] - positives)).sum(axis=0) / (total * negatives)
+        precision = positives / np.maximum(1, above[hits])
+        return np.stack([1 - wrong, (own * precision).sum(axis=0) / total])
+
+
+def retrieve_photos(scorer, carried):
+    """How often a photo is among the k best for its words, and its words among the k best for it.
+
+    Of the first photos, CANDIDATES at most (an index has photos in random order), so that numbers
+    compare between collections. A set of words scores Σ log p of its words for each photo; that is
+    larger for fewer and for frequent words, so sets compare for a photo by how much of Σ exp over
+    the candidate photos is that one's. Equal sets are as good as each other.
+    """
+    count = min(len(scorer), CANDIDATES)
+    carried = carried[:count].astype(np.float32)                    # (C, K)
+    first = Scorer(scorer.features[:count], scorer.output, scorer.loss, scorer.shift)
+    scores = np.zeros((count, count), np.float32)                   # (sets, photos)
+    columns = carried.tocsc()
+    for words, s in first.word_blocks():
+        scores += columns[:, words] @ scorer.loss.log_probability(s).T
+    sizes = carried.sum(axis=1)                                     # (C,)
+    common = (carried @ carried.T).toarray()                        # words that two photos share
+    right = (common == sizes) & (common == sizes[:, None])
+    by_photo = scores - logsumexp(scores, axis=1, keepdims=True)
+    return {"candidates": count, "photo for its words": retrieval(scores, right),
+            "words for their photo": retrieval(by_photo.T, right.T)}
+
+
+WORD_COLUMNS = ("word", "training_photos", "photos", "auc", "ap", "threshold", "f1", "step")
+
+
+def table_of_words(scorer, carried, words, counts, step):
+    """A row for each word, of WORD_COLUMNS; "" for what is not known.
+
+    threshold: the probability at which tagging these photos has the best F1, which is f1: of a
+    number chosen on the photos that it is measured on, so new ones have less. photos: of these,
+    that carry the word; with fewer than LEAST_PHOTOS there is no threshold.
+    """
+    rows = []
+    columns = carried.tocsc()
+    for block, scores in scorer.word_blocks():
+        marks = columns[:, block].toarray()                         # (N, B)
+        auc, ap = auc_and_ap(scores, marks)
+        for i, k in enumerate(range(block.start, block.stop)):
+            threshold = f1 = np.nan
+            photos = int(marks[:, i].sum())
+            if LEAST_PHOTOS <= photos < len(marks):
+                score, f1 = best_f1(scores[:, i], marks[:, i])
+                threshold = float(np.exp(scorer.loss.log_probability(score)))
+            rows.append([words[k], int(counts[k]), photos, auc[i], ap[i], threshold, f1, step])
+    return [["" if is_nan(value) else value for value in row] for row in rows]
+
+
+def is_nan(value):
+    """Whether this is a number that is none."""
+    return isinstance(value, float) and np.isnan(value)
+
+
+def best_f1(scores, carried):
+    """The least score (N,) at which calling photos positive has the best F1, and that F1."""
+    order = np.argsort(-scores, kind="stable")
+    ranked = scores[order]
+    called = np.arange(1, len(scores) + 1)
+    f1 = 2 * np.cumsum(carried[order]) / (called + carried.sum())
+    f1[:-1][ranked[:-1] == ranked[1:]] = 0                          # no cut between equal scores
+    last = f1.argmax()
+    lower = ranked[min(last + 1, len(ranked) - 1)]
+    return (ranked[last] + lower) / 2, float(f1[last])              # halfway to the next photo
+
+
+class NearestScores:
+    """Scores of N photos for K words by the words of their nearest training photos.
+
+    Of the NEAREST photos by cosine, about the mean of the training photos, the r-th nearest adds
+    1 / r to each of its words. (Of equal weights, 1 / distance, exp of the distance, by cosine or
+    Euclidean, this was best on pixels and on features, in every number.) Words that none of them
+    has are ordered by frequency.
+    """
+
+    def __init__(self, x, training_x, training_labels):
+        """x (N, D), training_x (M, D), training_labels a sparse boolean (M, K)."""
+        mean = training_x.mean(axis=0, dtype=np.float64)
+        others = kernels.to_device(units((training_x - mean).astype(np.float32)))   # (M, D)
+        labels = training_labels.astype(np.float32)
+        parts = []
+        for photos in slices(len(x), BLOCK // len(others)):
+            centred = kernels.to_device(units((x[photos] - mean).astype(np.float32)))
+            cosines = kernels.to_host(kernels.matmul(centred, others.T))            # (B, M)
+            nearest = top_words(cosines, NEAREST)
+            parts.append(rank_weights(nearest, len(others)) @ labels)               # (B, K)
+        self.scores = vstack(parts).tocsr()                         # (N, K), sparse
+        self.frequency = labels.mean(axis=0)                        # (K,)
+        self.words = len(self.frequency)
+
+    def __len__(self):
+        return self.scores.shape[0]
+
+    def photo_blocks(self):
+        """Yield (slice, scores (B, K)) of all photos."""
+        for photos in slices(len(self), BLOCK // self.words):
+            yield photos, self.scores[photos].toarray() + 1e-6 * self.frequency
+
+    def word_blocks(self):
+        """Yield (slice, scores (N, B)) of all words."""
+        columns = self.scores.tocsc()
+        for words in slices(self.words, BLOCK // 4 // len(self)):
+            yield words, columns[:, words].toarray()
+
+
+def rank_weights(nearest, count):
+    """Of each row of `nearest` (B, k), numbers of `count` photos, the r-th weighs 1 / r: sparse."""
+    b, k = nearest.shape
+    weights = np.tile(1 / np.arange(1, k + 1, dtype=np.float32), b)
+    rows = np.repeat(np.arange(b), k)
+    return csr_array((weights, (rows, nearest.ravel())), (b, count))
 
 
 def name_precisions(values, ks=KS):
@@ -570,7 +755,7 @@ FONTS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/sha
          "/System/Library/Fonts", "/Library/Fonts", "~/Library/Fonts")
 MARGIN = np.array([-2, -1, 2, 1])               # left, top, right, bottom of a map's word, pixels
 CURVES = {                                      # key of a log's row: title
-    "loss": "training loss", "validation_loss": "held-out loss",
+    "training_loss": "training loss", "validation_loss": "held-out loss",
     "precision@10": "held-out precision@10", "auc": "held-out AUC, mean of words"}
 
 
@@ -665,7 +850,11 @@ def filters_picture(w, zoom=6):
 def curves_picture(log):
     """The learning curves of a run's log, over the epochs."""
     panels = []
-    for colour, (key, title) in zip(COLOURS, CURVES.items()):
+    curves = dict(CURVES)
+    if not any("training_loss" in row for row in log):              # of an older run
+        del curves["training_loss"]
+        curves = {"loss": "objective of training", **curves}
+    for colour, (key, title) in zip(COLOURS, curves.items()):
         chance = 0.5 if key == "auc" else None
         panels.append(plot_picture(log, "epoch", key, title, chance, colour=colour))
     return Image.fromarray(np.vstack([np.hstack(panels[:2]), np.hstack(panels[2:])]))
@@ -893,6 +1082,7 @@ class Trained:
         self.options = facts["options"]
         if self.options["drawn"]:               # wherever the run's folder is now
             self.options.update(data.drawn_sources(self.folder))
+        self.step = facts["step"]
         self.training = facts["training"]       # photos
         self.counts = np.array(facts["counts"])
         self.loss = self.make_loss(self.counts)
@@ -947,6 +1137,12 @@ class Trained:
         """The run's loss for words with so many training photos."""
         return model.LOSSES[self.options["loss"]](counts / self.training)
 
+    def settings(self):
+        """All options that training depends on but the seed: runs that share them are one."""
+        apart = ("seed", "out", "resume", "workers", "threads", "device", "images")
+        settings = {key: value for key, value in self.options.items() if key not in apart}
+        return json.dumps([self.training, settings], sort_keys=True)
+
     def index(self, captions, words, valid):
         """The index of the captions under a dictionary of these words; the run's own if it fits.
 
@@ -988,6 +1184,15 @@ class Trained:
         features = [self.net.features(x) for _, x, _ in reader]
         return np.concatenate(features), reader
 
+    def words_by_path(self):
+        """{path: words} of the photos of the run's captions; none where they are very many."""
+        index = self.own_index()
+        if index is None or len(index) > MOST_COMPARED or index.dictionary != self.words:
+            return {}
+        folder = os.path.realpath(self.options["images"])
+        return {os.path.join(folder, index.name(i)): [self.words[k] for k in index.words(i)]
+                for i in range(len(index))}
+
     def find_words(self, words):
         """Classes of words as a person gives them."""
         classes = []
@@ -999,6 +1204,35 @@ class Trained:
                                  f"which are in {self.folder}/words.txt; near in spelling: {near}")
             classes.append(self.classes[word])
         return np.array(classes, np.int32)
+
+    def scorer(self, words, features):
+        """The Scorer of features (N, E) for some of the run's words."""
+        classes = self.find_words(words)
+        output = model.Output(features.shape[1], len(words))
+        output.w = self.net.output.w[classes]
+        output.b = self.learned_b[classes]
+        shift = None if self.shift is None else self.shift[classes]
+        return Scorer(features, output, self.make_loss(self.counts[classes]), shift)
+
+    def thresholds_file(self):
+        """Where `words` writes the table of words that `tag --threshold auto` reads."""
+        return os.path.join(self.folder, "thresholds.csv")
+
+    def thresholds(self):
+        """The least probability of each word to tag a photo with it, (K,), inf without one."""
+        path = self.thresholds_file()
+        remedy = f"first let `eval.py words --model {self.name}` choose the words' thresholds"
+        if not os.path.exists(path):
+            raise ValueError(f"--threshold auto: there is no {path}; {remedy}")
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        if not rows or any(row.get("step") != str(self.step) for row in rows):
+            raise ValueError(f"--threshold auto: {path} is of other weights; {remedy}")
+        thresholds = np.full(len(self.words), np.inf)
+        for row in rows:
+            if row["threshold"]:
+                thresholds[self.classes[row["word"]]] = float(row["threshold"])
+        return thresholds
 
     def vectors(self):
         """The words' vectors, the rows of the output layer's w, as NumPy: (K, E)."""
@@ -1133,16 +1367,21 @@ class Output:
         print(text)
         self.html.append(f'<p class="note">{escape(text)}</p>')
 
-    def best(self, names, scores, others, top, least=-np.inf):
+    def best(self, names, scores, others, top, least=-np.inf, captions=()):
         """{name: {other: score}}: the `top` best of the others, none below `least`, by name.
 
-        scores (len(names), len(others)).
+        scores (len(names), len(others)); least: a number, or one for each other. captions: {name:
+        the words that it should have}, to show beside them.
         """
         result = {}
+        nothing = "no word above its threshold" if np.ndim(least) else f"no word above {least:g}"
+        least = np.broadcast_to(least, len(others))
         for name, row, best in zip(names, scores, top_words(scores, top)):
-            result[name] = {others[i]: float(row[i]) for i in best if row[i] >= least}
+            result[name] = {others[i]: float(row[i]) for i in best if row[i] >= least[i]}
             items = [f"{other} {value:.3g}" for other, value in result[name].items()]
-            text = ", ".join(items) if items else f"no word above {least:g}"
+            text = ", ".join(items) if items else nothing
+            if name in captions:
+                text += f" (its captions: {', '.join(captions[name])})"
             print(f"{name}: {text}", flush=True)
             self.html.append(f"<p><b>{escape(name)}</b>: {escape(text)}</p>")
         return result
@@ -1252,6 +1491,8 @@ IMAGES = option("--images", metavar="DIR", help="folder of photos; the run's if 
 CAPTIONS = option("--captions", metavar="FILE", help="captions; the run's if not given")
 PRIOR = option("--prior", choices=("real", "none"), default="real",
                help="probabilities of photos as they are, or as training drew them")
+BASELINES = option("--no-baselines", action="store_true",
+                   help="without the words of the nearest training photos, which take minutes")
 FONT = option("--font", type=Fonts, metavar="FILE", help="of words; else any with their letters")
 SPLITTING = (
     option("--splits", type=number(int, 1, 10_000), default=10, help="random splits"),
@@ -1272,21 +1513,27 @@ def change(options, **changes):
 
 # --------------------------------------------------------------------------- words (Table 1)
 
-@command("words", IMAGES, CAPTIONS, PRIOR, *SPLITTING, output_option("--out", ".png", required=False),
+@command("words", IMAGES, CAPTIONS, PRIOR, *SPLITTING,
+         output_option("--out", ".png", required=False),
          option("--deciles", action="store_true", help="AUC and AP by frequency of the words, too"),
          option("--transfer", nargs="+", metavar="DIR",
                 help="accuracy of features, as `transfer`, too"),
          option("--all", action="store_true", help="score all photos, not the held-out ones"),
-         runs="+")
+         output_option("--per-word", ".csv", required=False,
+                       help="AUC, AP and the threshold of the best F1 of each word, to write"),
+         BASELINES, runs="+")
 def predict_words(options, show, *runs):
     """Precision@k, AUC and AP of words for photos that were not trained on (Table 1, Fig. 2).
 
     Of several runs: on photos that none of them trained on, over the words that all of them know.
     """
+    if options.per_word and (len(runs) > 1 or show.out):
+        raise ValueError("--per-word is of one run, and goes without --out")
     runs = sorted(runs, key=lambda run: run.training)
     words = common_words(runs)
     valid = min(run.options["valid"] for run in runs)
     index = runs[-1].index(options.captions, words, valid)
+    counts = runs[-1].counts[runs[-1].find_words(words)]            # one order of words for all
     folder = options.images or runs[-1].options["images"]
     count = len(index) if options.all else index.held_out
     photos = {index.name(i): i for i in range(count)}
@@ -1294,8 +1541,9 @@ def predict_words(options, show, *runs):
     for run in runs:
         features, reader = run.features(folder, list(photos), options.workers)
         targets = [index.words(photos[name]) for name in reader.names]
+        scorer = run.scorer(words, features)
         results[run.name] = {"training_photos": run.training,
-                             **score_run(run, words, features, targets),
+                             **score_run(scorer, targets, counts),
                              "skipped": len(reader.skipped)}
         for images in options.transfer or ():
             results[run.name].update(score_transfer(run, images, options, show))
@@ -1304,10 +1552,15 @@ def predict_words(options, show, *runs):
     if options.deciles:
         show_deciles(results, show)
     if len(runs) > 1 or show.out:
-        show_curve(results, [transfer_key(images) for images in options.transfer or ()], show)
+        show_curve(runs, results, options.transfer or (), show)
         return {"runs": results, "words": len(words)}
-    print_words(results[run.name], show)
-    return results[run.name]
+    result = results[run.name]
+    is_own = not (options.all or options.captions or options.images)
+    if is_own and not options.no_baselines:
+        result["baselines"] = score_baselines(run, index, reader.names, targets, options)
+    print_words(result, show)
+    write_words(run, scorer, targets, counts, is_own, options)
+    return result
 
 
 def common_words(runs):
@@ -1318,15 +1571,54 @@ def common_words(runs):
     return words
 
 
-def score_run(run, words, features, targets):
-    """word_metrics of a run over some of its words, of which the targets are classes."""
-    classes = run.find_words(words)
-    counts = run.counts[classes]
-    shift = None if run.shift is None else run.shift[classes]
-    output = model.Output(features.shape[1], len(words))
-    output.w = run.net.output.w[classes]
-    output.b = run.learned_b[classes]
-    return word_metrics(features, output, targets, counts, run.make_loss(counts), shift)
+def score_run(scorer, targets, counts):
+    """word_metrics of photos of which targets are the classes, what they vary by, and retrieval."""
+    carried = mark_words(targets, len(counts))
+    return {**word_metrics(scorer.features, scorer.output, targets, counts, scorer.loss,
+                           scorer.shift),
+            "deviations": deviations(scorer, carried),
+            "retrieval": retrieve_photos(scorer, carried)}
+
+
+def write_words(run, scorer, targets, counts, is_own, options):
+    """Write the table of words: to --per-word, and for `tag` to the run's folder.
+
+    is_own: these are the run's own held-out photos.
+    """
+    paths = [options.per_word] if options.per_word else []
+    if is_own and options.prior == "real" and os.access(run.folder, os.W_OK):
+        paths.append(run.thresholds_file())
+    if not paths:
+        return
+    carried = mark_words(targets, len(counts))
+    rows = table_of_words(scorer, carried, run.words, counts, run.step)
+    for path in paths:
+        with console.whole_file(path, "w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(WORD_COLUMNS)
+            writer.writerows(rows)
+
+
+def score_baselines(run, index, names, targets, options):
+    """rank_metrics of words by the nearest training photos, in each of VIEWS, of held-out photos.
+
+    names, and targets, their classes: of the held-out photos. The photos of an index are in random
+    order, so the first training photos are a random choice.
+    """
+    folder = run.options["images"]
+    count = min(index.training, MOST_NEIGHBOURS)
+    training = {index.name(i): i for i in range(index.held_out, index.held_out + count)}
+    views = extract_views(run, run.read(folder, names, options.workers))
+    reader = run.read(folder, list(training), options.workers)
+    training_views = extract_views(run, reader)
+    k = len(run.words)
+    labels = mark_words([index.words(training[name]) for name in reader.names], k)  # (M, K)
+    carried = mark_words(targets, k)                                # (N, K)
+    results = {"training_photos": len(reader.names)}
+    for view in VIEWS:
+        scorer = NearestScores(views[view], training_views[view], labels)
+        results[view] = rank_metrics(scorer, carried, run.counts)
+    return results
 
 
 def transfer_key(images):
@@ -1341,7 +1633,8 @@ def score_transfer(run, images, options, show):
     result = transfer_features(change(options, images=images, layer=None), show, run)
     rows = result["rows"]
     deviations = rows.get(f"± over {result['over']}", [0, 0])
-    return {key: rows["mean"][1], key + SPREAD: deviations[1]}      # after that of chance
+    return {key: rows["mean"][1], key + SPREAD: deviations[1],      # after that of chance
+            key + OVER: result["over"]}
 
 
 def warn_about_duplicates(index, folder, held_out, show):
@@ -1376,68 +1669,110 @@ def show_deciles(results, show):
     show.table(heading, rows)
 
 
-def show_curve(results, transfers, show):
-    """The runs' numbers as a table, and curves of some against their training photos (Fig. 2)."""
+def show_curve(runs, results, folders, show):
+    """The runs' numbers as a table, and curves of some against their training photos (Fig. 2).
+
+    folders: of photos that features were transferred to.
+    """
+    transfers = [transfer_key(images) for images in folders]
     keys = ["training_photos", *name_precisions(KS), "auc", *transfers]
     rows = {}
     for name, result in results.items():
         rows[name] = [result[key] for key in keys]
     show.table(["run", *keys], rows)
-    curve = join_seeds(results.values(), keys)
+    curve = join_seeds(runs, list(results.values()), keys)
     largest = list(results.values())[-1]
     drawn = ["precision@10", "auc", *transfers]
     panels = []
     for key in drawn:
-        title = "AUC, mean of words" if key == "auc" else key
+        over = list(dict.fromkeys(row[key + OVER] for row in curve))
+        title = f"{NAMES.get(key, key)}, ± over {', '.join(over)}"
         chance = None if key == "auc" else largest["chance"].get(key)
         panels.append(plot_picture(curve, "training_photos", key, title, chance, np.log10))
+        show.line(title)
     image = Image.fromarray(np.hstack(panels))
     show.picture(image, "against training photos: " + ", ".join(drawn))
 
 
-def join_seeds(rows, keys):
-    """Rows with equal numbers of training photos as one: means, and deviations by key + SPREAD."""
+def join_seeds(runs, results, keys):
+    """The results of runs that differ in nothing but the seed as one row: means, deviations.
+
+    row[key + SPREAD] is one deviation, and row[key + OVER] says over what.
+    """
     groups = {}
-    for row in rows:
-        groups.setdefault(row["training_photos"], []).append(row)
+    for run, result in zip(runs, results):
+        groups.setdefault(run.settings(), []).append(result)
     return [join_rows(group, keys) for group in groups.values()]
 
 
 def join_rows(rows, keys):
-    """The mean and deviation of each key; one row keeps the deviation that it has, or has none."""
+    """The mean of each key, and its deviation: that of one row over what it says, or over seeds."""
     joined = {}
     for key in keys:
         values = [row[key] for row in rows]
         joined[key] = np.mean(values)
         if len(rows) > 1:
             joined[key + SPREAD] = np.std(values, ddof=1)
+            joined[key + OVER] = f"{len(rows)} seeds"
         else:
-            joined[key + SPREAD] = rows[0].get(key + SPREAD, 0)
+            deviation = rows[0].get("deviations", {}).get(key, 0)
+            joined[key + SPREAD] = rows[0].get(key + SPREAD, deviation)
+            joined[key + OVER] = rows[0].get(key + OVER, "photos")
     return joined
 
 
 def print_words(result, show=Output()):
-    """Show the numbers of `words` (Table 1)."""
+    """Show the numbers of `words` (Table 1), and under them those of baselines, if there are."""
     show.line(f"{result['photos']:,} photos, {result['words']:,} of {result['dictionary']:,} words "
               "occur in them")
-    columns = [result, result["baseline"], result["chance"], result["ceiling"]]
+    baselines = dict(result.get("baselines", {}))
+    count = baselines.pop("training_photos", 0)
+    columns = {"model": result}
+    if "deviations" in result:
+        columns["± over photos"] = result["deviations"]
+    for view, numbers in baselines.items():
+        columns[f"{NEAREST} nearest: {view}"] = numbers
+    columns["frequent words"] = {**result["chance"], **result["baseline"]}
+    columns["chance"] = result["chance"]
+    columns["ceiling"] = {**result["ceiling"], "auc": 1.0, "map": 1.0}
+    keys = [*name_precisions(KS), "auc", "map"]
     rows = {}
-    for key in name_precisions(KS):
-        rows[key] = [column[key] for column in columns]
-    ap = result["chance"]["map"]
-    rows["AUC, mean of words"] = [result["auc"], 0.5, 0.5, 1]
-    rows[f"AP of {result['photos']:,}, mean of words"] = [result["map"], ap, ap, 1]
-    show.table(["", "model", "frequent words", "chance", "ceiling"], rows)
-    show.line(f"AUC of the most frequent third of the words {result['auc_frequent']:.4f}, "
-              f"of the rarest third {result['auc_rare']:.4f}")
+    for name, numbers in columns.items():
+        rows[name] = [numbers[key] for key in keys]
+    show.table(["", *name_precisions(KS), "AUC", f"AP of {result['photos']:,}"], rows)
+    show.line("AUC and AP (which more photos make smaller) are means over the words; AUC of the "
+              f"most frequent third of them {result['auc_frequent']:.4f}, of the rarest third "
+              f"{result['auc_rare']:.4f}")
+    if "retrieval" in result:
+        show_retrieval(result["retrieval"], show)
+    if baselines:
+        show.line(f"{NEAREST} nearest: by the words of the nearest of {count:,} training photos, "
+                  "by features of this model, of an untrained one, and pixels")
+
+
+def show_retrieval(result, show):
+    """How often photos and their words find each other."""
+    ways = {name: numbers for name, numbers in result.items() if name != "candidates"}
+    rows = {}
+    for name, numbers in ways.items():
+        rows[name] = [numbers[key] for key in name_precisions(KS)]
+    chances = [numbers["chance"] for numbers in ways.values()]
+    rows["chance"] = [chances[0][key] for key in name_precisions(KS)]
+    show.table([f"found among {result['candidates']:,}", *(f"R@{k}" for k in KS)], rows)
 
 
 # -------------------------------------------------------------------- photos, one at a time
 
+def threshold(text):
+    """A probability, or "auto"."""
+    return text if text == "auto" else number(float, 0, 1)(text)
+
+
 @command("tag", TOP, PRIOR,
          option("photos", nargs="+", metavar="PHOTO", help="picture files, or folders of them"),
-         option("--threshold", type=number(float, 0, 1),
-                help="instead of --top: the least probability"))
+         option("--threshold", type=threshold, metavar="P",
+                help="instead of --top: the least probability; or auto, of each word the one that "
+                     "`words` found best"))
 def tag_photos(options, show, run):
     """The words of photos with probabilities: of one word among K, or after one-vs-all of each."""
     top = options.top
@@ -1445,12 +1780,23 @@ def tag_photos(options, show, run):
     if options.threshold is not None:
         top = len(run.words)
         least = options.threshold
+    if least == "auto":
+        if options.prior == "none":
+            raise ValueError("--threshold auto goes with --prior real")
+        least = run.thresholds()                                    # (K,)
     tags = {}
+    captions = {}
     reader = run.read("", expand_folders(options.photos), options.workers)
+    carried = run.words_by_path()
     for names, x, _ in reader:
         s = kernels.to_host(run.net.forward(x))                     # (n, K)
-        tags.update(show.best(names, run.loss.probabilities(s), run.words, top, least))
-    return {"tags": tags, "failed": reader.skipped}
+        for name in names:
+            folder, file = os.path.split(name)
+            path = os.path.join(os.path.realpath(folder), file)
+            if path in carried:
+                captions[name] = carried[path]
+        tags.update(show.best(names, run.loss.probabilities(s), run.words, top, least, captions))
+    return {"tags": tags, "captions": captions, "failed": reader.skipped}
 
 
 def expand_folders(paths):
@@ -1601,7 +1947,8 @@ class NamedClasses:
         """Take the last hidden layer (n, E) of the next photos."""
         if self.known():
             s = self.run.net.output.scores(features)                # (n, K)
-            log_p = kernels.to_host(s - self.run.loss.normaliser(s))
+            comparable = kernels.to_host(s - self.run.loss.normaliser(s))
+            log_p = self.run.loss.log_probability(comparable)
             scores = np.full((len(s), len(self.words)), -np.inf)
             for i, words in enumerate(self.words.values()):
                 if words:
@@ -1613,13 +1960,14 @@ class NamedClasses:
         return np.concatenate(self.batches)
 
 
-def extract_views(run, reader, layer, named):
-    """{view: (N, D)} of the reader's photos by each of VIEWS; they are shown to `named`, too."""
+def extract_views(run, reader, layer=None, named=None):
+    """{view: (N, D)} of the reader's photos by each of VIEWS; NamedClasses see them, too."""
     untrained = run.recipe.build(len(run.words), 0, seed=run.options["seed"])
     batches = []
     for _, x, pixels in reader:
         hidden = run.net.features(x)                                # (n, E)
-        named.add(hidden)
+        if named:
+            named.add(hidden)
         own = hidden if layer is None else run.net.features(x, layer)
         batches.append([mean_of_pixels(kernels.to_host(own)),
                         mean_of_pixels(kernels.to_host(untrained.features(x, layer))),
@@ -1871,18 +2219,33 @@ def translate_words(options, show, run):
     if len(pairs) < 2:
         raise ValueError(f"--pairs: the model knows both words of {len(pairs)} of {count:,} pairs "
                          "(not counting pairs of one word); it takes 2")
+    alike = len(known) - len(pairs)
+    show.line(f"{len(pairs):,} pairs of words that the model knows, of {count:,}; {alike:,} spelt "
+              "alike are left out")
+    vectors = run.vectors()                                         # (K, E)
+    ways = {"forward": find_translations(vectors, pairs, options.csls),
+            "backward": find_translations(vectors, pairs[:, ::-1], options.csls)}
+    show_ways(ways, options.csls, show)
+    best = show_best_pairs(run, pairs, options.csls, show)
+    return {"pairs": len(pairs), "alike": alike, **ways, "best": best}
+
+
+def find_translations(vectors, pairs, by_csls):
+    """retrieval of the second words of pairs (P, 2) by the first: among all second ones, and all K.
+
+    The numbers hang on how many there are to choose among, which is said beside them.
+    """
     sources, rows = np.unique(pairs[:, 0], return_inverse=True)     # (S,), (P,)
     targets, columns = np.unique(pairs[:, 1], return_inverse=True)  # (T,), (P,)
-    scores = score_translations(run.vectors(), sources, targets, options.csls)  # (S, T)
-    right = np.zeros(scores.shape, bool)
-    right[rows, columns] = True
-    alike = len(known) - len(pairs)
-    show.line(f"{len(pairs):,} pairs of {len(sources):,} and {len(targets):,} words that the model "
-              f"knows, of {count:,}; {alike:,} spelt alike are left out")
-    ways = {"forward": retrieval(scores, right), "backward": retrieval(scores.T, right.T)}
-    show_ways(ways, options.csls, show)
-    best = show_best_pairs(run, sources, targets, scores, right, show)
-    return {"pairs": len(pairs), "alike": alike, **ways, "best": best}
+    everything = np.arange(len(vectors))                            # (K,)
+    results = []
+    for candidates, places in ((targets, columns), (everything, pairs[:, 1])):
+        right = np.zeros((len(sources), len(candidates)), bool)
+        right[rows, places] = True
+        scores = score_translations(vectors, sources, candidates, by_csls)
+        results.append({**retrieval(scores, right), "candidates": len(candidates)})
+    among_targets, among_all = results
+    return {**among_targets, "words": len(sources), "all": among_all}
 
 
 def score_translations(vectors, sources, targets, by_csls):
@@ -1896,23 +2259,29 @@ def score_translations(vectors, sources, targets, by_csls):
 
 
 def show_ways(ways, by_csls, show):
-    """A row for each precision@k, two columns for each way."""
-    heading = ["by CSLS" if by_csls else "by cosine"]
-    rows = {key: [] for key in name_precisions(KS)}
-    for name, precision in ways.items():
-        heading += [name, "chance"]
-        for key in rows:
-            rows[key] += [precision[key], precision["chance"][key]]
+    """A row for each way and each set of candidates, with the chance of each."""
+    rows = {}
+    for way, numbers in ways.items():
+        for name, result in ((way, numbers), (f"{way}, all words", numbers["all"])):
+            rows[name] = [numbers["words"], result["candidates"]]
+            for key in name_precisions(KS):
+                rows[name] += [result[key], result["chance"][key]]
+    heading = ["by CSLS" if by_csls else "by cosine", "words", "candidates"]
+    for key in name_precisions(KS):
+        heading += [key, "chance"]
     show.table(heading, rows)
 
 
-def show_best_pairs(run, sources, targets, scores, right, show):
+def show_best_pairs(run, pairs, by_csls, show):
     """{heading: {pair: score}} of words with the translation that was nearest; ! if it is wrong."""
+    sources = np.unique(pairs[:, 0])                                # (S,)
+    targets = np.unique(pairs[:, 1])                                # (T,)
+    scores = score_translations(run.vectors(), sources, targets, by_csls)       # (S, T)
+    right = set(map(tuple, pairs.tolist()))
     names = []
-    nearest = scores.argmax(axis=1)                                 # (S,)
-    for i, j in enumerate(nearest):
-        name = f"{run.words[sources[i]]} {run.words[targets[j]]}"
-        names.append(name if right[i, j] else name + " !")
+    for source, nearest in zip(sources, targets[scores.argmax(axis=1)]):
+        name = f"{run.words[source]} {run.words[nearest]}"
+        names.append(name if (source, nearest) in right else name + " !")
     return show.best(["best pairs (! is wrong)"], scores.max(axis=1)[None], names, 12)
 
 
@@ -1986,7 +2355,8 @@ svg { font-family: sans-serif; text-anchor: middle; dominant-baseline: central }
 """
 
 
-@command("report", CAPTIONS, IMAGES, PRIOR, *SPLITTING, *MAPPING, FONT, output_option("--out", ".html"),
+@command("report", CAPTIONS, IMAGES, PRIOR, BASELINES, *SPLITTING, *MAPPING, FONT,
+         output_option("--out", ".html"),
          option("words", nargs="*", metavar="WORD", help="words to search photos for"),
          option("--series", nargs="+", metavar="RUN", help="runs for `words` side by side"),
          option("--pairs-similar", nargs="+", metavar="FILE", help="as `similar --pairs`"),
@@ -2001,7 +2371,7 @@ def write_report(options, show, run):
         print(f"\n{title}", flush=True)
         note = console.summary(function.__doc__)
         page.html.append(f'<h2>{escape(title)}</h2><p class="note">{escape(note)}</p>')
-        changed = change(options, all=False, deciles=False, layer=None)
+        changed = change(options, all=False, deciles=False, layer=None, per_word=None)
         changed = change(changed, **changes)
         try:
             runs = []

@@ -589,7 +589,7 @@ class Softmax:
         """log Σ_k exp s_nk, (N, 1): the scores of different photos compare after it is taken off.
 
         A number added to all scores of a photo changes neither p nor this loss, so that training
-        leaves it free: for one word, s orders photos by chance, and log p = s - normaliser does not.
+        leaves it free, and it differs between photos: order them by log p = s - normaliser.
         """
         highest = s.max(axis=1, keepdims=True)                      # (N, 1): no overflow
         return highest + np.log(np.exp(s - highest).sum(axis=1, keepdims=True))
@@ -605,6 +605,10 @@ class Softmax:
         if sampling == "class":
             return positives == "drawn" or (positives == "balanced" and targets != "batch")
         return positives != "idf" and targets != "batch"
+
+    def log_probability(self, s):
+        """log p from s - normaliser, NumPy of any shape: that is what these are."""
+        return s
 
     def probabilities(self, s):
         """p (N, K), of one word among all, from scores of NumPy."""
@@ -663,6 +667,10 @@ class OneVersusAll:
     def prior_is_exact(sampling, positives, targets):
         """By class, other words of a photo count as negatives, or it is drawn more often."""
         return sampling == "image" and positives != "idf"
+
+    def log_probability(self, s):
+        """log σ(s), NumPy of any shape."""
+        return -np.logaddexp(0, -s)
 
     def probabilities(self, s):
         """σ(s) (N, K), of each word by itself, from scores of NumPy."""

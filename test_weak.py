@@ -5,6 +5,7 @@ installed) PyTorch, the text, the index, the draws, the loader, training, resumi
 CUDA kernels on the host, and the experiments. No test depends on a processor's rounding.
 """
 import bz2
+import csv
 import errno
 import gzip
 import inspect
@@ -32,6 +33,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 from scipy.optimize import minimize
 from scipy.signal import correlate
+from scipy.sparse import csr_array
 from scipy.special import log_expit, log_softmax, softmax
 from scipy.stats import chisquare
 
@@ -610,6 +612,9 @@ def test_probabilities_are_the_losses_own(rng):
     s = 5 * rng.standard_normal((3, 6))
     np.testing.assert_allclose(model.Softmax().probabilities(s), np.exp(log_softmax(s, axis=1)))
     one_vs_all = model.OneVersusAll(np.full(6, 0.1))
+    for loss in (model.Softmax(), one_vs_all):
+        log_p = loss.log_probability(s - loss.normaliser(s))
+        np.testing.assert_allclose(np.exp(log_p), loss.probabilities(s))
     np.testing.assert_allclose(one_vs_all.probabilities(s), np.exp(log_expit(s)))
     assert np.isfinite(one_vs_all.probabilities(1e4 * s)).all()
 
@@ -3459,6 +3464,119 @@ def test_prior_moves_words_within_a_photo_and_the_loss_of_softmax(block, scored,
         assert result["loss"] == pytest.approx(expected["loss"])
 
 
+def test_deviations_over_photos_are_those_of_many_samples(rng):
+    """Of AUC by Hanley and McNeil's formula, of precision as of any mean."""
+    n = 400
+    output = model.Output(1, 30)
+    output.w = np.zeros((30, 1))
+    output.b = np.zeros(30)
+    output.w[0] = 1
+    carried = np.zeros((n, 30), bool)
+    carried[:100, 0] = True
+    features = rng.standard_normal((n, 1)) + carried[:, :1]
+    scorer = evaluation.Scorer(features, output, model.OneVersusAll(np.full(30, 0.1)))
+    marks = csr_array(carried)
+    found = evaluation.deviations(scorer, marks)
+    auc, _ = evaluation.auc_and_ap(features, carried[:, :1])
+    auc = auc[0]
+    q1 = auc / (2 - auc) - auc**2
+    q2 = 2 * auc**2 / (1 + auc) - auc**2
+    expected = math.sqrt((auc * (1 - auc) + 99 * q1 + 299 * q2) / (100 * 300))
+    assert found["auc"] == pytest.approx(expected, rel=0.2)
+    hits = evaluation.photo_hits(scorer, marks)[:, 0]
+    assert found["precision@1"] == pytest.approx(hits.std() / math.sqrt(n), rel=0.2)
+    assert 0.5 * found["auc"] < found["map"] < 4 * found["auc"]
+
+
+def test_counted_photos_have_the_auc_of_their_copies(rng):
+    scores = rng.standard_normal(12)
+    carried = rng.random(12) < 0.4
+    counts = rng.integers(0, 4, (12, 2))
+    values = evaluation.weighted_auc_and_ap(scores, carried, counts.astype(np.float32))
+    for (auc, _), count in zip(values.T, counts.T):
+        copies = np.repeat(np.arange(12), count)
+        expected, _ = evaluation.auc_and_ap(scores[copies, None], carried[copies, None])
+        np.testing.assert_allclose(auc, expected[0], rtol=1e-5)     # NaN if no such photo is there
+    plain = evaluation.weighted_auc_and_ap(scores, carried, np.ones((12, 1), np.float32))
+    auc, ap = evaluation.auc_and_ap(scores[:, None], carried[:, None])
+    assert plain[:, 0] == pytest.approx([auc[0], ap[0]])
+
+
+def perfect_scorer(carried, noise=0.0):
+    """Scores that say which words each photo carries; the features are the photos' numbers."""
+    n, k = carried.shape
+    output = model.Output(n, k)
+    output.w = 8 * carried.T + noise
+    output.b = np.zeros(k)
+    return evaluation.Scorer(np.eye(n), output, model.Softmax())
+
+
+def test_photos_and_their_words_find_each_other(rng):
+    """Also where a frequent word makes the words of some photos likely for all."""
+    carried = np.zeros((12, 20), bool)
+    carried[:, 0] = True                        # every photo's word
+    carried[1:, 1:12] = np.eye(11)              # the first has no other
+    carried[5, 12:] = True                      # and one has many
+    carried[11] = carried[10]                   # two are equal, and as good as each other
+    result = evaluation.retrieve_photos(perfect_scorer(carried), csr_array(carried))
+    assert result["candidates"] == 12
+    for way in ("photo for its words", "words for their photo"):
+        assert result[way]["precision@1"] >= 11 / 12
+        assert result[way]["chance"]["precision@1"] == pytest.approx((10 + 2 * 2) / 12 / 12)
+
+
+def test_threshold_of_the_best_f1_is_found_by_trying_all(rng):
+    scores = np.round(rng.standard_normal(60), 1)                   # some are equal
+    carried = rng.random(60) < 1 / (1 + np.exp(-2 * scores))
+    cut, f1 = evaluation.best_f1(scores, carried)
+
+    def f1_at(cut):
+        called = scores >= cut
+        return 2 * (called & carried).sum() / (called.sum() + carried.sum())
+
+    assert f1 == pytest.approx(f1_at(cut)) == pytest.approx(max(f1_at(s) for s in scores))
+    assert cut not in scores
+
+
+def test_table_of_words_has_thresholds_where_enough_photos_are(rng):
+    carried = rng.random((40, 4)) < np.array([0.3, 0.4, 0, 0])
+    carried[:4, 2] = True                       # 4 photos are too few
+    scorer = perfect_scorer(carried, rng.standard_normal((4, 40)))
+    rows = evaluation.table_of_words(scorer, csr_array(carried), "abcd", np.arange(4), 7)
+    named = [dict(zip(evaluation.WORD_COLUMNS, row)) for row in rows]
+    assert [row["word"] for row in named] == list("abcd")
+    assert [row["photos"] for row in named] == carried.sum(axis=0).tolist()
+    assert all(row["threshold"] > 0 and row["f1"] > 0.5 for row in named[:2])
+    assert named[2]["threshold"] == "" and named[2]["auc"] > 0.5
+    assert named[3]["auc"] == ""
+    p = model.Softmax().probabilities(scorer.output.scores(scorer.features))
+    called = p[:, 0] >= named[0]["threshold"]
+    f1 = 2 * (called & carried[:, 0]).sum() / (called.sum() + carried[:, 0].sum())
+    assert named[0]["f1"] == pytest.approx(f1)
+
+
+def test_nearest_photos_lend_their_words_by_rank():
+    training = np.array([[1.0, 0], [0.9, 0.1], [-1, 0], [0, -1]])   # with a mean near 0
+    labels = csr_array(np.array([[1, 0, 0], [0, 1, 0], [0, 0, 0], [1, 0, 0]], bool))
+    x = np.array([[2.0, 0.0], [-3.0, 0.1]])
+    nearest = evaluation.NearestScores(x, training, labels)
+    (_, scores), = nearest.word_blocks()
+    # photo 0 is nearest, then 1, 3 and 2; from the other side, 2, 3, 1 and 0 are
+    np.testing.assert_allclose(scores, [[1 + 1 / 3, 1 / 2, 0], [1 / 2 + 1 / 4, 1 / 3, 0]])
+    (_, blocks), = nearest.photo_blocks()
+    assert np.argsort(-blocks[0]).tolist() == [0, 1, 2]
+    assert len(nearest) == 2 and nearest.words == 3
+
+
+def test_words_that_no_near_photo_has_are_ordered_by_frequency(monkeypatch):
+    monkeypatch.setattr(evaluation, "NEAREST", 1)
+    training = np.array([[1.0, 0], [-1, 0], [0, 1], [0, -1]])
+    labels = csr_array(np.array([[1, 0, 0], [0, 0, 1], [0, 1, 1], [0, 0, 1]], bool))
+    nearest = evaluation.NearestScores(np.array([[5.0, 1.0]]), training, labels)
+    (_, scores), = nearest.photo_blocks()
+    assert np.argsort(-scores[0]).tolist() == [0, 2, 1]
+
+
 def test_csls_is_worked_out_by_hand():
     cosines = np.array([[0.9, 0.8, 0.1], [0.7, 0.2, 0.3]])
     # with k = 2: rows have means .85 and .5; columns .8, .5 and .2
@@ -3788,6 +3906,22 @@ def test_words_are_scored_on_held_out_photos_or_on_all(tiny, ask):
     assert every["photos"] + every["skipped"] == len(index)
 
 
+def test_words_have_baselines_of_the_same_photos(tiny, ask):
+    result, said = ask("words")
+    baselines = result["baselines"]
+    index = data.Index("r/index")
+    training = [index.name(i) for i in range(index.held_out, len(index))]
+    readable = [name for name in training if is_whole(Path("photos", name))]
+    assert baselines.pop("training_photos") == len(readable) > 200
+    assert list(baselines) == list(evaluation.VIEWS)
+    for view, numbers in baselines.items():
+        assert numbers["words"] == result["words"]
+        assert 0.3 < numbers["auc"] < 0.7       # of captions made up
+        assert f"50 nearest: {view} " in said.out
+    assert "baselines" not in ask("words", "--no-baselines")[0]
+    assert "baselines" not in ask("words", "--all")[0]
+
+
 @pytest.mark.parametrize("loss", model.LOSSES)
 def test_run_may_be_scored_over_some_of_its_words(loss, tiny, rng, monkeypatch):
     monkeypatch.chdir(tiny[0])
@@ -3797,7 +3931,8 @@ def test_run_may_be_scored_over_some_of_its_words(loss, tiny, rng, monkeypatch):
     features = rng.random((6, 512)).astype(np.float32)
     targets = [np.array([i % 4]) for i in range(6)]
     words = [trained.words[i] for i in classes]
-    result = evaluation.score_run(trained, words, features, targets)
+    scorer = trained.scorer(words, features)
+    result = evaluation.score_run(scorer, targets, trained.counts[classes])
     s = trained.net.output.scores(features)[:, classes]             # (6, 4)
     first = s.argmax(axis=1) == np.concatenate(targets)
     assert result["precision@1"] == pytest.approx(first.mean())
@@ -3820,18 +3955,25 @@ def test_words_of_several_runs_make_a_curve(tiny, ask):
     assert 10 < result["words"] <= 30
     assert small["training_photos"] < large["training_photos"]
     assert small["photos"] == large["photos"] > 0
+    for decile, numbers in large["deciles"].items():                # the same words in each row
+        assert small["deciles"][decile]["photos"] == numbers["photos"]
     assert 0 <= small["transfer to classes"] <= 1 and "transfer to classes ±" in small
     assert "AUC, r" in said.out and "10 of 10" in said.out
     assert Image.open("w.png").size == (3 * 480, 310)
 
 
-def test_rows_of_several_seeds_are_joined():
+def test_runs_that_differ_in_the_seed_alone_are_joined(tiny, monkeypatch):
+    monkeypatch.chdir(tiny[0])
+    runs = [evaluation.Trained("r") for _ in range(3)]
+    runs[1].options.update(seed=5, out="elsewhere", workers=9)
+    runs[2].options.update(epochs=20)           # has as many photos, and is another training
     rows = [{"training_photos": 10, "auc": 0.5}, {"training_photos": 10, "auc": 0.7},
-            {"training_photos": 20, "auc": 0.9, "auc ±": 0.01}]
-    three, alone = evaluation.join_seeds(rows, ["training_photos", "auc"])
-    assert three["auc"] == pytest.approx(0.6)
-    assert three["auc ±"] == pytest.approx(0.2 / math.sqrt(2))
-    assert alone == {"training_photos": 20, "training_photos ±": 0, "auc": 0.9, "auc ±": 0.01}
+            {"training_photos": 10, "auc": 0.9, "deviations": {"auc": 0.01}}]
+    joined, alone = evaluation.join_seeds(runs, rows, ["auc"])
+    assert joined["auc"] == pytest.approx(0.6)
+    assert joined["auc ±"] == pytest.approx(0.2 / math.sqrt(2))
+    assert joined["auc ± over"] == "2 seeds"
+    assert alone == {"auc": 0.9, "auc ±": 0.01, "auc ± over": "photos"}
 
 
 def test_held_out_photos_that_were_trained_on_are_said_once(tiny, ask, tmp_path, monkeypatch):
@@ -3876,6 +4018,37 @@ def test_tag_has_a_threshold_and_says_what_it_cannot_read(ask):
     assert result["tags"] == {"photos/p1.jpg": {}}
     assert "no word above 0.9" in said.out
     assert "none.jpg: no such file" in said.err
+
+
+def test_tag_by_the_words_own_thresholds(tiny, tmp_path, ask, monkeypatch):
+    shutil.copytree("r", tmp_path / "r")
+    run_folder = tmp_path / "r"
+    (run_folder / "thresholds.csv").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="first let `eval.py words --model"):
+        ask("tag", "photos/p1.jpg", "--threshold", "auto", "--model", run_folder)
+    ask("words", "--no-baselines", "--per-word", tmp_path / "w.csv", "--model", run_folder)
+    table = list(csv.DictReader(open(run_folder / "thresholds.csv")))
+    assert (tmp_path / "w.csv").read_text() == (run_folder / "thresholds.csv").read_text()
+    assert [row["word"] for row in table] == tiny[1]
+    result, said = ask("tag", "photos/p1.jpg", "--threshold", "auto", "--model", run_folder)
+    tags = result["tags"]["photos/p1.jpg"]
+    for row in table:
+        if row["word"] in tags:
+            assert tags[row["word"]] >= float(row["threshold"])
+    text = (run_folder / "thresholds.csv").read_text()
+    (run_folder / "thresholds.csv").write_text(text.replace(f",{table[0]['step']}\n", ",7\n"))
+    with pytest.raises(ValueError, match="is of other weights"):
+        ask("tag", "photos/p1.jpg", "--threshold", "auto", "--model", run_folder)
+
+
+def test_tag_shows_the_words_of_a_photos_captions(tiny, ask):
+    index = data.Index("r/index")
+    names = [index.name(i) for i in range(len(index))]
+    name = next(name for name in names if is_whole(Path("photos", name)))
+    words = [tiny[1][k] for k in index.words(names.index(name))]
+    result, said = ask("tag", f"photos/{name}", "classes/class1/1.png")
+    assert result["captions"] == {f"photos/{name}": words}
+    assert said.out.count(f"(its captions: {', '.join(words)})") == 1
 
 
 def test_tag_takes_folders(ask):
@@ -3925,7 +4098,11 @@ def test_translate_leaves_out_words_spelt_alike(options, ask):
     result, said = ask("translate", "--pairs", "pairs.txt", *options)
     assert result["pairs"] == 15
     assert result["alike"] == 1
-    assert result["forward"]["chance"]["precision@1"] == pytest.approx(1 / 15)
+    for way in (result["forward"], result["backward"]):
+        assert way["candidates"] == 15 and way["all"]["candidates"] == 30
+        assert way["chance"]["precision@1"] == pytest.approx(1 / 15)
+        assert way["all"]["chance"]["precision@1"] == pytest.approx(1 / 30)
+        assert way["all"]["precision@10"] <= way["precision@10"]
     assert "best pairs" in said.out
 
 
@@ -3993,7 +4170,7 @@ def test_transfer_tells_colours_apart(options, ask):
 
 
 def test_transfer_by_class_names_needs_no_labelled_photo(tiny, tmp_path, ask):
-    """A class is found by its name's words; one without a known word is missed, and that is said."""
+    """A class without a known word in its name is missed, and that is said."""
     first, second, third = tiny[1][:3]
     for i, folder in enumerate([f"{first.upper()}_{second}", third, "unheardof"]):
         for number in range(6 + 6 * (i == 2)):
@@ -4054,7 +4231,7 @@ def test_report_is_one_file_with_its_pictures(tiny, ask):
     assert not result["failed"]
     assert len(result["parts"]) == page.count("<h2>") == 11
     assert result["parts"]["The run"]["epochs"] == 2
-    assert page.count("<table>") == 5
+    assert page.count("<table>") == 6
     # 12 photos with words and 6 of a word, all JPEG, as is the mosaic; the curves are PNG
     assert page.count("data:image/jpeg;base64") == 19
     assert page.count("data:image/png;base64") == 1
@@ -4122,6 +4299,7 @@ WRONG = {
     "pairs unknown": (["translate", "--pairs", "foreign.txt"], "knows both words of 0"),
     "captions foreign": (["words", "--captions", "foreign.tsv"], "there is no photo"),
     "no images": (["words", "--images", "nope"], "can be read from 'nope'"),
+    "per word of two": (["words", "r", "--per-word", "x.csv"], "is of one run"),
     "tiny map": (["map", "--images", "single", "--out", "x.png"], "takes 10"),
 }
 
