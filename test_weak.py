@@ -20,6 +20,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -1848,26 +1849,14 @@ def test_run_of_another_order_of_photos_is_not_resumed(start, train):
         train("--resume", "--out", "r")
 
 
-def rotate(rows):
-    """The captions with each photo's at the next photo."""
-    names = [name for name, _ in rows]
-    captions = [caption for _, caption in rows]
-    return list(zip(names, captions[1:] + captions[:1]))
-
-
-@pytest.mark.parametrize("change, what", [
-    (lambda rows: rows + [("p1.jpg", "novelty " * 500), *((f"p{i}.jpg", "novelty") for i in range(30))],
-     r"words of the dictionary are missing \(1\), e.g. wbq"),
-    (lambda rows: rows + [(f"new{i}.jpg", "wad wae") for i in range(20)],
-     r"\d+ training photos are \d+ now"),
-    (lambda rows: rows + [(f"p{i}.jpg", "wax") for i in range(9)],
-     r"wax is a word of \d+ training photos, now of \d+"),
-    (rotate, "")])
-def test_changed_captions_are_not_trained_on(change, what, start, train):
+@pytest.mark.parametrize("name, caption, what", [
+    ("p{}.jpg", "novelty " * 25, r"words of the dictionary are missing \(1\), e.g. wbq"),
+    ("new{}.jpg", "wag wah", r"\d+ training photos are \d+ now"),
+    ("p{}.jpg", "wax", r"wax is a word of \d+ training photos, now of \d+")])
+def test_changed_captions_are_not_trained_on(name, caption, what, start, train):
     weak.save(start())
-    rows = [line.rstrip("\n").split("\t") for line in open("captions.tsv")]
-    with open("captions.tsv", "w") as file:
-        file.writelines(f"{name}\t{caption}\n" for name, caption in change(rows))
+    with open("captions.tsv", "a") as file:
+        file.writelines(f"{name.format(i)}\t{caption}\n" for i in range(20))
     with pytest.raises(ValueError, match=f"the captions changed: .*{what}.*; choose another --out"):
         train("--resume", "--out", "r")
 
@@ -1888,9 +1877,9 @@ def test_changed_pairing_of_photos_and_words_is_noticed(start, train):
 
 def test_photos_and_captions_may_move(mine, train, tmp_path):
     """Packed, in another order, and with other times, captions are the same captions."""
-    mine += ["--epochs", 1]
-    train(*mine, "--out", "whole", "--epochs", 2)
-    train(*mine, "--out", "r")
+    mine += ["--final", 0, "--epochs"]
+    train(*mine, 2, "--out", "whole")
+    train(*mine, 1, "--out", "r")
     rows = open("captions.tsv").readlines()
     os.remove("captions.tsv")
     shutil.move("photos", "elsewhere")
@@ -1965,34 +1954,46 @@ def test_example_is_the_photo_that_the_weights_are_surest_of(start, monkeypatch,
     photos = weak.validation_photos(training.index)
     chosen = photos[5]
     word = training.index.words(chosen)[-1]
-    carriers = [photo for photo in photos if word in training.index.words(photo)]
     scores = np.zeros((len(photos), 30), np.float32)
     scores[5, word] = 9
     scores[6, :] = 50                           # as sure of every word as of any other
     monkeypatch.setattr(weak, "read_features", lambda run, photos: (scores, photos))
     monkeypatch.setattr(training.net.output, "scores", lambda features: features)
     assert weak.example_photo(training) == chosen
-    assert chosen in carriers
     weak.next_command(training)
     words = [training.index.dictionary[i] for i in training.index.words(chosen)]
     assert f"{training.index.name(chosen)} has the words {', '.join(words)}\n" in (
         capsys.readouterr().out)
-    training.held_out = 0
-    monkeypatch.setattr(weak, "read_features", lambda run, photos: ([], []))
+    monkeypatch.setattr(weak, "read_features", lambda run, photos: ([], []))        # none is there
     assert weak.example_photo(training) == 0
 
 
 def test_progress_says_when_training_ends(start):
     training = start()
-    progress = console.Progress("epoch", 96, done=0)
-    progress.started -= 10
-    progress.done = 48
-    seconds = int(10 + 20 * 20)                 # half of this epoch, and 20 more
-    said = weak.describe_end(training, progress)
-    assert re.fullmatch(r"ends 20 epochs after the best, in 6 min or more", said)
-    assert seconds // 60 == 6
-    training.options.epochs = 3
+    progress = Mock(total=96, left=lambda: 10, rate=lambda: 4.8)    # 20 s an epoch
+    best = "ends 20 epochs after the best"
+    assert weak.describe_end(training, progress) == f"{best}, in 6 min or more"     # 10 + 20 · 20 s
+    training.epoch = 7
+    row = {"epoch": 7, "validation_loss": 1.0, "map": 0, "scored_photos": 1, "scored_words": 1}
+    training.log.append(row)
+    assert weak.describe_end(training, progress) == f"{best}, in 6 min or more"
+    training.epoch = 22
+    assert weak.describe_end(training, progress) == f"{best}, in 90 s or more"      # 10 + 4 · 20 s
+    training.options.epochs = 25
     assert weak.describe_end(training, progress) == "50 s for all epochs"
+    training.options.epochs = None
+    training.options.patience = 0               # no end but by --min-lr
+    assert weak.describe_end(training, progress) == ""
+
+
+def test_stop_words_are_said_with_the_remedy(start, capsys):
+    start()
+    said = capsys.readouterr().out
+    assert "5 most frequent words are left out as stop words, e.g. waa (" in said
+    assert "; to train on them as well, --stop-words 0\n" in said
+    shutil.rmtree("r")
+    assert "waa" in start("--stop-words", 0).index.dictionary
+    assert "left out as stop words" not in capsys.readouterr().out
 
 
 def test_rate_is_halved_when_the_error_rose_also_after_a_resume(mine, train, held_out_losses):
@@ -2602,6 +2603,29 @@ def test_second_interrupt_ends_at_once_with_what_is_saved(start):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+LINGERING = """
+import threading, time
+from kernels import console
+def work():
+    threading.Thread(target=time.sleep, args=(20,)).start()
+    print("ready", flush=True)
+    time.sleep(60)
+console.run_command(work)
+"""
+
+
+def test_interrupt_while_threads_end_is_no_traceback():
+    process = subprocess.Popen([sys.executable, "-c", IMPORTING + LINGERING], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.stderr.readline() == "interrupted\n"
+    time.sleep(0.5)                             # the thread is waited for
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == -signal.SIGTERM
+    assert process.stderr.read() == ""
+
+
 def test_checkpoint_is_saved_within_a_long_epoch(start, monkeypatch):
     training = start("--epochs", 1)
     monkeypatch.setattr(weak, "SAVE_SECONDS", 0)
@@ -2699,6 +2723,17 @@ def test_bad_input_is_one_line_with_the_remedy(name, tmp_path, photos, train):
     assert remedy in str(error.value)
     assert "\n" not in str(error.value)
     assert (tmp_path / "other" / "words.txt").read_text() == "x"
+
+
+@pytest.mark.parametrize("arguments, remedy", [
+    (["features", "--images", "photos", "--out", "r/model.npz"], "is a run's own file; choose"),
+    (["words", "--json", "r/log.jsonl"], "is a run's own file; choose another name"),
+    (["words", "--out", "r/../r/curves.png"], "is a run's own file; choose another name"),
+    (["words", "--out", "o.png", "--json", "./o.png"], "both name o.png; choose two files")])
+def test_output_is_never_written_over_a_runs_own_files(arguments, remedy, start):
+    weak.save(start())
+    with pytest.raises(ValueError, match=remedy):
+        evaluation.main([arguments[0], "--model", "r", *arguments[1:]])
 
 
 def test_errors_end_in_one_line_and_a_status(tmp_path):
