@@ -603,7 +603,7 @@ FORMATS = {                     # the first that recognises a file's first line 
 #        to stand beside each other, and the held-out photos, those of the smallest hashes, first
 # index: photo → words is written set after set, and then turned round into word → photos
 
-INDEX_VERSION = 6
+INDEX_VERSION = 7
 BATCH_CHARACTERS = 8 << 20      # captions hashed at a time
 MOST_COUNTED = 2_000_000        # distinct words counted at a time: rare ones are dropped beyond
 SET_BYTES = 32 << 20            # captions of a set, which is sorted in memory
@@ -672,13 +672,18 @@ def _index_files():
 
 
 def _write_facts(work, facts):
-    """Write index.json, the last file of an index, when all others have reached the disk."""
+    """Write index.json, the last file of an index, when all others have reached the disk.
+
+    It has a digest of all that training sees of the captions, wherever they are and however packed.
+    """
     lengths = {}
+    digest = hashlib.blake2b("\n".join(facts["dictionary"]).encode(), digest_size=16)
     for name in COLUMNS:
         with open(f"{work}/{name}.npy", "rb") as file:
             os.fsync(file.fileno())
+            digest.update(hashlib.file_digest(file, "blake2b").digest())
         lengths[name] = len(np.load(f"{work}/{name}.npy", mmap_mode="r"))
-    facts = {**facts, "lengths": lengths}
+    facts = {**facts, "lengths": lengths, "digest": digest.hexdigest()}
     write_json(f"{work}/index.json", {**facts, "checksum": _checksum(facts)})
 
 
@@ -1335,8 +1340,11 @@ def is_picture(path):
 
 
 def walk_files(folder):
-    """Paths of the files in a folder and below it, but for hidden ones."""
+    """Paths of the files in a folder and below it, but for hidden ones and those of a run."""
     for place, folders, names in os.walk(folder):
+        if "run.lock" in names and place != folder:
+            folders.clear()
+            continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             if not name.startswith("."):
@@ -1637,7 +1645,9 @@ def load_checkpoint(path):
             arrays = {key: file[key] for key in file.files}
         facts = json.loads(arrays["facts"].tobytes())
         words = arrays["words"].tobytes().decode("utf-8", "surrogateescape").split("\n")
-    except Exception:                           # a broken zip file raises anything
+    except Exception as error:                  # a broken zip file raises anything
+        if isinstance(error, OSError) and error.errno:              # of the disk
+            raise OSError(error.errno, error.strerror, path) from None
         raise ValueError(f"{path} is not a model of weak.py, or it is damaged") from None
     weights = {key[2:]: value for key, value in arrays.items() if key.startswith("w/")}
     velocities = {key[2:]: value for key, value in arrays.items() if key.startswith("v/")}

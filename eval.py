@@ -1465,6 +1465,10 @@ def option(flag, **settings):
     return flag, settings
 
 
+RUN_FILES = {"run.lock", "model.npz", "best.npz", "words.txt", "log.jsonl", "skipped.txt",
+             "curves.png", "filters.png"}
+
+
 def output_option(flag, ending="", required=True, **settings):
     """An option that names a file to write: its name ends so, and its folder takes files."""
     def check(path):
@@ -1473,6 +1477,9 @@ def output_option(flag, ending="", required=True, **settings):
         folder = os.path.dirname(path) or "."
         if path != "-" and (os.path.isdir(path) or not os.access(folder, os.W_OK)):
             raise argparse.ArgumentTypeError(f"cannot write {path}; choose another place")
+        in_run = os.path.exists(os.path.join(folder, "model.npz"))
+        if in_run and os.path.basename(path) in RUN_FILES:
+            raise argparse.ArgumentTypeError(f"{path} is a run's own file; choose another name")
         return path
 
     settings = {"help": "the file to write", **settings}
@@ -2476,6 +2483,9 @@ def show_run(options, show, run):
 
 def main(arguments=None):
     options = PARSER.parse_args(arguments)
+    files = [os.path.abspath(path) for path in (options.json, options.out) if path]
+    if len(files) > len(set(files)):
+        raise ValueError(f"--json and --out both name {options.out}; choose two files")
     if options.threads:
         kernels.threads.start(options.threads)
     print(kernels.use(options.device, "fp32"), file=sys.stderr)     # distances cancel in TF32

@@ -16,10 +16,12 @@ import math
 import os
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -1753,7 +1755,7 @@ def losses_of(folder):
 def test_run_leaves_all_its_files(tiny):
     folder = tiny[0] / "r"
     said = (tiny[0] / "said.txt").read_text()
-    for text in "device: CPU", "next: python eval.py tag", "precision@1 ", "precision@5 ":
+    for text in "device: CPU", "precision@1 ", "precision@5 ":
         assert text in said
     log = log_of(folder)
     assert [row["epoch"] for row in log] == [1, 2]
@@ -1784,7 +1786,7 @@ def test_resumed_run_is_the_uninterrupted_one_to_the_bit(options, mine, start, t
     after_step(3, monkeypatch, lambda run: signal.raise_signal(signal.SIGINT))
     said = train("--resume", "--out", "r", expect=130)
     assert "going on at step 0," in said
-    assert "next: python weak.py --resume --out r" in said
+    assert "weak.py --resume --out r\n" in said
     assert facts_of("r")["step"] == 4
     train("--resume", "--out", "r")
     assert facts_of("r")["step"] == 6
@@ -1852,13 +1854,151 @@ def test_run_of_another_order_of_photos_is_not_resumed(start, train):
         train("--resume", "--out", "r")
 
 
-def test_changed_captions_are_not_trained_on(start, train):
+@pytest.mark.parametrize("name, caption, what", [
+    ("p{}.jpg", "novelty " * 25, r"words of the dictionary are missing \(1\), e.g. wbq"),
+    ("new{}.jpg", "wag wah", r"\d+ training photos are \d+ now"),
+    ("p{}.jpg", "wax", r"wax is a word of \d+ training photos, now of \d+")])
+def test_changed_captions_are_not_trained_on(name, caption, what, start, train):
     weak.save(start())
     with open("captions.tsv", "a") as file:
-        file.write("p1.jpg\t" + "novelty " * 500 + "\n")
-        file.writelines(f"p{i}.jpg\tnovelty\n" for i in range(30))
-    with pytest.raises(ValueError, match="the captions, and so the dictionary, changed"):
+        file.writelines(f"{name.format(i)}\t{caption}\n" for i in range(20))
+    with pytest.raises(ValueError, match=f"the captions changed: .*{what}.*; choose another --out"):
         train("--resume", "--out", "r")
+
+
+def test_changed_pairing_of_photos_and_words_is_noticed(start, train):
+    """Even where every word has as many photos as before: two photos change their captions."""
+    weak.save(start())
+    index = data.Index("r/index")
+    first, second = [index.name(photo) for photo in (index.held_out, index.held_out + 1)]
+    assert index.words(index.held_out).tolist() != index.words(index.held_out + 1).tolist()
+    swapped = {first: second, second: first}
+    rows = [line.split("\t") for line in open("captions.tsv")]
+    with open("captions.tsv", "w") as file:
+        file.writelines(f"{swapped.get(name, name)}\t{caption}" for name, caption in rows)
+    with pytest.raises(ValueError, match="changed: photos have other names, or other words"):
+        train("--resume", "--out", "r")
+
+
+def test_photos_and_captions_may_move(mine, train, tmp_path):
+    """Packed, in another order, and with other times, captions are the same captions."""
+    mine += ["--final", 0, "--epochs"]
+    train(*mine, 2, "--out", "whole")
+    train(*mine, 1, "--out", "r")
+    rows = open("captions.tsv").readlines()
+    os.remove("captions.tsv")
+    shutil.move("photos", "elsewhere")
+    with gzip.open("moved.tsv.gz", "wt") as file:
+        file.writelines(reversed(rows))
+    with pytest.raises(ValueError, match="photos; if it has moved, give its new place by --images"):
+        train("--resume", "--out", "r")
+    with pytest.raises(ValueError, match="captions.tsv; if it has moved, .* by --captions"):
+        train("--resume", "--out", "r", "--images", "elsewhere")
+    train("--resume", "--out", "r", "--images", "elsewhere", "--captions", "moved.tsv.gz",
+          "--epochs", 2)
+    assert not differing("whole", "r")
+
+
+def test_folder_that_is_its_own_captions_may_move_with_a_run_in_it(pictures, train, tmp_path):
+    """The pictures of the run are none of its photos."""
+    for i, name in enumerate(sorted(os.listdir(pictures))[:60]):
+        place = tmp_path / "here" / f"kind{chr(97 + i % 3)}"
+        place.mkdir(parents=True, exist_ok=True)
+        os.link(pictures / name, place / name)
+    train("--images", "here", "--out", "here/runs/r", *TINY, "--stop-words", 0, "--epochs", 1)
+    assert os.path.exists("here/runs/r/curves.png")
+    train("--resume", "--out", "here/runs/r", "--epochs", 2)
+    shutil.move("here", "there")
+    said = train("--resume", "--images", "there", "--out", "there/runs/r", "--epochs", 3)
+    assert "going on at step 12," in said
+    assert not any("runs" in name for name in data.list_photos("there"))
+    assert "curves.png" in data.list_photos("there/runs/r")         # if that is asked for
+
+
+def test_run_that_was_copied_goes_on(start, train):
+    weak.save(start("--epochs", 1))
+    os.remove("r/run.lock")                     # which is empty
+    assert "going on at step 0," in train("--resume", "--out", "r")
+
+
+def test_drawn_run_keeps_its_photos(train, monkeypatch):
+    monkeypatch.setattr(weak, "PHOTOS", 100)
+    train("--epochs", 1, "--epoch-size", 64, "--stop-words", 0)
+    with pytest.raises(ValueError, match="drew its own photos; leave out --images"):
+        train("--resume", "--images", ".", "--out", "runs/drawn")
+
+
+def test_refused_run_leaves_nothing(mine, train):
+    os.mkdir("mine")
+    Path("none").write_text("a.jpg\t\n")
+    for out in "mine", "new":
+        with pytest.raises(ValueError, match="no word of a photo"):
+            train("--images", "photos", "--captions", "none", "--out", out)
+    assert os.listdir("mine") == []
+    assert not os.path.exists("new")
+
+
+def test_next_command_may_be_pasted_whatever_the_names(mine, start, tmp_path, monkeypatch):
+    """From any folder, with blanks in paths, and without running what is in a name."""
+    training = start("--epochs", 1)
+    training.options.out = "a run; $(touch danger)"
+    monkeypatch.setattr(weak, "__file__", str(tmp_path / "its code" / "weak.py"))
+    monkeypatch.setattr(training.loader.folder, "find", lambda name: f"/x/$(touch danger) {name}")
+    command = weak.next_command(training)
+    assert shlex.split(command) == ["python", "its code/weak.py", "--resume", "--out",
+                                    training.options.out]
+    training.epoch = 1
+    *words, photo = shlex.split(weak.next_command(training))
+    assert words == ["python", "its code/eval.py", "tag", "--model", training.options.out]
+    assert photo.startswith("/x/$(touch danger) p")
+
+
+def test_example_is_the_photo_that_the_weights_are_surest_of(start, monkeypatch, capsys):
+    training = start("--epochs", 1)
+    training.epoch = 1
+    photos = weak.validation_photos(training.index)
+    chosen = photos[5]
+    word = training.index.words(chosen)[-1]
+    scores = np.zeros((len(photos), 30), np.float32)
+    scores[5, word] = 9
+    scores[6, :] = 50                           # as sure of every word as of any other
+    monkeypatch.setattr(weak, "read_features", lambda run, photos: (scores, photos))
+    monkeypatch.setattr(training.net.output, "scores", lambda features: features)
+    assert weak.example_photo(training) == chosen
+    weak.next_command(training)
+    words = [training.index.dictionary[i] for i in training.index.words(chosen)]
+    assert f"{training.index.name(chosen)} has the words {', '.join(words)}\n" in (
+        capsys.readouterr().out)
+    monkeypatch.setattr(weak, "read_features", lambda run, photos: ([], []))        # none is there
+    assert weak.example_photo(training) == 0
+
+
+def test_progress_says_when_training_ends(start):
+    training = start()
+    progress = Mock(total=96, left=lambda: 10, rate=lambda: 4.8)    # 20 s an epoch
+    best = "ends 20 epochs after the best"
+    assert weak.describe_end(training, progress) == f"{best}, in 6 min or more"     # 10 + 20 · 20 s
+    training.epoch = 7
+    row = {"epoch": 7, "validation_loss": 1.0, "map": 0, "scored_photos": 1, "scored_words": 1}
+    training.log.append(row)
+    assert weak.describe_end(training, progress) == f"{best}, in 6 min or more"
+    training.epoch = 22
+    assert weak.describe_end(training, progress) == f"{best}, in 90 s or more"      # 10 + 4 · 20 s
+    training.options.epochs = 25
+    assert weak.describe_end(training, progress) == "50 s for all epochs"
+    training.options.epochs = None
+    training.options.patience = 0               # no end but by --min-lr
+    assert weak.describe_end(training, progress) == ""
+
+
+def test_stop_words_are_said_with_the_remedy(start, capsys):
+    start()
+    said = capsys.readouterr().out
+    assert "5 most frequent words are left out as stop words, e.g. waa (" in said
+    assert "; to train on them as well, --stop-words 0\n" in said
+    shutil.rmtree("r")
+    assert "waa" in start("--stop-words", 0).index.dictionary
+    assert "left out as stop words" not in capsys.readouterr().out
 
 
 def test_rate_is_halved_when_the_error_rose_also_after_a_resume(mine, train, held_out_losses):
@@ -2197,6 +2337,85 @@ def test_best_epoch_is_written_at_the_end_if_not_before(start, held_out_losses, 
     assert facts_of("r", "best.npz")["epoch"] == 2
 
 
+def test_best_epoch_that_could_not_be_saved_is_saved_after_a_worse_one(
+        start, held_out_losses, monkeypatch):
+    training = start("--epochs", 3)
+    held_out_losses(3.0, 2.5, 2.7, 2.5)
+    after_step(12, monkeypatch, lambda run: best.update(weights_of(run)))
+    tries = fail_writes(monkeypatch, 3)
+    best = {}
+    weak.train(training, weak.Interrupt())
+    assert tries == ["best.npz", "model.npz"] * 3
+    saved = data.load_checkpoint("r/best.npz")
+    assert saved.facts["epoch"] == 2
+    assert len(saved.facts["log"]) == 2
+    assert all(np.array_equal(saved.weights[name], best[name]) for name in best)
+
+
+def weights_of(run):
+    """A copy of a run's weights."""
+    return {name: np.array(w) for name, w in run.net.state().items()}
+
+
+def test_best_epoch_that_cannot_be_saved_is_no_success(start, held_out_losses, monkeypatch):
+    training = start("--epochs", 2)
+    held_out_losses(2.5, 2.7, 2.7)
+    fail_writes(monkeypatch, 1, 3, 5, 7)
+    monkeypatch.setattr(weak, "RETRIES", 1)
+    weak.train(training, weak.Interrupt())
+    with pytest.raises(RuntimeError, match="r/model.npz is of step 12; best.npz lacks step 6, the"):
+        weak.finish(training, finished=True)
+
+
+def test_best_epoch_that_was_lost_is_said(mine, train, held_out_losses):
+    held_out_losses(2.5, 2.7, 2.7, 2.8, 2.8)
+    train(*mine, "--epochs", 2, "--out", "r")
+    os.remove("r/best.npz")
+    said = train("--resume", "--out", "r", "--epochs", 3)
+    assert "epoch 1 was better, but its weights could not be saved" in said
+
+
+@pytest.mark.parametrize("error", [errno.EFBIG, errno.EACCES])
+def test_what_waiting_cannot_mend_is_not_waited_for(error, start, monkeypatch, capsys):
+    training = start("--epochs", 1)
+    monkeypatch.setattr(data, "save_checkpoint", Mock(side_effect=OSError(error, "It is so")))
+    monkeypatch.setattr(weak.time, "sleep", pytest.fail)
+    weak.train(training, weak.Interrupt())
+    with pytest.raises(RuntimeError, match="step 6 could be saved: nothing was saved yet; best"):
+        weak.finish(training, finished=True)
+    assert "is not saved: It is so\n" in capsys.readouterr().err
+
+
+def test_folder_that_was_removed_is_not_waited_for_nor_claimed(start, monkeypatch):
+    training = start("--epochs", 1)
+    monkeypatch.setattr(weak.time, "sleep", pytest.fail)
+    weak.train(training, weak.Interrupt())
+    shutil.rmtree("r")
+    with pytest.raises(RuntimeError, match="nothing is saved, r/model.npz was removed"):
+        weak.finish(training, finished=True)
+
+
+def test_files_of_a_run_count_as_room_for_the_next_ones(start, monkeypatch):
+    training = start()
+    size = weak.weight_bytes(training)
+    weak.save(training)                         # 2 times the weights, with the velocities
+    disk = Mock(free=3.5 * size)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: disk)
+    weak.check_disk(training)
+    disk.free = 2.5 * size
+    with pytest.raises(ValueError, match="saving needs"):
+        weak.check_disk(training)
+
+
+def test_disk_errors_are_no_damage(checkpoint, monkeypatch, start):
+    path = checkpoint(1)
+    monkeypatch.setattr(np, "load", Mock(side_effect=OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(OSError, match=f"Input/output error: '{path}'"):
+        data.load_checkpoint(path)
+    with pytest.raises(OSError, match="Input/output error"):        # as no matter of ranks
+        start()
+
+
 @pytest.fixture
 def checkpoint(tmp_path):
     """checkpoint(step) is saved, and its path returned."""
@@ -2389,6 +2608,29 @@ def test_second_interrupt_ends_at_once_with_what_is_saved(start):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+LINGERING = """
+import threading, time
+from kernels import console
+def work():
+    threading.Thread(target=time.sleep, args=(20,)).start()
+    print("ready", flush=True)
+    time.sleep(60)
+console.run_command(work)
+"""
+
+
+def test_interrupt_while_threads_end_is_no_traceback():
+    process = subprocess.Popen([sys.executable, "-c", IMPORTING + LINGERING], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.stderr.readline() == "interrupted\n"
+    time.sleep(0.5)                             # the thread is waited for
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == -signal.SIGTERM
+    assert process.stderr.read() == ""
+
+
 def test_checkpoint_is_saved_within_a_long_epoch(start, monkeypatch):
     training = start("--epochs", 1)
     monkeypatch.setattr(weak, "SAVE_SECONDS", 0)
@@ -2442,7 +2684,9 @@ def test_drawn_scene_is_always_the_same():
 GIVEN = ["--images", "photos", "--captions"]
 BAD = {
     "no such images": (["--images", "none", "--captions", "captions.tsv"], "no folder"),
-    "no such captions": ([*GIVEN, "none"], "is no file"),
+    "no such captions": ([*GIVEN, "none"], "there is no file"),
+    "captions in a pipe": ([*GIVEN, "photos/model.npz"], "save a pipe to one first"),
+    "photos without --images": (["photos"], "photos' folder is given as --images photos"),
     "images missing": (["--captions", "captions.tsv"], "goes with --images"),
     "captions empty": ([*GIVEN, "empty"], "is empty"),
     "captions of nothing": ([*GIVEN, "blank"], "has no word of a photo"),
@@ -2484,6 +2728,17 @@ def test_bad_input_is_one_line_with_the_remedy(name, tmp_path, photos, train):
     assert remedy in str(error.value)
     assert "\n" not in str(error.value)
     assert (tmp_path / "other" / "words.txt").read_text() == "x"
+
+
+@pytest.mark.parametrize("arguments, remedy", [
+    (["features", "--images", "photos", "--out", "r/model.npz"], "is a run's own file; choose"),
+    (["words", "--json", "r/log.jsonl"], "is a run's own file; choose another name"),
+    (["words", "--out", "r/../r/curves.png"], "is a run's own file; choose another name"),
+    (["words", "--out", "o.png", "--json", "./o.png"], "both name o.png; choose two files")])
+def test_output_is_never_written_over_a_runs_own_files(arguments, remedy, start):
+    weak.save(start())
+    with pytest.raises(ValueError, match=remedy):
+        evaluation.main([arguments[0], "--model", "r", *arguments[1:]])
 
 
 def test_errors_end_in_one_line_and_a_status(tmp_path):
@@ -3010,10 +3265,10 @@ def test_weights_that_are_changed_in_place_are_seen(device, rng):
     (x,) = up(rng.standard_normal((2, 64, 64, 3)))
 
     def step(net):
-        (*_, scores) = all_scores = net.forward_training(x, model.Context())
-        _, gradients = model.training_losses(model.Softmax(), all_scores, np.array([3, 7]))
+        scores = net.forward_training(x, model.Context())
+        _, gradients = model.training_losses(model.Softmax(), scores, np.array([3, 7]))
         net.backward(gradients)
-        return kernels.to_host(scores), kernels.to_host(net.first.dw)
+        return kernels.to_host(scores[-1]), kernels.to_host(net.first.dw)
 
     net = tiny_googlenet(9)
     before, _ = step(net)

@@ -11,6 +11,7 @@ holds model.npz (all of the run), best.npz (the weights of the best epoch), word
 log.jsonl, skipped.txt, curves.png and filters.png.
 """
 import argparse
+import errno
 import fcntl
 import glob
 import itertools
@@ -24,6 +25,7 @@ import sys
 import time
 import warnings
 import zlib
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -59,11 +61,14 @@ DIVERGED = 10                   # times the loss of guessing: training diverges
 SAVE_SECONDS = 600              # between two checkpoints within an epoch
 RETRY_SECONDS = 10              # between two tries to make the last save on a full disk
 RETRIES = 360                   # of them: an hour
+LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
+                                # errors of a disk that no waiting mends
+EXAMPLES = 100                  # held-out photos, of which one is named at the end
 EMPTY_STEPS = 100               # steps in a row without a photo that can be read: give up
 ORDER = 3                       # version of what steps draw, and of how their rows weigh
 DRAWN = {"words": 80, "stop_words": 10, "epochs": 3, "epoch_size": 9_000}      # without --images
-CHANGEABLE = {"resume", "out", "images", "epochs", "final", "min_lr", "patience", "workers",
-              "threads", "device", "precision"}     # options that a resumed run may change
+CHANGEABLE = {"resume", "out", "images", "captions", "epochs", "final", "min_lr", "patience",
+              "workers", "threads", "device", "precision"}      # options a resumed run may change
 
 
 def main(arguments=None):
@@ -74,12 +79,17 @@ def main(arguments=None):
     options, checkpoint = read_options(arguments)
     share_machine(options, ranks)
     print(kernels.use(options.device, options.precision, ranks.local_rank), flush=True)
-    if ranks.rank == 0:
-        lock = lock_folder(options.out)         # held until main returns
-        if options.drawn:
+    with hold_folder(options.out, ranks):
+        if options.drawn and ranks.rank == 0:
             draw_set(options.images, options.captions, options.seed)
-    index = read_captions(options, ranks)
-    run = begin_run(options, index, checkpoint, ranks)
+        index = read_captions(options, ranks)
+        run = begin_run(options, index, checkpoint, ranks)
+        finished = train_and_finish(run)
+    return 0 if finished else 130
+
+
+def train_and_finish(run):
+    """Train, save, and say what to do next; False if interrupted before the end."""
     warnings.filterwarnings("ignore", "(overflow|invalid value)", RuntimeWarning)   # the loss says
     try:
         with run.loader:
@@ -88,14 +98,15 @@ def main(arguments=None):
             finish(run, finished)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; {describe_saved(run)}") from None
-    return 0 if finished else 130
+    return finished
 
 
 # ---------------------------------------------------------------------------------- options
 
 def make_parser():
     """All options; the defaults of --batch, --dropout and --lr depend on the network."""
-    parser = console.Parser(description=console.summary(__doc__))
+    parser = console.Parser(description=console.summary(__doc__),
+                            stray="photos' folder is given as --images {}")
     add_data_options(parser.add_argument_group("data").add_argument)
     add_model_options(parser.add_argument_group("model").add_argument)
     add_training_options(parser.add_argument_group("training").add_argument)
@@ -118,8 +129,8 @@ def add_data_options(add):
         "photo; or a photo with all its words")
     add("--positives", choices=sorted({*data.POSITIVES["class"], *data.POSITIVES["image"]}),
         help="of a photo drawn by class: the drawn word (default), or all its words, each of the "
-        "same weight or balanced as the drawn ones; by image: all its words, of the same weight "
-        "(default), or the more the rarer (idf)")
+        "same weight or balanced as the drawn ones (default without --images); by image: all its "
+        "words, of the same weight (default), or the more the rarer (idf)")
 
 
 def add_model_options(add):
@@ -219,7 +230,13 @@ def resumed_options(defaults, stored, given, out):
     if changes:
         raise ValueError(f"the run in {out} began with other options: {', '.join(changes)}; "
                          "leave them out, or choose another --out")
-    return argparse.Namespace(**{**defaults, **stored, **given})
+    options = argparse.Namespace(**{**defaults, **stored, **given})
+    moved = given.keys() & {"images", "captions"}
+    if options.drawn and moved:
+        raise ValueError(f"the run in {out} drew its own photos; leave out --{min(moved)}")
+    if stored["captions"] == stored["images"] and "captions" not in given:
+        options.captions = options.images       # the folder is its own captions
+    return options
 
 
 def new_options(defaults, given):
@@ -254,10 +271,8 @@ def default_positives(options):
 
 def check_options(options):
     """ValueError for what no run can be made of."""
-    if not options.drawn and not os.path.isdir(options.images):
-        raise ValueError(f"images: there is no folder {options.images}")
-    if not (options.drawn or os.path.isfile(options.captions) or os.path.isdir(options.captions)):
-        raise ValueError(f"captions: {options.captions} is no file; save a pipe to one first")
+    if not options.drawn:
+        check_sources(options)
     possible = data.POSITIVES[options.sampling]
     if options.positives not in possible:
         raise ValueError(f"--positives {options.positives} is impossible with --sampling "
@@ -270,6 +285,18 @@ def check_options(options):
         raise ValueError("--negatives goes with --targets sampled")
     if options.targets == "batch" and options.batch == 1:
         raise ValueError("--targets batch compares a batch's photos; use --batch 2 or more")
+
+
+def check_sources(options):
+    """ValueError unless the photos' folder and the captions are there."""
+    where = "if it has moved, give its new place by" if options.resume else "check"
+    captions = options.captions
+    if not os.path.isdir(options.images):
+        raise ValueError(f"images: there is no folder {options.images}; {where} --images")
+    if not os.path.exists(captions):
+        raise ValueError(f"captions: there is no file {captions}; {where} --captions")
+    if not os.path.isfile(captions) and not os.path.isdir(captions):
+        raise ValueError(f"captions: {captions} is no file; save a pipe to one first")
 
 
 def share_machine(options, ranks):
@@ -285,12 +312,38 @@ def share_machine(options, ranks):
         options.workers = min(8, max(1, cores // count))
 
 
+@contextmanager
+def hold_folder(out, ranks):
+    """Hold the run's folder in this block, for all ranks; a run that leaves no file leaves none."""
+    if ranks.rank:
+        yield
+        return
+    is_new = not os.path.exists(out)
+    with lock_folder(out):
+        try:
+            yield
+        finally:
+            with suppress(OSError):             # somebody may have removed the folder
+                remove_if_empty(out, is_new)
+
+
+def remove_if_empty(out, is_new):
+    """Remove run.lock if it is alone, and then the folder if that is new."""
+    if os.listdir(out) != ["run.lock"]:
+        return
+    os.remove(os.path.join(out, "run.lock"))
+    if is_new:
+        os.rmdir(out)
+
+
 def lock_folder(out):
     """Make the run's folder and hold it: ValueError if it holds other things, or another run."""
     path = os.path.join(out, "run.lock")
     try:
         os.makedirs(out, exist_ok=True)
-        if os.listdir(out) and not os.path.exists(path):
+        names = os.listdir(out)
+        # a run that was copied may lack the lock, which is empty
+        if names and "run.lock" not in names and "model.npz" not in names:
             raise ValueError(f"{out} holds other things than a run; choose another --out")
         lock = open(path, "a")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -316,13 +369,10 @@ def read_captions(options, ranks):
     text = data.Text(options.words, options.stop_words, options.valid)
     folder = os.path.join(options.out, "index")
     if ranks.rank == 0:
-        data.build_index(options.captions, folder, text, options.format)
+        index = data.build_index(options.captions, folder, text, options.format)
     ranks.broadcast(None)                       # the others wait here
-    try:
-        index = data.Index(folder)
-    except OSError:
-        raise RuntimeError(f"the first rank's {folder} is not to be seen here; put --out and the "
-                           "photos on a disk that all machines share") from None
+    if ranks.rank:
+        index = open_index(folder)
     options.format = index.facts["fingerprint"]["format"]
     options.stop_words = index.facts["stop_words"]
     describe_index(index, options)
@@ -334,6 +384,15 @@ def read_captions(options, ranks):
     if ranks.rank == 0:
         data.check_photos(options.images, index)
     return index
+
+
+def open_index(folder):
+    """The index that the first rank made; RuntimeError if it is not to be seen here."""
+    try:
+        return data.Index(folder)
+    except FileNotFoundError:
+        raise RuntimeError(f"the first rank's {folder} is not to be seen here; put --out and the "
+                           "photos on a disk that all machines share") from None
 
 
 def describe_index(index, options):
@@ -350,7 +409,8 @@ def describe_index(index, options):
         "bad_lines": "lines are no captions",
         "refused": "names are absolute or leave --images: refused",
         "without_words": "photos have no word of the dictionary",
-        "stop_words": f"stop words are left out, e.g. {stop_words}",
+        "stop_words": f"most frequent words are left out as stop words, e.g. {stop_words}; "
+                      "to train on them as well, --stop-words 0",
         "rest": f"rarer words are left out, e.g. {rare_words}"}
     for fact, note in notes.items():
         if facts[fact]:
@@ -404,6 +464,8 @@ class Run:
     empty_steps: int = 0                # steps without a photo since the last one with some
     saved: int | None = None            # the step of model.npz
     saved_best: int | None = None       # the step of best.npz, if this process wrote it
+    unsaved_best: data.Checkpoint | None = None     # … and what it shall be, if that failed
+    write_error: OSError | None = None  # of the last save
     saved_at: float = field(default_factory=time.monotonic)
 
     @property
@@ -431,6 +493,8 @@ class Run:
 
 def begin_run(options, index, checkpoint, ranks):
     """A new run, or the one of the checkpoint as it was when that was written."""
+    if checkpoint:
+        check_captions(checkpoint, index, options.out)
     recipe = model.NETWORKS[options.network]
     frequency = label_frequency(options, index)                     # (K,)
     loss = model.LOSSES[options.loss]
@@ -457,6 +521,32 @@ def begin_run(options, index, checkpoint, ranks):
     check_memory(run)
     write_files(run)
     return run
+
+
+def check_captions(checkpoint, index, out):
+    """ValueError unless the captions are those of the checkpoint, wherever they are now."""
+    digest = checkpoint.facts.get("digest", index.facts["digest"])      # older ones have none
+    if digest == index.facts["digest"] and checkpoint.words == index.dictionary:
+        return
+    raise ValueError(f"the captions changed: {describe_changes(checkpoint, index)}; choose another "
+                     f"--out, and --from {out} to begin with its weights")
+
+
+def describe_changes(checkpoint, index):
+    """What of the captions is not as it was when the checkpoint was written."""
+    missing = sorted(set(checkpoint.words).difference(index.dictionary))
+    new = sorted(set(index.dictionary).difference(checkpoint.words))
+    if missing:
+        return f"words of the dictionary are missing ({len(missing):,}), e.g. {missing[0]}"
+    if new:
+        return f"words of the dictionary are new ({len(new):,}), e.g. {new[0]}"
+    if checkpoint.facts["training"] != index.training:
+        return f"{checkpoint.facts['training']:,} training photos are {index.training:,} now"
+    before = dict(zip(checkpoint.words, checkpoint.facts["counts"]))
+    for word, count in zip(index.dictionary, index.counts):
+        if count != before[word]:
+            return f"{word} is a word of {before[word]:,} training photos, now of {count:,}"
+    return "photos have other names, or other words of the dictionary"
 
 
 def label_frequency(options, index):
@@ -514,8 +604,6 @@ def extend_history(options, index, history):
 
 def make_network(options, index, checkpoint, source):
     """The network with its first weights, those to go on with, or those of a source."""
-    if checkpoint and checkpoint.words != index.dictionary:
-        raise ValueError("the captions, and so the dictionary, changed; choose another --out")
     build = model.NETWORKS[options.network].build
     net = build(len(index.dictionary), options.dropout, seed=options.seed)
     if checkpoint:
@@ -549,14 +637,27 @@ def weight_bytes(run):
     return sum(v.nbytes for v in run.sgd.v.values())
 
 
-def check_disk(run):
-    """Say what a checkpoint takes; ValueError if the disk has no room to write it safely."""
+def disk_bytes(run):
+    """Bytes of the two checkpoints, and how many must be free to save them, again and again.
+
+    model.npz has the weights and the velocities, best.npz the weights alone: 3 times the weights.
+    The next model.npz is written beside the last, so 5 times; what is there already counts.
+    """
     size = weight_bytes(run)
+    there = 0
+    for name in "model.npz", "best.npz":
+        with suppress(FileNotFoundError):
+            there += os.path.getsize(run.path(name))
+    return 3 * size, max(0, 5 * size - there)
+
+
+def check_disk(run):
+    """Say what the checkpoints take; ValueError if the disk has no room to write them safely."""
     out = run.options.out
+    total, needed = disk_bytes(run)
     free = shutil.disk_usage(out).free
-    print(f"{run.options.network}: {size // 4:,} parameters; checkpoint and best model take "
-          f"{3 * size / 1e6:,.0f} MB of {free / 1e9:,.1f} GB free", flush=True)
-    needed = 5 * size                           # the next checkpoint is written beside the last
+    print(f"{run.options.network}: {weight_bytes(run) // 4:,} parameters; checkpoint and best "
+          f"model take {total / 1e6:,.0f} MB, {free / 1e9:,.1f} GB are free", flush=True)
     if free < needed:
         raise ValueError(f"{out} has {free / 1e6:,.0f} MB free, and saving needs "
                          f"{needed / 1e6:,.0f}; free some, or choose another --out")
@@ -633,7 +734,12 @@ def train(run, interrupt):
 
 
 def train_step(run, batch, pixels, available, counted):
-    """One step of SGD: forward, loss, backward, the sum of all ranks' gradients, update."""
+    """One step of SGD: forward, loss, backward, the sum of all ranks' gradients, update.
+
+    batch: a data.Batch, the photos drawn and their words; from the loader, pixels, uint8
+    (N, S, S, 3), and available (N,), False where no photo could be read; counted: how many could,
+    on all ranks. With one rank, begin_allreduce and wait do nothing: the sums are there already.
+    """
     labels = make_labels(run, batch, available, counted)
     context = model.Context(run.options.seed, run.step, batch.rows.start, labels.classes)
     x = kernels.prepare(pixels, batch.top, batch.left, batch.flip, run.recipe.crop)  # (N, H, W, 3)
@@ -712,13 +818,18 @@ def stop_reason(run):
         return "--min-lr"
     if options.epochs and run.epoch >= options.epochs:
         return "--epochs"
-    patience = options.patience
-    if patience is None and options.epochs is None:
-        patience = PATIENCE * options.epochs_per_lr
     best = best_epoch(run.log)
+    patience = patience_of(options)
     if patience and best and run.epoch - best["epoch"] >= patience:
         return "--patience"
     return None
+
+
+def patience_of(options):
+    """After how many epochs without a better one training ends; None: after any number."""
+    if options.patience is None and options.epochs is None:
+        return PATIENCE * options.epochs_per_lr
+    return options.patience
 
 
 def best_epoch(log):
@@ -799,9 +910,10 @@ def describe_epoch(row, targets, waiting):
 
 def validate(run):
     """Metrics on held-out photos; None without any."""
-    features, targets = read_features(run, validation_photos(run.index))
+    features, photos = read_features(run, validation_photos(run.index))
     scores = None
-    if targets:                                 # on the first rank
+    if photos:                                  # on the first rank
+        targets = [run.index.words(photo) for photo in photos]
         scores = evaluation.word_metrics(features, run.net.output, targets, run.index.counts,
                                          run.held_out_loss, run.shift)
     return run.ranks.broadcast(scores)
@@ -809,16 +921,17 @@ def validate(run):
 
 def measure_training_loss(run):
     """The loss of training photos by the definition of the held-out loss; None without any."""
-    features, targets = read_features(run, compared_photos(run.index))
+    features, photos = read_features(run, compared_photos(run.index))
     loss = None
-    if targets:                                 # on the first rank
+    if photos:                                  # on the first rank
+        targets = [run.index.words(photo) for photo in photos]
         loss = evaluation.mean_loss(features, run.net.output, targets, run.held_out_loss,
                                     run.shift)
     return run.ranks.broadcast(loss)
 
 
 def read_features(run, photos):
-    """Features (N, E) and words (N arrays) of those photos that can be read, on the first rank.
+    """Features (N, E) of those photos that can be read, and these photos, on the first rank.
 
     Each rank reads a part of the photos. On the others, both are empty.
     """
@@ -826,10 +939,9 @@ def read_features(run, photos):
         run.net, run.loader, photos[run.ranks.part(len(photos))], run.recipe.crop)
     found = run.ranks.gather(found)
     features = run.ranks.gather(kernels.to_host(features))          # a list of N rows (E,)
-    targets = [run.index.words(photo) for photo in found]
-    if not targets:
+    if not found:
         return [], []
-    return kernels.to_device(np.stack(features)), targets
+    return kernels.to_device(np.stack(features)), found
 
 
 def validation_photos(index):
@@ -848,7 +960,8 @@ def compared_photos(index):
 def check_divergence(run, loss):
     """RuntimeError if the held-out loss is far above that of guessing."""
     words_per_photo = run.index.labels / len(run.index)
-    k = 1 + len(run.index.dictionary)           # since guessing costs nothing with one word alone
+    # Of K words alone guessing would cost ln K, which is 0 for K = 1, and any loss more than that.
+    k = len(run.index.dictionary) + 1
     if not loss < DIVERGED * run.held_out_loss.of_guessing(k, words_per_photo):
         raise divergence(run, f"training diverges, the held-out loss is {loss:.4g}")
 
@@ -886,11 +999,28 @@ def show_progress(run, progress):
     loss = loss_since_shown(run)
     if loss is not None:
         notes.insert(0, f"objective {loss:.4f}")
-    if run.options.epochs:
-        epochs_left = run.options.epochs - run.epoch - 1
-        seconds = progress.left() + epochs_left * progress.total / progress.rate()
-        notes.append(f"{console.duration(seconds)} for all epochs")
+    end = describe_end(run, progress)
+    if end:
+        notes.append(end)
     progress.show(", ".join(notes))
+
+
+def describe_end(run, progress):
+    """In what time training will be over, by --epochs or, at the earliest, by patience; or ""."""
+    options = run.options
+    patience = patience_of(options)
+    if options.epochs:
+        last = options.epochs
+    elif patience and run.index.held_out:
+        best = best_epoch(run.log)
+        last = patience + (best["epoch"] if best else 1)
+    else:
+        return ""
+    epochs_left = last - run.epoch - 1          # after this one
+    seconds = progress.left() + epochs_left * progress.total / progress.rate()
+    if options.epochs:
+        return f"{console.duration(seconds)} for all epochs"
+    return f"ends {patience} epochs after the best, in {console.duration(seconds)} or more"
 
 
 def loss_since_shown(run):
@@ -930,20 +1060,38 @@ def divergence(run, what):
 
 # ---------------------------------------------------------------------------- save and resume
 
-def save(run, then=""):
-    """Write model.npz, and after the best epoch best.npz; then: what to do if the disk is full."""
+def save(run, trying_again=False):
+    """Write model.npz, and after the best epoch best.npz; what fails is said, and tried again."""
     sum_losses(run)                             # which raises unless they are finite
     weights = run.net.state()
     check_weights(run, weights)                 # the last update may have diverged
     facts = collect_facts(run)
+    words = run.index.dictionary
     written = False
     if run.ranks.rank == 0:
-        if best_is_due(run) and write_checkpoint(run, "best.npz", weights, {}, facts, then):
-            run.saved_best = run.step
-        written = write_checkpoint(run, "model.npz", weights, run.sgd.v, facts, then)
+        run.write_error = None
+        if best_is_due(run):
+            run.unsaved_best = data.Checkpoint(weights, {}, facts, words)
+        if run.unsaved_best:
+            save_best(run, trying_again)
+        checkpoint = data.Checkpoint(weights, run.sgd.v, facts, words)
+        written = write_checkpoint(run, "model.npz", checkpoint, trying_again)
     if run.ranks.broadcast(written):
         run.saved = run.step
     run.saved_at = time.monotonic()
+
+
+def save_best(run, trying_again):
+    """Write best.npz; what the disk does not take is kept for the next save."""
+    best = run.unsaved_best
+    if write_checkpoint(run, "best.npz", best, trying_again):
+        run.saved_best = best.facts["step"]
+        run.unsaved_best = None
+        return
+    copies = {}                                 # the next step changes the weights in place
+    for name, array in best.weights.items():
+        copies[name] = np.array(kernels.to_host(array))
+    run.unsaved_best = best._replace(weights=copies)
 
 
 def check_weights(run, weights):
@@ -960,7 +1108,7 @@ def best_is_due(run):
 
 
 def collect_facts(run):
-    """What a checkpoint holds besides arrays, from all ranks."""
+    """What a checkpoint holds besides arrays, from all ranks; later steps change nothing of it."""
     losses = run.ranks.gather(kernels.to_host(run.current.losses).tolist())
     weights = run.ranks.gather(run.current.weights.tolist())
     return {
@@ -970,8 +1118,9 @@ def collect_facts(run):
         "epoch": run.epoch,
         "under_way": {"steps": run.current.steps, "final_steps": run.current.final_steps,
                       "losses": losses, "weights": weights},
-        "log": run.log,
-        "plateau": vars(run.schedule),
+        "log": list(run.log),
+        "plateau": dict(vars(run.schedule)),
+        "digest": run.index.facts["digest"],
         "counts": run.index.counts.tolist(),
         "training": run.index.training,
         "label_frequency": run.label_frequency.tolist(),
@@ -984,24 +1133,36 @@ def gather_skipped(run):
     return dict(run.ranks.gather(run.loader.skipped.items()))
 
 
-def write_checkpoint(run, name, weights, velocities, facts, then):
+def write_checkpoint(run, name, checkpoint, trying_again):
     """Write a checkpoint; False, and a line that says why, if the disk does not take it."""
-    checkpoint = data.Checkpoint(weights, velocities, facts, run.index.dictionary)
     try:
         data.save_checkpoint(run.path(name), checkpoint)
     except OSError as error:
-        needed = 3 * weight_bytes(run) / 1e6    # with best.npz
-        print(f"step {run.step:,}: {run.path(name)} is not saved: {error.strerror or error}; "
-              f"saving needs {needed:,.0f} MB, free some space{then}", file=sys.stderr, flush=True)
+        run.write_error = error
+        remedy = ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _, needed = disk_bytes(run)
+            remedy = f"; saving needs {needed / 1e6:,.0f} MB, free some space"
+        if trying_again and waiting_may_help(run):
+            remedy += f"; trying again in {RETRY_SECONDS} s"
+        print(f"step {run.step:,}: {run.path(name)} is not saved: {error.strerror or error}"
+              f"{remedy}", file=sys.stderr, flush=True)
         return False
     return True
 
 
 def describe_saved(run):
     """What of this run is on the disk."""
+    path = run.path("model.npz")
     if run.saved is None:
-        return "nothing was saved yet"
-    return f"{run.path('model.npz')} is of step {run.saved:,}"
+        text = "nothing was saved yet"
+    elif os.path.exists(path):
+        text = f"{path} is of step {run.saved:,}"
+    else:
+        text = f"nothing is saved, {path} was removed"
+    if run.unsaved_best:
+        text += f"; best.npz lacks step {run.unsaved_best.facts['step']:,}, the best"
+    return text
 
 
 def restore(run, checkpoint):
@@ -1084,65 +1245,94 @@ def draw_pictures(run):
 
 def finish(run, finished):
     """Save, show what the best weights learned, and say what to do next."""
-    save_at_last(run)
+    saved = save_at_last(run)
     write_files(run)
     if finished:
-        show_scores(run)
+        show_scores(run, saved)
     skipped = gather_skipped(run)
     if skipped:
         name, why = next(iter(skipped.items()))
         print(f"skipped {len(skipped):,} photos, e.g. {name}: {why}; "
               f"all: {run.path('skipped.txt')}")
+    if not saved:
+        raise RuntimeError(f"not all of step {run.step:,} could be saved: {describe_saved(run)}")
     kinds = ("best.npz", ".jsonl", ".png", ".txt")
     files = [name for name in sorted(os.listdir(run.options.out)) if name.endswith(kinds)]
     print(f"{describe_saved(run)}; beside it: {', '.join(files)}")
-    if run.saved != run.step:
-        raise RuntimeError(f"step {run.step:,} could not be saved: {describe_saved(run)}")
-    print(f"next: {next_command(run, skipped)}")
+    print(f"next: {next_command(run)}")
 
 
 def save_at_last(run):
-    """Save what is not on the disk yet, trying again for an hour if that is full."""
-    tries = 0
-    while run.ranks.broadcast(save_is_due(run)) and tries <= RETRIES:
-        if tries:
-            time.sleep(RETRY_SECONDS)
-        then = f": trying again in {RETRY_SECONDS} s" if tries < RETRIES else ""
-        save(run, then)
-        tries += 1
+    """Save what is not on the disk yet, for an hour if waiting may help; False if in vain."""
+    if not run.ranks.broadcast(save_is_due(run)):
+        return True
+    for tries_left in range(RETRIES, -1, -1):
+        save(run, trying_again=tries_left > 0)
+        if not run.ranks.broadcast(save_is_due(run)):
+            return True
+        if not tries_left or not run.ranks.broadcast(waiting_may_help(run)):
+            return False
+        time.sleep(RETRY_SECONDS)
+
+
+def waiting_may_help(run):
+    """Whether what went wrong with the last save is such that it may pass."""
+    return run.write_error is None or run.write_error.errno not in LASTING
 
 
 def save_is_due(run):
-    """Whether something of this step is not on the disk."""
-    return (run.saved != run.step or best_is_due(run)
+    """Whether something of this run is not on the disk."""
+    return (run.saved != run.step or best_is_due(run) or run.unsaved_best is not None
             or not os.path.exists(run.path("model.npz")))           # somebody may have removed it
 
 
-def show_scores(run):
-    """Print the scores of the best weights, or of the last ones if they could not be saved."""
-    if run.saved == run.step:
+def show_scores(run, saved):
+    """Load the best weights, if they are saved, and print their scores, or else the last ones'."""
+    if saved:
         path = data.find_checkpoint(run.options.out)
         checkpoint = data.load_checkpoint(path)
         run.net.load(checkpoint.weights)
         print(evaluation.describe_checkpoint(path, checkpoint.facts))
+        best = best_epoch(run.log)
+        if best and best["step"] != checkpoint.facts["step"]:
+            print(f"epoch {best['epoch']} was better, but its weights could not be saved")
     scores = validate(run)
     if scores:
         evaluation.print_words(scores)
 
 
-def next_command(run, skipped):
-    """The command to paste now."""
+def next_command(run):
+    """The command to paste now, whatever the names in it are and wherever one stands."""
     out = shlex.quote(run.options.out)
     if not stop_reason(run):
-        return f"python weak.py --resume --out {out}"
-    return f"python eval.py tag --model {out} {shlex.quote(example_photo(run, skipped))}"
+        return f"python {script_path('weak.py')} --resume --out {out}"
+    photo = example_photo(run)
+    words = [run.index.dictionary[word] for word in run.index.words(photo)]
+    path = run.loader.folder.find(run.index.name(photo))
+    print(f"for example, {run.index.name(photo)} has the words {', '.join(words)}")
+    return f"python {script_path('eval.py')} tag --model {out} {shlex.quote(path)}"
 
 
-def example_photo(run, skipped):
-    """The path of a photo that can be read, a held-out one if there are any."""
-    names = [run.index.name(photo) for photo in validation_photos(run.index) or [0]]
-    readable = [name for name in names if name not in skipped]
-    return run.loader.folder.find((readable or names)[0])
+def script_path(name):
+    """The path of a script beside this one, as a shell takes it."""
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), name)
+    return shlex.quote(min(os.path.relpath(path), path, key=len))
+
+
+def example_photo(run):
+    """The held-out photo of whose words the weights are surest of one; photo 0 without any."""
+    features, photos = read_features(run, validation_photos(run.index)[:EXAMPLES])
+    best = 0
+    if photos:                                  # on the first rank
+        scores = kernels.to_host(run.net.output.scores(features))   # (n, K)
+        if run.shift is not None:
+            scores = scores + run.shift
+        p = run.held_out_loss.probabilities(scores)
+        sureness = [p[i, run.index.words(photo)].max() for i, photo in enumerate(photos)]
+        best = photos[int(np.argmax(sureness))]
+    return run.ranks.broadcast(best)
+
+
 # --------------------------------------------------------------------------- the drawn set
 
 COLOURS = {                     # English and French: RGB
@@ -1228,21 +1418,22 @@ def choose(rng, things, zipf=0):
 
 def draw_shape(draw, shape, corner, width, colour, rng):
     """A box, oval, arc or polygon with points in a unit box, in its own colour or in a shade."""
-    kind, *numbers = shape.split()
-    if numbers[-1].startswith("#"):
-        fill = numbers.pop()
+    kind, *fields = shape.split()
+    if fields[-1].startswith("#"):
+        fill = fields.pop()
     else:
         fill = shade(colour, rng)
-    points = np.array(numbers, float).reshape(-1, 2) * width + corner           # (points, 2)
-    points = points.ravel().tolist()
+    unit_points = np.array(fields, float).reshape(-1, 2)            # (points, 2)
+    points = unit_points * width + corner
+    coordinates = points.ravel().tolist()       # x, y, x, y, …
     if kind == "box":
-        draw.rectangle(points, fill)
+        draw.rectangle(coordinates, fill)
     elif kind == "oval":
-        draw.ellipse(points, fill)
+        draw.ellipse(coordinates, fill)
     elif kind == "poly":
-        draw.polygon(points, fill)
+        draw.polygon(coordinates, fill)
     else:                                       # an arc: the upper half of an oval
-        draw.pieslice(points, 180, 360, fill)
+        draw.pieslice(coordinates, 180, 360, fill)
 
 
 def shade(colour, rng):
