@@ -1090,25 +1090,44 @@ class Trained:
         self.net = self.recipe.build(len(self.words), self.options["dropout"], seed=None)
         self.net.load(checkpoint.weights)
         self.learned_b = self.net.output.b
+        self.label_frequency = facts.get("label_frequency")         # older checkpoints have none
+        if self.label_frequency is None:
+            self.label_frequency = self.find_label_frequency()
         self.shift = None
         if prior == "real":
-            self.add_prior(facts.get("label_frequency"))
+            self.add_prior()
 
-    def add_prior(self, label_frequency):
+    def add_prior(self):
         """Add the prior of real photos to the biases, and say on stderr how good it is."""
-        if label_frequency is None:             # a checkpoint of before they had it
-            label_frequency = self.find_label_frequency()
-        if label_frequency is None:
+        if self.label_frequency is None:
             print("prior: not known, the run's captions or index are not at hand; probabilities "
                   "are those of the words as training drew them", file=sys.stderr, flush=True)
             return
-        self.shift = model.prior_shift(self.options, self.counts, self.training, label_frequency)
+        self.shift = self.real_prior()
         if self.shift is None:
             return
         self.net.output.b = self.learned_b + kernels.to_device(self.shift)
-        how = "exactly" if model.prior_is_exact(self.options) else "approximately"
-        print(f"prior: scores are {how} those of photos as they are, not as training drew them",
-              file=sys.stderr, flush=True)
+        how = "an exact" if model.prior_is_exact(self.options) else "an approximate"
+        print(f"prior: words are as frequent as in photos, by {how} correction of how training "
+              "drew them", file=sys.stderr, flush=True)
+
+    def real_prior(self):
+        """As model.prior_shift, (K,) or None for nothing."""
+        return model.prior_shift(self.options, self.counts, self.training, self.label_frequency)
+
+    def equal_output(self):
+        """The output layer as if all words were equally frequent in photos.
+
+        Where training's prior is not known it is the one that training made.
+        """
+        output = model.Output(self.net.output.w.shape[1], len(self.words))
+        output.w = self.net.output.w
+        output.b = self.learned_b
+        if self.label_frequency is not None:
+            real = self.real_prior()
+            shift = -np.log(self.counts) if real is None else real - np.log(self.counts)
+            output.b = self.learned_b + kernels.to_device(shift.astype(np.float32))
+        return output
 
     def find_label_frequency(self):
         """How often training's rows have each word as a target, (K,), or None if that is lost."""
@@ -1924,11 +1943,14 @@ def transfer_features(options, show, run):
 class NamedClasses:
     """Scores of photos for classes by their names: the mean of log p of the words of each.
 
-    scores (N, C): -inf for a class of which the run knows no word, so that its photos are missed.
+    p is that of words which are all equally frequent, whatever they were in the captions: a class
+    has as many photos if its name is a rare word. scores (N, C): -inf for a class of which the run
+    knows no word, so that its photos are missed.
     """
 
     def __init__(self, run, names):
-        self.run = run
+        self.loss = run.loss
+        self.output = run.equal_output()
         self.words = {}                         # {class: those of its words that the run knows}
         for name in names:
             words = [run.classes.get(word) for word in data.words_of(name)]
@@ -1953,9 +1975,9 @@ class NamedClasses:
     def add(self, features):
         """Take the last hidden layer (n, E) of the next photos."""
         if self.known():
-            s = self.run.net.output.scores(features)                # (n, K)
-            comparable = kernels.to_host(s - self.run.loss.normaliser(s))
-            log_p = self.run.loss.log_probability(comparable)
+            s = self.output.scores(features)                        # (n, K)
+            comparable = kernels.to_host(s - self.loss.normaliser(s))
+            log_p = self.loss.log_probability(comparable)           # (n, K)
             scores = np.full((len(s), len(self.words)), -np.inf)
             for i, words in enumerate(self.words.values()):
                 if words:

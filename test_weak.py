@@ -4125,18 +4125,22 @@ def test_run_is_loaded_with_the_prior_of_real_photos(tiny, monkeypatch, capsys):
     plain = evaluation.Trained("r", prior="none")
     assert plain.shift is None and "prior" not in capsys.readouterr().err
     trained = evaluation.Trained("r")
-    assert "prior: scores are exactly those of photos" in capsys.readouterr().err
+    assert "prior: words are as frequent as in photos, by an exact correction" in capsys.readouterr().err
     expected = np.log(plain.counts) - np.log(plain.counts).mean()   # words are drawn alike often
     np.testing.assert_allclose(trained.shift, expected, rtol=1e-5)
     np.testing.assert_allclose(trained.net.output.b - plain.net.output.b, expected, atol=1e-5)
     assert np.array_equal(trained.learned_b, plain.net.output.b)
+    # words are drawn alike often, which is what they are if all are equally frequent
+    for run_of_one_prior in (plain, trained):
+        equal = run_of_one_prior.equal_output().b - plain.net.output.b
+        np.testing.assert_allclose(equal, equal[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("options, said", [
     ({"sampling": "image"}, ""),                                    # nothing to add
-    ({"positives": "all"}, "approximately"),
+    ({"positives": "all"}, "an approximate"),
     ({"positives": "all", "captions": "gone.tsv"}, "not known"),
-    ({"loss": "one-vs-all"}, "approximately")])
+    ({"loss": "one-vs-all"}, "an approximate")])
 def test_prior_of_an_old_run_follows_from_its_options(options, said, tiny, tmp_path, monkeypatch,
                                                       capsys):
     monkeypatch.chdir(tiny[0])
