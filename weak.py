@@ -61,8 +61,8 @@ DIVERGED = 10                   # times the loss of guessing: training diverges
 SAVE_SECONDS = 600              # between two checkpoints within an epoch
 RETRY_SECONDS = 10              # between two tries to make the last save on a full disk
 RETRIES = 360                   # of them: an hour
+# Errors of a disk that no waiting mends
 LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
-                                # errors of a disk that no waiting mends
 EXAMPLES = 100                  # held-out photos, of which one is named at the end
 EMPTY_STEPS = 100               # steps in a row without a photo that can be read: give up
 ORDER = 3                       # version of what steps draw, and of how their rows weigh
