@@ -314,7 +314,7 @@ def share_machine(options, ranks):
 
 @contextmanager
 def hold_folder(out, ranks):
-    """Hold the run's folder in this block, for all ranks; a run that leaves no file leaves none."""
+    """Hold the run's folder in this block, for all ranks; after it, remove what holds no file."""
     if ranks.rank:
         yield
         return
@@ -328,7 +328,7 @@ def hold_folder(out, ranks):
 
 
 def remove_if_empty(out, is_new):
-    """Remove run.lock if it is alone, and then the folder if that is new."""
+    """Remove run.lock if a run that was refused left nothing else, and the folder if it is new."""
     if os.listdir(out) != ["run.lock"]:
         return
     os.remove(os.path.join(out, "run.lock"))
