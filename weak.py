@@ -61,8 +61,8 @@ DIVERGED = 10                   # times the loss of guessing: training diverges
 SAVE_SECONDS = 600              # between two checkpoints within an epoch
 RETRY_SECONDS = 10              # between two tries to make the last save on a full disk
 RETRIES = 360                   # of them: an hour
+# Errors of a disk that no waiting mends
 LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
-                                # errors of a disk that no waiting mends
 EXAMPLES = 100                  # held-out photos, of which one is named at the end
 EMPTY_STEPS = 100               # steps in a row without a photo that can be read: give up
 ORDER = 3                       # version of what steps draw, and of how their rows weigh
@@ -314,7 +314,7 @@ def share_machine(options, ranks):
 
 @contextmanager
 def hold_folder(out, ranks):
-    """Hold the run's folder in this block, for all ranks; a run that leaves no file leaves none."""
+    """Hold the run's folder in this block, for all ranks; after it, remove what holds no file."""
     if ranks.rank:
         yield
         return
@@ -328,7 +328,7 @@ def hold_folder(out, ranks):
 
 
 def remove_if_empty(out, is_new):
-    """Remove run.lock if it is alone, and then the folder if that is new."""
+    """Remove run.lock if a run that was refused left nothing else, and the folder if it is new."""
     if os.listdir(out) != ["run.lock"]:
         return
     os.remove(os.path.join(out, "run.lock"))
