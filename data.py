@@ -34,6 +34,7 @@ import threading
 import time
 import unicodedata
 import warnings
+import zipfile
 import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable
@@ -250,7 +251,7 @@ class Index:
         """The photo's name below the images folder."""
         name = bytes(self._names[photo])
         self._check(name)
-        return name.decode("utf-8", "surrogateescape")
+        return os.fsdecode(name)                # bytes, as the system has them
 
     def words(self, photo):
         """The classes of a photo's words, ascending."""
@@ -271,7 +272,7 @@ class Index:
             raise ValueError(f"the index in {self.folder} is damaged; remove that folder, and it "
                              "is made again")
 
-    def label_frequency(self, sampling, positives="drawn"):
+    def label_frequency(self, sampling, positives):
         """The fraction of the training rows that have each word as a target, (K,)."""
         k = len(self.dictionary)
         if sampling == "image":
@@ -279,14 +280,28 @@ class Index:
         if positives == "drawn":
             return np.full(k, 1 / k)
         frequency = np.zeros(k)
+        for words, photos in self._training_words():
+            # a photo is drawn by any of its words j, with probability 1 / (K N_j)
+            drawn = np.bincount(photos, 1 / (k * self.counts[words]))
+            frequency += np.bincount(words, drawn[photos], k)
+        return frequency
+
+    def idf_frequency(self):
+        """What each word weighs in a training photo whose words share it by `idf`, a mean, (K,)."""
+        weights = idf(self.counts, self.training)                   # (K,)
+        total = np.zeros_like(weights)
+        for words, photos in self._training_words():
+            sums = np.bincount(photos, weights[words])              # of each photo
+            total += np.bincount(words, weights[words] / sums[photos], len(total))
+        return total / self.training
+
+    def _training_words(self):
+        """Yield words and photos, of equal length: the words of some training photos, and whose."""
+        k = len(self.dictionary)
         for start in range(self.held_out, len(self), ROWS_AT_A_TIME):
             words = self._words.part(start, min(start + ROWS_AT_A_TIME, len(self)))
             self._check((words.values >= 0).all() and (words.values < k).all())
-            photos = np.repeat(np.arange(len(words)), words.counts())
-            # a photo is drawn by any of its words j, with probability 1 / (K N_j)
-            drawn = np.bincount(photos, 1 / (k * self.counts[words.values]))
-            frequency += np.bincount(words.values, drawn[photos], k)
-        return frequency
+            yield words.values, np.repeat(np.arange(len(words)), words.counts())
 
 
 def _read_facts(folder):
@@ -442,15 +457,18 @@ class FileCaptions(Captions):
 
     def why_no_word(self):
         """What to do about captions without any word."""
+        if self.kind == "csv" and self.bad_lines:
+            return (f"{self.bad_lines:,} rows have another number of fields than the heading; put "
+                    "texts with commas in quotes")
         if self.kind not in ("jsonl", "coco"):
             return "see --format, --image-column and --text-column"
         keys = re.findall(r'"([^"\\]{1,40})"\s*:', " ".join(first_lines(self.path)))
-        return (f"it has the keys {_listing(dict.fromkeys(keys))}, and needs a name, as "
-                f"{_listing(self.keys.names)}, and a text, as {_listing(self.keys.texts)}; see "
+        return (f"it has the keys {listing(dict.fromkeys(keys))}, and needs a name, as "
+                f"{listing(self.keys.names)}, and a text, as {listing(self.keys.texts)}; see "
                 "--image-column and --text-column")
 
 
-def _listing(words, most=5):
+def listing(words, most=5):
     """The first words of many, for a message."""
     words = list(words)
     return ", ".join(words[:most]) + (", …" if len(words) > most else "")
@@ -569,7 +587,7 @@ def recognise(source):
     columns_given = source.image_column or source.text_column
     if kind == "tsv" and len(columns) > 1 and (columns_given or len(with_tab) < len(lines) / 2):
         raise ValueError(
-            f"captions: {source.path} has the columns {_listing(columns, 20)[:200]}, and needs one "
+            f"captions: {source.path} has the columns {listing(columns, 20)[:200]}, and needs one "
             f"of {', '.join(keys.names)}, and some of {', '.join(keys.texts)}; name them by "
             "--image-column and --text-column, by numbers if there is no heading")
     return kind
@@ -677,7 +695,7 @@ def coco_pairs(text, keys):
     if isinstance(table, list):
         table = {"annotations": table, "images": []}
     if not isinstance(table, dict) or "images" not in table:
-        found = "no whole JSON" if table is None else f"JSON with the keys {_listing(table)}"
+        found = "no whole JSON" if table is None else f"JSON with the keys {listing(table)}"
         raise ValueError(f"is {found}, neither COCO (images and annotations) nor a list or lines "
                          "with a file_name and a caption each")
     images = [image for image in _list(table["images"]) if isinstance(image, dict)]
@@ -973,11 +991,11 @@ class FolderCaptions(Captions):
 
     def origin(self):
         """Which files or folders the words are from, and what lies there unread."""
-        classes = _listing(sorted({name for names in self.folders.values() for name in names}), 8)
+        classes = listing(sorted({name for names in self.folders.values() for name in names}), 8)
         if self.has_classes:
             line = f"words from the names of folders: {classes or 'none'}"
         elif self.tables:
-            line = f"words from {_listing(self.tables)}"
+            line = f"words from {listing(self.tables)}"
         else:
             endings = Counter(_ending(name) for name in self.texts.values())
             kinds = " and ".join(f"{n:,} photo{ending}" for ending, n in endings.items())
@@ -987,7 +1005,7 @@ class FolderCaptions(Captions):
         others = [f"{n:,} {ending or 'without ending'}" for ending, n in counts]
         if classes and not self.has_classes:
             others.insert(0, f"the folders' names ({classes})")
-        return line + (f"; not read: {_listing(others)}" if others else "")
+        return line + (f"; not read: {listing(others)}" if others else "")
 
     def why_no_word(self):
         """What to do about captions without any word."""
@@ -1030,7 +1048,7 @@ def captions_of(source):
 #        to stand beside each other, and the held-out photos, those of the smallest hashes, first
 # index: photo → words is written set after set, and then turned round into word → photos
 
-INDEX_VERSION = 7
+INDEX_VERSION = 8
 BATCH_CHARACTERS = 8 << 20      # captions hashed at a time
 MOST_COUNTED = 2_000_000        # distinct words counted at a time: rare ones are dropped beyond
 SET_BYTES = 32 << 20            # captions of a set, which is sorted in memory
@@ -1122,13 +1140,18 @@ def _index_files():
 
 
 def _write_facts(work, facts):
-    """Write index.json, the last file of an index, when all others have reached the disk."""
+    """Write index.json, the last file of an index, when all others have reached the disk.
+
+    It has a digest of all that training sees of the captions, wherever they are and however packed.
+    """
     lengths = {}
+    digest = hashlib.blake2b("\n".join(facts["dictionary"]).encode(), digest_size=16)
     for name in COLUMNS:
         with open(f"{work}/{name}.npy", "rb") as file:
             os.fsync(file.fileno())
+            digest.update(hashlib.file_digest(file, "blake2b").digest())
         lengths[name] = len(np.load(f"{work}/{name}.npy", mmap_mode="r"))
-    facts = {**facts, "lengths": lengths}
+    facts = {**facts, "lengths": lengths, "digest": digest.hexdigest()}
     write_json(f"{work}/index.json", {**facts, "checksum": _checksum(facts)})
 
 
@@ -1492,7 +1515,9 @@ def _write_class_photos(work, k, held_out):
 
 # === sampling =====================================================================================
 
-POSITIVES = "drawn", "all", "balanced"
+POSITIVES = {                   # by how rows are sampled; the first is the default
+    "class": ("drawn", "all", "balanced"),
+    "image": ("all", "idf")}
 ATTEMPTS = 8                    # photos tried for a drawn word before its row counts nothing
 STEPS_AHEAD = 64                # sampled by class at a time
 
@@ -1530,20 +1555,21 @@ class BatchSampler:
     Positives other than "drawn" make all words of a photo targets by class, too: "all" alike, and
     "balanced" by the probability that each was the one drawn, which is (1/N_k) / Σ_j 1/N_j over the
     photo's words. That is the mean of the drawn word's loss, given the photo: so the gradient has
-    the same expectation, and no larger variance (Rao and Blackwell).
+    the same expectation, and no larger variance (Rao and Blackwell). By image, the words may share
+    the photo's weight by `idf` (Huang et al. 2024, SuperClass).
 
     Row i of attempt a takes the block of Philox counter (i, step, a, DRAWS): word, photo, crop.
     count: rows of a batch, of which `rows`, a slice, are this rank's. spare: pixels that a photo is
     larger than its crop.
     """
 
-    def __init__(self, index, seed, count, sampling="class", positives="drawn", spare=0,
+    def __init__(self, index, seed, count, sampling="class", positives=None, spare=0,
                  random_crops=True, rows=slice(None)):
         self.index = index
         self.seed = seed
         self.count = count
         self.sampling = sampling
-        self.positives = positives if sampling == "class" else "all"
+        self.positives = positives or POSITIVES[sampling][0]
         self.spare = spare
         self.random_crops = random_crops
         self.rows = range(count)[rows]
@@ -1554,6 +1580,15 @@ class BatchSampler:
     def label_frequency(self):
         """The fraction of the training rows that have each word as a target, (K,)."""
         return self.index.label_frequency(self.sampling, self.positives)
+
+    @cached_property
+    def word_weights(self):
+        """How the words of a photo share its weight, (K,), up to a factor; None if they do not."""
+        if self.positives == "balanced":
+            return 1 / self.index.counts
+        if self.positives == "idf":
+            return idf(self.index.counts, self.index.training)
+        return None
 
     def batch(self, step):
         """The Batch of a step; fastest for one step after the other."""
@@ -1612,14 +1647,17 @@ class BatchSampler:
         self.index.check_training(photo)
         return int(photo)
 
-    def labels(self, batch, available, targets="all", negatives=0):
+    def labels(self, batch, available, targets="all", negatives=0, counted=None):
         """The Labels of this rank's rows; a row whose photo is not available (N,) weighs nothing.
 
         targets: which words are scored: "all", those of the whole "batch", or these and as many
-        `negatives`, "sampled".
+        `negatives`, "sampled". counted: how many rows of the whole batch have a photo, so that the
+        loss is their mean; if not given these rows are all.
         """
         words = pad_rows([batch.targets[row] for row in batch.rows])                # (N, T)
-        weights = np.where(available, 1 / self.count, 0).astype(np.float32)
+        if counted is None:
+            counted = available.sum()
+        weights = np.where(available, 1 / max(1, counted), 0).astype(np.float32)
         labels = Labels(words, weights, self._target_weights(words))
         if targets == "all":
             return labels
@@ -1628,10 +1666,10 @@ class BatchSampler:
         return self._score_sampled(labels, batch, negatives)
 
     def _target_weights(self, words):
-        """Among balanced positives (N, T), the probability that each was drawn; else None."""
-        if self.positives != "balanced":
+        """What each of the words (N, T) weighs in its row, which sums to 1; None: 1 each."""
+        if self.word_weights is None:
             return None
-        weights = np.where(words < 0, 0, 1 / self.index.counts[words])
+        weights = np.where(words < 0, 0, self.word_weights[words])
         return weights / weights.sum(axis=1, keepdims=True)
 
     def _score_batch(self, labels, batch):
@@ -1661,6 +1699,14 @@ class BatchSampler:
     def _absent(self, classes):
         """The probability (C,) that no other row of the batch carries a class."""
         return (1 - self.label_frequency[classes]) ** (self.count - 1)
+
+
+def idf(counts, photos):
+    """What a word tells of a photo, (K,): log((1 + N) / N_k), N_k of N photos carry it.
+
+    The 1 leaves a word of every photo some weight, since it may be a photo's only one.
+    """
+    return np.log((1 + photos) / counts)
 
 
 def _score(labels, classes, probability):
@@ -1909,7 +1955,7 @@ def list_files(folder):
     root = os.path.join(folder, "")
     for place, folders, names in os.walk(folder):
         below = place[len(root):]
-        if _is_run(names):
+        if place != folder and _is_run(names):
             folders.clear()
             continue
         folders[:] = sorted(name for name in folders
@@ -1970,7 +2016,7 @@ class Folder:
         """The bytes of the photo's file; ValueError if there is none, or are several."""
         paths = self.candidates(name)
         if len(paths) > 1:
-            raise ValueError(f"several files are called so: {_listing(paths, 3)}")
+            raise ValueError(f"several files are called so: {listing(paths, 3)}")
         path = paths[0] if paths else self._path(name)
         return read_photo(path, self.check if self.folder else None)
 
@@ -1999,7 +2045,7 @@ class Folder:
         if not is_inside or (status and not os.path.samestat(os.stat(real), status)):
             raise ValueError("a link that leads out of the images folder")
 
-    def make_listing(self):
+    def makelisting(self):
         """List all files below the folder, up to MOST_FILES."""
         with self.lock:                         # one thread lists, the others wait
             if self.by_stem is not None:
@@ -2026,7 +2072,7 @@ class Folder:
 
     def _near_paths(self, name):
         """Paths of the files that are nearly called so; see the class."""
-        self.make_listing()
+        self.makelisting()
         *folders, base = [part for part in _folded(name).split("/") if part not in ("", ".")] or [""]
         files = set(self.by_stem.get(_stem(name), ())) | set(self.by_stem.get(base, ()))
         for first in range(len(folders)):
@@ -2085,55 +2131,57 @@ def drawn_sources(run):
     return {"images": f"{run}/drawn/photos", "captions": f"{run}/drawn/captions.tsv"}
 
 
+class Lookup(NamedTuple):
+    """What to say of a photo whose name does not lead to a file of its own."""
+    what: str
+    remedy: str
+
+
+MISSING = Lookup("are not there", "check --images")
+ELSEWHERE = Lookup("have another name or place", "")
+SEVERAL = Lookup("may be several files each", "write folders into the captions, or narrow --images")
+LINKS = Lookup("are links that lead out of --images", "give the folder above, that has the files")
+
+
 def check_photos(folder, index):
     """Say which names of photos lead to no file, to several, or to another; ValueError if all do.
 
     They are compared with one listing of the folder, or some of them, if it has too many files.
     """
     finder = Folder(folder)
-    finder.make_listing()
+    finder.makelisting()
     count = len(index)
     if not finder.is_whole:
         count = min(CHECKED, count)             # the index has photos in a random order
         print(f"photos: {folder} has more than {MOST_FILES:,} files: {count:,} names are checked")
-    found = 0
-    notes = defaultdict(list)
+    examples = defaultdict(list)                # {Lookup or None: photos}
     for i in range(count):
         name = index.name(i)
-        paths = finder.candidates(name)
-        note = _note_of(finder, name, paths, check_links=found < CHECKED)
-        found += note in (None, ELSEWHERE)
-        if note:
-            files = ", ".join(paths[:2])
-            notes[note].append(f"{name} is {files}" if paths else name)
-    for note, examples in notes.items():
+        lookup, files = look_up(finder, name, check_links=i < CHECKED)
+        examples[lookup].append(f"{name} is {files}" if files else name)
+    found = examples.pop(None, []) + examples.get(ELSEWHERE, [])
+    for lookup, photos in sorted(examples.items()):
+        line = f"{len(photos):,} of {count:,} {lookup.what}, e.g. {photos[0]}"
         if not found:
-            raise ValueError(f"none of the captions' photos is to be found in {folder}: "
-                             f"{len(examples):,} {note}, e.g. {examples[0]!r}, and there is "
-                             f"{next(list_files(folder), 'nothing')!r}; check --images")
-        print(f"photos: {len(examples):,} of {count:,} {note}, e.g. {examples[0]}")
+            raise ValueError(f"none of the captions' photos is to be found in {folder}, which has "
+                             f"{next(list_files(folder), 'nothing')}: {line}; {lookup.remedy}")
+        print(f"photos: {line}" + (f"; {lookup.remedy}" if lookup == SEVERAL else ""))
 
 
-ELSEWHERE = "have another name or place"
-MISSING = "are not there"
-SEVERAL = "may be several files each; write their folders into the captions, or narrow --images"
-LINKS = "are links that lead out of --images; give the folder above, that has their files, too"
-
-
-def _note_of(finder, name, paths, check_links):
-    """What is to be said of a photo, for whose name there are these paths; None for nothing."""
-    if not paths:
-        return MISSING
-    if len(paths) > 1:
-        return SEVERAL
+def look_up(finder, name, check_links):
+    """What is to be said of a photo, None for nothing, and the names of the files it may be."""
+    paths = finder.candidates(name)
+    files = " or ".join(os.path.relpath(path, finder.folder) for path in paths[:2])
+    if len(paths) != 1:
+        return SEVERAL if paths else MISSING, files
     if check_links:
         try:
             finder.check(paths[0])
         except OSError:                         # of the disk, which may come back
-            return None
+            return None, files
         except ValueError:
-            return LINKS
-    return None if paths[0] == os.path.join(finder.folder, name) else ELSEWHERE
+            return LINKS, ""
+    return None if paths[0] == os.path.join(finder.folder, name) else ELSEWHERE, files
 
 
 def find_duplicates(folder, held_out, training):
@@ -2321,15 +2369,25 @@ def load_checkpoint(path):
         raise ValueError(f"no model at {path}; train one with `python weak.py --out "
                          f"{os.path.dirname(path) or '.'}`")
     try:
+        _check_members(path)
         with np.load(path, allow_pickle=False) as file:             # the zip checks each member
             arrays = {key: file[key] for key in file.files}
         facts = json.loads(arrays["facts"].tobytes())
         words = arrays["words"].tobytes().decode("utf-8", "surrogateescape").split("\n")
-    except Exception:                           # a broken zip file raises anything
+    except Exception as error:                  # a broken zip file raises anything
+        if isinstance(error, OSError) and error.errno:              # of the disk
+            raise OSError(error.errno, error.strerror, path) from None
         raise ValueError(f"{path} is not a model of weak.py, or it is damaged") from None
     weights = {key[2:]: value for key, value in arrays.items() if key.startswith("w/")}
     velocities = {key[2:]: value for key, value in arrays.items() if key.startswith("v/")}
     return Checkpoint(weights, velocities, facts, words)
+
+
+def _check_members(path):
+    """ValueError if what a checkpoint holds is larger than the file: np.savez packs nothing."""
+    with zipfile.ZipFile(path) as file:
+        if sum(member.file_size for member in file.infolist()) > os.path.getsize(path):
+            raise ValueError("packed")
 
 
 def _as_bytes(text):
@@ -2350,11 +2408,20 @@ def find_checkpoint(run, which="best"):
     return os.path.join(run, "model.npz")
 
 
+LOG_NUMBERS = "epoch", "step", "images_per_second"     # of each row
+
+
 def read_log(folder):
     """The rows of a run's log.jsonl, one an epoch; lines that are no rows are left out."""
     rows = []
-    with suppress(OSError), open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as file:
-        for line in file:
-            with suppress(ValueError):
-                rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict)]
+    with suppress(OSError), open(os.path.join(folder, "log.jsonl"), encoding="utf-8",
+                                 errors="replace") as file:
+        rows = [_parsed(line) for line in file]
+    return [row for row in rows if _is_log_row(row)]
+
+
+def _is_log_row(row):
+    """Whether this is a row that a run wrote."""
+    if not isinstance(row, dict) or "validation_loss" not in row:
+        return False
+    return all(isinstance(row.get(key), (int, float)) for key in LOG_NUMBERS)

@@ -8,10 +8,12 @@ pictures, trained runs, what the commands share, and the commands themselves.
 """
 import argparse
 import base64
+import csv
 import difflib
 import functools
 import glob
 import io
+import json
 import os
 import signal
 import sys
@@ -28,8 +30,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy.linalg import eigh
 from scipy.optimize import minimize
-from scipy.sparse import csr_array
-from scipy.special import log_softmax
+from scipy.sparse import csr_array, vstack
+from scipy.special import log_softmax, logsumexp
 from scipy.stats import hypergeom, rankdata, spearmanr
 
 import data
@@ -42,7 +44,14 @@ from kernels.philox import SPLITS, philox
 BLOCK = 20_000_000              # scores held at a time
 KS = (1, 5, 10)                 # precision@k
 SPREAD = " ±"                   # ends the key of a value's standard deviation
+OVER = " ± over"                # … and of what that is taken over
+NAMES = {"auc": "AUC, mean of words"}
 MOST_COMPARED = 200_000         # photos among which duplicates are looked for
+RESAMPLES = 200                 # of the photos, for deviations over them
+CANDIDATES = 1000               # photos among which one is looked for by its words
+LEAST_PHOTOS = 5                # that carry a word, to choose its threshold on
+NEAREST = 50                    # training photos whose words a baseline takes …
+MOST_NEIGHBOURS = 50_000        # … of so many at most
 
 
 def slices(n, size):
@@ -79,40 +88,70 @@ def auc_and_ap(scores, carried):
     return np.where(both, auc, np.nan), np.where(both, ap, np.nan)
 
 
-def word_metrics(features, output, targets, counts, loss):
+def chance_of_ap(positives, n):
+    """The mean AP of a random order of n photos, of which so many are positive.
+
+    A positive stands at any rank r alike often. Before it are (r - 1) (m - 1) / (n - 1) others of
+    the m on average, so its precision is (1 + (r - 1) (m - 1) / (n - 1)) / r; the mean over r is
+    q + (1 - q) H_n / n with q = (m - 1) / (n - 1) and H_n = 1 + 1/2 + … + 1/n.
+    """
+    q = (positives - 1) / max(1, n - 1)
+    harmonic = (1 / np.arange(1, n + 1)).sum()
+    return q + (1 - q) * harmonic / n
+
+
+def word_metrics(features, output, targets, counts, loss, shift=None):
     """What `words` reports of N photos, as a plain dictionary.
 
     features (N, E); output: the layer of the K words; targets: N arrays, the classes of each
     photo's words; counts (K,): the training photos of each word, for baseline, thirds and tenths;
-    loss: one of model.LOSSES, made with the frequencies of the words among the training photos.
+    loss: one of model.LOSSES, made with the frequencies of the words among the training photos;
+    shift (K,): as of model.prior_shift, to add to the scores; None for nothing.
     """
     n = len(targets)
     k = len(counts)
     carried = mark_words(targets, k)                                # (N, K)
-    precision, mean_loss = score_photos(features, output, targets, carried, loss)
-    auc, ap = score_words(features, output, carried)                # (K,) each
     sizes = carried.sum(axis=1)                                     # (N,) words of a photo
     positives = carried.sum(axis=0)                                 # (K,) photos of a word
-    scored = np.isfinite(ap)
+    most = np.argsort(-counts, kind="stable")                       # (K,) the most frequent first
+    return {
+        **rank_metrics(Scorer(features, output, loss, shift), carried, counts),
+        "loss": mean_loss(features, output, targets, loss, shift),
+        "photos": n,
+        "dictionary": k,
+        "ceiling": name_precisions(np.minimum.outer(sizes, KS).mean(axis=0) / KS),
+        "baseline": name_precisions([positives[most[:top]].sum() / (n * top) for top in KS]),
+        "chance": {**name_precisions(sizes.mean() / k * np.minimum(KS, k) / KS), "auc": 0.5,
+                   "map": mean_of_finite(chance_of_words(carried))},
+    }
+
+
+def rank_metrics(scorer, carried, counts):
+    """How well scores order words within a photo, and photos for a word: a dictionary.
+
+    scorer: of N photos for K words; carried (N, K); counts (K,), for thirds and tenths.
+    """
+    precision = photo_hits(scorer, carried).mean(axis=0, dtype=np.float64) / KS     # (Table 1)
+    auc, ap = score_words(scorer, carried)                          # (K,) each
     by_frequency = np.argsort(-counts, kind="stable")               # (K,)
-    third = max(1, k // 3)
+    third = max(1, len(counts) // 3)
     return {
         **name_precisions(precision),
         "auc": mean_of_finite(auc),
         "map": mean_of_finite(ap),
-        "loss": mean_loss,
         "auc_frequent": mean_of_finite(auc[by_frequency[:third]]),
         "auc_rare": mean_of_finite(auc[by_frequency[-third:]]),
-        "deciles": score_deciles(auc, ap, counts, by_frequency),
-        "photos": n,
-        "words": int(scored.sum()),
-        "dictionary": k,
-        "ceiling": name_precisions(np.minimum.outer(sizes, KS).mean(axis=0) / KS),
-        "baseline": name_precisions([positives[by_frequency[:top]].sum() / (n * top)
-                                     for top in KS]),
-        "chance": {**name_precisions(sizes.mean() / k * np.minimum(KS, k) / KS),
-                   "auc": 0.5, "map": mean_of_finite(positives[scored] / n)},
+        "deciles": score_deciles(auc, ap, chance_of_words(carried), counts, by_frequency),
+        "words": int(np.isfinite(ap).sum()),
     }
+
+
+def chance_of_words(carried):
+    """chance_of_ap of each word, (K,), NaN for a word of no photo, or of all; carried (N, K)."""
+    n = carried.shape[0]
+    positives = carried.sum(axis=0)                                 # (K,)
+    both = (positives > 0) & (positives < n)
+    return np.where(both, chance_of_ap(positives, n), np.nan)
 
 
 def mark_words(targets, k):
@@ -123,45 +162,260 @@ def mark_words(targets, k):
     return csr_array((marks, (photos, np.concatenate(targets))), (len(targets), k))
 
 
-def score_photos(features, output, targets, carried, loss):
-    """Mean precision@k (len(KS),) (Table 1) and mean loss, summed a block of photos at a time."""
-    n, k = carried.shape
-    hits = np.zeros(len(KS))
-    total = 0.0
-    for photos in slices(n, BLOCK // k):
-        scores = output.scores(features[photos])                    # (B, K)
+class Scorer:
+    """The scores of N photos for K words, a block of photos or of words at a time.
+
+    They compare between words and between photos: they hold the prior (shift (K,), or None), and
+    the loss's normaliser is taken off. After softmax that is log p, else the log-odds of a word.
+    """
+
+    def __init__(self, features, output, loss, shift=None):
+        self.features = features                                    # (N, E)
+        self.output = output
+        self.loss = loss
+        self.shift = shift if shift is None else kernels.to_device(shift)
+        self.words = len(output.b)
+        self._normaliser = None                                     # (N, 1)
+
+    def __len__(self):
+        return len(self.features)
+
+    def photo_blocks(self):
+        """Yield (slice, raw scores with the prior (B, K)) of all photos, on the device."""
+        for photos in slices(len(self), BLOCK // self.words):
+            scores = self.output.scores(self.features[photos])      # (B, K)
+            yield photos, scores if self.shift is None else scores + self.shift
+
+    def word_blocks(self):
+        """Yield (slice, scores (N, B)) of all words, as NumPy."""
+        for words in slices(self.words, BLOCK // 4 // len(self)):
+            yield words, self.of_words(np.arange(words.start, words.stop))
+
+    def of_words(self, classes):
+        """The scores of some words (C,), (N, C), as NumPy."""
+        scores = self.output.scores(self.features, classes)
+        if self.shift is not None:
+            scores = scores + self.shift[classes]
+        return kernels.to_host(scores - self.normaliser())
+
+    def normaliser(self):
+        """The loss's normaliser of each photo, (N, 1)."""
+        if self._normaliser is None:
+            parts = [self.loss.normaliser(scores) for _, scores in self.photo_blocks()]
+            self._normaliser = np.concatenate(parts)
+        return self._normaliser
+
+
+def photo_hits(scorer, carried):
+    """How many of its k best words each photo carries, (N, len(KS)); carried (N, K)."""
+    hits = np.zeros((len(scorer), len(KS)), np.float32)
+    for photos, scores in scorer.photo_blocks():
         best = top_words(kernels.to_host(scores), max(KS))
         rows = np.arange(len(best))[:, None]                        # (B, 1)
         right = carried[photos][rows, best].toarray()               # (B, 10)
-        hits += [right[:, :top].sum() for top in KS]
-        weights = loss.photo_weights(targets[photos])               # (B,)
-        losses, _ = loss(scores, data.Labels(data.pad_rows(targets[photos]), weights))
-        total += float(kernels.to_host(losses).sum())
-    return hits / (n * np.array(KS)), total / n
+        for i, top in enumerate(KS):
+            hits[photos, i] = right[:, :top].sum(axis=1)
+    return hits
 
 
-def score_words(features, output, carried):
-    """AUC and average precision of each word, (K,) each, a block of words at a time."""
-    n, k = carried.shape
+def score_words(scorer, carried):
+    """AUC and average precision of each word, (K,) each; carried (N, K)."""
     columns = carried.tocsc()
-    auc = np.full(k, np.nan)
-    ap = np.full(k, np.nan)
-    for words in slices(k, BLOCK // 4 // n):
-        classes = np.arange(words.start, words.stop)
-        scores = kernels.to_host(output.scores(features, classes))              # (N, B)
+    auc = np.full(scorer.words, np.nan)
+    ap = np.full(scorer.words, np.nan)
+    for words, scores in scorer.word_blocks():
         auc[words], ap[words] = auc_and_ap(scores, columns[:, words].toarray())
     return auc, ap
 
 
-def score_deciles(auc, ap, counts, by_frequency):
-    """{"1 of 10": numbers of the most frequent tenth of the words, …}; fewer where K < 10."""
+def mean_loss(features, output, targets, loss, shift=None):
+    """The loss of N photos, one definition for training and held-out ones; see word_metrics.
+
+    Softmax: the mean over photos of the mean over its words of -log p, with the prior. One-versus-
+    all: eq. 1, a photo's mean, whose class weights stand in the place of the prior.
+    """
+    if not loss.measured_with_prior:
+        shift = None
+    total = 0.0
+    for photos, scores in Scorer(features, output, loss, shift).photo_blocks():
+        weights = loss.photo_weights(targets[photos])               # (B,)
+        losses, _ = loss(scores, data.Labels(data.pad_rows(targets[photos]), weights))
+        total += float(kernels.to_host(losses).sum())
+    return total / len(targets)
+
+
+def score_deciles(auc, ap, chance, counts, by_frequency):
+    """{"1 of 10": numbers of the most frequent tenth of the words, …}; fewer where K < 10.
+
+    auc, ap, and its chance (K,): NaN for a word that is not scored.
+    """
     deciles = {}
     for i, words in enumerate(np.array_split(by_frequency, 10), 1):
         if len(words):
             deciles[f"{i} of 10"] = {
                 "words": len(words), "photos": float(counts[words].mean()),
-                "auc": mean_of_finite(auc[words]), "map": mean_of_finite(ap[words])}
+                "auc": mean_of_finite(auc[words]), "map": mean_of_finite(ap[words]),
+                "chance": {"auc": 0.5, "map": mean_of_finite(chance[words])}}
     return deciles
+
+
+def deviations(scorer, carried):
+    """How much precision@k, AUC and AP vary with the choice of photos: {key: one deviation}.
+
+    By the bootstrap: N photos are drawn from these with replacement, RESAMPLES times. The words
+    and the model stay.
+    """
+    n = len(scorer)
+    raw = philox(0, (0, 1, 0, SPLITS)).random_raw(RESAMPLES * n)
+    drawn = (raw % n).astype(np.int64).reshape(RESAMPLES, n)
+    counts = [np.bincount(photos, minlength=n) for photos in drawn]
+    weights = np.stack(counts, axis=1).astype(np.float32)           # (N, R) how often each is drawn
+    means = weights.T @ photo_hits(scorer, carried) / (n * np.array(KS))        # (R, len(KS))
+    values = np.full((scorer.words, 2, RESAMPLES), np.nan, np.float32)
+    columns = carried.tocsc()
+    for words, scores in scorer.word_blocks():
+        marks = columns[:, words].toarray()                         # (N, B)
+
+        def work(start, stop):
+            for i in range(start, stop):
+                values[words.start + i] = weighted_auc_and_ap(scores[:, i], marks[:, i], weights)
+
+        kernels.threads.chunks(marks.shape[1], 16, work)
+    present = np.isfinite(values[:, 0]).sum(axis=0)                 # (R,) words of some photo drawn
+    auc, ap = np.nansum(values, axis=0) / np.maximum(1, present)    # (R,) each
+    return {**name_precisions(means.std(axis=0, ddof=1)),
+            "auc": float(auc.std(ddof=1)), "map": float(ap.std(ddof=1))}
+
+
+def weighted_auc_and_ap(scores, carried, weights):
+    """AUC and AP (2, R) of one word where photo n counts weights (N, R) times; NaN without one.
+
+    scores, carried (N,). Sums of weights down to each photo that carries the word take the place of
+    numbers of photos in auc_and_ap.
+    """
+    order = np.argsort(-scores, kind="stable")
+    hits = np.flatnonzero(carried[order])                           # (m,) their ranks
+    above = np.cumsum(weights[order], axis=0)                       # (N, R)
+    own = weights[order[hits]]                                      # (m, R)
+    positives = np.cumsum(own, axis=0)
+    total = own.sum(axis=0)                                         # (R,)
+    negatives = above[-1] - total
+    with np.errstate(divide="ignore", invalid="ignore"):            # 0 / 0: no such photo is drawn
+        wrong = (own * (above[hits] - positives)).sum(axis=0) / (total * negatives)
+        precision = positives / np.maximum(1, above[hits])
+        return np.stack([1 - wrong, (own * precision).sum(axis=0) / total])
+
+
+def retrieve_photos(scorer, carried):
+    """How often a photo is among the k best for its words, and its words among the k best for it.
+
+    Of the first photos, CANDIDATES at most (an index has photos in random order), so that numbers
+    compare between collections. A set of words scores Σ log p of its words for each photo; that is
+    larger for fewer and for frequent words, so sets compare for a photo by how much of Σ exp over
+    the candidate photos is that one's. Equal sets are as good as each other.
+    """
+    count = min(len(scorer), CANDIDATES)
+    carried = carried[:count].astype(np.float32)                    # (C, K)
+    first = Scorer(scorer.features[:count], scorer.output, scorer.loss, scorer.shift)
+    scores = np.zeros((count, count), np.float32)                   # (sets, photos)
+    columns = carried.tocsc()
+    for words, s in first.word_blocks():
+        scores += columns[:, words] @ scorer.loss.log_probability(s).T
+    sizes = carried.sum(axis=1)                                     # (C,)
+    common = (carried @ carried.T).toarray()                        # words that two photos share
+    right = (common == sizes) & (common == sizes[:, None])
+    by_photo = scores - logsumexp(scores, axis=1, keepdims=True)
+    return {"candidates": count, "photo for its words": retrieval(scores, right),
+            "words for their photo": retrieval(by_photo.T, right.T)}
+
+
+WORD_COLUMNS = ("word", "training_photos", "photos", "auc", "ap", "threshold", "f1", "step")
+
+
+def table_of_words(scorer, carried, words, counts, step):
+    """A row for each word, of WORD_COLUMNS; "" for what is not known.
+
+    threshold: the probability at which tagging these photos has the best F1, which is f1: of a
+    number chosen on the photos that it is measured on, so new ones have less. photos: of these,
+    that carry the word; with fewer than LEAST_PHOTOS there is no threshold.
+    """
+    rows = []
+    columns = carried.tocsc()
+    for block, scores in scorer.word_blocks():
+        marks = columns[:, block].toarray()                         # (N, B)
+        auc, ap = auc_and_ap(scores, marks)
+        for i, k in enumerate(range(block.start, block.stop)):
+            threshold = f1 = np.nan
+            photos = int(marks[:, i].sum())
+            if LEAST_PHOTOS <= photos < len(marks):
+                score, f1 = best_f1(scores[:, i], marks[:, i])
+                threshold = float(np.exp(scorer.loss.log_probability(score)))
+            rows.append([words[k], int(counts[k]), photos, auc[i], ap[i], threshold, f1, step])
+    return [["" if is_nan(value) else value for value in row] for row in rows]
+
+
+def is_nan(value):
+    """Whether this is a number that is none."""
+    return isinstance(value, float) and np.isnan(value)
+
+
+def best_f1(scores, carried):
+    """The least score (N,) at which calling photos positive has the best F1, and that F1."""
+    order = np.argsort(-scores, kind="stable")
+    ranked = scores[order]
+    called = np.arange(1, len(scores) + 1)
+    f1 = 2 * np.cumsum(carried[order]) / (called + carried.sum())
+    f1[:-1][ranked[:-1] == ranked[1:]] = 0                          # no cut between equal scores
+    last = f1.argmax()
+    lower = ranked[min(last + 1, len(ranked) - 1)]
+    return (ranked[last] + lower) / 2, float(f1[last])              # halfway to the next photo
+
+
+class NearestScores:
+    """Scores of N photos for K words by the words of their nearest training photos.
+
+    Of the NEAREST photos by cosine, about the mean of the training photos, the r-th nearest adds
+    1 / r to each of its words. (Of equal weights, 1 / distance, exp of the distance, by cosine or
+    Euclidean, this was best on pixels and on features, in every number.) Words that none of them
+    has are ordered by frequency.
+    """
+
+    def __init__(self, x, training_x, training_labels):
+        """x (N, D), training_x (M, D), training_labels a sparse boolean (M, K)."""
+        mean = training_x.mean(axis=0, dtype=np.float64)
+        others = kernels.to_device(units((training_x - mean).astype(np.float32)))   # (M, D)
+        labels = training_labels.astype(np.float32)
+        parts = []
+        for photos in slices(len(x), BLOCK // len(others)):
+            centred = kernels.to_device(units((x[photos] - mean).astype(np.float32)))
+            cosines = kernels.to_host(kernels.matmul(centred, others.T))            # (B, M)
+            nearest = top_words(cosines, NEAREST)
+            parts.append(rank_weights(nearest, len(others)) @ labels)               # (B, K)
+        self.scores = vstack(parts).tocsr()                         # (N, K), sparse
+        self.frequency = labels.mean(axis=0)                        # (K,)
+        self.words = len(self.frequency)
+
+    def __len__(self):
+        return self.scores.shape[0]
+
+    def photo_blocks(self):
+        """Yield (slice, scores (B, K)) of all photos."""
+        for photos in slices(len(self), BLOCK // self.words):
+            yield photos, self.scores[photos].toarray() + 1e-6 * self.frequency
+
+    def word_blocks(self):
+        """Yield (slice, scores (N, B)) of all words."""
+        columns = self.scores.tocsc()
+        for words in slices(self.words, BLOCK // 4 // len(self)):
+            yield words, columns[:, words].toarray()
+
+
+def rank_weights(nearest, count):
+    """Of each row of `nearest` (B, k), numbers of `count` photos, the r-th weighs 1 / r: sparse."""
+    b, k = nearest.shape
+    weights = np.tile(1 / np.arange(1, k + 1, dtype=np.float32), b)
+    rows = np.repeat(np.arange(b), k)
+    return csr_array((weights, (rows, nearest.ravel())), (b, count))
 
 
 def name_precisions(values, ks=KS):
@@ -239,8 +493,11 @@ def ten_crops(pixels, crop):
 
 PENALTIES = 10.0 ** np.arange(-1, -7, -1)       # λ to choose from, strongest first
 USUAL_PENALTY = 1e-4                            # where no photo can be held out to choose
-HELD = 0.2                                      # fraction of the training photos that chooses λ
+FOLDS = 5                                       # of the training photos; one is held to choose λ,
+FEW = 20                                        # or each in turn if a class has fewer photos
+ORDERS = 300                                    # random ones, whose mean is the chance
 RAW = 16                                        # raw pixels: that many rows and columns
+ZERO_SHOT = "class names as words"
 VIEWS = ("this model", "untrained network", f"raw pixels, {RAW} × {RAW}")
 FIT = {"maxiter": 300, "maxcor": 10, "gtol": 1e-5, "ftol": 1e-8}
 
@@ -276,27 +533,50 @@ def predict(table, x):
     return x @ table[:-1].astype(x.dtype) + table[-1].astype(x.dtype)
 
 
-def choose_penalty(x, y, held, goodness):
-    """The fit to all with the λ whose fit to the rest is best on those held (N,), and that λ."""
-    if not held.any():                          # one photo a class
+def choose_penalty(x, y, folds, goodness):
+    """The fit to all with the λ whose fits to the rest are best on those held, and that λ.
+
+    folds: boolean (N,) each, of the photos that are held; where there are several, the mean counts.
+    """
+    if not folds:                               # one photo a class
         return fit(x, y, USUAL_PENALTY), USUAL_PENALTY
-    table = None
-    best_table = None
-    best_penalty = USUAL_PENALTY
-    best_value = -np.inf
-    for penalty in PENALTIES:
-        table = fit(x[~held], y[~held], penalty, table)             # begins at a stronger λ's
-        value = goodness(predict(table, x[held]), y[held])
-        if value > best_value:
-            best_value = value
-            best_penalty = penalty
-            best_table = table
-    return fit(x, y, best_penalty, best_table), best_penalty
+    values = np.zeros(len(PENALTIES))
+    for held in folds:
+        table = None
+        for i, penalty in enumerate(PENALTIES):
+            table = fit(x[~held], y[~held], penalty, table)         # begins at a stronger λ's
+            values[i] += goodness(predict(table, x[held]), y[held]) / len(folds)
+    best = PENALTIES[values.argmax()]           # the strongest of equally good ones
+    return fit(x, y, best), best
+
+
+def fold_masks(y, seed, number):
+    """Boolean (N,) each: photos of each class to choose λ by, at random by (seed, number).
+
+    A fifth of the photos, or five in turn where a class has few, as one fifth says little then. The
+    only photo of a class is never among them.
+    """
+    order = shuffled(len(y), seed, number)
+    fold = np.full(len(y), -1)
+    fewest = len(y)
+    for label in np.unique(y):
+        photos = order[y[order] == label]
+        fewest = min(fewest, len(photos))
+        if len(photos) > 1:
+            fold[photos] = np.arange(len(photos)) % FOLDS
+    count = FOLDS if fewest < FEW else 1
+    masks = [fold == i for i in range(count)]
+    return [mask for mask in masks if mask.any()]
+
+
+def shuffled(n, seed, number):
+    """The numbers 0 … n - 1 in a random order, a function of (seed, number)."""
+    return np.argsort(philox(seed, (0, number, 0, SPLITS)).random_raw(n), kind="stable")
 
 
 def split(y, take, seed, number):
     """Boolean (N,): take(n) of each class's n photos at random, a function of (seed, number)."""
-    order = np.argsort(philox(seed, (0, number, 0, SPLITS)).random_raw(len(y)), kind="stable")
+    order = shuffled(len(y), seed, number)
     mask = np.zeros(len(y), bool)
     for label in np.unique(y):
         photos = order[y[order] == label]
@@ -307,6 +587,12 @@ def split(y, take, seed, number):
 def accuracy(scores, y):
     """How often the class with the highest of the scores (N, C) is the photo's."""
     return float((scores.argmax(axis=1) == y).mean())
+
+
+def class_accuracy(scores, y):
+    """The mean over the classes of y of each one's accuracy: a constant guess has 1 / C."""
+    right = scores.argmax(axis=1) == y
+    return float(np.mean([right[y == label].mean() for label in np.unique(y)]))
 
 
 def voc_ap(scores, y):
@@ -469,7 +755,7 @@ FONTS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/sha
          "/System/Library/Fonts", "/Library/Fonts", "~/Library/Fonts")
 MARGIN = np.array([-2, -1, 2, 1])               # left, top, right, bottom of a map's word, pixels
 CURVES = {                                      # key of a log's row: title
-    "loss": "training loss", "validation_loss": "held-out loss",
+    "training_loss": "training loss", "validation_loss": "held-out loss",
     "precision@10": "held-out precision@10", "auc": "held-out AUC, mean of words"}
 
 
@@ -479,9 +765,16 @@ def save_image(image, path):
         image.save(file, "PNG")
 
 
-def thumbnail(path, side):
-    """A photo in its own shape, its longer side of `side` pixels."""
-    return Image.fromarray(data.decode(path, side, square=False))
+def thumbnail(path, side, square=False):
+    """A photo in its own shape, its longer side of `side` pixels; blank, and named, if it is gone.
+
+    It was read before, but photos may vanish or change while a command runs.
+    """
+    try:
+        return Image.fromarray(data.decode(path, side, square))
+    except ValueError as error:
+        print(f"{path} is left out: {error}", file=sys.stderr, flush=True)
+        return Image.new("RGB", (side, side), "white")
 
 
 class Fonts:
@@ -564,7 +857,11 @@ def filters_picture(w, zoom=6):
 def curves_picture(log):
     """The learning curves of a run's log, over the epochs."""
     panels = []
-    for colour, (key, title) in zip(COLOURS, CURVES.items()):
+    curves = dict(CURVES)
+    if not any("training_loss" in row for row in log):              # of an older run
+        del curves["training_loss"]
+        curves = {"loss": "objective of training", **curves}
+    for colour, (key, title) in zip(COLOURS, curves.items()):
         chance = 0.5 if key == "auc" else None
         panels.append(plot_picture(log, "epoch", key, title, chance, colour=colour))
     return Image.fromarray(np.vstack([np.hstack(panels[:2]), np.hstack(panels[2:])]))
@@ -705,7 +1002,7 @@ def mosaic_picture(paths, y, size):
     for path, point in zip(paths, y * (side - 1)):
         nearest = ((free - point) ** 2).sum(axis=1).argmin()
         left, top = free[nearest] * cell + edge
-        image.paste(Image.fromarray(data.decode(path, cell)), (int(left), int(top)))
+        image.paste(thumbnail(path, cell, square=True), (int(left), int(top)))
         free = np.delete(free, nearest, axis=0)
     return image
 
@@ -771,10 +1068,15 @@ class Trained:
 
     net, and recipe, of model.NETWORKS; loss; words, and classes, {word: class}; counts (K,), the
     training photos of each word, and training, all of them; options and log of the run.
+    net's scores are those of photos as they are: the prior, shift (K,) of model.prior_shift, is in
+    the biases of its output layer. learned_b are these without it; shift is None for nothing.
     """
 
-    def __init__(self, run):
-        """run: a run's folder, or a checkpoint; it says on stderr which weights these are."""
+    def __init__(self, run, prior="real"):
+        """run: a run's folder, or a checkpoint; it says on stderr which weights these are.
+
+        prior: "none" leaves the biases as training made them.
+        """
         path = data.find_checkpoint(run)
         checkpoint = data.load_checkpoint(path)
         facts = checkpoint.facts
@@ -787,29 +1089,100 @@ class Trained:
         self.options = facts["options"]
         if self.options["drawn"]:               # wherever the run's folder is now
             self.options.update(data.drawn_sources(self.folder))
+        self.step = facts["step"]
         self.training = facts["training"]       # photos
         self.counts = np.array(facts["counts"])
         self.loss = self.make_loss(self.counts)
         self.recipe = model.NETWORKS[self.options["network"]]
         self.net = self.recipe.build(len(self.words), self.options["dropout"], seed=None)
         self.net.load(checkpoint.weights)
+        self.learned_b = self.net.output.b
+        self.label_frequency = facts.get("label_frequency")         # older checkpoints have none
+        if self.label_frequency is None:
+            self.label_frequency = self.find_label_frequency()
+        self.shift = None
+        if prior == "real":
+            self.add_prior()
+
+    def add_prior(self):
+        """Add the prior of real photos to the biases, and say on stderr how good it is."""
+        if self.label_frequency is None:
+            print("prior: not known, the run's captions or index are not at hand; probabilities "
+                  "are those of the words as training drew them", file=sys.stderr, flush=True)
+            return
+        self.shift = self.real_prior()
+        if self.shift is None:
+            return
+        self.net.output.b = self.learned_b + kernels.to_device(self.shift)
+        how = "an exact" if model.prior_is_exact(self.options) else "an approximate"
+        print(f"prior: words are as frequent as in photos, by {how} correction of how training "
+              "drew them", file=sys.stderr, flush=True)
+
+    def real_prior(self):
+        """As model.prior_shift, (K,) or None for nothing."""
+        return model.prior_shift(self.options, self.counts, self.training, self.label_frequency)
+
+    def equal_output(self):
+        """The output layer as if all words were equally frequent in photos.
+
+        Where training's prior is not known it is the one that training made.
+        """
+        output = model.Output(self.net.output.w.shape[1], len(self.words))
+        output.w = self.net.output.w
+        output.b = self.learned_b
+        if self.label_frequency is not None:
+            real = self.real_prior()
+            shift = -np.log(self.counts) if real is None else real - np.log(self.counts)
+            output.b = self.learned_b + kernels.to_device(shift.astype(np.float32))
+        return output
+
+    def find_label_frequency(self):
+        """How often training's rows have each word as a target, (K,), or None if that is lost."""
+        sampling = self.options["sampling"]
+        positives = self.options["positives"]
+        if sampling == "image":
+            return self.counts / self.training
+        if positives == "drawn":
+            return np.full(len(self.words), 1 / len(self.words))
+        index = self.own_index()
+        if index is None or index.dictionary != self.words:
+            return None
+        return index.label_frequency(sampling, positives)
+
+    def own_index(self):
+        """The run's index of its captions, or None where it is not there or they have changed."""
+        text = data.Text(self.options["words"], self.options["stop_words"], self.options["valid"])
+        folder = os.path.join(self.folder, "index")
+        try:
+            return data.cached_index(self.source(), folder, text)
+        except (OSError, ValueError):           # no captions
+            return None
+
+    def source(self, captions=None):
+        """How captions are read: those of the run, or a file of the same columns."""
+        own = self.options["captions"]
+        captions = captions or own
+        return data.Source(captions, self.options["format"] if captions == own else None,
+                           self.options.get("image_column"), self.options.get("text_column"),
+                           self.options["images"])
 
     def make_loss(self, counts):
         """The run's loss for words with so many training photos."""
         return model.LOSSES[self.options["loss"]](counts / self.training)
+
+    def settings(self):
+        """All options that training depends on but the seed: runs that share them are one."""
+        apart = ("seed", "out", "resume", "workers", "threads", "device", "images")
+        settings = {key: value for key, value in self.options.items() if key not in apart}
+        return json.dumps([self.training, settings], sort_keys=True)
 
     def index(self, captions, words, valid):
         """The index of the captions under a dictionary of these words; the run's own if it fits.
 
         captions: a file, or None for the run's; valid: the fraction of the photos held out.
         """
-        own = self.options["captions"]
-        captions = captions or own
         text = data.Text(self.options["words"], self.options["stop_words"], valid)
-        source = data.Source(
-            captions, self.options["format"] if captions == own else None,
-            self.options.get("image_column"), self.options.get("text_column"),
-            self.options["images"])
+        source = self.source(captions)
         index = data.cached_index(source, os.path.join(self.folder, "index"), text)
         if index is not None and index.dictionary == words:
             return index
@@ -840,17 +1213,60 @@ class Trained:
         features = [self.net.features(x) for _, x, _ in reader]
         return np.concatenate(features), reader
 
+    def words_by_path(self):
+        """{path: words} of the photos of the run's captions; none where they are very many."""
+        index = self.own_index()
+        if index is None or len(index) > MOST_COMPARED or index.dictionary != self.words:
+            return {}
+        folder = os.path.realpath(self.options["images"])
+        return {os.path.join(folder, index.name(i)): [self.words[k] for k in index.words(i)]
+                for i in range(len(index))}
+
     def find_words(self, words):
         """Classes of words as a person gives them."""
+        stop_words = data.stop_words(os.path.join(self.folder, "index"))
         classes = []
         for word in words:
-            word = " ".join(data.words_of(word))
+            word = " ".join(data.words_of(word)) or word
+            if word in stop_words and word not in self.classes:
+                raise ValueError(f"{word!r} was left out as a stop word, one of the "
+                                 f"{len(stop_words):,} most frequent words; train with "
+                                 "--stop-words 0")
             if word not in self.classes:
                 near = ", ".join(near_words(word, self.words)) or "none"
                 raise ValueError(f"{word!r} is not among the model's {len(self.words):,} words, "
                                  f"which are in {self.folder}/words.txt; near in spelling: {near}")
             classes.append(self.classes[word])
         return np.array(classes, np.int32)
+
+    def scorer(self, words, features):
+        """The Scorer of features (N, E) for some of the run's words."""
+        classes = self.find_words(words)
+        output = model.Output(features.shape[1], len(words))
+        output.w = self.net.output.w[classes]
+        output.b = self.learned_b[classes]
+        shift = None if self.shift is None else self.shift[classes]
+        return Scorer(features, output, self.make_loss(self.counts[classes]), shift)
+
+    def thresholds_file(self):
+        """Where `words` writes the table of words that `tag --threshold auto` reads."""
+        return os.path.join(self.folder, "thresholds.csv")
+
+    def thresholds(self):
+        """The least probability of each word to tag a photo with it, (K,), inf without one."""
+        path = self.thresholds_file()
+        remedy = f"first let `eval.py words --model {self.name}` choose the words' thresholds"
+        if not os.path.exists(path):
+            raise ValueError(f"--threshold auto: there is no {path}; {remedy}")
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        if not rows or any(row.get("step") != str(self.step) for row in rows):
+            raise ValueError(f"--threshold auto: {path} is of other weights; {remedy}")
+        thresholds = np.full(len(self.words), np.inf)
+        for row in rows:
+            if row["threshold"]:
+                thresholds[self.classes[row["word"]]] = float(row["threshold"])
+        return thresholds
 
     def vectors(self):
         """The words' vectors, the rows of the output layer's w, as NumPy: (K, E)."""
@@ -985,16 +1401,21 @@ class Output:
         print(text)
         self.html.append(f'<p class="note">{escape(text)}</p>')
 
-    def best(self, names, scores, others, top, least=-np.inf):
+    def best(self, names, scores, others, top, least=-np.inf, captions=()):
         """{name: {other: score}}: the `top` best of the others, none below `least`, by name.
 
-        scores (len(names), len(others)).
+        scores (len(names), len(others)); least: a number, or one for each other. captions: {name:
+        the words that it should have}, to show beside them.
         """
         result = {}
+        nothing = "no word above its threshold" if np.ndim(least) else f"no word above {least:g}"
+        least = np.broadcast_to(least, len(others))
         for name, row, best in zip(names, scores, top_words(scores, top)):
-            result[name] = {others[i]: float(row[i]) for i in best if row[i] >= least}
+            result[name] = {others[i]: float(row[i]) for i in best if row[i] >= least[i]}
             items = [f"{other} {value:.3g}" for other, value in result[name].items()]
-            text = ", ".join(items) if items else f"no word above {least:g}"
+            text = ", ".join(items) if items else nothing
+            if name in captions:
+                text += f" (its captions: {', '.join(captions[name])})"
             print(f"{name}: {text}", flush=True)
             self.html.append(f"<p><b>{escape(name)}</b>: {escape(text)}</p>")
         return result
@@ -1064,7 +1485,7 @@ def command(name, *options, runs=1):
     def register(function):
         says = console.summary(function.__doc__)
         parser = COMMANDS.add_parser(name, help=says, description=says)
-        parser.set_defaults(function=function, out=None)
+        parser.set_defaults(function=function, out=None, prior="none")
         parser.add_argument("--model", required=True, nargs=runs, metavar="RUN",
                             help="a run's folder, or an .npz")
         for flag, settings in options + COMMON:
@@ -1078,6 +1499,10 @@ def option(flag, **settings):
     return flag, settings
 
 
+RUN_FILES = {"run.lock", "model.npz", "best.npz", "words.txt", "log.jsonl", "skipped.txt",
+             "curves.png", "filters.png"}
+
+
 def output_option(flag, ending="", required=True, **settings):
     """An option that names a file to write: its name ends so, and its folder takes files."""
     def check(path):
@@ -1086,6 +1511,9 @@ def output_option(flag, ending="", required=True, **settings):
         folder = os.path.dirname(path) or "."
         if path != "-" and (os.path.isdir(path) or not os.access(folder, os.W_OK)):
             raise argparse.ArgumentTypeError(f"cannot write {path}; choose another place")
+        in_run = os.path.exists(os.path.join(folder, "model.npz"))
+        if in_run and os.path.basename(path) in RUN_FILES:
+            raise argparse.ArgumentTypeError(f"{path} is a run's own file; choose another name")
         return path
 
     settings = {"help": "the file to write", **settings}
@@ -1102,6 +1530,10 @@ TOP = option("--top", type=number(int, 1), default=6, help="how many to show for
 FOLDER = option("--images", required=True, metavar="DIR", help="folder of photos")
 IMAGES = option("--images", metavar="DIR", help="folder of photos; the run's if not given")
 CAPTIONS = option("--captions", metavar="FILE", help="captions; the run's if not given")
+PRIOR = option("--prior", choices=("real", "none"), default="real",
+               help="probabilities of photos as they are, or as training drew them")
+BASELINES = option("--no-baselines", action="store_true",
+                   help="without the words of the nearest training photos, which take minutes")
 FONT = option("--font", type=Fonts, metavar="FILE", help="of words; else any with their letters")
 SPLITTING = (
     option("--splits", type=number(int, 1, 10_000), default=10, help="random splits"),
@@ -1122,21 +1554,27 @@ def change(options, **changes):
 
 # --------------------------------------------------------------------------- words (Table 1)
 
-@command("words", IMAGES, CAPTIONS, *SPLITTING, output_option("--out", ".png", required=False),
+@command("words", IMAGES, CAPTIONS, PRIOR, *SPLITTING,
+         output_option("--out", ".png", required=False),
          option("--deciles", action="store_true", help="AUC and AP by frequency of the words, too"),
          option("--transfer", nargs="+", metavar="DIR",
                 help="accuracy of features, as `transfer`, too"),
          option("--all", action="store_true", help="score all photos, not the held-out ones"),
-         runs="+")
+         output_option("--per-word", ".csv", required=False,
+                       help="AUC, AP and the threshold of the best F1 of each word, to write"),
+         BASELINES, runs="+")
 def predict_words(options, show, *runs):
     """Precision@k, AUC and AP of words for photos that were not trained on (Table 1, Fig. 2).
 
     Of several runs: on photos that none of them trained on, over the words that all of them know.
     """
+    if options.per_word and (len(runs) > 1 or show.out):
+        raise ValueError("--per-word is of one run, and goes without --out")
     runs = sorted(runs, key=lambda run: run.training)
     words = common_words(runs)
     valid = min(run.options["valid"] for run in runs)
     index = runs[-1].index(options.captions, words, valid)
+    counts = runs[-1].counts[runs[-1].find_words(words)]            # one order of words for all
     folder = options.images or runs[-1].options["images"]
     count = len(index) if options.all else index.held_out
     photos = {index.name(i): i for i in range(count)}
@@ -1144,8 +1582,9 @@ def predict_words(options, show, *runs):
     for run in runs:
         features, reader = run.features(folder, list(photos), options.workers)
         targets = [index.words(photos[name]) for name in reader.names]
+        scorer = run.scorer(words, features)
         results[run.name] = {"training_photos": run.training,
-                             **score_run(run, words, features, targets),
+                             **score_run(scorer, targets, counts),
                              "skipped": len(reader.skipped)}
         for images in options.transfer or ():
             results[run.name].update(score_transfer(run, images, options, show))
@@ -1154,10 +1593,15 @@ def predict_words(options, show, *runs):
     if options.deciles:
         show_deciles(results, show)
     if len(runs) > 1 or show.out:
-        show_curve(results, [transfer_key(images) for images in options.transfer or ()], show)
+        show_curve(runs, results, options.transfer or (), show)
         return {"runs": results, "words": len(words)}
-    print_words(results[run.name], show)
-    return results[run.name]
+    result = results[run.name]
+    is_own = not (options.all or options.captions or options.images)
+    if is_own and not options.no_baselines:
+        result["baselines"] = score_baselines(run, index, reader.names, targets, options)
+    print_words(result, show)
+    write_words(run, scorer, targets, counts, is_own, options)
+    return result
 
 
 def common_words(runs):
@@ -1168,14 +1612,54 @@ def common_words(runs):
     return words
 
 
-def score_run(run, words, features, targets):
-    """word_metrics of a run over some of its words, of which the targets are classes."""
-    classes = run.find_words(words)
-    counts = run.counts[classes]
-    output = model.Output(features.shape[1], len(words))
-    output.w = run.net.output.w[classes]
-    output.b = run.net.output.b[classes]
-    return word_metrics(features, output, targets, counts, run.make_loss(counts))
+def score_run(scorer, targets, counts):
+    """word_metrics of photos of which targets are the classes, what they vary by, and retrieval."""
+    carried = mark_words(targets, len(counts))
+    return {**word_metrics(scorer.features, scorer.output, targets, counts, scorer.loss,
+                           scorer.shift),
+            "deviations": deviations(scorer, carried),
+            "retrieval": retrieve_photos(scorer, carried)}
+
+
+def write_words(run, scorer, targets, counts, is_own, options):
+    """Write the table of words: to --per-word, and for `tag` to the run's folder.
+
+    is_own: these are the run's own held-out photos.
+    """
+    paths = [options.per_word] if options.per_word else []
+    if is_own and options.prior == "real" and os.access(run.folder, os.W_OK):
+        paths.append(run.thresholds_file())
+    if not paths:
+        return
+    carried = mark_words(targets, len(counts))
+    rows = table_of_words(scorer, carried, run.words, counts, run.step)
+    for path in paths:
+        with console.whole_file(path, "w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(WORD_COLUMNS)
+            writer.writerows(rows)
+
+
+def score_baselines(run, index, names, targets, options):
+    """rank_metrics of words by the nearest training photos, in each of VIEWS, of held-out photos.
+
+    names, and targets, their classes: of the held-out photos. The photos of an index are in random
+    order, so the first training photos are a random choice.
+    """
+    folder = run.options["images"]
+    count = min(index.training, MOST_NEIGHBOURS)
+    training = {index.name(i): i for i in range(index.held_out, index.held_out + count)}
+    views = extract_views(run, run.read(folder, names, options.workers))
+    reader = run.read(folder, list(training), options.workers)
+    training_views = extract_views(run, reader)
+    k = len(run.words)
+    labels = mark_words([index.words(training[name]) for name in reader.names], k)  # (M, K)
+    carried = mark_words(targets, k)                                # (N, K)
+    results = {"training_photos": len(reader.names)}
+    for view in VIEWS:
+        scorer = NearestScores(views[view], training_views[view], labels)
+        results[view] = rank_metrics(scorer, carried, run.counts)
+    return results
 
 
 def transfer_key(images):
@@ -1187,9 +1671,11 @@ def score_transfer(run, images, options, show):
     """The run's mean accuracy on a folder's photos, and its standard deviation over the splits."""
     key = transfer_key(images)
     show.line(f"{run.name}: {key}")
-    rows = transfer_features(change(options, images=images, layer=None), show, run)["rows"]
-    deviations = rows.get("± deviation", [0, 0])
-    return {key: rows["mean"][1], key + SPREAD: deviations[1]}      # after that of chance
+    result = transfer_features(change(options, images=images, layer=None), show, run)
+    rows = result["rows"]
+    deviations = rows.get(f"± over {result['over']}", [0, 0])
+    return {key: rows["mean"][1], key + SPREAD: deviations[1],      # after that of chance
+            key + OVER: result["over"]}
 
 
 def warn_about_duplicates(index, folder, held_out, show):
@@ -1212,80 +1698,122 @@ def warn_about_duplicates(index, folder, held_out, show):
 
 def show_deciles(results, show):
     """AUC and AP of the words by frequency: a row for each tenth of them, two columns a run."""
-    heading = ["words by frequency", "photos"]
+    heading = ["words by frequency", "photos", "AP by chance"]
     for name in results:
         heading += [f"AUC, {name}", f"AP, {name}"]
     largest = list(results.values())[-1]
     rows = {}
     for decile, numbers in largest["deciles"].items():
-        rows[decile] = [f"{numbers['photos']:,.0f}"]
+        rows[decile] = [f"{numbers['photos']:,.0f}", numbers["chance"]["map"]]
         for result in results.values():
             rows[decile] += [result["deciles"][decile]["auc"], result["deciles"][decile]["map"]]
     show.table(heading, rows)
 
 
-def show_curve(results, transfers, show):
-    """The runs' numbers as a table, and curves of some against their training photos (Fig. 2)."""
+def show_curve(runs, results, folders, show):
+    """The runs' numbers as a table, and curves of some against their training photos (Fig. 2).
+
+    folders: of photos that features were transferred to.
+    """
+    transfers = [transfer_key(images) for images in folders]
     keys = ["training_photos", *name_precisions(KS), "auc", *transfers]
     rows = {}
     for name, result in results.items():
         rows[name] = [result[key] for key in keys]
     show.table(["run", *keys], rows)
-    curve = join_seeds(results.values(), keys)
+    curve = join_seeds(runs, list(results.values()), keys)
     largest = list(results.values())[-1]
     drawn = ["precision@10", "auc", *transfers]
     panels = []
     for key in drawn:
-        title = "AUC, mean of words" if key == "auc" else key
+        over = list(dict.fromkeys(row[key + OVER] for row in curve))
+        title = f"{NAMES.get(key, key)}, ± over {', '.join(over)}"
         chance = None if key == "auc" else largest["chance"].get(key)
         panels.append(plot_picture(curve, "training_photos", key, title, chance, np.log10))
+        show.line(title)
     image = Image.fromarray(np.hstack(panels))
     show.picture(image, "against training photos: " + ", ".join(drawn))
 
 
-def join_seeds(rows, keys):
-    """Rows with equal numbers of training photos as one: means, and deviations by key + SPREAD."""
+def join_seeds(runs, results, keys):
+    """The results of runs that differ in nothing but the seed as one row: means, deviations.
+
+    row[key + SPREAD] is one deviation, and row[key + OVER] says over what.
+    """
     groups = {}
-    for row in rows:
-        groups.setdefault(row["training_photos"], []).append(row)
+    for run, result in zip(runs, results):
+        groups.setdefault(run.settings(), []).append(result)
     return [join_rows(group, keys) for group in groups.values()]
 
 
 def join_rows(rows, keys):
-    """The mean and deviation of each key; one row keeps the deviation that it has, or has none."""
+    """The mean of each key, and its deviation: that of one row over what it says, or over seeds."""
     joined = {}
     for key in keys:
         values = [row[key] for row in rows]
         joined[key] = np.mean(values)
         if len(rows) > 1:
             joined[key + SPREAD] = np.std(values, ddof=1)
+            joined[key + OVER] = f"{len(rows)} seeds"
         else:
-            joined[key + SPREAD] = rows[0].get(key + SPREAD, 0)
+            deviation = rows[0].get("deviations", {}).get(key, 0)
+            joined[key + SPREAD] = rows[0].get(key + SPREAD, deviation)
+            joined[key + OVER] = rows[0].get(key + OVER, "photos")
     return joined
 
 
 def print_words(result, show=Output()):
-    """Show the numbers of `words` (Table 1)."""
+    """Show the numbers of `words` (Table 1), and under them those of baselines, if there are."""
     show.line(f"{result['photos']:,} photos, {result['words']:,} of {result['dictionary']:,} words "
               "occur in them")
-    columns = [result, result["baseline"], result["chance"], result["ceiling"]]
+    baselines = dict(result.get("baselines", {}))
+    count = baselines.pop("training_photos", 0)
+    columns = {"model": result}
+    if "deviations" in result:
+        columns["± over photos"] = result["deviations"]
+    for view, numbers in baselines.items():
+        columns[f"{NEAREST} nearest: {view}"] = numbers
+    columns["frequent words"] = {**result["chance"], **result["baseline"]}
+    columns["chance"] = result["chance"]
+    columns["ceiling"] = {**result["ceiling"], "auc": 1.0, "map": 1.0}
+    keys = [*name_precisions(KS), "auc", "map"]
     rows = {}
-    for key in name_precisions(KS):
-        rows[key] = [column[key] for column in columns]
-    ap = result["chance"]["map"]
-    rows["AUC, mean of words"] = [result["auc"], 0.5, 0.5, 1]
-    rows["AP, mean of words"] = [result["map"], ap, ap, 1]
-    show.table(["", "model", "frequent words", "chance", "ceiling"], rows)
-    show.line(f"AUC of the most frequent third of the words {result['auc_frequent']:.4f}, "
-              f"of the rarest third {result['auc_rare']:.4f}")
+    for name, numbers in columns.items():
+        rows[name] = [numbers[key] for key in keys]
+    show.table(["", *name_precisions(KS), "AUC", f"AP of {result['photos']:,}"], rows)
+    show.line("AUC and AP (which more photos make smaller) are means over the words; AUC of the "
+              f"most frequent third of them {result['auc_frequent']:.4f}, of the rarest third "
+              f"{result['auc_rare']:.4f}")
+    if "retrieval" in result:
+        show_retrieval(result["retrieval"], show)
+    if baselines:
+        show.line(f"{NEAREST} nearest: by the words of the nearest of {count:,} training photos, "
+                  "by features of this model, of an untrained one, and pixels")
+
+
+def show_retrieval(result, show):
+    """How often photos and their words find each other."""
+    ways = {name: numbers for name, numbers in result.items() if name != "candidates"}
+    rows = {}
+    for name, numbers in ways.items():
+        rows[name] = [numbers[key] for key in name_precisions(KS)]
+    chances = [numbers["chance"] for numbers in ways.values()]
+    rows["chance"] = [chances[0][key] for key in name_precisions(KS)]
+    show.table([f"found among {result['candidates']:,}", *(f"R@{k}" for k in KS)], rows)
 
 
 # -------------------------------------------------------------------- photos, one at a time
 
-@command("tag", TOP,
+def threshold(text):
+    """A probability, or "auto"."""
+    return text if text == "auto" else number(float, 0, 1)(text)
+
+
+@command("tag", TOP, PRIOR,
          option("photos", nargs="+", metavar="PHOTO", help="picture files, or folders of them"),
-         option("--threshold", type=number(float, 0, 1),
-                help="instead of --top: the least probability"))
+         option("--threshold", type=threshold, metavar="P",
+                help="instead of --top: the least probability; or auto, of each word the one that "
+                     "`words` found best"))
 def tag_photos(options, show, run):
     """The words of photos with probabilities: of one word among K, or after one-vs-all of each."""
     top = options.top
@@ -1293,12 +1821,23 @@ def tag_photos(options, show, run):
     if options.threshold is not None:
         top = len(run.words)
         least = options.threshold
+    if least == "auto":
+        if options.prior == "none":
+            raise ValueError("--threshold auto goes with --prior real")
+        least = run.thresholds()                                    # (K,)
     tags = {}
+    captions = {}
     reader = run.read("", expand_folders(options.photos), options.workers)
+    carried = run.words_by_path()
     for names, x, _ in reader:
         s = kernels.to_host(run.net.forward(x))                     # (n, K)
-        tags.update(show.best(names, run.loss.probabilities(s), run.words, top, least))
-    return {"tags": tags, "failed": reader.skipped}
+        for name in names:
+            folder, file = os.path.split(name)
+            path = os.path.join(os.path.realpath(folder), file)
+            if path in carried:
+                captions[name] = carried[path]
+        tags.update(show.best(names, run.loss.probabilities(s), run.words, top, least, captions))
+    return {"tags": tags, "captions": captions, "failed": reader.skipped}
 
 
 def expand_folders(paths):
@@ -1312,16 +1851,17 @@ def expand_folders(paths):
     return files
 
 
-@command("search", WORDS, IMAGES, TOP, FONT, output_option("--out", ".png"))
+@command("search", WORDS, IMAGES, TOP, PRIOR, FONT, output_option("--out", ".png"))
 def search_photos(options, show, run):
-    """The photos that score highest for a word, with their scores (Fig. 3)."""
+    """The most probable photos for a word, with log p, or log-odds after one-vs-all (Fig. 3)."""
     classes = run.find_words(options.words)
     folder, names = run.photos(options)
     reader = run.read(folder, names, options.workers)
     scores = []
     for _, x, _ in reader:
-        features = run.net.features(x)
-        scores.append(kernels.to_host(run.net.output.scores(features, classes)))    # (n, C)
+        s = run.net.forward(x)                                      # (n, K)
+        comparable = s - run.loss.normaliser(s)
+        scores.append(kernels.to_host(comparable[:, classes]))      # (n, C)
     s = np.concatenate(scores)                                      # (N, C)
     rankings = Output().best(options.words, s.T, reader.names, options.top)
     find = data.Folder(folder).find
@@ -1387,38 +1927,130 @@ class Task(NamedTuple):
          option("--layer",
                 help="of that name, the mean of its pixels; the last hidden one if not given"))
 def transfer_features(options, show, run):
-    """Regression on features: DIR/class/*.jpg, or a Pascal VOC folder (Fig. 5, Tables 2 to 4)."""
+    """Regression on features: DIR/class/*.jpg, or a Pascal VOC folder (Fig. 5, Tables 2 to 4).
+
+    For folders of classes also without any regression and labelled photo: the class whose name has
+    the most probable words.
+    """
     is_voc = os.path.isdir(os.path.join(options.images, "JPEGImages"))
     collection = Voc(options) if is_voc else SubFolders(options)
     collection.tasks(list(collection.labels))                       # may fail: before the work
     reader = run.read(options.images, list(collection.labels), options.workers)
-    views = extract_views(run, reader, options.layer)
+    named = NamedClasses(run, collection.class_names)
+    views = extract_views(run, reader, options.layer, named)
     tasks = collection.tasks(reader.names)
-    rows = run_regressions(tasks, views, collection, options.seed)
-    values = np.array(list(rows.values()))                          # (tasks, 1 + views)
-    rows["mean"] = values.mean(axis=0).tolist()
-    if len(values) > 1:
-        rows["± deviation"] = values.std(axis=0, ddof=1).tolist()
+    scores = run_regressions(tasks, views, collection, options.seed)
+    columns = ["chance", *VIEWS]
+    if named.known():
+        named.report_unknown(show)
+        columns.append(ZERO_SHOT)
+        for task in tasks:
+            scores[task.name].append(named.scores[task.test])       # (n, C)
+    rows = measure_tasks(tasks, scores, collection)
     count = len(reader.names)
     show.line(f"{count:,} photos; {tasks[-1].train.sum():,} to train and "
               f"{tasks[-1].test.sum():,} to test")
-    columns = ["chance", *VIEWS]
+    if collection.class_names:
+        show.line(f"classes: {data.listing(collection.class_names, 20)}")
     show.table([collection.measured, *columns], rows)
-    return {"columns": columns, "rows": rows, "photos": count, "skipped": reader.skipped}
+    return {"columns": columns, "rows": rows, "over": collection.describe(tasks), "photos": count,
+            "unknown_names": named.unknown(), "skipped": reader.skipped}
 
 
-def extract_views(run, reader, layer):
-    """{view: (N, D)} of the reader's photos by each of VIEWS."""
+class NamedClasses:
+    """Scores of photos for classes by their names: the mean of log p of the words of each.
+
+    p is that of words which are all equally frequent, whatever they were in the captions: a class
+    has as many photos if its name is a rare word. scores (N, C): -inf for a class of which the run
+    knows no word, so that its photos are missed.
+    """
+
+    def __init__(self, run, names):
+        self.loss = run.loss
+        self.output = run.equal_output()
+        self.words = {}                         # {class: those of its words that the run knows}
+        for name in names:
+            words = [run.classes.get(word) for word in data.folder_words(name)]
+            self.words[name] = [word for word in words if word is not None]
+        self.batches = []
+
+    def known(self):
+        """Whether some class can be told by its name."""
+        return any(self.words.values())
+
+    def unknown(self):
+        """The classes without a word that the run knows."""
+        return [name for name, words in self.words.items() if not words]
+
+    def report_unknown(self, show):
+        """Say which classes are missed, whatever the model does."""
+        unknown = self.unknown()
+        if unknown:
+            show.line(f"{len(unknown)} of {len(self.words)} classes have no word that the model "
+                      f"knows, {ZERO_SHOT} miss them: {', '.join(unknown)}")
+
+    def add(self, features):
+        """Take the last hidden layer (n, E) of the next photos."""
+        if self.known():
+            s = self.output.scores(features)                        # (n, K)
+            comparable = kernels.to_host(s - self.loss.normaliser(s))
+            log_p = self.loss.log_probability(comparable)           # (n, K)
+            scores = np.full((len(s), len(self.words)), -np.inf)
+            for i, words in enumerate(self.words.values()):
+                if words:
+                    scores[:, i] = log_p[:, words].mean(axis=1)
+            self.batches.append(scores)
+
+    @functools.cached_property
+    def scores(self):
+        return np.concatenate(self.batches)
+
+
+def extract_views(run, reader, layer=None, named=None):
+    """{view: (N, D)} of the reader's photos by each of VIEWS; NamedClasses see them, too."""
     untrained = run.recipe.build(len(run.words), 0, seed=run.options["seed"])
     batches = []
     for _, x, pixels in reader:
-        batches.append([mean_of_pixels(kernels.to_host(run.net.features(x, layer))),
+        hidden = run.net.features(x)                                # (n, E)
+        if named:
+            named.add(hidden)
+        own = hidden if layer is None else run.net.features(x, layer)
+        batches.append([mean_of_pixels(kernels.to_host(own)),
                         mean_of_pixels(kernels.to_host(untrained.features(x, layer))),
                         shrink(pixels)])
     views = {}
     for i, view in enumerate(VIEWS):
         views[view] = np.concatenate([batch[i] for batch in batches])
     return views
+
+
+def measure_tasks(tasks, scores, collection):
+    """Rows of a table: chance and what the scores of each task's photos to test are worth.
+
+    scores: {task: [(n, C) of each view]}. Rows of means over the tasks follow, with deviations,
+    and, where the collection has classes of unequal size, the mean accuracy of a class.
+    """
+    rows = {}
+    by_class = []
+    for task in tasks:
+        y = task.y[task.test]
+        values = [collection.measure(s, y) for s in scores[task.name]]
+        rows[task.name] = [collection.chance(task), *values]
+        if collection.measure is accuracy:
+            values = [class_accuracy(s, y) for s in scores[task.name]]
+            by_class.append([1 / len(np.unique(y)), *values])
+    over = collection.describe(tasks)
+    add_means(rows, list(rows.values()), "mean", f"± over {over}")
+    if by_class:
+        add_means(rows, by_class, "mean class accuracy", f"± of it over {over}")
+    return rows
+
+
+def add_means(rows, values, name, spread):
+    """Add to rows the mean of some rows, and, if they are several, their deviation."""
+    rows[name] = np.mean(values, axis=0).tolist()
+    if len(values) > 1:
+        rows[spread] = np.std(values, axis=0, ddof=1).tolist()
 
 
 def mean_of_pixels(features):
@@ -1436,36 +2068,36 @@ def shrink(pixels):
 
 
 def run_regressions(tasks, views, collection, seed):
-    """{task: [chance, what its regression on each view is worth]}, threads sharing the work."""
-    results = {}
-    rows = {}
+    """{task: [scores of its photos to test by a regression on each view]}, by several threads."""
+    waiting = {}
+    scores = {}
     pool = ThreadPoolExecutor(kernels.threads.count)
     try:
         for i, task in enumerate(tasks):
+            waiting[task.name] = []
             for view in VIEWS:
-                results[task.name, view] = pool.submit(
-                    regress, views[view], task, collection.measure, seed, 2 * i + 1)
+                waiting[task.name].append(pool.submit(
+                    regress, views[view], task, collection.measure, seed, 2 * i + 1))
         with console.Progress("regressions", len(tasks), "tasks") as progress:
             for task in tasks:
-                values = [results[task.name, view].result() for view in VIEWS]
-                rows[task.name] = [collection.chance(task), *values]
+                scores[task.name] = [result.result() for result in waiting[task.name]]
                 progress.tick()
     finally:
         pool.shutdown(cancel_futures=True)      # after Ctrl-C
-    return rows
+    return scores
 
 
 def regress(x, task, measure, seed, number):
-    """What a regression on features x (N, D) is worth on the task's photos to test.
+    """The scores (n, C) of the task's photos to test, by a regression on features x (N, D).
 
-    Of those to train on some are held out, a function of (seed, number), which choose λ.
+    λ is the best by `measure` on some of the photos to train on, a function of (seed, number).
     """
     y = task.y[task.train]
-    held = split(y, lambda n: min(n - 1, max(1, round(HELD * n))), seed, number)
     mean = x[task.train].mean(axis=0, dtype=np.float64)
     features = units((x - mean).astype(np.float32))                 # so one λ suits all
-    table, _ = choose_penalty(features[task.train], y, held, measure)
-    return measure(predict(table, features[task.test]), task.y[task.test])
+    folds = fold_masks(y, seed, number)
+    table, _ = choose_penalty(features[task.train], y, folds, measure)
+    return predict(table, features[task.test])
 
 
 class SubFolders:
@@ -1476,13 +2108,18 @@ class SubFolders:
 
     def __init__(self, options):
         self.options = options
-        names = [name for name in data.list_photos(options.images) if os.sep in name]
-        self.labels = {name: name.split(os.sep)[0] for name in names}
+        folders = data.class_folders(data.list_photos(options.images))
+        self.labels = {name: path[0] for name, path in folders.items() if path}
+        self.class_names = sorted(set(self.labels.values()))
+
+    def describe(self, tasks):
+        """What the tasks differ in."""
+        return f"{len(tasks)} splits"
 
     def tasks(self, names):
         """A Task of the photos for each split; ValueError where there are too few."""
-        classes, y = np.unique([self.labels[name] for name in names], return_inverse=True)
-        self.check(classes, np.bincount(y, minlength=1))
+        y = np.searchsorted(self.class_names, [self.labels[name] for name in names])
+        self.check(np.bincount(y, minlength=len(self.class_names)))
         tasks = []
         for i in range(self.options.splits):
             train = split(y, self.count_to_train, self.options.seed, 2 * i)
@@ -1495,18 +2132,19 @@ class SubFolders:
             return self.options.train_per_class
         return min(n - 1, max(2, round(self.options.train_share * n)))
 
-    def check(self, classes, counts):
-        """ValueError where a class has no photos to train, choose λ and test."""
+    def check(self, counts):
+        """ValueError where a class has no photos to train, choose λ and test; counts (C,)."""
         least = (self.options.train_per_class or 2) + 1
-        if len(classes) < 2 or counts.min() < least:
-            there = [f"{name} {count}" for name, count in zip(classes, counts)]
+        if len(counts) < 2 or counts.min() < least:
+            there = [f"{name} {count}" for name, count in zip(self.class_names, counts)]
             raise ValueError(f"--images: two or more sub-folders of {least} or more photos are "
                              "needed, to train, choose and test; there are "
                              f"{', '.join(there) or 'none'}")
 
     def chance(self, task):
-        """The accuracy of guessing."""
-        return 1 / float(task.y.max() + 1)
+        """The accuracy of always guessing the largest class."""
+        y = task.y[task.test]
+        return float(np.bincount(y).max() / len(y))
 
 
 class Voc:
@@ -1514,6 +2152,7 @@ class Voc:
 
     measured = "average precision"
     measure = staticmethod(voc_ap)
+    class_names = ()                            # photos are not told apart by these
 
     def __init__(self, options):
         """labels: {photo: {class: 1, or 0 where it is difficult, -1 where it is not there}}."""
@@ -1539,6 +2178,10 @@ class Voc:
             if subset == "trainval":
                 self.trained.add(photo)
 
+    def describe(self, tasks):
+        """What the tasks differ in."""
+        return f"{len(tasks)} classes"
+
     def tasks(self, names):
         """A Task of the photos for each class that they can train and test."""
         training = np.array([name in self.trained for name in names])           # (N,)
@@ -1560,8 +2203,14 @@ class Voc:
         return tasks
 
     def chance(self, task):
-        """The average precision of guessing."""
-        return float(task.y[task.test].mean())
+        """The average precision of a random order of the photos to test, the mean of many."""
+        y = task.y[task.test]
+        keys = philox(0, (0, 0, 0, SPLITS)).random_raw(ORDERS * len(y))
+        values = []
+        for order in keys.reshape(ORDERS, len(y)):
+            ranks = order / 2**64
+            values.append(voc_ap(np.stack([-ranks, ranks], axis=1), y))
+        return float(np.mean(values))
 
 
 # --------------------------------------------------------------- words' vectors (Tables 5 to 7)
@@ -1616,18 +2265,33 @@ def translate_words(options, show, run):
     if len(pairs) < 2:
         raise ValueError(f"--pairs: the model knows both words of {len(pairs)} of {count:,} pairs "
                          "(not counting pairs of one word); it takes 2")
+    alike = len(known) - len(pairs)
+    show.line(f"{len(pairs):,} pairs of words that the model knows, of {count:,}; {alike:,} spelt "
+              "alike are left out")
+    vectors = run.vectors()                                         # (K, E)
+    ways = {"forward": find_translations(vectors, pairs, options.csls),
+            "backward": find_translations(vectors, pairs[:, ::-1], options.csls)}
+    show_ways(ways, options.csls, show)
+    best = show_best_pairs(run, pairs, options.csls, show)
+    return {"pairs": len(pairs), "alike": alike, **ways, "best": best}
+
+
+def find_translations(vectors, pairs, by_csls):
+    """retrieval of the second words of pairs (P, 2) by the first: among all second ones, and all K.
+
+    The numbers hang on how many there are to choose among, which is said beside them.
+    """
     sources, rows = np.unique(pairs[:, 0], return_inverse=True)     # (S,), (P,)
     targets, columns = np.unique(pairs[:, 1], return_inverse=True)  # (T,), (P,)
-    scores = score_translations(run.vectors(), sources, targets, options.csls)  # (S, T)
-    right = np.zeros(scores.shape, bool)
-    right[rows, columns] = True
-    alike = len(known) - len(pairs)
-    show.line(f"{len(pairs):,} pairs of {len(sources):,} and {len(targets):,} words that the model "
-              f"knows, of {count:,}; {alike:,} spelt alike are left out")
-    ways = {"forward": retrieval(scores, right), "backward": retrieval(scores.T, right.T)}
-    show_ways(ways, options.csls, show)
-    best = show_best_pairs(run, sources, targets, scores, right, show)
-    return {"pairs": len(pairs), "alike": alike, **ways, "best": best}
+    everything = np.arange(len(vectors))                            # (K,)
+    results = []
+    for candidates, places in ((targets, columns), (everything, pairs[:, 1])):
+        right = np.zeros((len(sources), len(candidates)), bool)
+        right[rows, places] = True
+        scores = score_translations(vectors, sources, candidates, by_csls)
+        results.append({**retrieval(scores, right), "candidates": len(candidates)})
+    among_targets, among_all = results
+    return {**among_targets, "words": len(sources), "all": among_all}
 
 
 def score_translations(vectors, sources, targets, by_csls):
@@ -1641,23 +2305,29 @@ def score_translations(vectors, sources, targets, by_csls):
 
 
 def show_ways(ways, by_csls, show):
-    """A row for each precision@k, two columns for each way."""
-    heading = ["by CSLS" if by_csls else "by cosine"]
-    rows = {key: [] for key in name_precisions(KS)}
-    for name, precision in ways.items():
-        heading += [name, "chance"]
-        for key in rows:
-            rows[key] += [precision[key], precision["chance"][key]]
+    """A row for each way and each set of candidates, with the chance of each."""
+    rows = {}
+    for way, numbers in ways.items():
+        for name, result in ((way, numbers), (f"{way}, all words", numbers["all"])):
+            rows[name] = [numbers["words"], result["candidates"]]
+            for key in name_precisions(KS):
+                rows[name] += [result[key], result["chance"][key]]
+    heading = ["by CSLS" if by_csls else "by cosine", "words", "candidates"]
+    for key in name_precisions(KS):
+        heading += [key, "chance"]
     show.table(heading, rows)
 
 
-def show_best_pairs(run, sources, targets, scores, right, show):
+def show_best_pairs(run, pairs, by_csls, show):
     """{heading: {pair: score}} of words with the translation that was nearest; ! if it is wrong."""
+    sources = np.unique(pairs[:, 0])                                # (S,)
+    targets = np.unique(pairs[:, 1])                                # (T,)
+    scores = score_translations(run.vectors(), sources, targets, by_csls)       # (S, T)
+    right = set(map(tuple, pairs.tolist()))
     names = []
-    nearest = scores.argmax(axis=1)                                 # (S,)
-    for i, j in enumerate(nearest):
-        name = f"{run.words[sources[i]]} {run.words[targets[j]]}"
-        names.append(name if right[i, j] else name + " !")
+    for source, nearest in zip(sources, targets[scores.argmax(axis=1)]):
+        name = f"{run.words[source]} {run.words[nearest]}"
+        names.append(name if (source, nearest) in right else name + " !")
     return show.best(["best pairs (! is wrong)"], scores.max(axis=1)[None], names, 12)
 
 
@@ -1731,7 +2401,8 @@ svg { font-family: sans-serif; text-anchor: middle; dominant-baseline: central }
 """
 
 
-@command("report", CAPTIONS, IMAGES, *SPLITTING, *MAPPING, FONT, output_option("--out", ".html"),
+@command("report", CAPTIONS, IMAGES, PRIOR, BASELINES, *SPLITTING, *MAPPING, FONT,
+         output_option("--out", ".html"),
          option("words", nargs="*", metavar="WORD", help="words to search photos for"),
          option("--series", nargs="+", metavar="RUN", help="runs for `words` side by side"),
          option("--pairs-similar", nargs="+", metavar="FILE", help="as `similar --pairs`"),
@@ -1746,10 +2417,12 @@ def write_report(options, show, run):
         print(f"\n{title}", flush=True)
         note = console.summary(function.__doc__)
         page.html.append(f'<h2>{escape(title)}</h2><p class="note">{escape(note)}</p>')
-        changed = change(options, all=False, deciles=False, layer=None)
+        changed = change(options, all=False, deciles=False, layer=None, per_word=None)
         changed = change(changed, **changes)
         try:
-            runs = [run if path == run.name else Trained(path) for path in changed.model]
+            runs = []
+            for path in changed.model:
+                runs.append(run if path == run.name else Trained(path, options.prior))
             results[title] = function(changed, page, *runs)
         except (ValueError, OSError) as error:
             failed[title] = str(error)
@@ -1849,12 +2522,15 @@ def show_run(options, show, run):
 
 def main(arguments=None):
     options = PARSER.parse_args(arguments)
+    files = [os.path.abspath(path) for path in (options.json, options.out) if path]
+    if len(files) > len(set(files)):
+        raise ValueError(f"--json and --out both name {options.out}; choose two files")
     if options.threads:
         kernels.threads.start(options.threads)
     print(kernels.use(options.device, "fp32"), file=sys.stderr)     # distances cancel in TF32
     terminal = sys.stderr if options.json == "-" else sys.stdout
     with redirect_stdout(terminal):
-        runs = [Trained(path) for path in options.model]
+        runs = [Trained(path, options.prior) for path in options.model]
         result = options.function(options, Output(options.out), *runs)
     if options.json:
         console.write_json(options.json, result)

@@ -565,6 +565,7 @@ class Softmax:
 
     balances = True                     # the targets of a photo may share its weight
     corrects_batch = False              # over a batch's own words it is eq. 2 as it stands (§3)
+    measured_with_prior = True          # the loss of photos as they are takes prior_shift
 
     def __init__(self, label_frequency=None):
         """The frequencies play no part in eq. 2."""
@@ -584,10 +585,34 @@ class Softmax:
             weights = weights * labels.target_weights
         return kernels.softmax_loss(s, labels.targets, weights, shift)
 
+    def normaliser(self, s):
+        """log Σ_k exp s_nk, (N, 1): the scores of different photos compare after it is taken off.
+
+        A number added to all scores of a photo changes neither p nor this loss, so that training
+        leaves it free, and it differs between photos: order them by log p = s - normaliser.
+        """
+        highest = s.max(axis=1, keepdims=True)                      # (N, 1): no overflow
+        return highest + np.log(np.exp(s - highest).sum(axis=1, keepdims=True))
+
+    def prior_shift(self, counts, training, drawn, presence):
+        """log N_k - log q_k + log a_k, about its mean, (K,): see the function of that name."""
+        shift = np.log(counts) - np.log(drawn) + np.log(presence)
+        return shift - shift.mean()             # p knows no number that is added to all scores
+
+    @staticmethod
+    def prior_is_exact(sampling, positives, targets):
+        """Whether the shift makes p that of real photos, if the training loss is at its least."""
+        if sampling == "class":
+            return positives == "drawn" or (positives == "balanced" and targets != "batch")
+        return positives != "idf" and targets != "batch"
+
+    def log_probability(self, s):
+        """log p from s - normaliser, NumPy of any shape: that is what these are."""
+        return s
+
     def probabilities(self, s):
         """p (N, K), of one word among all, from scores of NumPy."""
-        exps = np.exp(s - s.max(axis=1, keepdims=True))
-        return exps / exps.sum(axis=1, keepdims=True)
+        return np.exp(s - self.normaliser(s))
 
     def photo_weights(self, targets):
         """In validation a photo's words share its weight, as one drawn word a row does: (N,)."""
@@ -603,6 +628,7 @@ class OneVersusAll:
 
     balances = False
     corrects_batch = True
+    measured_with_prior = False         # in eq. 1 the class weights stand in its place
 
     def __init__(self, label_frequency):
         self.label_frequency = np.asarray(label_frequency)
@@ -627,6 +653,25 @@ class OneVersusAll:
         return kernels.one_vs_all_loss(s, labels.targets, labels.weights, 1 / (k * frequency),
                                        negative)
 
+    def normaliser(self, s):
+        """0, (N, 1): a score is the log-odds of one word by itself, in every photo alike."""
+        return np.zeros_like(s[:, :1])
+
+    def prior_shift(self, counts, training, drawn, presence):
+        """log (π_k / (1 - π_k)), (K,): see the function of that name."""
+        least = 0.5 / training                  # a word of every photo has finite odds, too
+        frequency = np.clip(counts / training, least, 1 - least)
+        return np.log(frequency) - np.log1p(-frequency)
+
+    @staticmethod
+    def prior_is_exact(sampling, positives, targets):
+        """By class, other words of a photo count as negatives, or it is drawn more often."""
+        return sampling == "image" and positives != "idf"
+
+    def log_probability(self, s):
+        """log σ(s), NumPy of any shape."""
+        return -np.logaddexp(0, -s)
+
     def probabilities(self, s):
         """σ(s) (N, K), of each word by itself, from scores of NumPy."""
         small = np.exp(-np.abs(s))                                  # no overflow
@@ -642,6 +687,45 @@ class OneVersusAll:
 
 
 LOSSES = {"softmax": Softmax, "one-vs-all": OneVersusAll}
+
+
+def prior_shift(options, counts, training, label_frequency):
+    """What makes scores those of photos as they are: to add to the biases, (K,); None for nothing.
+
+    options: those of the run, a dictionary; counts (K,): N_k, of the `training` photos, that carry
+    word k; label_frequency (K,): of the rows that training draws, that have it as a target, or
+    after `idf` what it weighs among them.
+
+    Training draws (photo, word) pairs otherwise than a collection has them, and scores learn that.
+    Softmax: of the collection's pairs a part ∝ N_k has word k, of those drawn a part ∝ q_k, and
+    among the photos of one word both draw alike. So by Bayes' rule
+        p(k | x) ∝ N_k p(x | k) ∝ N_k / q_k · p_drawn(k | x), or s_k + log N_k - log q_k.
+    Over a batch's own words k is in the sum with a probability a_k only, so s_k learns log p -
+    log a_k: add log a_k. `sampled` words are corrected while training already.
+    One-versus-all: with eq. 1's weights 1/π_k of positives and 1/(1 - π_k) of negatives s_k learns
+    log-odds less log (π_k / (1 - π_k)), π_k = N_k / N: add that.
+
+    prior_is_exact says where this is all there is to it. With all words of a photo by class, photos
+    of rare words are drawn more often, whatever their other words are; in one-versus-all by class,
+    drawn, a photo's other words are negatives. (Saerens et al. 2002; Menon et al. 2021.)
+    """
+    counts = np.asarray(counts)
+    label_frequency = np.asarray(label_frequency)
+    loss = LOSSES[options["loss"]](label_frequency)
+    presence = np.ones(len(counts))
+    if options["targets"] == "batch":
+        presence = 1 - (1 - label_frequency) ** options["batch"]    # (K,) a_k
+    drawn = label_frequency                     # (K,) q_k
+    if options["positives"] == "balanced":      # which on average weighs as one drawn word does
+        drawn = np.ones(len(counts))
+    shift = loss.prior_shift(counts, training, drawn, presence)
+    return shift.astype(np.float32) if abs(shift).max() > 1e-9 else None
+
+
+def prior_is_exact(options):
+    """Whether prior_shift is exact, or an approximation that is better than none."""
+    loss = LOSSES[options["loss"]]
+    return loss.prior_is_exact(options["sampling"], options["positives"], options["targets"])
 
 
 def training_losses(loss, scores, labels):

@@ -7,10 +7,11 @@
 
 Joulin, van der Maaten, Jabri, Vasilache: Learning Visual Features from Large Weakly Supervised
 Data (2016). `main` is the table of contents, `train` and `train_step` the method. A run's folder
-holds model.npz (all of the run), best.npz (the weights of the lowest held-out loss), words.txt,
+holds model.npz (all of the run), best.npz (the weights of the best epoch), words.txt,
 log.jsonl, skipped.txt, curves.png and filters.png.
 """
 import argparse
+import errno
 import fcntl
 import glob
 import itertools
@@ -24,6 +25,7 @@ import sys
 import time
 import warnings
 import zlib
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -48,19 +50,25 @@ EPOCHS_PER_RATE = 10            # epochs that each learning rate is kept at leas
 LEAST_RATE = 1e-6               # training stops below
 MOMENTUM = 0.9                  # not stated in the paper; Krizhevsky's (2012, §5)
 DECAY = 5e-4                    # likewise
-PATIENCE = 2                    # learning rates' epochs without a lower held-out loss
+FINAL = 0.2                     # of the steps of --epochs …
+FINAL_RATE = 0.1                # … are at this part of the learning rate: the last ones
+PATIENCE = 2                    # learning rates' epochs without a better one
+ENOUGH_PHOTOS = 1000            # scored after an epoch that mean AP is no noise …
+ENOUGH_WORDS = 100              # … and words: the best epoch is that of the highest
 NEGATIVES = 1000                # of --targets sampled
 VALIDATED = 10_000              # held-out photos scored after an epoch, at most
 DIVERGED = 10                   # times the loss of guessing: training diverges
 SAVE_SECONDS = 600              # between two checkpoints within an epoch
 RETRY_SECONDS = 10              # between two tries to make the last save on a full disk
 RETRIES = 360                   # of them: an hour
+# Errors of a disk that no waiting mends
+LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
+EXAMPLES = 100                  # held-out photos, of which one is named at the end
 EMPTY_STEPS = 100               # steps in a row without a photo that can be read: give up
-ORDER = 2                       # version of the order in which photos are drawn
-DRAWN = {"words": 80, "stop_words": 10, "epochs": 3, "epoch_size": 9_000,
-         "positives": "balanced"}       # without --images
-CHANGEABLE = {"resume", "out", "images", "epochs", "min_lr", "patience", "workers", "threads",
-              "device", "precision"}    # options that a resumed run may change
+ORDER = 3                       # version of what steps draw, and of how their rows weigh
+DRAWN = {"words": 80, "stop_words": 10, "epochs": 3, "epoch_size": 9_000}      # without --images
+CHANGEABLE = {"resume", "out", "images", "captions", "epochs", "final", "min_lr", "patience",
+              "workers", "threads", "device", "precision"}      # options a resumed run may change
 
 
 def main(arguments=None):
@@ -71,12 +79,17 @@ def main(arguments=None):
     options, checkpoint = read_options(arguments)
     share_machine(options, ranks)
     print(kernels.use(options.device, options.precision, ranks.local_rank), flush=True)
-    if ranks.rank == 0:
-        lock = lock_folder(options.out)         # held until main returns
-        if options.drawn:
+    with hold_folder(options.out, ranks):
+        if options.drawn and ranks.rank == 0:
             draw_set(options.images, options.captions, options.seed)
-    index = read_captions(options, ranks)
-    run = begin_run(options, index, checkpoint, ranks)
+        index = read_captions(options, ranks)
+        run = begin_run(options, index, checkpoint, ranks)
+        finished = train_and_finish(run)
+    return 0 if finished else 130
+
+
+def train_and_finish(run):
+    """Train, save, and say what to do next; False if interrupted before the end."""
     warnings.filterwarnings("ignore", "(overflow|invalid value)", RuntimeWarning)   # the loss says
     try:
         with run.loader:
@@ -85,14 +98,15 @@ def main(arguments=None):
             finish(run, finished)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; {describe_saved(run)}") from None
-    return 0 if finished else 130
+    return finished
 
 
 # ---------------------------------------------------------------------------------- options
 
 def make_parser():
     """All options; the defaults of --batch, --dropout and --lr depend on the network."""
-    parser = console.Parser(description=console.summary(__doc__))
+    parser = console.Parser(description=console.summary(__doc__),
+                            stray="photos' folder is given as --images {}")
     add_data_options(parser.add_argument_group("data").add_argument)
     add_model_options(parser.add_argument_group("model").add_argument)
     add_training_options(parser.add_argument_group("training").add_argument)
@@ -116,8 +130,10 @@ def add_data_options(add):
     add("--crop", choices=("center", "random"), default="random", help="random: mirrored, too")
     add("--sampling", choices=("class", "image"), default="class", help="draw a word, then its "
         "photo; or a photo with all its words")
-    add("--positives", choices=data.POSITIVES, default="drawn", help="of a photo drawn by class: "
-        "the drawn word, or all its words, each of the same weight or balanced as the drawn ones")
+    add("--positives", choices=sorted({*data.POSITIVES["class"], *data.POSITIVES["image"]}),
+        help="of a photo drawn by class: the drawn word (default), or all its words, each of the "
+        "same weight or balanced as the drawn ones (default without --images); by image: all its "
+        "words, of the same weight (default), or the more the rarer (idf)")
 
 
 def add_model_options(add):
@@ -140,12 +156,19 @@ def add_training_options(add):
     add("--weight-decay", type=number(float, 0), default=DECAY, help="of SGD, not for biases")
     add("--epoch-size", type=number(int, 1), help="photos an epoch; if not given as many as there "
         f"are, but {LEAST_EPOCH:,} to {EPOCH:,}")
-    add("--epochs", type=number(int, 1), help="stop after so many, if not by --min-lr before")
+    add("--epochs", type=number(int, 1), help="stop after so many, if not by --min-lr before; "
+        "a resumed run may ask for more")
+    add("--final", type=number(float, 0, 1), default=FINAL, help="the part of the steps of all "
+        f"--epochs, the last ones, that are at {FINAL_RATE:g} of the learning rate; 0: none. A "
+        "resumed run counts the epochs that are asked for now. Without --epochs there are none")
     add("--epochs-per-lr", type=number(int, 1), default=EPOCHS_PER_RATE,
         help="epochs before the rate may be halved, which happens when the held-out loss rises")
-    add("--min-lr", type=number(float, above=0), default=LEAST_RATE, help="stop below this rate")
-    add("--patience", type=number(int, 1), metavar="N", help="stop when the held-out loss was not "
-        f"lower for N epochs; if neither this nor --epochs is given {PATIENCE} x --epochs-per-lr")
+    add("--min-lr", type=number(float, above=0), default=LEAST_RATE,
+        help="stop when the rate is halved below this one")
+    add("--patience", type=number(int, 1), metavar="N", help="stop when none of N epochs "
+        f"is the best; if neither this nor --epochs is given {PATIENCE} x --epochs-per-lr. The "
+        "best has the highest mean AP on held-out photos, or, where fewer than "
+        f"{ENOUGH_PHOTOS:,} photos or {ENOUGH_WORDS} words are scored, the lowest loss")
     add("--seed", type=number(int, 0, below=2**63), default=0, help="of all random numbers")
 
 
@@ -195,8 +218,9 @@ def load_run(path):
     if not checkpoint.velocities:
         raise ValueError(f"{path} has weights only, as best.npz; begin a new run by --from")
     if checkpoint.facts.get("order") != ORDER:
-        raise ValueError(f"{path} is of a version of weak.py that drew photos in another order; "
-                         f"begin a new run with its weights by --from {os.path.dirname(path)}")
+        raise ValueError(f"{path} is of a version of weak.py that drew or weighed photos "
+                         "differently; begin a new run with its weights by --from "
+                         f"{os.path.dirname(path)}")
     return checkpoint
 
 
@@ -209,7 +233,13 @@ def resumed_options(defaults, stored, given, out):
     if changes:
         raise ValueError(f"the run in {out} began with other options: {', '.join(changes)}; "
                          "leave them out, or choose another --out")
-    return argparse.Namespace(**{**defaults, **stored, **given})
+    options = argparse.Namespace(**{**defaults, **stored, **given})
+    moved = given.keys() & {"images", "captions"}
+    if options.drawn and moved:
+        raise ValueError(f"the run in {out} drew its own photos; leave out --{min(moved)}")
+    if stored["captions"] == stored["images"] and "captions" not in given:
+        options.captions = options.images       # the folder is its own captions
+    return options
 
 
 def new_options(defaults, given):
@@ -223,6 +253,8 @@ def new_options(defaults, given):
     options.drawn = drawn
     options.captions = options.captions or options.images
     recipe = model.NETWORKS[options.network]    # --lr depends on the captions, too
+    if options.positives is None:
+        options.positives = default_positives(options)
     if options.batch is None:
         options.batch = recipe.batch
     if options.dropout is None:
@@ -232,21 +264,42 @@ def new_options(defaults, given):
     return options
 
 
+def default_positives(options):
+    """The targets of a row if --positives is not given."""
+    balances = model.LOSSES[options.loss].balances
+    if options.drawn and options.sampling == "class" and balances:
+        return "balanced"
+    return data.POSITIVES[options.sampling][0]
+
+
 def check_options(options):
     """ValueError for what no run can be made of."""
-    if not options.drawn and not os.path.isdir(options.images):
-        raise ValueError(f"images: there is no folder {options.images}")
-    if not (options.drawn or os.path.isfile(options.captions) or os.path.isdir(options.captions)):
-        raise ValueError(f"captions: {options.captions} is no file; save a pipe to one first")
-    if options.positives != "drawn" and options.sampling == "image":
-        raise ValueError("--positives goes with --sampling class: by image all words are targets")
-    if options.positives == "balanced" and not model.LOSSES[options.loss].balances:
-        raise ValueError(f"--positives balanced is impossible with --loss {options.loss}; "
-                         "use --positives drawn")
+    if not options.drawn:
+        check_sources(options)
+    possible = data.POSITIVES[options.sampling]
+    if options.positives not in possible:
+        raise ValueError(f"--positives {options.positives} is impossible with --sampling "
+                         f"{options.sampling}; use {' or '.join(possible)}")
+    weighed = options.positives in ("balanced", "idf")
+    if weighed and not model.LOSSES[options.loss].balances:
+        raise ValueError(f"--positives {options.positives} is impossible with --loss "
+                         f"{options.loss}; use {possible[0]}")
     if options.negatives and options.targets != "sampled":
         raise ValueError("--negatives goes with --targets sampled")
     if options.targets == "batch" and options.batch == 1:
         raise ValueError("--targets batch compares a batch's photos; use --batch 2 or more")
+
+
+def check_sources(options):
+    """ValueError unless the photos' folder and the captions are there."""
+    where = "if it has moved, give its new place by" if options.resume else "check"
+    captions = options.captions
+    if not os.path.isdir(options.images):
+        raise ValueError(f"images: there is no folder {options.images}; {where} --images")
+    if not os.path.exists(captions):
+        raise ValueError(f"captions: there is no file {captions}; {where} --captions")
+    if not os.path.isfile(captions) and not os.path.isdir(captions):
+        raise ValueError(f"captions: {captions} is no file; save a pipe to one first")
 
 
 def share_machine(options, ranks):
@@ -262,12 +315,38 @@ def share_machine(options, ranks):
         options.workers = min(8, max(1, cores // count))
 
 
+@contextmanager
+def hold_folder(out, ranks):
+    """Hold the run's folder in this block, for all ranks; after it, remove what holds no file."""
+    if ranks.rank:
+        yield
+        return
+    is_new = not os.path.exists(out)
+    with lock_folder(out):
+        try:
+            yield
+        finally:
+            with suppress(OSError):             # somebody may have removed the folder
+                remove_if_empty(out, is_new)
+
+
+def remove_if_empty(out, is_new):
+    """Remove run.lock if a run that was refused left nothing else, and the folder if it is new."""
+    if os.listdir(out) != ["run.lock"]:
+        return
+    os.remove(os.path.join(out, "run.lock"))
+    if is_new:
+        os.rmdir(out)
+
+
 def lock_folder(out):
     """Make the run's folder and hold it: ValueError if it holds other things, or another run."""
     path = os.path.join(out, "run.lock")
     try:
         os.makedirs(out, exist_ok=True)
-        if os.listdir(out) and not os.path.exists(path):
+        names = os.listdir(out)
+        # a run that was copied may lack the lock, which is empty
+        if names and "run.lock" not in names and "model.npz" not in names:
             raise ValueError(f"{out} holds other things than a run; choose another --out")
         lock = open(path, "a")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -295,13 +374,10 @@ def read_captions(options, ranks):
     if ranks.rank == 0:
         source = data.Source(options.captions, options.format, options.image_column,
                              options.text_column, options.images)
-        data.build_index(source, folder, text)
+        index = data.build_index(source, folder, text)
     ranks.broadcast(None)                       # the others wait here
-    try:
-        index = data.Index(folder)
-    except FileNotFoundError:
-        raise RuntimeError(f"the first rank's {folder} is not to be seen here; put --out and the "
-                           "photos on a disk that all machines share") from None
+    if ranks.rank:
+        index = open_index(folder)
     options.format = index.facts["fingerprint"]["format"]
     options.stop_words = index.facts["stop_words"]
     describe_index(index, options)
@@ -313,6 +389,15 @@ def read_captions(options, ranks):
     if ranks.rank == 0:
         data.check_photos(options.images, index)
     return index
+
+
+def open_index(folder):
+    """The index that the first rank made; RuntimeError if it is not to be seen here."""
+    try:
+        return data.Index(folder)
+    except FileNotFoundError:
+        raise RuntimeError(f"the first rank's {folder} is not to be seen here; put --out and the "
+                           "photos on a disk that all machines share") from None
 
 
 def describe_index(index, options):
@@ -328,11 +413,12 @@ def describe_index(index, options):
     stop_words = ", ".join(examples[:first_rare])
     rare_words = ", ".join(examples[first_rare:])
     notes = {
-        "bad_lines": "lines are no captions",
+        "bad_lines": "lines are no captions, or do not fit the heading",
         "recoded": "are not in UTF-8, and are read as Windows-1252",
         "refused": "names are absolute or leave --images: refused",
         "without_words": "photos have no word of the dictionary",
-        "stop_words": f"stop words are left out, e.g. {stop_words}",
+        "stop_words": f"most frequent words are left out as stop words, e.g. {stop_words}; "
+                      "to train on them as well, --stop-words 0",
         "rest": f"rarer words are left out, e.g. {rare_words}"}
     for fact, note in notes.items():
         if facts[fact]:
@@ -344,9 +430,9 @@ def describe_index(index, options):
 def default_rate(options, index):
     """The network's learning rate, lowered where a photo has several words as targets."""
     rate = model.NETWORKS[options.network].lr
-    if options.sampling == "class" and options.positives != "all":
+    if options.positives != "all":
         return rate
-    targets = index.label_frequency(options.sampling, options.positives).sum()      # of a row
+    targets = index.label_frequency(options.sampling, "all").sum()  # of a row
     return float(f"{0.8 * rate / math.sqrt(targets):.2g}")          # as 1 / √targets diverged
 
 
@@ -356,11 +442,12 @@ def default_rate(options, index):
 class Epoch:
     """The epoch under way."""
 
-    losses: np.ndarray                  # of each row of this rank, summed over the steps
+    losses: np.ndarray                  # of each row of this rank, weighed, summed over the steps
+    weights: np.ndarray                 # … and these weights: 1 a step, on all ranks together
     steps: int = 0                      # that were made
-    trained: int = 0                    # … with at least one photo
+    final_steps: int = 0                # … at FINAL_RATE
     shown_loss: float = 0.0             # the sum of `losses` when progress was last shown
-    shown_trained: int = 0              # … and `trained` then
+    shown_weight: float = 0.0           # … and of `weights`
 
 
 @dataclass
@@ -371,8 +458,11 @@ class Run:
     index: data.Index
     ranks: several.Alone
     net: model.Network
-    loss: object                        # of model.LOSSES, for the rows that training draws
+    label_frequency: np.ndarray         # (K,) of the rows that training draws
+    trained_on: dict                    # what its weights saw: see `read_history`
+    loss: object                        # of model.LOSSES, for these rows
     held_out_loss: object               # … and for photos as they are
+    shift: np.ndarray | None            # (K,) from the scores of the former to those of the latter
     sgd: model.SGD
     schedule: model.Plateau             # of the learning rate
     sampler: data.BatchSampler
@@ -384,6 +474,8 @@ class Run:
     empty_steps: int = 0                # steps without a photo since the last one with some
     saved: int | None = None            # the step of model.npz
     saved_best: int | None = None       # the step of best.npz, if this process wrote it
+    unsaved_best: data.Checkpoint | None = None     # … and what it shall be, if that failed
+    write_error: OSError | None = None  # of the last save
     saved_at: float = field(default_factory=time.monotonic)
 
     @property
@@ -411,15 +503,20 @@ class Run:
 
 def begin_run(options, index, checkpoint, ranks):
     """A new run, or the one of the checkpoint as it was when that was written."""
+    if checkpoint:
+        check_captions(checkpoint, index, options.out)
     recipe = model.NETWORKS[options.network]
-    frequency = index.label_frequency(options.sampling, options.positives)          # (K,)
+    frequency = label_frequency(options, index)                     # (K,)
     loss = model.LOSSES[options.loss]
     rows = ranks.part(options.batch)
-    net = make_network(options, index, checkpoint)
+    source = None if checkpoint else read_source(options, index)
+    net = make_network(options, index, checkpoint, source)
     run = Run(
-        options, index, ranks, net,
+        options, index, ranks, net, frequency,
+        trained_on=extend_history(options, index, read_history(checkpoint or source)),
         loss=loss(frequency),
-        held_out_loss=loss(index.label_frequency("image")),
+        held_out_loss=loss(index.label_frequency("image", "all")),
+        shift=model.prior_shift(vars(options), index.counts, index.training, frequency),
         sgd=model.SGD(net, options.momentum, options.weight_decay),
         schedule=model.Plateau(options.lr, options.epochs_per_lr),
         sampler=data.BatchSampler(
@@ -436,43 +533,113 @@ def begin_run(options, index, checkpoint, ranks):
     return run
 
 
-def make_network(options, index, checkpoint):
-    """The network with its first weights, or those to go on with."""
-    if checkpoint and checkpoint.words != index.dictionary:
-        raise ValueError("the captions, and so the dictionary, changed; choose another --out")
+def check_captions(checkpoint, index, out):
+    """ValueError unless the captions are those of the checkpoint, wherever they are now."""
+    digest = checkpoint.facts.get("digest", index.facts["digest"])      # older ones have none
+    if digest == index.facts["digest"] and checkpoint.words == index.dictionary:
+        return
+    raise ValueError(f"the captions changed: {describe_changes(checkpoint, index)}; choose another "
+                     f"--out, and --from {out} to begin with its weights")
+
+
+def describe_changes(checkpoint, index):
+    """What of the captions is not as it was when the checkpoint was written."""
+    missing = sorted(set(checkpoint.words).difference(index.dictionary))
+    new = sorted(set(index.dictionary).difference(checkpoint.words))
+    if missing:
+        return f"words of the dictionary are missing ({len(missing):,}), e.g. {missing[0]}"
+    if new:
+        return f"words of the dictionary are new ({len(new):,}), e.g. {new[0]}"
+    if checkpoint.facts["training"] != index.training:
+        return f"{checkpoint.facts['training']:,} training photos are {index.training:,} now"
+    before = dict(zip(checkpoint.words, checkpoint.facts["counts"]))
+    for word, count in zip(index.dictionary, index.counts):
+        if count != before[word]:
+            return f"{word} is a word of {before[word]:,} training photos, now of {count:,}"
+    return "photos have other names, or other words of the dictionary"
+
+
+def label_frequency(options, index):
+    """What the rows that training draws have of each word, (K,), as model.prior_shift takes it."""
+    if options.positives == "idf":
+        return index.idf_frequency()
+    return index.label_frequency(options.sampling, options.positives)
+
+
+def read_source(options, index):
+    """The checkpoint of --from, if that is given; ValueError if the run cannot begin with it."""
+    source = getattr(options, "from")
+    if not source:
+        return None
+    path = data.find_checkpoint(source)
+    checkpoint = data.load_checkpoint(path)
+    network = checkpoint.facts["options"]["network"]
+    if network != options.network:
+        raise ValueError(f"--from: that run is of --network {network}")
+    check_history(options, index, read_history(checkpoint))
+    print(f"beginning with {evaluation.describe_checkpoint(path, checkpoint.facts)}", flush=True)
+    return checkpoint
+
+
+def read_history(checkpoint):
+    """{captions: the smallest part of their photos that was held out} of all training so far.
+
+    A checkpoint's weights were trained with these captions, by itself or by the runs that it began
+    with; they are known by the content of their fingerprint. Another --valid holds out more photos
+    or fewer, but always the same ones first.
+    """
+    if checkpoint is None:
+        return {}
+    unknown = {"unknown": checkpoint.facts["options"]["valid"]}     # before this was written
+    return checkpoint.facts.get("trained_on", unknown)
+
+
+def check_history(options, index, history):
+    """ValueError if photos that are held out now were trained on; say if that is not known."""
+    captions = index.facts["fingerprint"]["content"]
+    least = history.get(captions, 1)
+    if options.valid > least:
+        raise ValueError(f"--from: that run or one before it trained on photos that --valid "
+                         f"{options.valid:g} holds out; use --valid {least:g} at most")
+    if set(history) - {captions}:
+        print("--from: that run or one before it had other captions; whether it trained on photos "
+              "that are held out now is not known", flush=True)
+
+
+def extend_history(options, index, history):
+    """The history with this run's captions."""
+    captions = index.facts["fingerprint"]["content"]
+    return {**history, captions: min(options.valid, history.get(captions, 1))}
+
+
+def make_network(options, index, checkpoint, source):
+    """The network with its first weights, those to go on with, or those of a source."""
     build = model.NETWORKS[options.network].build
     net = build(len(index.dictionary), options.dropout, seed=options.seed)
-    source = getattr(options, "from")
     if checkpoint:
         check_arrays(checkpoint.weights, net.state(), options.out)
         net.load(checkpoint.weights)
     elif source:
-        load_weights_from(source, net, options.network, index.dictionary)
+        take_weights(source, net, index.dictionary)
     return net
 
 
-def load_weights_from(source, net, network, dictionary):
+def take_weights(source, net, dictionary):
     """Take another run's weights; in output layers, only those of words that both runs know."""
-    path = data.find_checkpoint(source)
-    checkpoint = data.load_checkpoint(path)
-    if checkpoint.facts["options"]["network"] != network:
-        raise ValueError(f"--from: that run is of --network "
-                         f"{checkpoint.facts['options']['network']}")
-    _, rows, their_rows = np.intersect1d(dictionary, checkpoint.words, return_indices=True)
+    _, rows, their_rows = np.intersect1d(dictionary, source.words, return_indices=True)
     for name, layer, attribute in net.parameters():
-        weights = checkpoint.weights[name]
+        weights = source.weights[name]
         if isinstance(layer, model.Output):
             getattr(layer, attribute)[rows] = kernels.to_device(weights[their_rows])
         else:
             setattr(layer, attribute, kernels.to_device(weights))
-    line = evaluation.describe_checkpoint(path, checkpoint.facts)
-    print(f"beginning with {line}, and {len(rows):,} of its {len(checkpoint.words):,} words",
-          flush=True)
+    print(f"both know {len(rows):,} of its {len(source.words):,} words", flush=True)
 
 
 def new_epoch(rows):
     """An epoch of which nothing is done yet; rows: the slice of a batch that is this rank's."""
-    return Epoch(losses=kernels.to_device(np.zeros(rows.stop - rows.start)))
+    zeros = np.zeros(rows.stop - rows.start)
+    return Epoch(losses=kernels.to_device(zeros), weights=zeros.copy())
 
 
 def weight_bytes(run):
@@ -480,14 +647,27 @@ def weight_bytes(run):
     return sum(v.nbytes for v in run.sgd.v.values())
 
 
-def check_disk(run):
-    """Say what a checkpoint takes; ValueError if the disk has no room to write it safely."""
+def disk_bytes(run):
+    """Bytes of the two checkpoints, and how many must be free to save them, again and again.
+
+    model.npz has the weights and the velocities, best.npz the weights alone: 3 times the weights.
+    The next model.npz is written beside the last, so 5 times; what is there already counts.
+    """
     size = weight_bytes(run)
+    there = 0
+    for name in "model.npz", "best.npz":
+        with suppress(FileNotFoundError):
+            there += os.path.getsize(run.path(name))
+    return 3 * size, max(0, 5 * size - there)
+
+
+def check_disk(run):
+    """Say what the checkpoints take; ValueError if the disk has no room to write them safely."""
     out = run.options.out
+    total, needed = disk_bytes(run)
     free = shutil.disk_usage(out).free
-    print(f"{run.options.network}: {size // 4:,} parameters; checkpoint and best model take "
-          f"{3 * size / 1e6:,.0f} MB of {free / 1e9:,.1f} GB free", flush=True)
-    needed = 5 * size                           # the next checkpoint is written beside the last
+    print(f"{run.options.network}: {weight_bytes(run) // 4:,} parameters; checkpoint and best "
+          f"model take {total / 1e6:,.0f} MB, {free / 1e9:,.1f} GB are free", flush=True)
     if free < needed:
         raise ValueError(f"{out} has {free / 1e6:,.0f} MB free, and saving needs "
                          f"{needed / 1e6:,.0f}; free some, or choose another --out")
@@ -551,9 +731,9 @@ def train(run, interrupt):
         rest = run.steps_per_epoch - run.current.steps
         for batch, _, pixels, available in itertools.islice(batches, rest):
             decision = decide_together(run, available, interrupt)
-            count_step(run, decision.train)
-            if decision.train:
-                train_step(run, batch, pixels, available)
+            count_step(run, decision.counted)
+            if decision.counted:
+                train_step(run, batch, pixels, available, decision.counted)
             show_progress(run, progress)
             if decision.stop:
                 return False
@@ -563,23 +743,45 @@ def train(run, interrupt):
     return True
 
 
-def train_step(run, batch, pixels, available):
-    """One step of SGD: forward, loss, backward, the sum of all ranks' gradients, update."""
-    labels = make_labels(run, batch, available)
+def train_step(run, batch, pixels, available, counted):
+    """One step of SGD: forward, loss, backward, the sum of all ranks' gradients, update.
+
+    batch: a data.Batch, the photos drawn and their words; from the loader, pixels, uint8
+    (N, S, S, 3), and available (N,), False where no photo could be read; counted: how many could,
+    on all ranks. With one rank, begin_allreduce and wait do nothing: the sums are there already.
+    """
+    labels = make_labels(run, batch, available, counted)
     context = model.Context(run.options.seed, run.step, batch.rows.start, labels.classes)
     x = kernels.prepare(pixels, batch.top, batch.left, batch.flip, run.recipe.crop)  # (N, H, W, 3)
     scores = run.net.forward_training(x, context)                   # a list, the main ones last
     losses, gradients = model.training_losses(run.loss, scores, labels)     # (N,), like scores
     run.net.backward(gradients, done=run.ranks.begin_allreduce)
     run.ranks.wait()
-    run.sgd.step(run.schedule.rate)
+    run.sgd.step(learning_rate(run))
     run.current.losses += losses                # on a GPU, nobody waits for them
+    run.current.weights += labels.weights
 
 
-def make_labels(run, batch, available):
+def learning_rate(run):
+    """The rate of the step under way: the rule's, or a part of it in the final steps."""
+    if run.step > first_steps(run):
+        return FINAL_RATE * run.schedule.rate
+    return run.schedule.rate
+
+
+def first_steps(run):
+    """How many steps the run makes before its final ones; without --epochs there are none."""
+    options = run.options
+    if not options.epochs:
+        return math.inf
+    steps = options.epochs * run.steps_per_epoch
+    return steps - round(options.final * steps)
+
+
+def make_labels(run, batch, available, counted):
     """What the step scores, and the weight of each row: 0 without a photo."""
     options = run.options
-    labels = run.sampler.labels(batch, available, options.targets, options.negatives)
+    labels = run.sampler.labels(batch, available, options.targets, options.negatives, counted)
     if options.targets == "batch" and not run.loss.corrects_batch:
         # The paper's estimate over a batch's own words is biased, and not corrected.
         labels = labels._replace(inclusion_probability=None)
@@ -589,7 +791,7 @@ def make_labels(run, batch, available):
 class Decision(NamedTuple):
     """What all ranks do alike in a step."""
 
-    train: bool                         # some rank has a photo of the batch
+    counted: int                        # the rows of the batch that have a photo, on all ranks
     save: bool                          # for some rank it is time to
     stop: bool                          # some rank was asked to
 
@@ -597,17 +799,18 @@ class Decision(NamedTuple):
 def decide_together(run, available, interrupt):
     """The Decision for a step: the ranks do whatever any of them must do."""
     time_to_save = time.monotonic() - run.saved_at > SAVE_SECONDS
-    votes = run.ranks.allreduce([available.any(), time_to_save, interrupt.asked])
-    train, save, stop = votes > 0
-    return Decision(train, save, stop)
+    votes = run.ranks.allreduce([available.sum(), time_to_save, interrupt.asked])
+    counted, save, stop = votes
+    return Decision(int(counted), save > 0, stop > 0)
 
 
-def count_step(run, has_photos):
+def count_step(run, counted):
     """One more step; RuntimeError if too many of the last ones had no photo."""
     run.step += 1
     run.current.steps += 1
-    if has_photos:
-        run.current.trained += 1
+    if run.step > first_steps(run):
+        run.current.final_steps += 1
+    if counted:
         run.empty_steps = 0
         return
     run.empty_steps += 1
@@ -625,18 +828,31 @@ def stop_reason(run):
         return "--min-lr"
     if options.epochs and run.epoch >= options.epochs:
         return "--epochs"
-    patience = options.patience
-    if patience is None and options.epochs is None:
-        patience = PATIENCE * options.epochs_per_lr
     best = best_epoch(run.log)
+    patience = patience_of(options)
     if patience and best and run.epoch - best["epoch"] >= patience:
         return "--patience"
     return None
 
 
+def patience_of(options):
+    """After how many epochs without a better one training ends; None: after any number."""
+    if options.patience is None and options.epochs is None:
+        return PATIENCE * options.epochs_per_lr
+    return options.patience
+
+
 def best_epoch(log):
-    """The row of the lowest held-out loss, the first of equal ones; None if there is none."""
+    """The row of the best epoch, the first of equal ones; None if nothing is held out.
+
+    It is that of the highest mean AP where enough photos and words are scored to tell epochs apart,
+    else that of the lowest held-out loss, which is lowest before words and features are best.
+    """
     rows = [row for row in log if row["validation_loss"] is not None]
+    photos = min((row["scored_photos"] for row in rows), default=0)
+    words = min((row["scored_words"] for row in rows), default=0)
+    if photos >= ENOUGH_PHOTOS and words >= ENOUGH_WORDS:
+        return max(rows, key=lambda row: row["map"])
     return min(rows, key=lambda row: row["validation_loss"], default=None)
 
 
@@ -645,13 +861,16 @@ def best_epoch(log):
 def end_epoch(run, progress):
     """Validate, log, apply the learning-rate rule, save, and say how the epoch went."""
     run.epoch += 1
-    row = measure_training(run, progress)
+    row = describe_steps(run, progress)
     waiting = describe_waiting(run, progress)
+    row["training_loss"] = measure_training_loss(run)
     scores = validate(run)
     if scores:
         check_divergence(run, scores["loss"])
         row["validation_loss"] = scores["loss"]
-        for key in "precision@10", "auc", "map":
+        row["scored_photos"] = scores["photos"]
+        row["scored_words"] = scores["words"]
+        for key in ("precision@10", "auc", "map"):
             row[key] = scores[key]
     run.log.append(row)
     run.schedule.update(scores["loss"] if scores else row["loss"])
@@ -665,24 +884,33 @@ def end_epoch(run, progress):
         print(f"training is over by {reason}", flush=True)
 
 
-def measure_training(run, progress):
-    """The row of the log for this epoch, without the scores of held-out photos."""
-    loss = float(run.ranks.allreduce(sum_losses(run))) / max(1, run.current.trained)
-    return {"epoch": run.epoch, "step": run.step, "loss": loss,
-            "learning_rate": run.schedule.rate, "images_per_second": progress.rate(),
-            "loader_wait": run.loader.waited / progress.seconds(), "validation_loss": None,
-            "skipped": len(gather_skipped(run)), "precision@10": None, "auc": None, "map": None}
+def describe_steps(run, progress):
+    """The row of the log for this epoch; "loss" is what its steps minimised, the objective."""
+    loss, weight = run.ranks.allreduce([sum_losses(run), run.current.weights.sum()])
+    return {"epoch": run.epoch, "step": run.step, "loss": float(loss / weight),
+            "learning_rate": learning_rate(run), "final_steps": run.current.final_steps,
+            "images_per_second": progress.rate(),
+            "loader_wait": run.loader.waited / progress.seconds(),
+            "skipped": len(gather_skipped(run)), "training_loss": None, "validation_loss": None,
+            "precision@10": None, "auc": None, "map": None, "scored_photos": 0, "scored_words": 0}
 
 
 def describe_epoch(row, targets, waiting):
     """The line that says how an epoch went."""
-    among = "" if targets == "all" else f" ({targets} words)"
-    parts = [f"epoch {row['epoch']}: loss{among} {row['loss']:.4f}"]
-    if row["validation_loss"] is not None:
-        parts.append(f"held-out loss {row['validation_loss']:.4f}")
-        parts.append(f"precision@10 {row['precision@10']:.4f}")
-        parts.append(f"AUC {row['auc']:.4f}")
-    parts.append(f"rate {row['learning_rate']:g}")
+    scores = {"training_loss": "training loss", "validation_loss": "held-out loss",
+              "precision@10": "precision@10", "auc": "AUC", "map": "mean AP"}
+    parts = []
+    for key, name in scores.items():
+        if row[key] is not None:
+            parts.append(f"{name} {row[key]:.4f}")
+    if not parts:                               # no photo is held out
+        among = "" if targets == "all" else f" ({targets} words)"
+        parts.append(f"objective{among} {row['loss']:.4f}")
+    parts[0] = f"epoch {row['epoch']}: {parts[0]}"
+    rate = f"rate {row['learning_rate']:g}"     # of its last step
+    if row["final_steps"]:
+        rate += f" ({row['final_steps']:,} final steps)"
+    parts.append(rate)
     parts.append(f"{row['images_per_second']:.0f} images/s")
     parts.append(waiting)
     if row["skipped"]:
@@ -691,18 +919,39 @@ def describe_epoch(row, targets, waiting):
 
 
 def validate(run):
-    """Metrics on held-out photos, of which each rank reads a part; None without any."""
-    photos = validation_photos(run.index)
+    """Metrics on held-out photos; None without any."""
+    features, photos = read_features(run, validation_photos(run.index))
+    scores = None
+    if photos:                                  # on the first rank
+        targets = [run.index.words(photo) for photo in photos]
+        scores = evaluation.word_metrics(features, run.net.output, targets, run.index.counts,
+                                         run.held_out_loss, run.shift)
+    return run.ranks.broadcast(scores)
+
+
+def measure_training_loss(run):
+    """The loss of training photos by the definition of the held-out loss; None without any."""
+    features, photos = read_features(run, compared_photos(run.index))
+    loss = None
+    if photos:                                  # on the first rank
+        targets = [run.index.words(photo) for photo in photos]
+        loss = evaluation.mean_loss(features, run.net.output, targets, run.held_out_loss,
+                                    run.shift)
+    return run.ranks.broadcast(loss)
+
+
+def read_features(run, photos):
+    """Features (N, E) of those photos that can be read, and these photos, on the first rank.
+
+    Each rank reads a part of the photos. On the others, both are empty.
+    """
     features, found = evaluation.extract_features(
         run.net, run.loader, photos[run.ranks.part(len(photos))], run.recipe.crop)
     found = run.ranks.gather(found)
     features = run.ranks.gather(kernels.to_host(features))          # a list of N rows (E,)
-    scores = None
-    if found:                                   # on the first rank
-        scores = evaluation.word_metrics(
-            kernels.to_device(np.stack(features)), run.net.output,
-            [run.index.words(photo) for photo in found], run.index.counts, run.held_out_loss)
-    return run.ranks.broadcast(scores)
+    if not found:
+        return [], []
+    return kernels.to_device(np.stack(features)), found
 
 
 def validation_photos(index):
@@ -712,10 +961,17 @@ def validation_photos(index):
     return np.linspace(0, index.held_out - 1, count).astype(int).tolist()
 
 
+def compared_photos(index):
+    """As many training photos, evenly from all, whose loss stands beside the held-out loss."""
+    count = min(len(validation_photos(index)), index.training)
+    return np.linspace(index.held_out, len(index) - 1, count).astype(int).tolist()
+
+
 def check_divergence(run, loss):
     """RuntimeError if the held-out loss is far above that of guessing."""
     words_per_photo = run.index.labels / len(run.index)
-    k = 1 + len(run.index.dictionary)           # since guessing costs nothing with one word alone
+    # Of K words alone guessing would cost ln K, which is 0 for K = 1, and any loss more than that.
+    k = len(run.index.dictionary) + 1
     if not loss < DIVERGED * run.held_out_loss.of_guessing(k, words_per_photo):
         raise divergence(run, f"training diverges, the held-out loss is {loss:.4g}")
 
@@ -745,33 +1001,48 @@ def begin_progress(run):
 
 
 def show_progress(run, progress):
-    """Count a batch, and show the loss, the waiting and the time left if it is time to."""
+    """Count a batch, and show the objective, the waiting, the time left if it is time to."""
     progress.done += run.options.batch
     if not progress.is_due():
         return
     notes = [describe_waiting(run, progress)]
     loss = loss_since_shown(run)
     if loss is not None:
-        notes.insert(0, f"loss {loss:.4f}")
-    if run.options.epochs:
-        epochs_left = run.options.epochs - run.epoch - 1
-        seconds = progress.left() + epochs_left * progress.total / progress.rate()
-        notes.append(f"{console.duration(seconds)} for all epochs")
+        notes.insert(0, f"objective {loss:.4f}")
+    end = describe_end(run, progress)
+    if end:
+        notes.append(end)
     progress.show(", ".join(notes))
 
 
+def describe_end(run, progress):
+    """In what time training will be over, by --epochs or, at the earliest, by patience; or ""."""
+    options = run.options
+    patience = patience_of(options)
+    if options.epochs:
+        last = options.epochs
+    elif patience and run.index.held_out:
+        best = best_epoch(run.log)
+        last = patience + (best["epoch"] if best else 1)
+    else:
+        return ""
+    epochs_left = last - run.epoch - 1          # after this one
+    seconds = progress.left() + epochs_left * progress.total / progress.rate()
+    if options.epochs:
+        return f"{console.duration(seconds)} for all epochs"
+    return f"ends {patience} epochs after the best, in {console.duration(seconds)} or more"
+
+
 def loss_since_shown(run):
-    """The mean loss of the steps since progress was last shown; None if there are none."""
+    """The mean loss of this rank's rows since progress was last shown; None if there are none."""
     epoch = run.current
-    total = sum_losses(run)
-    increase = total - epoch.shown_loss
-    steps = epoch.trained - epoch.shown_trained
-    epoch.shown_loss = total
-    epoch.shown_trained = epoch.trained
-    if not steps:
-        return None
-    part_of_batch = len(epoch.losses) / run.options.batch           # a loss is over all ranks' rows
-    return increase / steps / part_of_batch
+    total_loss = sum_losses(run)
+    total_weight = float(epoch.weights.sum())
+    loss = total_loss - epoch.shown_loss
+    weight = total_weight - epoch.shown_weight
+    epoch.shown_loss = total_loss
+    epoch.shown_weight = total_weight
+    return loss / weight if weight else None
 
 
 def describe_waiting(run, progress):
@@ -799,20 +1070,38 @@ def divergence(run, what):
 
 # ---------------------------------------------------------------------------- save and resume
 
-def save(run, then=""):
-    """Write model.npz, and after the best epoch best.npz; then: what to do if the disk is full."""
+def save(run, trying_again=False):
+    """Write model.npz, and after the best epoch best.npz; what fails is said, and tried again."""
     sum_losses(run)                             # which raises unless they are finite
     weights = run.net.state()
     check_weights(run, weights)                 # the last update may have diverged
     facts = collect_facts(run)
+    words = run.index.dictionary
     written = False
     if run.ranks.rank == 0:
-        if best_is_due(run) and write_checkpoint(run, "best.npz", weights, {}, facts, then):
-            run.saved_best = run.step
-        written = write_checkpoint(run, "model.npz", weights, run.sgd.v, facts, then)
+        run.write_error = None
+        if best_is_due(run):
+            run.unsaved_best = data.Checkpoint(weights, {}, facts, words)
+        if run.unsaved_best:
+            save_best(run, trying_again)
+        checkpoint = data.Checkpoint(weights, run.sgd.v, facts, words)
+        written = write_checkpoint(run, "model.npz", checkpoint, trying_again)
     if run.ranks.broadcast(written):
         run.saved = run.step
     run.saved_at = time.monotonic()
+
+
+def save_best(run, trying_again):
+    """Write best.npz; what the disk does not take is kept for the next save."""
+    best = run.unsaved_best
+    if write_checkpoint(run, "best.npz", best, trying_again):
+        run.saved_best = best.facts["step"]
+        run.unsaved_best = None
+        return
+    copies = {}                                 # the next step changes the weights in place
+    for name, array in best.weights.items():
+        copies[name] = np.array(kernels.to_host(array))
+    run.unsaved_best = best._replace(weights=copies)
 
 
 def check_weights(run, weights):
@@ -829,19 +1118,23 @@ def best_is_due(run):
 
 
 def collect_facts(run):
-    """What a checkpoint holds besides arrays, from all ranks."""
+    """What a checkpoint holds besides arrays, from all ranks; later steps change nothing of it."""
     losses = run.ranks.gather(kernels.to_host(run.current.losses).tolist())
+    weights = run.ranks.gather(run.current.weights.tolist())
     return {
         "order": ORDER,
         "options": vars(run.options),
         "step": run.step,
         "epoch": run.epoch,
-        "under_way": {"steps": run.current.steps, "trained": run.current.trained,
-                      "losses": losses},
-        "log": run.log,
-        "plateau": vars(run.schedule),
+        "under_way": {"steps": run.current.steps, "final_steps": run.current.final_steps,
+                      "losses": losses, "weights": weights},
+        "log": list(run.log),
+        "plateau": dict(vars(run.schedule)),
+        "digest": run.index.facts["digest"],
         "counts": run.index.counts.tolist(),
         "training": run.index.training,
+        "label_frequency": run.label_frequency.tolist(),
+        "trained_on": run.trained_on,
         "skipped": gather_skipped(run)}
 
 
@@ -850,24 +1143,36 @@ def gather_skipped(run):
     return dict(run.ranks.gather(run.loader.skipped.items()))
 
 
-def write_checkpoint(run, name, weights, velocities, facts, then):
+def write_checkpoint(run, name, checkpoint, trying_again):
     """Write a checkpoint; False, and a line that says why, if the disk does not take it."""
-    checkpoint = data.Checkpoint(weights, velocities, facts, run.index.dictionary)
     try:
         data.save_checkpoint(run.path(name), checkpoint)
     except OSError as error:
-        needed = 3 * weight_bytes(run) / 1e6    # with best.npz
-        print(f"step {run.step:,}: {run.path(name)} is not saved: {error.strerror or error}; "
-              f"saving needs {needed:,.0f} MB, free some space{then}", file=sys.stderr, flush=True)
+        run.write_error = error
+        remedy = ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _, needed = disk_bytes(run)
+            remedy = f"; saving needs {needed / 1e6:,.0f} MB, free some space"
+        if trying_again and waiting_may_help(run):
+            remedy += f"; trying again in {RETRY_SECONDS} s"
+        print(f"step {run.step:,}: {run.path(name)} is not saved: {error.strerror or error}"
+              f"{remedy}", file=sys.stderr, flush=True)
         return False
     return True
 
 
 def describe_saved(run):
     """What of this run is on the disk."""
+    path = run.path("model.npz")
     if run.saved is None:
-        return "nothing was saved yet"
-    return f"{run.path('model.npz')} is of step {run.saved:,}"
+        text = "nothing was saved yet"
+    elif os.path.exists(path):
+        text = f"{path} is of step {run.saved:,}"
+    else:
+        text = f"nothing is saved, {path} was removed"
+    if run.unsaved_best:
+        text += f"; best.npz lacks step {run.unsaved_best.facts['step']:,}, the best"
+    return text
 
 
 def restore(run, checkpoint):
@@ -884,7 +1189,9 @@ def restore(run, checkpoint):
     run.loader.skipped.update(facts["skipped"])
     under_way = facts["under_way"]
     losses = np.array(under_way["losses"])[run.rows]
-    run.current = Epoch(kernels.to_device(losses), under_way["steps"], under_way["trained"])
+    weights = np.array(under_way["weights"])[run.rows]
+    run.current = Epoch(kernels.to_device(losses), weights, under_way["steps"],
+                        under_way["final_steps"])
     reason = stop_reason(run)
     if reason:
         print(f"this run is finished; to train on, change {reason}", flush=True)
@@ -948,65 +1255,94 @@ def draw_pictures(run):
 
 def finish(run, finished):
     """Save, show what the best weights learned, and say what to do next."""
-    save_at_last(run)
+    saved = save_at_last(run)
     write_files(run)
     if finished:
-        show_scores(run)
+        show_scores(run, saved)
     skipped = gather_skipped(run)
     if skipped:
         name, why = next(iter(skipped.items()))
         print(f"skipped {len(skipped):,} photos, e.g. {name}: {why}; "
               f"all: {run.path('skipped.txt')}")
+    if not saved:
+        raise RuntimeError(f"not all of step {run.step:,} could be saved: {describe_saved(run)}")
     kinds = ("best.npz", ".jsonl", ".png", ".txt")
     files = [name for name in sorted(os.listdir(run.options.out)) if name.endswith(kinds)]
     print(f"{describe_saved(run)}; beside it: {', '.join(files)}")
-    if run.saved != run.step:
-        raise RuntimeError(f"step {run.step:,} could not be saved: {describe_saved(run)}")
-    print(f"next: {next_command(run, skipped)}")
+    print(f"next: {next_command(run)}")
 
 
 def save_at_last(run):
-    """Save what is not on the disk yet, trying again for an hour if that is full."""
-    tries = 0
-    while run.ranks.broadcast(save_is_due(run)) and tries <= RETRIES:
-        if tries:
-            time.sleep(RETRY_SECONDS)
-        then = f": trying again in {RETRY_SECONDS} s" if tries < RETRIES else ""
-        save(run, then)
-        tries += 1
+    """Save what is not on the disk yet, for an hour if waiting may help; False if in vain."""
+    if not run.ranks.broadcast(save_is_due(run)):
+        return True
+    for tries_left in range(RETRIES, -1, -1):
+        save(run, trying_again=tries_left > 0)
+        if not run.ranks.broadcast(save_is_due(run)):
+            return True
+        if not tries_left or not run.ranks.broadcast(waiting_may_help(run)):
+            return False
+        time.sleep(RETRY_SECONDS)
+
+
+def waiting_may_help(run):
+    """Whether what went wrong with the last save is such that it may pass."""
+    return run.write_error is None or run.write_error.errno not in LASTING
 
 
 def save_is_due(run):
-    """Whether something of this step is not on the disk."""
-    return (run.saved != run.step or best_is_due(run)
+    """Whether something of this run is not on the disk."""
+    return (run.saved != run.step or best_is_due(run) or run.unsaved_best is not None
             or not os.path.exists(run.path("model.npz")))           # somebody may have removed it
 
 
-def show_scores(run):
-    """Print the scores of the best weights, or of the last ones if they could not be saved."""
-    if run.saved == run.step:
+def show_scores(run, saved):
+    """Load the best weights, if they are saved, and print their scores, or else the last ones'."""
+    if saved:
         path = data.find_checkpoint(run.options.out)
         checkpoint = data.load_checkpoint(path)
         run.net.load(checkpoint.weights)
         print(evaluation.describe_checkpoint(path, checkpoint.facts))
+        best = best_epoch(run.log)
+        if best and best["step"] != checkpoint.facts["step"]:
+            print(f"epoch {best['epoch']} was better, but its weights could not be saved")
     scores = validate(run)
     if scores:
         evaluation.print_words(scores)
 
 
-def next_command(run, skipped):
-    """The command to paste now."""
+def next_command(run):
+    """The command to paste now, whatever the names in it are and wherever one stands."""
     out = shlex.quote(run.options.out)
     if not stop_reason(run):
-        return f"python weak.py --resume --out {out}"
-    return f"python eval.py tag --model {out} {shlex.quote(example_photo(run, skipped))}"
+        return f"python {script_path('weak.py')} --resume --out {out}"
+    photo = example_photo(run)
+    words = [run.index.dictionary[word] for word in run.index.words(photo)]
+    path = run.loader.folder.find(run.index.name(photo))
+    print(f"for example, {run.index.name(photo)} has the words {', '.join(words)}")
+    return f"python {script_path('eval.py')} tag --model {out} {shlex.quote(path)}"
 
 
-def example_photo(run, skipped):
-    """The path of a photo that can be read, a held-out one if there are any."""
-    names = [run.index.name(photo) for photo in validation_photos(run.index) or [0]]
-    readable = [name for name in names if name not in skipped]
-    return run.loader.folder.find((readable or names)[0])
+def script_path(name):
+    """The path of a script beside this one, as a shell takes it."""
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), name)
+    return shlex.quote(min(os.path.relpath(path), path, key=len))
+
+
+def example_photo(run):
+    """The held-out photo of whose words the weights are surest of one; photo 0 without any."""
+    features, photos = read_features(run, validation_photos(run.index)[:EXAMPLES])
+    best = 0
+    if photos:                                  # on the first rank
+        scores = kernels.to_host(run.net.output.scores(features))   # (n, K)
+        if run.shift is not None:
+            scores = scores + run.shift
+        p = run.held_out_loss.probabilities(scores)
+        sureness = [p[i, run.index.words(photo)].max() for i, photo in enumerate(photos)]
+        best = photos[int(np.argmax(sureness))]
+    return run.ranks.broadcast(best)
+
+
 # --------------------------------------------------------------------------- the drawn set
 
 COLOURS = {                     # English and French: RGB
@@ -1092,21 +1428,22 @@ def choose(rng, things, zipf=0):
 
 def draw_shape(draw, shape, corner, width, colour, rng):
     """A box, oval, arc or polygon with points in a unit box, in its own colour or in a shade."""
-    kind, *numbers = shape.split()
-    if numbers[-1].startswith("#"):
-        fill = numbers.pop()
+    kind, *fields = shape.split()
+    if fields[-1].startswith("#"):
+        fill = fields.pop()
     else:
         fill = shade(colour, rng)
-    points = np.array(numbers, float).reshape(-1, 2) * width + corner           # (points, 2)
-    points = points.ravel().tolist()
+    unit_points = np.array(fields, float).reshape(-1, 2)            # (points, 2)
+    points = unit_points * width + corner
+    coordinates = points.ravel().tolist()       # x, y, x, y, …
     if kind == "box":
-        draw.rectangle(points, fill)
+        draw.rectangle(coordinates, fill)
     elif kind == "oval":
-        draw.ellipse(points, fill)
+        draw.ellipse(coordinates, fill)
     elif kind == "poly":
-        draw.polygon(points, fill)
+        draw.polygon(coordinates, fill)
     else:                                       # an arc: the upper half of an oval
-        draw.pieslice(points, 180, 360, fill)
+        draw.pieslice(coordinates, 180, 360, fill)
 
 
 def shade(colour, rng):

@@ -44,12 +44,19 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are ValueErrors, which `run_command` says in one line."""
+    """A parser whose errors are ValueErrors, which `run_command` says in one line.
 
-    def __init__(self, **settings):
+    stray: what is said of an argument that is no option, with {} for it.
+    """
+
+    def __init__(self, stray=None, **settings):
         super().__init__(formatter_class=Formatter, **settings)
+        self.stray = stray
 
     def error(self, message):
+        words = message.removeprefix("unrecognized arguments: ")
+        if self.stray and words != message and not words.startswith("-"):
+            message = f"{message}; {self.stray.format(words)}"
         raise ValueError(message)
 
     def defaults(self):
@@ -241,16 +248,25 @@ def run_command(work):
 
     The exit status is what work() returns, or that of `explain` if it raises something.
     """
-    for signum in stop_signals():
-        signal.signal(signum, signal.default_int_handler)
+    handle_stop_signals(signal.default_int_handler)
     for name in "stdout", "stderr":
         protect_stream(name)
     try:
         status = work()
+        line = None
     except (Exception, KeyboardInterrupt) as error:
         status, line = explain(error)
-        leave(status, line)
+    # From here on a signal ends the process at once, without a traceback of the threads' end.
+    handle_stop_signals(signal.SIG_DFL)
+    if line is not None:
+        leave(status, line)                     # it does not return
     sys.exit(status)
+
+
+def handle_stop_signals(handler):
+    """What is done from now on when something asks this process to end."""
+    for signum in stop_signals():
+        signal.signal(signum, handler)
 
 
 def protect_stream(name):
@@ -289,7 +305,7 @@ def explain_file_error(error):
 
 
 def leave(status, line):
-    """Say why this process ends, and end it; the other ranks must not wait for it."""
+    """Say why this process ends, and end it by SystemExit, or with all other ranks."""
     joined = ranks.joined
     if joined.rank:                             # what fails everywhere is told once, by the first
         time.sleep(GRACE)

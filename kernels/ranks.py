@@ -114,7 +114,8 @@ class Ranks(Alone):
             future.result()
         self.futures.clear()
         if self.stream is not None:
-            import cupy                         # the stream sums in order: its end ends them all
+            import cupy
+            # the stream sums in order: its end ends them all
             cupy.cuda.get_current_stream().wait_event(self.stream.record())
         self.waited += time.monotonic() - started
 

@@ -38,7 +38,9 @@ class Stream:
     """A queue of work: nothing of it is done before somebody waits for it."""
 
     def __init__(self, null=False, non_blocking=False):
-        self.queue, self.begun, self.over = deque(), 0, 0
+        self.queue = deque()
+        self.begun = 0                          # how much was queued so far
+        self.over = 0                           # how much of that has happened
 
     def add(self, work):
         self.queue.append(work)
@@ -92,7 +94,8 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
     """An array of the device."""
 
     def __init__(self, x, base=None):
-        self._x, self.base = x, base            # the numbers; the array that this is a view of
+        self._x = x                             # the numbers
+        self.base = base                        # the array that this is a view of
 
     def _refuse(self, *_, **__):
         raise TypeError("nothing leaves the device silently: use asnumpy")
@@ -104,7 +107,7 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
         return call(ufunc, inputs, how) if known else NotImplemented
 
     def __array_function__(self, function, types, args, how):
-        known = all(issubclass(one, ndarray) for one in types) and real_has(function.__name__)
+        known = all(issubclass(kind, ndarray) for kind in types) and real_has(function.__name__)
         return call(function, args, how) if known else NotImplemented
 
     def __getattr__(self, name):
@@ -124,16 +127,21 @@ class ndarray(np.lib.mixins.NDArrayOperatorsMixin):
         return call(self._x.__getitem__, (), {}, self, where)
 
     def __setitem__(self, where, value):
-        where, value = unwrap(where, strict=False), unwrap(value)
+        where = unwrap(where, strict=False)
+        value = unwrap(value)
         current[-1].add(lambda: self._x.__setitem__(where, value))
 
     def set(self, x, stream=None):
         """Copy from the host: page-locked memory is read when that happens, and nobody keeps it."""
         if type(x) is not np.ndarray or (x.dtype, x.shape) != (self.dtype, self.shape):
             raise TypeError("only a NumPy array of the same type and shape can be set")
-        source, dtype = blocks.get(x.ctypes.data) or bytearray(x), x.dtype
-        (stream or current[-1]).add(lambda: np.copyto(
-            self._x, np.frombuffer(source, dtype, self._x.size).reshape(self._x.shape)))
+        source = blocks.get(x.ctypes.data) or bytearray(x)
+        dtype = x.dtype
+
+        def copy():
+            numbers = np.frombuffer(source, dtype, self._x.size)
+            np.copyto(self._x, numbers.reshape(self._x.shape))
+        (stream or current[-1]).add(copy)
 
 
 def unwrap(value, strict=True):
@@ -141,7 +149,7 @@ def unwrap(value, strict=True):
     if strict and isinstance(value, np.ndarray):
         raise TypeError("Unsupported type <class 'numpy.ndarray'>")
     if isinstance(value, (list, tuple)):
-        return type(value)(unwrap(one, strict) for one in value)
+        return type(value)(unwrap(item, strict) for item in value)
     return value._x if isinstance(value, ndarray) else value
 
 
@@ -202,9 +210,13 @@ class NCCLBackend:
 
     def all_reduce(self, in_array, out_array, op="sum", stream=None):
         stream.synchronize()                    # what is summed is there; the sum comes late
-        total, mine = np.empty_like(in_array._x), in_array._x.copy()
-        request = self.world.Iallreduce(mine, total)
-        stream.add(lambda: (request.Wait(), np.copyto(out_array._x, total), mine))
+        total = np.empty_like(in_array._x)
+        request = self.world.Iallreduce(in_array._x.copy(), total)  # which keeps the copy
+
+        def finish():
+            request.Wait()
+            np.copyto(out_array._x, total)
+        stream.add(finish)
 
 
 @contextmanager
