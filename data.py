@@ -2045,7 +2045,7 @@ class Folder:
         if not is_inside or (status and not os.path.samestat(os.stat(real), status)):
             raise ValueError("a link that leads out of the images folder")
 
-    def makelisting(self):
+    def list_all(self):
         """List all files below the folder, up to MOST_FILES."""
         with self.lock:                         # one thread lists, the others wait
             if self.by_stem is not None:
@@ -2072,7 +2072,7 @@ class Folder:
 
     def _near_paths(self, name):
         """Paths of the files that are nearly called so; see the class."""
-        self.makelisting()
+        self.list_all()
         *folders, base = [part for part in _folded(name).split("/") if part not in ("", ".")] or [""]
         files = set(self.by_stem.get(_stem(name), ())) | set(self.by_stem.get(base, ()))
         for first in range(len(folders)):
@@ -2149,7 +2149,7 @@ def check_photos(folder, index):
     They are compared with one listing of the folder, or some of them, if it has too many files.
     """
     finder = Folder(folder)
-    finder.makelisting()
+    finder.list_all()
     count = len(index)
     if not finder.is_whole:
         count = min(CHECKED, count)             # the index has photos in a random order

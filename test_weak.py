@@ -812,7 +812,16 @@ def test_network_is_used_from_python_in_five_lines(rng):
     ("dog,cat/bird|fish", "dog cat bird fish"),
     ("❤️ love☀️ ½ ² ٣", "love"),
     ("!!! 12", ""),
-    ("a\nb\tc\u2028d\u00a0e\x0bf\x85g", "a b c d e f g")])
+    ("a\nb\tc\u2028d\u00a0e\x0bf\x85g", "a b c d e f g"),
+    ("ក្រហម\u200bបាល់ so\u00adft ze\ufeffro", "ក្រហម បាល់ soft zero"),
+    ("I <3 cats &amp; dogs, 2 < 3 > 1", "i cats dogs"),
+    ('<a href="http://x.org/a?b=c" rel="nofollow">more</a><br />now <B>here</B>', "more now here"),
+    ("&quot;caf&eacute;&quot; &#39;noir&#x27; &amp;quot;twice&amp;quot;", "cafe noir twice"),
+    ("AT&T; &bogus; &#99999999; &#xdc80;", "att bogus".replace("att", "at t")),
+    ("a <redacted> man <!-- nobody --> ran", "a redacted man ran"),
+    ('cut off <a href="http://www.flickr.com/pho', "cut off"),
+    ("at HTTP://x.org/a,b and WWW.y.com/ or ftp://z too", "at and or too"),
+    ("a" * 40 + " " + "b" * 41, "a" * 40)])
 def test_words_are_the_papers_in_every_script(caption, words):
     assert data.words_of(caption) == words.split()
 
@@ -822,6 +831,14 @@ def test_words_of_ascii_are_cut_by_the_same_rule():
     for code in range(128):
         caption = f"ab{chr(code)}cd 1{chr(code)}2"
         assert data.words_of(caption) + ["e"] == data.words_of(caption + " é"), code
+
+
+@pytest.mark.parametrize("text", ["<a ", "<a =", "<!--", "&#", "&a", "http://", "www.", "a://",
+                                  "ab", "</b ", "<b  ", "&#1", "<3"])
+def test_words_of_no_text_take_long(text):
+    started = time.monotonic()
+    data.words_of(text * (1_000_000 // len(text)) + "&<www.")
+    assert time.monotonic() - started < 10      # a few tenths
 
 
 # --------------------------------------------------------------------------------- formats
@@ -921,6 +938,64 @@ ODD = {                         # format, a file, what is read of it, and the nu
     "coco": ("coco", b'{"images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2}, 7], "annotations": '
              b'[null, [], {"image_id": [1]}, {"image_id": 1}, {"image_id": 1, "caption": "x"}]}',
              [("a.jpg", "x")], 4),
+    "quotes in a table of tabs": (
+        "csv", b'image\tcaption\na.jpg\t"an open one\n"b.jpg"\t"a quoted ""one"""\nc.jpg\t5" wide\n',
+        [("a.jpg", "an open one"), ("b.jpg", "a quoted one"), ("c.jpg", "wide")], 0),
+    "a long text in quotes": (
+        "csv", b'image,caption\na.jpg,"one,\n' + b"more,\n" * 50 + b'end"\nb.jpg,two\n',
+        [("a.jpg", "one " + "more " * 50 + "end"), ("b.jpg", "two")], 0),
+    "quotes that two rows leave open": (
+        "csv", b'image,caption\na.jpg,"one\nb.jpg,two\nc.jpg,"three\nd.jpg,"four, five"\n',
+        [("a.jpg", "one"), ("b.jpg", "two"), ("c.jpg", "three"), ("d.jpg", "four five")], 0),
+    "inches": ("csv", b'image,caption\na.jpg,a 5" wheel\nb.jpg,"a 6"" nail"\nc.jpg,7" of 8"\n',
+               [("a.jpg", "a wheel"), ("b.jpg", "a nail"), ("c.jpg", "of")], 0),
+    "rows wider than the heading": (
+        "csv", b"caption,image\none,a.jpg\ntwo, in the sun,b.jpg\nthree,c.jpg,\n",
+        [("a.jpg", "one"), ("c.jpg", "three")], 1),
+    "rows of tabs wider than the heading": (
+        "csv", b"caption\timage\none\ta.jpg\ntwo\tin the sun\tb.jpg\n", [("a.jpg", "one")], 1),
+    "all ends of lines": ("tsv", b"a.jpg\tone\rb.jpg\ttwo\r\nc.jpg\tthree\n\rd.jpg\tfour",
+                          [("a.jpg", "one"), ("b.jpg", "two"), ("c.jpg", "three"),
+                           ("d.jpg", "four")], 0),
+    "UTF-16": ("tsv", "ü.jpg\tein Café\r\nb.jpg\tzwei".encode("utf-16"),
+               [("ü.jpg", "ein cafe"), ("b.jpg", "zwei")], 0),
+    "UTF-16 of the other order": ("jsonl", b"\xfe\xff" + '{"image": "ü.jpg", "text": "é"}'.encode(
+        "utf-16-be"), [("ü.jpg", "e")], 0),
+    "two files in one": ("tsv", b"\xef\xbb\xbfa.jpg\tone\n\xef\xbb\xbfb.jpg\ttwo\n",
+                         [("a.jpg", "one"), ("b.jpg", "two")], 0),
+    "numbers of captions in a table": (
+        "csv", b"image,caption\na.jpg#0,one\na.jpg#1,two\nb#c.jpg,three\n",
+        [("a.jpg", "one"), ("a.jpg", "two"), ("b#c.jpg", "three")], 0),
+    "numbers of captions in json": ("jsonl", b'{"image": "a.jpg#0", "caption": "one"}\n',
+                                    [("a.jpg", "one")], 0),
+    "no text in a table": ("csv", b"image,title,caption\na.jpg,nan,one\nb.jpg,NULL,None\n",
+                           [("a.jpg", "one"), ("b.jpg", "")], 0),
+    "no text in json": (
+        "jsonl", b'{"image": "a.jpg", "caption": NaN, "title": "one"}\n'
+        b'{"image": "b.jpg", "caption": 5, "title": true, "tags": [1, "two", null, {"x": "y"}]}\n'
+        b'{"image": "c.jpg", "prompt": "no key"}\n', [("a.jpg", "one"), ("b.jpg", "two")], 1),
+    "objects as texts": (
+        "jsonl", b'{"image": "a.jpg", "tags": [{"tag": "horse"}, {"id": 3, "name": "cart"}]}\n'
+        b'{"image": "b.jpg", "captions": [{"id": 1, "caption": "two", "lang": "en"}]}\n',
+        [("a.jpg", "horse cart"), ("b.jpg", "two")], 0),
+    "a first line that is another": ("jsonl", b'{"version": 1}\n{"image": "a.jpg", "text": "x"}\n',
+                                     [("a.jpg", "x")], 1),
+    "a first line that is broken": ("jsonl", b'{"version":\n{"image": "a.jpg", "text": "x"}\n',
+                                    [("a.jpg", "x")], 1),
+    "ids": ("coco", b'{"images": [{"id": 0, "file_name": "a.jpg"}, {"id": "007", "file_name": '
+            b'"b.jpg"}, {"id": null, "file_name": "c.jpg"}], "annotations": [{"image_id": 0.0, '
+            b'"caption": "x"}, {"image_id": 7, "caption": "y"}, {"image_id": null, "caption": "z"}, '
+            b'{"caption": "z"}, {"image_id": false, "caption": "z"}]}',
+            [("a.jpg", "x"), ("b.jpg", "y")], 3),
+    "names that are numbers": ("coco", b'[{"image_id": 0, "caption": "x"}, {"image_id": 7.0, '
+                               b'"caption": "y"}]', [("0", "x"), ("7", "y")], 0),
+    "sentences": (
+        "coco", b'{"images": [{"filename": "a.jpg", "sentences": [{"tokens": ["a", "dog"]}, "a cat", '
+        b'null, 5, {"raw": "a cow", "tokens": ["a"]}, {}]}, {"filename": "b.jpg", "sentences": null}'
+        b', {"sentences": ["lost"]}]}', [("a.jpg", "a dog"), ("a.jpg", "a cat"), ("a.jpg", "a cow")],
+        5),
+    "a shop's table": ("csv", b"id,name,image_path,description\n0,Nice,a.jpg,one\n",
+                       [("a.jpg", "one")], 0),
     "yfcc": ("yfcc", as_yfcc("61"), [("61.jpg", "my cafe at the sea red car sun")], 1),
     "yfcc with line numbers": (
         "yfcc", as_yfcc("7", "61"), [("61.jpg", "my cafe at the sea red car sun")], 1),
@@ -941,11 +1016,86 @@ def test_odd_captions_cost_their_own_lines_and_no_more(name, tmp_path):
 
 @pytest.mark.parametrize("kind, content, complaint", [
     ("csv", b"who,what\na.jpg,x\n", "names no columns"), ("coco", b'{"images": [', "neither COCO"),
-    ("tsv", b"", "is empty"), ("tsv", b"\x1f\x8bnot gzip", "is damaged")])
+    ("coco", b'{"a.jpg": {"caption": "x"}}', "the keys a.jpg, neither COCO"),
+    ("coco", b'{"images": [{"id": 1}], "annotations": [{"image_id": 2}]}', "image_id of none"),
+    ("tsv", b"", "is empty"), ("tsv", b"\x1f\x8bnot gzip", "is damaged"),
+    (None, b"\xfd7zXZ\0", "packed by xz"), (None, b"ARROW1\0\0", "an Arrow table"),
+    (None, "а.jpg\tкот и пёс".encode("cp1251"), "not text in UTF-8"),
+    (None, "a.jpg\tx".encode("utf-16-le"), "UTF-16 with its mark")])
 def test_captions_that_cannot_be_read_are_told_in_one_line(kind, content, complaint, tmp_path):
     (tmp_path / "c").write_bytes(content)
     with pytest.raises(ValueError, match=f"^captions: {tmp_path}/c [^\n]*{complaint}[^\n]*$"):
         list(data.captions_of(data.Source(str(tmp_path / "c"), kind)))
+
+
+@pytest.mark.parametrize("content, complaint", [
+    ('{"file_name": "a.jpg", "prompt": "x"}\n' * 2, "the keys file_name, prompt, and needs"),
+    ("image,caption,split\na.jpg,x, y,train\n", "1 rows have another number of fields"),
+    ("a.jpg\t12\n", "see --format, --image-column"), ("/etc/a.jpg\tx\n", "lead out of --images")])
+def test_captions_without_words_say_why(content, complaint, tmp_path):
+    (tmp_path / "c").write_text(content)
+    with pytest.raises(ValueError, match=f"^captions: [^\n]*has no word [^\n]*{complaint}[^\n]*$"):
+        build(tmp_path)
+
+
+def test_disk_that_fails_is_not_a_damaged_file(tmp_path, monkeypatch):
+    (tmp_path / "c").write_text("a.jpg\tx\n")
+    monkeypatch.setattr(data, "open", Mock(side_effect=OSError(errno.EIO, "I/O error")), False)
+    with pytest.raises(ValueError, match="cannot be read: I/O error"):
+        build(tmp_path)
+
+
+def test_captions_that_are_not_utf8_are_counted(tmp_path):
+    (tmp_path / "c").write_bytes(b"a.jpg\tcaf\xe9\n\xe9.jpg\tplain\nc.jpg\t" + "né\n".encode())
+    captions = data.captions_of(data.Source(str(tmp_path / "c")))
+    assert [name for name, _ in captions] == ["a.jpg", "\udce9.jpg", "c.jpg"]
+    assert captions.recoded == 1
+
+
+@pytest.mark.parametrize("kind", ["tsv", "csv", "jsonl"])
+def test_line_that_is_too_long_is_a_bad_one(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "LONGEST_LINE", 100)
+    content = CAPTIONS[kind].splitlines(keepends=True)
+    content.insert(2, content[1].replace("dog", "dog\t" * 99))
+    (tmp_path / "c").write_text("".join(content))
+    _, rows, bad_lines = read(tmp_path / "c")
+    assert [name for name, _ in rows] == [name for name, _ in ROWS]
+    assert bad_lines == 1
+
+
+def test_json_larger_than_memory_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "LARGEST_JSON", 100)
+    (tmp_path / "c").write_text(CAPTIONS["coco"])
+    with pytest.raises(ValueError, match="write one line for each caption"):
+        read(tmp_path / "c")
+
+
+COLUMNS_GIVEN = [               # a file, --image-column, --text-column, and what is read of it
+    ("id,foto,texto\n1,a.jpg,one\n", "foto", "texto", [("a.jpg", "one")]),
+    ("image,caption,alt\na.jpg,one,two\n", None, "alt", [("a.jpg", "two")]),
+    ("image,caption,alt\na.jpg,one,two\n", None, "alt,caption", [("a.jpg", "one two")]),
+    ("id;My Photo;caption\n1;a.jpg;one\n", "my photo", None, [("a.jpg", "one")]),
+    ("7,a.jpg,one\n8,b.jpg,two\n", "2", "3", [("a.jpg", "one"), ("b.jpg", "two")]),
+    ("7\ta.jpg\tone, two\n\tb.jpg\t\"three\n", "2", "3", [("a.jpg", "one two"),
+                                                         ("b.jpg", "three")]),
+    ("one|two|a.jpg\n", "3", "1,2", [("a.jpg", "one two")]),
+    ('{"id": 1, "url": "a.jpg", "prompt": "one"}\n', "url", "prompt", [("a.jpg", "one")]),
+    ('[{"url": "a.jpg", "prompt": "one", "text": "no"}]', "url", "prompt", [("a.jpg", "one")])]
+
+
+@pytest.mark.parametrize("content, image, text, expected", COLUMNS_GIVEN)
+def test_columns_may_be_given(content, image, text, expected, tmp_path):
+    (tmp_path / "c").write_text(content)
+    captions = data.captions_of(data.Source(str(tmp_path / "c"), None, image, text))
+    rows = [(name, " ".join(data.words_of(caption))) for name, caption in captions]
+    assert rows == expected
+
+
+@pytest.mark.parametrize("content", ["image,caption\na.jpg,one\n", "a.jpg\tone\n"])
+def test_columns_that_are_not_there_are_told(content, tmp_path):
+    (tmp_path / "c").write_text(content)
+    with pytest.raises(ValueError, match="needs one of nope, .*; name them by --image-column"):
+        data.recognise(data.Source(str(tmp_path / "c"), None, "nope"))
 
 
 # ------------------------------------------------------------------------- index and draws
@@ -1424,6 +1574,137 @@ def write(folder, *names, **contents):
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
+FOLDERS = {                     # files, the words of the photos, and what is said of their origin
+    "folders": (
+        ["cats/a.jpg", "hot_dogs/b.jpg", "c.png", "hot_dogs/b.xml"],
+        {"cats/a.jpg": "cats", "hot_dogs/b.jpg": "dogs hot"},
+        "words from the names of folders: cats, hot_dogs; not read: 1 .xml"),
+    "numbers": (["0/a.jpg", "1/b.jpg", "2014-05/c.jpg", "cat 3/d.jpg"],
+                {"0/a.jpg": "0", "1/b.jpg": "1", "2014-05/c.jpg": "2014-05", "cat 3/d.jpg": "cat"},
+                "folders: 0, 1, 2014-05, cat 3"),
+    "train and test": (["train/cats/a.jpg", "val/cats/b.jpg", "Test2014/dogs/c.jpg"],
+                       {"train/cats/a.jpg": "cats", "val/cats/b.jpg": "cats",
+                        "Test2014/dogs/c.jpg": "dogs"}, "folders: cats, dogs"),
+    "parts within classes": (["cats/train/a.jpg", "cats/test/b.jpg"],
+                             {"cats/train/a.jpg": "cats", "cats/test/b.jpg": "cats"}, "cats"),
+    "a class of trains": (["train/a.jpg", "bus/b.jpg"],
+                          {"train/a.jpg": "train", "bus/b.jpg": "bus"}, "bus, train"),
+    "texts": ({"cats/a.jpg": "", "cats/b.jpg": "", "cats/a.txt": "a red\nball", "c.md": ""},
+              {"cats/a.jpg": "a ball red"},
+              "words from 1 photo.txt for 2 photos; not read: the folders' names (cats), 1 .md"),
+    "texts of kohya": ({"10_x/a.jpg": "", "10_x/a.caption": "blue"}, {"10_x/a.jpg": "blue"},
+                       "1 photo.caption for 1 photos"),
+    "texts of img2dataset": (
+        {"a.jpg": "", "a.json": '{"caption": "one"}', "a.txt": "two", "b.jpg": "",
+         "b.json": '{"caption": "three", "url": "u"}', "c.jpg": "", "c.jpg.txt": "four"},
+        {"a.jpg": "two", "b.jpg": "three", "c.jpg": "four"},
+        "words from 2 photo.txt and 1 photo.json for 3 photos; not read: 1 .json"),
+    "json of labelling": ({"cats/a.jpg": "", "cats/a.json": '{"shapes": []}'},
+                          {"cats/a.jpg": "cats"}, "folders: cats; not read: 1 .json"),
+    "metadata": (
+        {"train/a.jpg": "", "train/metadata.csv": "file_name,text\na.jpg,one\n", "test/a.jpg": "",
+         "test/metadata.jsonl": '{"file_name": "a.jpg", "text": "two"}\n5\n'},
+        {"train/a.jpg": "one", "test/a.jpg": "two"},
+        "words from test/metadata.jsonl, train/metadata.csv"),
+    "encodings": ({"a.jpg": "", "a.txt": "é".encode("utf-16"), "b.jpg": "", "b.txt": b"caf\xe9"},
+                  {"a.jpg": "e", "b.jpg": "cafe"}, "2 photo.txt"),
+    "blanks": ({" a.jpg": "", " a.txt": "one", "b#1.jpg": "", "b#1.txt": "two"},
+               {" a.jpg": "one", "b#1.jpg": "two"}, "2 photo.txt"),
+    "files of others": (
+        ["cats/a.jpg", "cats/@eaDir/a.jpg/SYNOPHOTO_THUMB_M.jpg", "__MACOSX/b.jpg", ".x/c.jpg",
+         "runs/1/run.lock", "runs/1/curves.png", "runs/1/x/d.jpg", "old/model.npz", "old/words.txt",
+         "old/curves.png"], {"cats/a.jpg": "cats"}, "folders: cats")}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_folder_is_its_own_captions(name, tmp_path):
+    files, words, origin = FOLDERS[name]
+    write(tmp_path / "f", **(files if isinstance(files, dict) else dict.fromkeys(files, "")))
+    index = build(tmp_path, data.Text(99, None, 0), captions="f")
+    found = {photo: " ".join(sorted(words)) for photo, words in words_by_photo(index).items()}
+    assert found == words
+    assert origin in index.facts["origin"]
+    for photo in words:                         # as it is called
+        assert os.path.exists(data.Folder(str(tmp_path / "f")).find(photo))
+
+
+def test_bad_lines_of_metadata_are_counted(tmp_path):
+    write(tmp_path / "f", "a.jpg", **{"metadata.csv": "file_name,text\na.jpg,caf\xe9\nb.jpg\n"})
+    (tmp_path / "f" / "metadata.csv").write_bytes(b"file_name,text\na.jpg,caf\xe9\nb.jpg\n")
+    index = build(tmp_path, data.Text(99, 0, 0), captions="f")
+    assert index.facts["bad_lines"] == 1
+    assert index.facts["recoded"] == 1
+
+
+def test_folders_names_are_no_stop_words_unless_asked(tmp_path):
+    write(tmp_path / "f", *(f"{letter}{letter}/{i}.jpg" for letter in "abcdefghijklmnopqrstuvwxyz"
+                            for i in range(1 + 9 * (letter == "c"))))
+    assert len(build(tmp_path, data.Text(99, None, 0), captions="f").dictionary) == 26
+    assert "cc" not in build(tmp_path, data.Text(99, 1, 0), captions="f").dictionary
+
+
+@pytest.mark.parametrize("files, complaint", [
+    (["a.jpg", "b.jpg"], "it needs photo.txt beside photo.jpg, or photos in folders"),
+    (["train/a.jpg", "val/a.jpg"], "it needs photo.txt beside"), (["a.txt"], "there is no picture")])
+def test_folder_without_words_says_what_it_needs(files, complaint, tmp_path):
+    write(tmp_path / "f", *files)
+    with pytest.raises(ValueError, match=f"^captions: [^\n]*{complaint}"):
+        build(tmp_path, captions="f")
+
+
+def test_folder_of_links_says_so(tmp_path):
+    write(tmp_path / "away", "cats/a.jpg")
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "cats").symlink_to(tmp_path / "away" / "cats")
+    with pytest.raises(ValueError, match="links to folders, as cats, are not followed"):
+        data.list_photos(str(tmp_path / "f"))
+
+
+def test_words_that_all_photos_have_are_told(tmp_path, capsys):
+    (tmp_path / "c").write_text("a.jpg\tx\nb.jpg\tx\n")
+    options = weak.make_parser().parse_args([])
+    weak.describe_index(build(tmp_path, data.Text(9, 0, 0)), options)
+    assert "all photos have the same words" in capsys.readouterr().out
+
+
+def test_absolute_names_below_the_images_are_names_there(tmp_path):
+    write(tmp_path / "f", "sub/a.jpg")
+    (tmp_path / "c").write_text(f"{tmp_path}/f/sub/a.jpg\tone\n{tmp_path}/g/a.jpg\ttwo\n")
+    source = data.Source(str(tmp_path / "c"), images=str(tmp_path / "f"))
+    index = data.build_index(source, str(tmp_path / "i"), data.Text(9, 0, 0))
+    assert words_by_photo(index) == {"sub/a.jpg": ["one"]}
+    assert index.facts["refused_names"] == [f"{tmp_path}/g/a.jpg"]
+    other = source._replace(images=str(tmp_path / "g"))             # the names that are there change
+    assert data.cached_index(source, index.folder, data.Text(9, 0, 0)) is not None
+    assert data.cached_index(other, index.folder, data.Text(9, 0, 0)) is None
+
+
+def test_words_that_were_left_out_as_stop_words_are_known(tmp_path):
+    write_captions(tmp_path / "c")
+    index = build(tmp_path, data.Text(30, 5, 0.2))
+    assert data.stop_words(index.folder) == ["waa", "wab", "wac", "wad", "wae"]
+    assert data.stop_words(str(tmp_path)) == []
+
+
+def test_two_that_build_an_index_at_one_place_wait_for_each_other(tmp_path):
+    for seed in range(4):
+        write_captions(tmp_path / f"c{seed}", seed=seed)
+    expected = [words_by_photo(build(tmp_path, name=f"i{seed}", captions=f"c{seed}"))
+                for seed in range(4)]
+    code = ("import data, sys, json\nfolder = {!r}\nwords = []\nfor i in range(12):\n"
+            "    seed = (i + int(sys.argv[1])) % 4\n"
+            "    index = data.build_index(data.Source(f'{{folder}}/c{{seed}}'), f'{{folder}}/i', "
+            "data.Text(30, 5, 0.2))\n"
+            "    words.append((seed, {{index.name(p): [index.dictionary[k] for k in index.words(p)] "
+            "for p in range(len(index))}}))\nprint(json.dumps(words))")
+    with ThreadPoolExecutor() as pool:
+        results = pool.map(lambda first: run(str(first), code=code.format(str(tmp_path))), range(3))
+    for done in results:
+        assert "damaged" not in done.stderr
+        for seed, words in json.loads(done.stdout):
+            assert words == expected[seed]
+
+
 CODE = "0f1e2d3c" * 4               # a photo's hash
 LISTED = f"{CODE}/1234567.jpg"
 
@@ -1442,15 +1723,6 @@ def test_photos_are_found_in_sub_folders_and_by_nearly_their_names(name, place, 
     assert folder.find(name) == str(tmp_path / place)
     missing = "0" * 32 + "/5.jpg"
     assert folder.find(missing) == str(tmp_path / missing)
-
-
-def test_folder_is_its_own_captions(tmp_path):
-    write(tmp_path / "f", "cats/a.jpg", "hot_dogs/b.jpg", "c.png")
-    assert words_by_photo(build(tmp_path, data.Text(9, 0, 0), captions="f")) == {
-        "cats/a.jpg": ["cats"], "hot_dogs/b.jpg": ["dogs", "hot"]}
-    (tmp_path / "f" / "c.txt").write_text("a red\nball")
-    assert words_by_photo(build(tmp_path, data.Text(9, 0, 0), captions="f")) == {
-        "c.png": ["a", "ball", "red"]}
 
 
 @pytest.fixture
