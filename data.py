@@ -1832,9 +1832,10 @@ def _decode_whole(content, size, square):
     """
     try:
         return _decode(content, size, square)
-    except OSError as error:
-        if "truncated" not in str(error) or not content.startswith(JPEG_START):
+    except OSError:
+        if not content.startswith(JPEG_START) or content.endswith(JPEG_END):
             raise
+        content = content.removesuffix(JPEG_END[:1])
         pixels = _decode(content + JPEG_END, size, square)
         others = _decode(content + b"\x55" * (1 << 16) + JPEG_END, size, square)
         if not np.array_equal(pixels, others):

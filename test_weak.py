@@ -32,7 +32,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 from numpy.lib.stride_tricks import sliding_window_view
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from scipy.optimize import minimize
 from scipy.signal import correlate
 from scipy.sparse import csr_array
@@ -1725,6 +1725,92 @@ def test_photos_are_found_in_sub_folders_and_by_nearly_their_names(name, place, 
     assert folder.find(missing) == str(tmp_path / missing)
 
 
+@pytest.mark.parametrize("name, places", [
+    ("cats/4.jpg", ["dogs/4.jpg"]),                                 # missing where it should be
+    ("cats/4.jpg", ["4.png", "x/4.jpg", "x/cats/5.jpg"]),
+    ("empty/4.jpg", ["4.jpg"]), ("gone/4.jpg", ["cats/4.jpg"]),     # of another class
+    ("p.jpg", ["masks/p.png"]), ("images/p.jpg", ["masks/p.jpg", "masks/p.png"]),
+    ("cats/4.jpg", ["cats/4.txt", "cats/4.xml"])])
+def test_no_other_photo_stands_in_for_one_that_is_missing(name, places, tmp_path):
+    write(tmp_path, "cats/5.jpg", "images/q.jpg", *places)
+    (tmp_path / "empty").mkdir()
+    folder = data.Folder(str(tmp_path))
+    assert folder.candidates(name) == []
+    assert folder.find(name) == str(tmp_path / name)
+
+
+@pytest.mark.parametrize("name, places", [
+    ("4.jpg", ["cats/4.jpg", "dogs/4.jpg"]), ("p", ["images/p.jpg", "masks/p.png"]),
+    ("images/p", ["images/p.jpg", "images/p.png"]), ("a/4.jpg", ["x/a/4.jpg", "y/a/4.jpg"])])
+def test_name_of_several_files_is_of_none(name, places, tmp_path):
+    write(tmp_path, *places)
+    folder = data.Folder(str(tmp_path))
+    assert folder.candidates(name) == [str(tmp_path / place) for place in places]
+    assert not os.path.exists(folder.find(name))
+    with pytest.raises(ValueError, match=f"several files are called so: .*{places[0]}"):
+        folder.read(name)
+
+
+NAMES_CHECKED = {               # captions' names, files, and what is said; ValueError if it is all
+    "missing": (["cats/1.jpg", "cats/2.jpg"], ["cats/1.jpg", "dogs/2.jpg"],
+                "photos: 1 of 2 are not there, e.g. cats/2.jpg"),
+    "elsewhere": (["1.jpg", "2.jpg"], ["1.jpg", "x/2.jpg"],
+                  "photos: 1 of 2 have another name or place, e.g. 2.jpg is x/2.jpg"),
+    "several": (["1.jpg", "2.jpg"], ["1.jpg", "x/2.jpg", "y/2.jpg"],
+                "1 of 2 may be several files each, e.g. 2.jpg is x/2.jpg or y/2.jpg; write folders"),
+    "links": (["1.jpg", "out.jpg"], ["1.jpg"],
+              "1 of 2 are links that lead out of --images, e.g. out.jpg"),
+    "none": (["1.jpg"], ["x.png"], "none of the .* which has out.jpg: 1 of 1 are not there, e.g. "
+             "1.jpg; check --images"),
+    "all several": (["1.jpg"], ["x/1.jpg", "y/1.jpg"], "none of .* narrow --images"),
+    "all links": (["out.jpg"], [], "none of .*; give the folder above")}
+
+
+@pytest.mark.parametrize("case", NAMES_CHECKED)
+def test_names_are_checked_before_training(case, tmp_path, capsys):
+    names, files, line = NAMES_CHECKED[case]
+    write(tmp_path, "away.jpg", *(f"f/{name}" for name in files))
+    (tmp_path / "f").mkdir(exist_ok=True)
+    (tmp_path / "f" / "out.jpg").symlink_to(tmp_path / "away.jpg")
+    (tmp_path / "c").write_text("".join(f"{name}\tx\n" for name in names))
+    index = build(tmp_path, data.Text(9, 0, 0))
+    if line.startswith("none"):
+        with pytest.raises(ValueError, match=line):
+            data.check_photos(str(tmp_path / "f"), index)
+    else:
+        data.check_photos(str(tmp_path / "f"), index)
+        assert line in capsys.readouterr().out
+
+
+def test_all_names_are_checked_but_in_a_folder_of_too_many_files(index, tmp_path, capsys, monkeypatch):
+    names = [index.name(i) for i in range(len(index))]
+    write(tmp_path / "f", *names[:-1])
+    data.check_photos(str(tmp_path / "f"), index)
+    assert capsys.readouterr().out == (
+        f"photos: 1 of {len(names)} are not there, e.g. {names[-1]}\n")
+    monkeypatch.setattr(data, "MOST_FILES", 50)
+    monkeypatch.setattr(data, "CHECKED", 10)
+    data.check_photos(str(tmp_path / "f"), index)
+    assert capsys.readouterr().out == (
+        f"photos: {tmp_path}/f has more than 50 files: 10 names are checked\n")
+
+
+def test_names_are_bytes_whatever_the_locale(tmp_path):
+    write(tmp_path / "f", "ü.jpg", **{"ü.txt": "a ball"})
+    (tmp_path / "c").write_text("ü.jpg\tred\n", "utf-8")
+    code = f"""
+import data
+for source in "c", "f":
+    index = data.build_index(data.Source({str(tmp_path)!r} + "/" + source), "i", data.Text(9, 0, 0))
+    assert data.Folder({str(tmp_path / "f")!r}).read(index.name(0)) == b"x"
+"""
+    code = f"import os; os.chdir({str(tmp_path)!r})\n" + code
+    done = subprocess.run([sys.executable, "-c", IMPORTING + code], capture_output=True, text=True,
+                          env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0",
+                               "PYTHONCOERCECLOCALE": "0"})
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture
 def linked(tmp_path):
     """A folder of photos with links, within it, out of it and to themselves."""
@@ -1797,6 +1883,23 @@ def test_disk_that_fails_at_a_link_makes_a_photo_unavailable(tmp_path, monkeypat
         assert loader.skipped == {}
 
 
+def test_link_that_changes_while_it_is_read_is_noticed(linked, monkeypatch):
+    """It is checked when it is open already: what is read then is what was checked."""
+    realpath = os.path.realpath
+    link = linked / "out.jpg"                   # to a photo outside
+
+    def change_and_follow(path):
+        if path == str(link):
+            link.unlink()
+            link.symlink_to("ab/abc.jpg")
+        return realpath(path)
+
+    folder = data.Folder(str(linked))
+    monkeypatch.setattr(os.path, "realpath", change_and_follow)
+    with pytest.raises(ValueError, match="a link that leads out"):
+        folder.read("out.jpg")
+
+
 @pytest.fixture
 def odd_photos(tmp_path, rng):
     """{name: what is wrong with it, or None} of photos of every kind in tmp_path."""
@@ -1836,6 +1939,148 @@ def test_loader_skips_what_cannot_be_decoded(odd_photos, tmp_path):
         numbers = numbers_read(loader, range(len(names)))
     assert [names[i] for i in numbers] == [name for name in names if odd_photos[name] is None]
     assert set(loader.skipped) == {name for name in names if odd_photos[name]}
+
+
+def shades(low, high):
+    """Pixels (20, 30) that grow from left to right."""
+    return np.tile(np.linspace(low, high, 30), (20, 1))
+
+
+@pytest.mark.parametrize("pixels", [
+    shades(0, 65535).astype(np.uint16), shades(0, 4095).astype(np.uint16),
+    shades(0, 255).astype(np.uint16), shades(0, 1023).astype(np.int32), shades(0, 255).astype(np.int32),
+    shades(0, 1).astype(np.float32), shades(0, 255).astype(np.float32),
+    shades(0, 3e30).astype(np.float32), shades(0, 1e-20).astype(np.float32),
+    np.where(np.eye(20, 30) * np.arange(30) == 7, np.inf, shades(0, 1)).astype(np.float32),
+    np.where(np.eye(20, 30) * np.arange(30) == 7, np.nan, shades(0, 1)).astype(np.float32)],
+    ids=["16 bits", "12 of 16", "8 of 16", "10 of 32", "8 of 32", "to 1", "to 255", "to 3e30",
+         "to 1e-20", "infinite pixel", "no number"])
+def test_deep_photos_are_scaled_by_what_is_in_them(pixels, tmp_path):
+    path = str(tmp_path / "x.tif")
+    Image.fromarray(pixels).save(path)
+    row = data.decode(path, 16)[12, :, 0].astype(int)
+    assert (np.diff(row) > 0).all()
+    assert row[0] < 10 and row[-1] > 245
+
+
+def test_one_bright_pixel_does_not_darken_a_deep_photo(tmp_path):
+    pixels = np.tile(np.linspace(0, 4095, 60), (60, 1)).astype(np.uint16)
+    pixels[30, 30] = 65535
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    assert data.decode(str(tmp_path / "x.png"), 16).max() > 245
+
+
+def exif_that_cannot_be_written():
+    """EXIF of a photo on its side, with a resolution that is no number."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x011a] = 72.0
+    content = bytearray(exif.tobytes())
+    resolution = content.rindex(bytes([0, 0, 0, 72, 0, 0, 0, 1]))
+    content[resolution:resolution + 8] = bytes([255, 255, 255, 255, 0, 0, 0, 0])
+    return bytes(content)
+
+
+def save_png_with_long_text(path, photo):
+    """A PNG with a text of 3 MB."""
+    text = PngImagePlugin.PngInfo()
+    text.add_text("history", "x" * 3_000_000, zip=True)
+    photo.save(path, pnginfo=text)
+
+
+GOOD = {                        # photos that every viewer shows: how they are made of a square
+    "turned.jpg": lambda path, photo: photo.rotate(90).save(
+        path, exif=exif_that_cannot_be_written(), quality=95),
+    "text.png": save_png_with_long_text,
+    "avif.jpg": lambda path, photo: photo.save(path, "AVIF"),
+    "jpeg2000.jpg": lambda path, photo: photo.save(path, "JPEG2000"),
+    "no end.jpg": lambda path, photo: save_cut(path, photo, 2),
+    "half an end.jpg": lambda path, photo: save_cut(path, photo, 1),
+    "no end, progressive.jpg": lambda path, photo: save_cut(path, photo, 2, progressive=True)}
+
+
+def save_cut(path, photo, missing, **how):
+    """A JPEG without its last bytes."""
+    photo.save(path, quality=95, **how)
+    os.truncate(path, os.path.getsize(path) - missing)
+
+
+@pytest.fixture
+def quarters():
+    """A photo whose quarters have different colours."""
+    photo = Image.new("RGB", (64, 64), "black")
+    for place, colour in (((32, 0), "red"), ((0, 32), "lime"), ((32, 32), "white")):
+        photo.paste(colour, (*place, place[0] + 32, place[1] + 32))
+    return photo
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_photos_that_every_viewer_shows_are_used(name, quarters, tmp_path):
+    try:
+        GOOD[name](tmp_path / name, quarters)
+    except (KeyError, OSError):
+        pytest.skip("this Pillow cannot write such")
+    pixels = data.decode(str(tmp_path / name), 16).astype(int)
+    for row, column in (3, 3), (3, 12), (12, 3), (12, 12):
+        colour = quarters.getpixel((4 * column, 4 * row))
+        assert np.abs(pixels[row, column] - colour).max() < 12
+
+
+@pytest.mark.parametrize("part", [0.2, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("how", [{}, {"progressive": True}])
+def test_jpeg_that_lacks_more_than_its_end_is_named(part, how, tmp_path, rng):
+    path = tmp_path / "x.jpg"
+    Image.fromarray(rng.integers(0, 256, (90, 90, 3)).astype(np.uint8)).save(path, **how)
+    os.truncate(path, int(path.stat().st_size * part))
+    with pytest.raises(ValueError, match="truncated"):
+        data.decode(str(path), 32)
+
+
+@pytest.mark.parametrize("kind", ["x.heic", "x.mp4"])
+def test_kind_that_is_not_read_is_named(kind, tmp_path):
+    (tmp_path / kind).write_bytes(b"\0\0\0\x18ftypheic" + bytes(20))
+    with pytest.raises(ValueError, match="of the kind heic, which is not read; make it a JPEG"):
+        data.decode(str(tmp_path / kind), 32)
+
+
+@pytest.mark.parametrize("size", [(2000, 3), (3, 2000), (1, 1), (40_000, 1)])
+@pytest.mark.parametrize("square", [True, False])
+def test_thin_photo_has_at_least_one_pixel(size, square, tmp_path):
+    Image.new("RGB", size, "red").save(tmp_path / "x.png")
+    pixels = data.decode(str(tmp_path / "x.png"), 32, square)
+    assert pixels.min(axis=(0, 1)).tolist() == [255, 0, 0]
+    assert max(pixels.shape) == 32
+
+
+LARGE_PHOTOS = {                # mode, size and ending of photos, and whether they are decoded
+    "JPEG of a phone": ("RGB", (16320, 12240), "jpg", True),
+    "progressive JPEG": ("RGB", (16320, 12240), "progressive.jpg", False),
+    "16 bits": ("I;16", (13_000, 13_000), "png", True),
+    "WebP": ("RGB", (16_000, 12_000), "webp", False),
+    "floats": ("F", (7000, 7000), "tif", True), "floats, too many": ("F", (13_000, 13_000), "tif", False),
+    "RGBA": ("RGBA", (7000, 7000), "png", True), "RGBA, too many": ("RGBA", (9000, 9000), "png", False),
+    "palette": ("P", (7000, 7000), "png", True), "gray": ("L", (15_000, 15_000), "png", True),
+    "fax": ("1", (14_000, 13_000), "tif", True), "bits": ("1", (20_000, 20_000), "png", False)}
+
+
+@pytest.mark.parametrize("name", LARGE_PHOTOS)
+def test_no_photo_takes_more_than_500_megabytes(name, tmp_path):
+    mode, size, ending, is_read = LARGE_PHOTOS[name]
+    path = str(tmp_path / f"x.{ending}")
+    how = {"compression": "tiff_lzw"} if ending == "tif" else {}
+    if ending == "webp":
+        how = {"method": 0, "lossless": True, "quality": 0}
+    make = (f"from PIL import Image; Image.new({mode!r}, {size}).save({path!r}, "
+            f"progressive={'progressive' in ending}, **{how})")
+    subprocess.run([sys.executable, "-c", make], check=True)
+    done = run(code="import resource, data\n"
+                    "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+                    f"try: data.decode({path!r}, 256); print('read')\n"
+                    "except ValueError as error: print(error)\n"
+                    "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)")
+    line, megabytes = done.stdout.splitlines()
+    assert line == "read" if is_read else "million pixels of the kind" in line
+    assert float(megabytes) < 500
 
 
 def test_photos_are_turned_and_scaled_as_they_should(tmp_path):
@@ -4755,6 +5000,30 @@ def test_transfer_reads_a_voc_folder_and_leaves_difficult_photos_out(tmp_path, a
     # the precision at a recall is the best of the following, so chance is more than 10 of 18
     assert 10 / 18 < result["rows"]["cat"][0] < 0.75
     assert "40 photos; 18 to train and 18 to test" in said.out
+
+
+def test_photo_that_is_gone_when_it_is_shown_is_left_out(tmp_path, capsys):
+    (tmp_path / "x.jpg").write_text("broken")
+    assert evaluation.thumbnail(str(tmp_path / "x.jpg"), 20).size == (20, 20)
+    assert evaluation.thumbnail(str(tmp_path / "gone.jpg"), 20, square=True).size == (20, 20)
+    said = capsys.readouterr().err
+    assert "x.jpg is left out: not a picture" in said
+    assert "gone.jpg is left out: no such file" in said
+
+
+def test_search_knows_the_words_that_were_left_out(ask):
+    with pytest.raises(ValueError, match="'waa' was left out as a stop word.*--stop-words 0"):
+        ask("neighbors", "waa")
+
+
+def test_transfer_names_its_classes_and_knows_parts_of_sets(tiny, ask):
+    for path in Path("classes").rglob("*.png"):
+        part = Path("parts") / ("train" if int(path.stem) % 3 else "val") / path.parent.name
+        part.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, part / f"{path.parent.name}{path.name}")
+    _, said = ask("transfer", "--images", "parts", "--splits", 1)
+    names = sorted(os.listdir("classes"))
+    assert f"classes: {', '.join(names)}\n" in said.out
 
 
 def test_report_is_one_file_with_its_pictures(tiny, ask):
