@@ -562,7 +562,7 @@ def _as_labels(labels):
     if isinstance(labels, Labels):
         return labels
     targets = np.asarray(labels, np.int32).reshape(len(labels), -1)             # (N, T)
-    return Labels(targets, np.full(len(targets), 1 / len(targets), np.float32))
+    return Labels(targets, np.full(len(targets), 1 / len(targets)))
 
 
 class Softmax:
