@@ -1280,12 +1280,14 @@ def whole_log(path, facts):
 
 
 def describe_checkpoint(path, facts):
-    """A line that says which weights these are, and their held-out loss if it is known."""
+    """A line that says which weights these are, and how good they were if that is known."""
     log = whole_log(path, facts)
     line = f"{path}: step {facts['step']:,}, epoch {facts['epoch']} of {len(log)}"
     for row in log:
         if row["step"] == facts["step"] and row["validation_loss"] is not None:
             line += f", held-out loss {row['validation_loss']:.4f}"
+            if row.get("map") is not None:
+                line += f", mean AP {row['map']:.4f}"
     return line
 
 

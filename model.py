@@ -552,12 +552,17 @@ NETWORKS = {
 # which columns of s are targets, what each row weighs, and which words, if not all K, the columns
 # stand for; or they are the classes of N photos, (N,), of which each weighs 1/N. A loss is made
 # with the label frequency, (K,): the part of the rows that carry each word.
+#
+# Besides that a loss says how its scores are used: `normaliser`, `log_probability`, `probabilities`
+# and `prior_shift` turn them into what is reported (eval.py); `photo_weights` is how a photo's words
+# count in validation; `of_guessing` a loss that training should stay below (weak.py); `balances`
+# and `corrects_batch` which options go with it.
 
 def _as_labels(labels):
     if isinstance(labels, Labels):
         return labels
     targets = np.asarray(labels, np.int32).reshape(len(labels), -1)             # (N, T)
-    return Labels(targets, np.full(len(targets), 1 / len(targets), np.float32))
+    return Labels(targets, np.full(len(targets), 1 / len(targets)))
 
 
 class Softmax:
@@ -618,8 +623,8 @@ class Softmax:
         """In validation a photo's words share its weight, as one drawn word a row does: (N,)."""
         return np.array([1 / max(1, len(words)) for words in targets])
 
-    def of_guessing(self, k, words_per_photo):
-        """The loss of one that finds all K words alike, a photo's mean."""
+    def of_guessing(self, k):
+        """The loss of scores that are all 0, a photo's mean."""
         return np.log(k)
 
 
@@ -681,9 +686,10 @@ class OneVersusAll:
         """In validation each photo counts once, whatever its words are: (N,)."""
         return np.ones(len(targets))
 
-    def of_guessing(self, k, words_per_photo):
-        """The loss of one that finds all K words alike: as in Softmax, for each word of a photo."""
-        return np.log(k) * words_per_photo
+    def of_guessing(self, k):
+        """The loss of scores that are all 0, a photo's mean."""
+        # all positives of a class weigh 1/K together, its negatives, too, and each costs log 2
+        return 2 * np.log(2)
 
 
 LOSSES = {"softmax": Softmax, "one-vs-all": OneVersusAll}
@@ -714,7 +720,10 @@ def prior_shift(options, counts, training, label_frequency):
     loss = LOSSES[options["loss"]](label_frequency)
     presence = np.ones(len(counts))
     if options["targets"] == "batch":
-        presence = 1 - (1 - label_frequency) ** options["batch"]    # (K,) a_k
+        carried = label_frequency               # how often a row has word k, whatever it weighs
+        if options["positives"] == "idf":
+            carried = counts / training
+        presence = 1 - (1 - carried) ** options["batch"]            # (K,) a_k
     drawn = label_frequency                     # (K,) q_k
     if options["positives"] == "balanced":      # which on average weighs as one drawn word does
         drawn = np.ones(len(counts))

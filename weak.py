@@ -969,10 +969,8 @@ def compared_photos(index):
 
 def check_divergence(run, loss):
     """RuntimeError if the held-out loss is far above that of guessing."""
-    words_per_photo = run.index.labels / len(run.index)
-    # Of K words alone guessing would cost ln K, which is 0 for K = 1, and any loss more than that.
-    k = len(run.index.dictionary) + 1
-    if not loss < DIVERGED * run.held_out_loss.of_guessing(k, words_per_photo):
+    k = max(2, len(run.index.dictionary))       # of one word guessing costs nothing
+    if not loss < DIVERGED * run.held_out_loss.of_guessing(k):
         raise divergence(run, f"training diverges, the held-out loss is {loss:.4g}")
 
 

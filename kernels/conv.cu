@@ -162,7 +162,7 @@ struct Left {
 __device__ void load_right(float* b, const float* right, const Geometry& shape, int k0, int end)
 {
     constexpr int groups = BN / VEC, fit = THREADS / groups;
-    constexpr int step = fit == 5 ? 4 : fit;                // rows at a time, a divisor of BK
+    constexpr int step = fit == 5 ? 4 : fit;                // BN = 96 gives 5, no divisor of BK
     const int n = threadIdx.x % groups * VEC, first = threadIdx.x / groups, col = blockIdx.y * BN;
     if (THREADS % groups && first >= step) return;          // the last threads, if BN is 96
 #pragma unroll (BK / step < 16 ? BK / step : 4)
