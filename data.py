@@ -460,6 +460,9 @@ class FileCaptions(Captions):
         if self.kind == "csv" and self.bad_lines:
             return (f"{self.bad_lines:,} rows have another number of fields than the heading; put "
                     "texts with commas in quotes")
+        if self.kind == "tsv" and self.bad_lines:
+            return (f"{self.bad_lines:,} lines have no tab between a photo's name and its caption, "
+                    f"e.g. {first_lines(self.path)[0][:60]!r}")
         if self.kind not in ("jsonl", "coco"):
             return "see --format, --image-column and --text-column"
         keys = re.findall(r'"([^"\\]{1,40})"\s*:', " ".join(first_lines(self.path)))
@@ -589,7 +592,7 @@ def recognise(source):
         raise ValueError(
             f"captions: {source.path} has the columns {listing(columns, 20)[:200]}, and needs one "
             f"of {', '.join(keys.names)}, and some of {', '.join(keys.texts)}; name them by "
-            "--image-column and --text-column, by numbers if there is no heading")
+            "--image-column and --text-column, both by numbers if there is no heading")
     return kind
 
 
@@ -694,11 +697,11 @@ def coco_pairs(text, keys):
     table = _parsed(content.replace("\ufeff", ""))
     if isinstance(table, list):
         table = {"annotations": table, "images": []}
-    if not isinstance(table, dict) or "images" not in table:
+    if not isinstance(table, dict) or not {"images", "annotations"} & table.keys():
         found = "no whole JSON" if table is None else f"JSON with the keys {listing(table)}"
         raise ValueError(f"is {found}, neither COCO (images and annotations) nor a list or lines "
                          "with a file_name and a caption each")
-    images = [image for image in _list(table["images"]) if isinstance(image, dict)]
+    images = [image for image in _list(table.get("images", [])) if isinstance(image, dict)]
     annotations = _list(table.get("annotations", []))
     yield from _annotation_pairs(annotations, images, keys)
     for image in images:
@@ -776,7 +779,9 @@ def _fields(line, delimiter):
     """The fields of a line by itself; where tabs part them, quotes mean nothing."""
     if delimiter == "\t":
         return line.rstrip("\n").split("\t")
-    return next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
+    with suppress(csv.Error):                   # a field of very many characters
+        return next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
+    return line.split(delimiter)
 
 
 def csv_pairs(text, keys):
@@ -965,7 +970,8 @@ class FolderCaptions(Captions):
     def pairs(self):
         """A pair for each photo that has a text, or for each row of the tables."""
         for name in self.tables:
-            table = FileCaptions(Source(os.path.join(self.path, name)))
+            path = os.path.join(self.path, name)
+            table = FileCaptions(self.source._replace(path=path, kind=None))
             for photo, caption in table.pairs():
                 yield photo and os.path.join(os.path.dirname(name), photo), caption
         for photo, name in self.texts.items():
@@ -1010,8 +1016,8 @@ class FolderCaptions(Captions):
     def why_no_word(self):
         """What to do about captions without any word."""
         if self.has_classes:
-            return ("it needs photo.txt beside photo.jpg, or photos in folders with their classes' "
-                    "names; or name a file by --captions")
+            return (f"{self.origin()}; it needs photo.txt beside photo.jpg, or photos in folders "
+                    "with their classes' names; or name a file by --captions")
         return f"{self.origin()}; name another file by --captions"
 
 
@@ -1811,7 +1817,7 @@ def decode_bytes(content, size, square=True):
     except UnidentifiedImageError:
         raise ValueError(_unknown_kind(content)) from None
     except OSError as error:
-        raise ValueError(str(error).splitlines()[0].lower()) from None
+        raise ValueError((str(error) or "damaged").splitlines()[0].lower()) from None
     except MemoryError:
         raise
     except Exception as error:                  # broken files raise anything from deep inside
@@ -1820,8 +1826,9 @@ def decode_bytes(content, size, square=True):
 
 def _unknown_kind(content):
     """What to say of a file that Pillow does not know."""
-    if content[4:8] == b"ftyp":                 # HEIC, and films
-        return f"of the kind {content[8:12].decode('latin-1')}, which is not read; make it a JPEG"
+    kind = content[8:12].decode("latin-1")
+    if content[4:8] == b"ftyp" and kind.isalnum():      # HEIC, and films
+        return f"of the kind {kind}, which is not read; make it a JPEG"
     return "not a picture"
 
 
@@ -1849,9 +1856,12 @@ def _decode(content, size, square):
     width, height = image.size
     image.draft("RGB", (size, size))            # JPEG: decode at a fraction of the size
     _check_memory(image, width * height, content)
+    deep_colours = _raw_mode(image).startswith(("RGB;16", "RGBA;16"))
     image.load()
     turn = TURNS.get(_orientation(image))
     image = _shrink(image, size)
+    if deep_colours and max(high for _, high in image.getextrema()[:3]) < 128:
+        image = _add_low_bytes(image, content, size)
     if turn is not None:
         image = image.transpose(turn)
     image = _to_rgb(image)
@@ -1892,6 +1902,28 @@ def _orientation(image):
         return image.getexif().get(ORIENTATION)
     except Exception:                           # a broken EXIF raises anything, and costs no photo
         return None
+
+
+def _raw_mode(image):
+    """How the pixels are in the file, as Pillow calls it: RGB;16B has two bytes a colour."""
+    args = image.tile[0].args if image.tile else ""
+    return args[0] if isinstance(args, tuple) else str(args)
+
+
+def _add_low_bytes(image, content, size):
+    """Colours of 16 bits, of which Pillow takes the high bytes, where these alone are too dark."""
+    low = Image.open(io.BytesIO(content), formats=_formats())
+    tile = low.tile[0]
+    raw_mode = _raw_mode(low)
+    order = {"B": "L", "L": "B", "N": "B"}[raw_mode[-1]]            # so that the low ones seem high
+    swapped = raw_mode[:-1] + order
+    args = (swapped, *tile.args[1:]) if isinstance(tile.args, tuple) else swapped
+    low.tile = [part._replace(args=args) for part in low.tile]
+    colours = [np.asarray(part)[:, :, :3].astype(int) for part in (image, _shrink(low, size))]
+    rgb = Image.fromarray(_as_8_bits(colours[0] * 256 + colours[1], "I"))
+    if image.mode == "RGBA":
+        rgb.putalpha(image.getchannel("A"))
+    return rgb
 
 
 def _shrink(image, size):
@@ -2138,7 +2170,7 @@ class Lookup(NamedTuple):
     remedy: str
 
 
-MISSING = Lookup("are not there", "check --images")
+MISSING = Lookup("are not there", "check --images, or name the column of names by --image-column")
 ELSEWHERE = Lookup("have another name or place", "")
 SEVERAL = Lookup("may be several files each", "write folders into the captions, or narrow --images")
 LINKS = Lookup("are links that lead out of --images", "give the folder above, that has the files")

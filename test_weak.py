@@ -19,9 +19,11 @@ import secrets
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -1031,7 +1033,8 @@ def test_captions_that_cannot_be_read_are_told_in_one_line(kind, content, compla
 @pytest.mark.parametrize("content, complaint", [
     ('{"file_name": "a.jpg", "prompt": "x"}\n' * 2, "the keys file_name, prompt, and needs"),
     ("image,caption,split\na.jpg,x, y,train\n", "1 rows have another number of fields"),
-    ("a.jpg\t12\n", "see --format, --image-column"), ("/etc/a.jpg\tx\n", "lead out of --images")])
+    ("a.jpg\t12\n", "see --format, --image-column"),
+    ("a.jpg: one\nb.jpg: two\n", "2 lines have no tab between .* e.g. 'a.jpg: one'"), ("/etc/a.jpg\tx\n", "lead out of --images")])
 def test_captions_without_words_say_why(content, complaint, tmp_path):
     (tmp_path / "c").write_text(content)
     with pytest.raises(ValueError, match=f"^captions: [^\n]*has no word [^\n]*{complaint}[^\n]*$"):
@@ -1644,10 +1647,13 @@ def test_folders_names_are_no_stop_words_unless_asked(tmp_path):
 
 
 @pytest.mark.parametrize("files, complaint", [
-    (["a.jpg", "b.jpg"], "it needs photo.txt beside photo.jpg, or photos in folders"),
+    (["a.jpg", "b.jpg", "metadata.parquet"],
+     "not read: 1 .parquet; it needs photo.txt beside photo.jpg, or photos in folders"),
+    ({"a.jpg": "", "metadata.csv": "file_name,label\na.jpg,cat\n"},
+     "has the columns file_name, label, and needs .* --text-column"),
     (["train/a.jpg", "val/a.jpg"], "it needs photo.txt beside"), (["a.txt"], "there is no picture")])
 def test_folder_without_words_says_what_it_needs(files, complaint, tmp_path):
-    write(tmp_path / "f", *files)
+    write(tmp_path / "f", **(files if isinstance(files, dict) else dict.fromkeys(files, "")))
     with pytest.raises(ValueError, match=f"^captions: [^\n]*{complaint}"):
         build(tmp_path, captions="f")
 
@@ -1961,6 +1967,29 @@ def test_deep_photos_are_scaled_by_what_is_in_them(pixels, tmp_path):
     row = data.decode(path, 16)[12, :, 0].astype(int)
     assert (np.diff(row) > 0).all()
     assert row[0] < 10 and row[-1] > 245
+
+
+def png_of_16_bits(pixels):
+    """A PNG of colours, and perhaps alpha, of 16 bits (H, W, 3 or 4), which Pillow cannot write."""
+    height, width, channels = pixels.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, {3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, chunk in (b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""):
+        checksum = zlib.crc32(kind + chunk)
+        content += struct.pack(">I", len(chunk)) + kind + chunk + struct.pack(">I", checksum)
+    return content
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+@pytest.mark.parametrize("bits", [8, 12, 14, 16])
+def test_deep_colours_are_scaled_by_what_is_in_them(bits, channels, tmp_path):
+    gray = shades(0, 2 ** bits - 1).astype(int)
+    pixels = np.stack([gray, gray // 2, 0 * gray, 0 * gray + 65535][:channels], axis=2)
+    (tmp_path / "x.png").write_bytes(png_of_16_bits(pixels))
+    row = data.decode(str(tmp_path / "x.png"), 16)[8].astype(int)
+    assert (np.diff(row[:, 0]) > 0).all() and row[-1, 0] > 245
+    assert np.abs(row[:, 1] - row[:, 0] / 2).max() < 2 and row[:, 2].max() == 0
 
 
 def test_one_bright_pixel_does_not_darken_a_deep_photo(tmp_path):

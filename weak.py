@@ -414,7 +414,7 @@ def describe_index(index, options):
     rare_words = ", ".join(examples[first_rare:])
     notes = {
         "bad_lines": "lines are no captions, or do not fit the heading",
-        "recoded": "are not in UTF-8, and are read as Windows-1252",
+        "recoded": "are not in UTF-8, and are read as Windows-1252; else save them as UTF-8",
         "refused": "names are absolute or leave --images: refused",
         "without_words": "photos have no word of the dictionary",
         "stop_words": f"most frequent words are left out as stop words, e.g. {stop_words}; "
