@@ -607,11 +607,11 @@ def tsv_pairs(text, keys):
         if line.isspace():
             continue
         name, tab, caption = line.partition("\t")
-        yield (name, _text(caption)) if tab else NO_CAPTION
+        yield (name, as_text(caption)) if tab else NO_CAPTION
 
 
-def _text(value):
-    """A text, "" if it stands for none."""
+def as_text(value):
+    """A value of a table, "" if it is what programs write where there is no text."""
     return "" if len(value) < 7 and value.strip().lower() in NOTHING else value
 
 
@@ -667,7 +667,7 @@ def _name(value):
 def _texts(value, depth=4):
     """The texts of a value of JSON: itself, or those in a list or an object; numbers are none."""
     if isinstance(value, str):
-        return [value] if _text(value) else []
+        return [value] if as_text(value) else []
     if isinstance(value, dict):
         value = [value[key] for key in INNER_KEYS if key in value] or value.get("tokens")
     texts = []
@@ -812,7 +812,7 @@ def _row_pair(row, table):
     if len(row) <= max(table.photo, table.texts[0]) or (surplus and not text_is_last):
         return NO_CAPTION
     texts = [row[i] for i in table.texts if i < len(row)]
-    return row[table.photo], " ".join([_text(value) for value in texts] + surplus)
+    return row[table.photo], " ".join([as_text(value) for value in texts] + surplus)
 
 
 def _tab_rows(lines):
@@ -955,9 +955,9 @@ class FolderCaptions(Captions):
                 name = beside.get((stem, ending)) or beside.get((photo, ending))
                 if name:
                     texts[photo] = name
-        return texts if any(map(self._text, texts.values())) else {}
+        return texts if any(map(self._text_beside, texts.values())) else {}
 
-    def _text(self, name):
+    def _text_beside(self, name):
         """The text of a file beside a photo."""
         text = read_text(os.path.join(self.path, name))
         if name.lower().endswith(".json"):
@@ -976,7 +976,7 @@ class FolderCaptions(Captions):
             for photo, caption in table.pairs():
                 yield photo and os.path.join(os.path.dirname(name), photo), caption
         for photo, name in self.texts.items():
-            yield photo, self._text(name)
+            yield photo, self._text_beside(name)
         if self.has_classes:
             for photo, folders in self.folders.items():
                 yield photo, os.sep.join(folders)
@@ -998,21 +998,33 @@ class FolderCaptions(Captions):
 
     def origin(self):
         """Which files or folders the words are from, and what lies there unread."""
-        classes = listing(sorted({name for names in self.folders.values() for name in names}), 8)
+        line = f"words from {self._what_is_read()}"
+        unread = self._what_is_not()
+        return f"{line}; not read: {listing(unread)}" if unread else line
+
+    def _what_is_read(self):
+        """The source of the words, for a message."""
         if self.has_classes:
-            line = f"words from the names of folders: {classes or 'none'}"
-        elif self.tables:
-            line = f"words from {listing(self.tables)}"
-        else:
-            endings = Counter(_ending(name) for name in self.texts.values())
-            kinds = " and ".join(f"{n:,} photo{ending}" for ending, n in endings.items())
-            line = f"words from {kinds} for {len(self.photos):,} photos"
-        unread = set(self.files) - set(self.photos) - set(self._files_read())
-        counts = Counter(map(_ending, unread)).most_common()
-        others = [f"{n:,} {ending or 'without ending'}" for ending, n in counts]
-        if classes and not self.has_classes:
-            others.insert(0, f"the folders' names ({classes})")
-        return line + (f"; not read: {listing(others)}" if others else "")
+            return f"the names of folders: {self._classes() or 'none'}"
+        if self.tables:
+            return listing(self.tables)
+        counts = Counter(map(_ending, self.texts.values()))
+        kinds = [f"{count:,} photo{ending}" for ending, count in counts.items()]
+        return f"{' and '.join(kinds)} for {len(self.photos):,} photos"
+
+    def _what_is_not(self):
+        """What else there is in the folder, for a message."""
+        unread = []
+        if not self.has_classes and self._classes():
+            unread.append(f"the folders' names ({self._classes()})")
+        files = set(self.files) - set(self.photos) - set(self._files_read())
+        for ending, count in Counter(map(_ending, files)).most_common():
+            unread.append(f"{count:,} {ending or 'without ending'}")
+        return unread
+
+    def _classes(self):
+        """The first names of the classes that folders have, for a message."""
+        return listing(sorted(set(itertools.chain(*self.folders.values()))), 8)
 
     def why_no_word(self):
         """What to do about captions without any word."""
@@ -1028,19 +1040,26 @@ def _ending(name):
 
 
 def class_folders(names):
-    """{photo's name: the folders that it is in}, without those that part a set into train and test.
+    """{photo's name: the folders that it is in}, without those that part a set: train, test.
 
-    Such are a level of folders that are all called so, and any that has folders of photos below.
+    Such are those of a level where all are called so, and any that has folders of photos below.
     """
-    folders = {name: os.path.dirname(name).split(os.sep) for name in names}
-    others = set()                      # levels that have another folder, too
-    for path in folders.values():
-        others |= {level for level, folder in enumerate(path) if not SPLIT.fullmatch(folder)}
-    kept = {}
+    folders = {}
+    with_classes = set()                # levels that have other folders, too
+    for name in names:
+        path = os.path.dirname(name)
+        folders[name] = path.split(os.sep) if path else []
+        for level, folder in enumerate(folders[name]):
+            if not SPLIT.fullmatch(folder):
+                with_classes.add(level)
     for name, path in folders.items():
-        kept[name] = [folder for level, folder in enumerate(path) if folder and not (
-            SPLIT.fullmatch(folder) and (level < len(path) - 1 or level not in others))]
-    return kept
+        kept = []
+        for level, folder in enumerate(path):
+            is_last = level == len(path) - 1
+            if not SPLIT.fullmatch(folder) or (is_last and level in with_classes):
+                kept.append(folder)
+        folders[name] = kept
+    return folders
 
 
 def captions_of(source):
@@ -2199,7 +2218,7 @@ def check_photos(folder, index):
         lookup, files = look_up(finder, name, check_links=i < CHECKED)
         examples[lookup].append(f"{name} is {files}" if files else name)
     found = examples.pop(None, []) + examples.get(ELSEWHERE, [])
-    for lookup, photos in sorted(examples.items()):
+    for lookup, photos in sorted(examples.items(), key=lambda item: -len(item[1])):
         line = f"{len(photos):,} of {count:,} {lookup.what}, e.g. {photos[0]}"
         if not found:
             raise ValueError(f"none of the captions' photos is to be found in {folder}, which has "
