@@ -17,31 +17,37 @@ by the photo's hash and appended to the index, which is opened by memory map.
 import binascii
 import bz2
 import csv
+import errno
+import fcntl
 import gzip
 import hashlib
+import html
 import io
 import itertools
 import json
 import os
 import re
 import shutil
+import stat
 import sys
 import threading
 import time
 import unicodedata
 import warnings
+import zipfile
 import zlib
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 import kernels
 from kernels.console import Progress, whole_file, write_json
@@ -57,6 +63,20 @@ STOP_WORDS = 500                # the most frequent words, left out (paper, §3)
 FEW_STOP_WORDS = 50             # the same, where there are fewer captions than MANY
 MANY = 1_000_000
 WORDS = 1000                    # K: 1,000, 10,000 or 100,000 in the paper
+
+
+LONGEST_WORD = 40               # letters; what is longer is no word
+ZERO_WIDTH_SPACE = "\u200b"     # parts the words of Khmer, Lao and Thai
+HTML_TAGS = ("a abbr b big blockquote br center code dd del div dl dt em embed font h1 h2 h3 h4 h5 "
+             "h6 hr i iframe img ins li object ol p pre q s small span strike strong sub sup table "
+             "tbody td th tr tt u ul var wbr").replace(" ", "|")
+# No part of these expressions can match the same letters in two ways, so none takes long.
+_ENTITY = re.compile(r"&#?[0-9A-Za-z]{1,31};")
+_TAG = re.compile(
+    rf"</?(?:{HTML_TAGS})(?:\s[^<>]*|/)?>"       # <br />, <a href="…">
+    r"|<(?:a|img)\s[^<>=]*=[^<>]*\Z"            # the same, where a caption was cut
+    r"|<!--[^<>]*-->", re.IGNORECASE)
+_ADDRESS = re.compile(r"\b(?:[a-z]{2,9}://|www\.)[!-~]*")
 
 
 class _Letters(dict):
@@ -78,7 +98,7 @@ class _Letters(dict):
         category = unicodedata.category(c)
         combining_mark = "\u0300" <= c <= "\u036f"
         variation_selector = "\ufe00" <= c <= "\ufe0f"
-        invisible = category in ("Cf", "Me")
+        invisible = category in ("Cf", "Me") and c != ZERO_WIDTH_SPACE
         if c in self.JOINING or combining_mark or variation_selector or invisible:
             return None
         if category[0] in "PSZC" or category == "No":
@@ -99,12 +119,36 @@ _ASCII_GONE = bytes(code for code in range(128) if _LETTERS[code] is None)
 
 def words_of(caption):
     """The words of one caption (paper, §3: text): lower-case, without accents, no digits alone."""
+    if "&" in caption or "<" in caption:
+        caption = without_markup(caption)
     text = caption.lower()
+    if "://" in text or "www." in text:
+        text = _ADDRESS.sub(" ", text)
     if text.isascii():                          # translating bytes is many times faster
         text = text.encode().translate(_ASCII, _ASCII_GONE).decode()
     else:
         text = unicodedata.normalize("NFC", text).translate(_LETTERS)
-    return [word for word in text.split() if not word.isdecimal()]
+    return [word for word in text.split() if len(word) <= LONGEST_WORD and not word.isdecimal()]
+
+
+def without_markup(caption):
+    """A caption from the web as it is read there: entities are characters, HTML's tags go."""
+    text = _ENTITY.sub(_character, caption)
+    text = _TAG.sub(" ", text)
+    return _ENTITY.sub(_character, text)        # some are written twice over: &amp;quot;
+
+
+def _character(entity):
+    """The character of an HTML entity, or what stands there if it is none."""
+    return html.unescape(entity[0])
+
+
+def folder_words(path):
+    """The words of folders' names, which are classes: a number is one, too."""
+    words = []
+    for name in path.split(os.sep):
+        words += words_of(name) or [name.strip().lower()]
+    return [word for word in words if word]
 
 
 class Text(NamedTuple):
@@ -207,7 +251,7 @@ class Index:
         """The photo's name below the images folder."""
         name = bytes(self._names[photo])
         self._check(name)
-        return name.decode("utf-8", "surrogateescape")
+        return os.fsdecode(name)                # bytes, as the system has them
 
     def words(self, photo):
         """The classes of a photo's words, ascending."""
@@ -274,65 +318,183 @@ def _checksum(facts):
 
 
 # === formats ======================================================================================
-# A format is two functions: whether a file's first line looks like it, and a generator of (name,
-# caption) pairs from lines of text, NO_CAPTION for what is none. Adding one takes a row of FORMATS.
+# bytes → text → rows → names and captions: a file is unpacked by `open_captions` and decoded by
+# `open_text`; a format turns this into (name, caption) pairs, NO_CAPTION where a row is none; and
+# `Captions` cleans the names and counts what is read and what is not. A format is two functions:
+# whether a file's first lines look like it, and the generator of pairs. Adding one takes a row of
+# FORMATS.
 
-LONGEST_LINE = 64 << 20         # characters
-OPEN_QUOTE_LINES = 20           # after so many lines a quote counts as never closed
+LONGEST_LINE = 1 << 20          # characters; a longer one is no caption
+TOO_LONG = "\ufffd\n"           # no format has such a row
+LARGEST_JSON = MEMORY // 24     # characters of JSON that is read as a whole; objects take more
+QUOTED_LINES = 200              # of a field in quotes, at most; then the quote was never closed
+HEAD = 1 << 16                  # bytes that tell what a file is
 HASH = 32                       # letters of a photo's hash in the YFCC100M table
-NAME_KEYS = ("file_name", "filename", "image", "image_name", "photo", "file", "path", "name",
-             "image_path", "filepath", "image_id")
+DELIMITERS = ",", "\t", ";", "|"
+NAME_KEYS = ("file_name", "filename", "image", "image_name", "photo", "file", "path", "image_path",
+             "filepath", "file_path", "name", "image_id")
 TEXT_KEYS = ("caption", "text", "comment", "captions", "sentence", "title", "description", "tags",
              "alt_text", "keywords")
+INNER_KEYS = *TEXT_KEYS, "raw", "tag", "name", "label"              # of an object among the texts
+NOTHING = {"", "nan", "null", "none", "<na>", "n/a"}                # what programs write for no text
 NO_NAME = re.compile("[\0\n\ud800-\udc7f\udd00-\udfff]")           # no file is called so
+NOT_UTF8 = re.compile("[\udc80-\udcff]")                            # bytes, as `open_text` has them
 NO_CAPTION = "", ""
+UTF16_MARKS = b"\xff\xfe", b"\xfe\xff"
 NO_TEXT = (                     # (offset, bytes there) of files that hold no text, and what to do
     (0, b"PK", "a zip archive or an Excel workbook; unpack it, or save the sheet as CSV"),
     (0, b"PAR1", "a Parquet table; save it as CSV, e.g. by pandas' read_parquet and to_csv"),
+    (0, b"ARROW1", "an Arrow table; save it as CSV or as JSON lines"),
+    (0, b"\xff\xff\xff\xff", "an Arrow table; save it as CSV or as JSON lines"),
+    (0, b"\xfd7zXZ", "packed by xz; unpack it, or pack it by gzip"),
+    (0, b"\x28\xb5\x2f\xfd", "packed by zstd; unpack it, or pack it by gzip"),
+    (0, b"7z\xbc\xaf", "a 7z archive; unpack it"),
     (257, b"ustar", "an archive; unpack it"),
     (0, b"SQLite", "a database; save its table as CSV"))
 
 
-class Captions:
-    """The (name, caption) pairs of a captions file, by iteration.
+class Source(NamedTuple):
+    """A captions file, or a folder of photos, and how it is read."""
+    path: str
+    kind: str | None = None             # of FORMATS; None: recognised
+    image_column: str | None = None     # the column of photos' names: its name, or number from 1
+    text_column: str | None = None      # … of captions; several with commas between
+    images: str | None = None           # the photos' folder, which absolute names may begin with
 
-    `count` is how many there were, `bad_lines` how many lines or rows were none.
+
+class Keys(NamedTuple):
+    """The columns, or keys of JSON, of photos' names and of captions."""
+    names: tuple = NAME_KEYS            # the first that is there counts
+    texts: tuple = TEXT_KEYS            # all count
+
+    @classmethod
+    def of(cls, source):
+        """Those that a Source gives, else the usual ones."""
+        names = NAME_KEYS
+        texts = TEXT_KEYS
+        if source.image_column:
+            names = (_key(source.image_column),)
+        if source.text_column:
+            texts = tuple(_key(column) for column in source.text_column.split(","))
+        return cls(names, texts)
+
+
+class Captions:
+    """(name, caption) pairs, by iteration, and what there is to say of them.
+
+    `count` is how many there were, `bad_lines` how many rows were none, `recoded` how many captions
+    were not in UTF-8; `words_of` cuts a caption into words.
     """
 
-    def __init__(self, path, kind):
-        self.path = path
-        self.kind = kind
-        self.size = os.path.getsize(path)
+    words_of = staticmethod(words_of)
+    has_classes = False                 # whether the words are names of classes, not a language's
+
+    def __init__(self, source):
+        self.source = source
+        self.path = source.path
+        self.keys = Keys.of(source)
         self.count = 0
         self.bad_lines = 0
-        self._file = None
+        self.recoded = 0
 
     def __iter__(self):
+        for name, caption in self.pairs():
+            if not name or NO_NAME.search(name):
+                self.bad_lines += 1
+                continue
+            self.count += 1
+            if not caption.isascii() and NOT_UTF8.search(caption):
+                self.recoded += 1
+            yield name, caption
+
+
+class FileCaptions(Captions):
+    """Those of a captions file; `kind` is one of FORMATS."""
+
+    def __init__(self, source):
+        super().__init__(source)
+        self.kind = source.kind or recognise(source)
+        self.size = os.path.getsize(self.path)
+        self._file = None
+
+    def pairs(self):
+        """What the format reads, with names that are cleaned, NO_CAPTION for bad rows."""
         with open_captions(self.path) as (stream, self._file):
-            for name, caption in FORMATS[self.kind].pairs(_lines(stream)):
-                name = name.strip()
-                if not name or NO_NAME.search(name):
-                    self.bad_lines += 1
-                else:
-                    self.count += 1
-                    yield name, caption
+            for name, caption in FORMATS[self.kind].pairs(open_text(stream), self.keys):
+                yield clean_name(name, self.source.images), caption
 
     def bytes_read(self):
         """How much of the file was read, packed as it is."""
         return self.size if self._file.closed else self._file.tell()
 
+    def unpacked_size(self):
+        """About how many bytes of text there are."""
+        with open_captions(self.path) as (stream, file):
+            return self.size if stream is file else UNPACKED * self.size
 
-def _lines(stream):
-    """The lines of a stream of bytes as text, each with its \\n; too long ones in pieces."""
-    text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="\n")
-    return iter(partial(text.readline, LONGEST_LINE), "")
+    def fingerprint(self):
+        """Size and time of the file, and a digest of sampled blocks."""
+        digest = hashlib.blake2b(digest_size=8)
+        with open_captions(self.path) as (_, file):
+            for start in np.linspace(0, max(0, self.size - 4096), 16).astype(int):
+                file.seek(start)
+                digest.update(file.read(4096))
+        return {"size": self.size, "mtime": os.stat(self.path).st_mtime_ns,
+                "content": digest.hexdigest(), "image_column": self.source.image_column,
+                "text_column": self.source.text_column}
 
+    def origin(self):
+        """Which columns of a table were read, or nothing."""
+        if self.kind != "csv":
+            return ""
+        heading = _heading(first_lines(self.path))
+        table = find_columns(heading, self.keys)
+        if not table.heading:
+            return ""
+        names = [name.strip() for name in _fields(heading, table.delimiter)]
+        texts = ", ".join(names[i] for i in table.texts)
+        return f"photos' names are in the column {names[table.photo]}, words in {texts}"
+
+    def why_no_word(self):
+        """What to do about captions without any word."""
+        if self.kind == "csv" and self.bad_lines:
+            return (f"{self.bad_lines:,} rows have another number of fields than the heading; put "
+                    "texts with commas in quotes")
+        if self.kind == "tsv" and self.bad_lines:
+            return (f"{self.bad_lines:,} lines have no tab between a photo's name and its caption, "
+                    f"e.g. {first_lines(self.path)[0][:60]!r}")
+        if self.kind not in ("jsonl", "coco"):
+            return "see --format, --image-column and --text-column"
+        keys = re.findall(r'"([^"\\]{1,40})"\s*:', " ".join(first_lines(self.path)))
+        return (f"it has the keys {listing(dict.fromkeys(keys))}, and needs a name, as "
+                f"{listing(self.keys.names)}, and a text, as {listing(self.keys.texts)}; see "
+                "--image-column and --text-column")
+
+
+def listing(words, most=5):
+    """The first words of many, for a message."""
+    words = list(words)
+    return ", ".join(words[:most]) + (", …" if len(words) > most else "")
+
+
+def clean_name(name, images=None):
+    """A photo's name as captions have it, without what is around it: blanks, quotes, #0."""
+    name = name.strip().strip('"')
+    if "#" in name:                             # `photo#0` numbers the captions of a photo
+        photo, _, number = name.rpartition("#")
+        name = photo if number.isdigit() else name
+    if images and name.startswith(os.path.join(images, "")):
+        name = os.path.relpath(name, images)
+    return name
+
+
+# --- bytes → text
 
 @contextmanager
 def open_captions(path):
     """The captions as (stream, file): the stream unpacks gzip and bzip2, told by content."""
     try:
-        with _folder_captions(path) if os.path.isdir(path) else open(path, "rb") as file:
+        with open(path, "rb") as file:
             magic = file.read(3)
             file.seek(0)
             if not magic:
@@ -344,210 +506,361 @@ def open_captions(path):
             else:
                 yield file, file
     except (EOFError, zlib.error, OSError) as error:
-        raise ValueError(f"captions: {path} is damaged or not to be read ({error})") from None
+        if getattr(error, "errno", None):       # of the disk, not of what is in the file
+            raise ValueError(f"captions: {path} cannot be read: {error.strerror}") from None
+        raise ValueError(f"captions: {path} is damaged ({error})") from None
     except ValueError as error:                 # of a reader of FORMATS
         raise ValueError(f"captions: {path} {error}") from None
 
 
-def _folder_captions(folder):
-    """A folder of photos as JSON lines: photo.txt by each photo.jpg, or names of sub-folders."""
-    names = list_photos(folder)
-    texts = {}
-    for name in names:
-        path = Path(folder, name).with_suffix(".txt")
-        if path.is_file():
-            texts[name] = path.read_text("utf-8-sig", "replace")
-    lines = []
-    for name in names:
-        caption = texts.get(name, "") if texts else os.path.dirname(name)
-        lines.append(json.dumps({"file_name": name, "caption": caption}) + "\n")
-    return io.BytesIO("".join(lines).encode())
+def encoding_of(head):
+    """(encoding, errors) of a text that begins with these bytes.
+
+    It is UTF-16 by its mark, else UTF-8, in which other bytes are kept as surrogates: names of
+    files are such bytes, and in captions `words_of` takes them for Windows-1252.
+    """
+    if head.startswith(UTF16_MARKS):
+        return "utf-16", "replace"
+    return "utf-8", "surrogateescape"
 
 
-def recognise(path):
-    """The format of a captions file, by its content: one of FORMATS."""
+def open_text(stream):
+    """A stream of bytes as text, whose lines end in \\n, \\r\\n or \\r."""
+    stream = io.BufferedReader(stream)
+    encoding, errors = encoding_of(stream.peek(2))
+    return io.TextIOWrapper(stream, encoding, errors, newline=None)
+
+
+def read_lines(text):
+    """The lines of a text, each with its \\n; TOO_LONG in the place of those that are."""
+    for line in iter(partial(text.readline, LONGEST_LINE), ""):
+        if len(line) == LONGEST_LINE and not line.endswith("\n"):
+            _skip_line(text)
+            line = TOO_LONG
+        if not line.isascii() and "\ufeff" in line:     # where files were put together
+            line = line.replace("\ufeff", "")
+        yield line
+
+
+def _skip_line(text):
+    """Read on to the next line."""
+    for piece in iter(partial(text.readline, LONGEST_LINE), ""):
+        if piece.endswith("\n"):
+            return
+
+
+def read_text(path):
+    """The text of a small file; "" where it cannot be read."""
+    with suppress(OSError):
+        if os.path.isfile(path):                # a pipe would keep us waiting
+            with open(path, "rb") as file:
+                content = file.read(LONGEST_LINE)
+            return content.decode(*encoding_of(content)).replace("\ufeff", "")
+    return ""
+
+
+def first_lines(path):
+    """The first lines of a captions file that are not blank; ValueError if it is not of text."""
     with open_captions(path) as (stream, _):
-        head = stream.read(1 << 16) + stream.readline(LONGEST_LINE)
-    if b"\0" in head:
+        head = stream.read(HEAD) + stream.readline(LONGEST_LINE)
+    encoding, _ = encoding_of(head)
+    if b"\0" in head and encoding == "utf-8":
         for offset, magic, what in NO_TEXT:
             if head.startswith(magic, offset):
                 raise ValueError(f"captions: {path} is {what}")
-    text = head.decode("utf-8-sig", "replace")
+    text = head.decode(encoding, "replace")
     if text.count("\ufffd") + text.count("\0") > len(text) / 10:
-        raise ValueError(f"captions: {path} is not text in UTF-8 (UTF-16?); save it as UTF-8")
-    if "\r" in text and "\n" not in text:
-        raise ValueError(f"captions: {path} has no line ends but \\r; convert them to \\n")
-    line = text.lstrip().partition("\n")[0].strip()
-    kind = next(name for name, format in FORMATS.items() if format.recognises(line))
-    columns = re.split("[,;|]", line)
-    if kind == "tsv" and len(columns) > 1 and text.count("\t") < text.count("\n") / 2:
-        raise ValueError(f"captions: {path} has the columns {', '.join(columns)[:200]}, and needs "
-                         f"one of {', '.join(NAME_KEYS)}, and some of {', '.join(TEXT_KEYS)}")
+        raise ValueError(f"captions: {path} is not text in UTF-8, or in UTF-16 with its mark; save "
+                         "it as UTF-8")
+    lines = [line.strip() for line in read_lines(open_text(io.BytesIO(head)))]
+    return [line for line in lines if line] or [""]
+
+
+# --- text → rows
+
+def recognise(source):
+    """The format of a captions file, by its content: one of FORMATS."""
+    if os.path.isdir(source.path):
+        return FolderCaptions.kind
+    keys = Keys.of(source)
+    lines = first_lines(source.path)
+    kind = next(name for name, format in FORMATS.items() if format.recognises(lines, keys))
+    columns = re.split("[,;|\t]", lines[0])
+    with_tab = [line for line in lines if "\t" in line]
+    columns_given = source.image_column or source.text_column
+    if kind == "tsv" and len(columns) > 1 and (columns_given or len(with_tab) < len(lines) / 2):
+        raise ValueError(
+            f"captions: {source.path} has the columns {listing(columns, 20)[:200]}, and needs one "
+            f"of {', '.join(keys.names)}, and some of {', '.join(keys.texts)}; name them by "
+            "--image-column and --text-column, both by numbers if there is no heading")
     return kind
 
 
-def is_tsv(line):
+def is_tsv(lines, keys):
     """Anything is, that is no other format."""
     return True
 
 
-def tsv_pairs(lines):
+def tsv_pairs(text, keys):
     """Lines of photo<TAB>caption."""
-    for line in lines:
+    for line in read_lines(text):
         if line.isspace():
             continue
         name, tab, caption = line.partition("\t")
-        yield (_without_number(name), caption) if tab else NO_CAPTION
+        yield (name, _text(caption)) if tab else NO_CAPTION
 
 
-def _without_number(name):
-    """`photo#0` numbers the captions of a photo."""
-    if "#" not in name:
-        return name
-    photo, _, number = name.rstrip().rpartition("#")
-    return photo if number.isdigit() else name
+def _text(value):
+    """A text, "" if it stands for none."""
+    return "" if len(value) < 7 and value.strip().lower() in NOTHING else value
 
 
-def is_jsonl(line):
-    """An object with the name of a photo."""
-    name, _ = _line_pair(line)
-    return line.startswith(("{", "[")) and name != ""
+def is_jsonl(lines, keys):
+    """Lines that are JSON each, at least the first one; a single one must name a photo."""
+    if not lines[0].startswith(("{", "[")):
+        return False
+    pairs = [_line_pair(line, keys) for line in lines[:2]]
+    return any(name for name, _ in pairs) or (len(lines) > 1 and _parsed(lines[0]) is not None)
 
 
-def jsonl_pairs(lines):
+def jsonl_pairs(text, keys):
     """Lines with a JSON object each."""
-    for line in lines:
-        if line.isspace():
-            continue
-        yield _line_pair(line)
+    for line in read_lines(text):
+        if not line.isspace():
+            yield _line_pair(line, keys)
 
 
-def _line_pair(line):
+def _line_pair(line, keys):
     """The pair of a line with a JSON object."""
+    return _object_pair(_parsed(line), keys)
+
+
+def _parsed(line):
+    """The value of a line of JSON, None if it is none."""
     try:
-        return _object_pair(json.loads(line))
+        return json.loads(line)
     except (ValueError, RecursionError):
-        return NO_CAPTION
+        return None
 
 
-def _object_pair(row):
-    """The pair of a JSON object: the first of NAME_KEYS, and all of TEXT_KEYS."""
+def _object_pair(row, keys):
+    """The pair of a JSON object."""
     if not isinstance(row, dict):
         return NO_CAPTION
     row = {_key(key): value for key, value in row.items()}
-    name = next((row[key] for key in NAME_KEYS if key in row), None)
+    texts = [row[key] for key in keys.texts if key in row]
+    names = [_name(row[key]) for key in keys.names if key in row]
+    if not texts:
+        return NO_CAPTION
+    return next(filter(None, names), ""), " ".join(_texts(texts))
+
+
+def _name(value):
+    """A photo's name, or number, in JSON; "" if it is neither."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        return ""
+    return str(value)
+
+
+def _texts(value, depth=4):
+    """The texts of a value of JSON: itself, or those in a list or an object; numbers are none."""
+    if isinstance(value, str):
+        return [value] if _text(value) else []
+    if isinstance(value, dict):
+        value = [value[key] for key in INNER_KEYS if key in value] or value.get("tokens")
     texts = []
-    for key in TEXT_KEYS:
-        value = row.get(key)
-        texts += value if isinstance(value, list) else [value]
-    return str(name or ""), " ".join(str(text) for text in texts if text is not None)
+    if isinstance(value, list) and depth:
+        for item in value:
+            texts += _texts(item, depth - 1)
+    return texts
 
 
+@lru_cache(1000)
 def _key(name):
     """A column's name as in NAME_KEYS and TEXT_KEYS: "File Name" is file_name."""
     return "_".join(name.strip().strip('"').lower().split())
 
 
-def is_coco(line):
+def is_coco(lines, keys):
     """JSON of any kind."""
-    return line.startswith(("{", "["))
+    return lines[0].startswith(("{", "["))
 
 
-def coco_pairs(lines):
+def coco_pairs(text, keys):
     """COCO's captions, Karpathy's, whose images have sentences, or a list of objects."""
-    try:
-        table = json.loads("".join(lines))
-        if isinstance(table, list):
-            table = {"annotations": table, "images": []}
-        rows = list(table.get("annotations", []))
-        images = list(table["images"])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError("is neither COCO nor lines with a file_name") from None
-    images = [image for image in images if isinstance(image, dict)]
-    yield from _annotation_pairs(rows, images)
+    content = text.read(LARGEST_JSON + 1)
+    if len(content) > LARGEST_JSON:
+        raise ValueError(f"is JSON of more than {LARGEST_JSON >> 20:,} MB, too much for this "
+                         "machine's memory; write one line for each caption")
+    table = _parsed(content.replace("\ufeff", ""))
+    if isinstance(table, list):
+        table = {"annotations": table, "images": []}
+    if not isinstance(table, dict) or not {"images", "annotations"} & table.keys():
+        found = "no whole JSON" if table is None else f"JSON with the keys {listing(table)}"
+        raise ValueError(f"is {found}, neither COCO (images and annotations) nor a list or lines "
+                         "with a file_name and a caption each")
+    images = [image for image in _list(table.get("images", [])) if isinstance(image, dict)]
+    annotations = _list(table.get("annotations", []))
+    yield from _annotation_pairs(annotations, images, keys)
     for image in images:
-        for sentence in image.get("sentences", ()):
-            yield _object_pair({**image, "caption": sentence["raw"]})
+        for sentence in _list(image.get("sentences", [])):
+            pair = _object_pair({**image, keys.texts[0]: sentence}, keys)
+            yield pair if _texts(sentence) else NO_CAPTION
 
 
-def _annotation_pairs(rows, images):
+def _list(value):
+    """A list of JSON; [None], a bad row, where something else stands in its place."""
+    return value if isinstance(value, list) else [None]
+
+
+def _annotation_pairs(rows, images, keys):
     """The pairs of COCO's annotations; without images the rows have the names themselves."""
-    by_id = {str(image["id"]): image for image in images if {"id", "file_name"} <= image.keys()}
+    by_id = {_number_of(image.get("id")): image for image in images}
+    by_id.pop("", None)                         # images without an id
+    met = 0
     for row in rows:
         if images and isinstance(row, dict):
-            image = by_id.get(str(row.get("image_id")), {})
-            row = {**image, "caption": row.get("caption")}
-        yield _object_pair(row)
+            image = by_id.get(_number_of(row.get("image_id")), {})
+            met += len(image) > 0
+            row = {**image, **row, "name": None, "image_id": None}
+        yield _object_pair(row, keys)
+    if images and rows and not met:
+        raise ValueError(f"has {len(rows):,} annotations, but the image_id of none is the id of "
+                         f"one of its {len(images):,} images")
 
 
-def is_csv(line):
+def _number_of(value):
+    """An id of JSON, by which 7, 7.0, "7" and "0007" are one."""
+    name = _name(value)
+    return str(int(name)) if name.isdecimal() and len(name) < 100 else name
+
+
+def is_csv(lines, keys):
     """A header, or what Excel writes above it."""
-    return line.lower().startswith("sep=") or _csv_columns(line) is not None
+    return find_columns(_heading(lines), keys) is not None
 
 
-def csv_pairs(lines):
-    """Lines below a header that names the columns."""
-    csv.field_size_limit(sys.maxsize)
-    lines = (line.replace("\r", " ") for line in lines)
-    header = next(lines, "")
-    if header.lower().startswith("sep="):
-        header = next(lines, "")
-    columns = _csv_columns(header)
-    if columns is None:
-        raise ValueError("names no columns `image,caption` in its first line")
-    for row in _csv_rows(lines, columns.delimiter):
-        if len(row) > max(columns.photo, columns.texts[0]):
-            texts = [row[i] for i in columns.texts if i < len(row)]
-            if columns.texts[-1] == columns.count - 1:
-                texts += row[columns.count:]    # the last text's commas, which nobody quoted
-            yield row[columns.photo], " ".join(texts)
-        elif row:
-            yield NO_CAPTION
-
-
-class _Columns(NamedTuple):
-    """The columns of a CSV table."""
+class Table(NamedTuple):
+    """Where a table of text has its columns."""
     delimiter: str
-    photo: int
-    texts: list
-    count: int
+    photo: int                  # the column of the photos' names
+    texts: list                 # the columns of captions
+    width: int                  # of all columns
+    heading: bool               # whether the first line names them
 
 
-def _csv_columns(header):
-    """The columns that a line names, or None."""
-    for delimiter in (",", "\t", ";", "|"):
-        names = [_key(name) for name in header.split(delimiter)]
-        photo = next((names.index(key) for key in NAME_KEYS if key in names), None)
-        texts = [i for i, name in enumerate(names) if name in TEXT_KEYS]
+def find_columns(line, keys):
+    """The Table that a file's first line tells of, or None."""
+    for delimiter in DELIMITERS:
+        names = [_key(name) for name in _fields(line, delimiter)]
+        photo = next((names.index(key) for key in keys.names if key in names), None)
+        texts = [i for i, name in enumerate(names) if name in keys.texts]
         if photo is not None and texts:
-            return _Columns(delimiter, photo, texts, len(names))
+            return Table(delimiter, photo, texts, len(names), heading=True)
+    if not all(key.isdecimal() and int(key) for key in (*keys.names, *keys.texts)):
+        return None
+    photo = int(keys.names[0]) - 1              # without a heading, columns have numbers
+    texts = sorted(int(key) - 1 for key in keys.texts)
+    for delimiter in ("\t", *DELIMITERS):
+        width = len(_fields(line, delimiter))
+        if width > max(photo, *texts):
+            return Table(delimiter, photo, texts, width, heading=False)
     return None
 
 
-def _csv_rows(lines, delimiter):
-    """Rows of a CSV table; a quote that is never closed spoils its own line alone."""
-    read = partial(csv.reader, delimiter=delimiter, skipinitialspace=True)
+def _heading(lines):
+    """The line that names the columns: Excel may write `sep=;` above it."""
+    return lines[1] if lines[0].lower().startswith("sep=") and len(lines) > 1 else lines[0]
+
+
+def _fields(line, delimiter):
+    """The fields of a line by itself; where tabs part them, quotes mean nothing."""
+    if delimiter == "\t":
+        return line.rstrip("\n").split("\t")
+    with suppress(csv.Error):                   # a field of very many characters
+        return next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
+    return line.split(delimiter)
+
+
+def csv_pairs(text, keys):
+    """Lines below a header that names the columns, or without one, if their numbers are given."""
+    csv.field_size_limit(sys.maxsize)
+    lines = read_lines(text)
+    first = ""
+    for first in lines:
+        if not first.isspace() and not first.lower().startswith("sep="):
+            break
+    table = find_columns(first, keys)
+    if table is None:
+        raise ValueError("names no columns `image,caption` in its first line; see --image-column "
+                         "and --text-column")
+    if not table.heading:
+        lines = itertools.chain([first], lines)
+    for row in _tab_rows(lines) if table.delimiter == "\t" else _quoted_rows(lines, table):
+        if row:
+            yield _row_pair(row, table)
+
+
+def _row_pair(row, table):
+    """The pair of a row of a table; it must fit the heading."""
+    while len(row) > table.width and not row[-1].strip():
+        row.pop()
+    surplus = row[table.width:]                 # of commas which nobody quoted
+    text_is_last = table.texts[-1] == table.width - 1
+    if len(row) <= max(table.photo, table.texts[0]) or (surplus and not text_is_last):
+        return NO_CAPTION
+    texts = [row[i] for i in table.texts if i < len(row)]
+    return row[table.photo], " ".join([_text(value) for value in texts] + surplus)
+
+
+def _tab_rows(lines):
+    """Rows of a table whose columns are parted by tabs."""
     for line in lines:
-        quoted = [line]
+        yield [] if line.isspace() else _fields(line, "\t")
+
+
+def _quoted_rows(lines, table):
+    """Rows of a CSV table; a quote that is never closed spoils its own line alone.
+
+    It is never closed if a row begins before, or not within QUOTED_LINES.
+    """
+    read = partial(csv.reader, delimiter=table.delimiter, skipinitialspace=True)
+    line = next(lines, "")
+    while line:
+        record = [line]
         quotes = line.count('"')
-        while quotes % 2 and len(quoted) <= OPEN_QUOTE_LINES:
-            quoted.append(next(lines, ""))
-            quotes += quoted[-1].count('"')
-        if quotes % 2 == 0:
-            yield from read(quoted)
-            continue
-        for line in quoted:
-            yield next(read([line]), [])
+        line = next(lines, "")
+        while quotes % 2 and line and len(record) < QUOTED_LINES and not _begins_row(line, table):
+            record.append(line)
+            quotes += line.count('"')
+            line = next(lines, "")
+        yield from _record_rows(record, read)
 
 
-def is_yfcc(line):
+def _begins_row(line, table):
+    """Whether a line within quotes looks like a row: a picture's name is where it belongs."""
+    fields = line.split(table.delimiter, table.photo + 1)
+    return len(fields) > table.photo + 1 and is_picture(fields[table.photo].strip().strip('"'))
+
+
+def _record_rows(record, read):
+    """The rows of lines that quotes hold together, or of each by itself if they do not."""
+    if len(record) > 1:
+        with suppress(csv.Error):
+            return list(read(record, strict=True))
+    return [next(read([line]), []) for line in record]
+
+
+def is_yfcc(lines, keys):
     """A line with a page's address at its place."""
-    return _yfcc_url(line.split("\t")) is not None
+    return _yfcc_url(lines[0].split("\t")) is not None
 
 
-def yfcc_pairs(lines):
+def yfcc_pairs(text, keys):
     """Lines of the YFCC100M table; videos are left out."""
-    for line in lines:
+    for line in read_lines(text):
         if line.isspace():
             continue
         columns = line.split("\t")
@@ -579,21 +892,159 @@ def _yfcc_text(columns, url):
     text = " ".join(columns[url - 7:url - 4]).replace("+", " ")
     # %xx of a URL is =xx of quoted-printable, which Python decodes eight times as fast
     text = text.replace("=", "=3D").replace("%", "=")
-    return binascii.a2b_qp(text.encode("utf-8", "surrogateescape")).decode("utf-8", "replace")
+    text = binascii.a2b_qp(text.encode("utf-8", "surrogateescape"))
+    return text.decode("utf-8", "surrogateescape")
 
 
 class Format(NamedTuple):
     """A format of captions."""
-    recognises: Callable            # the first line -> bool
-    pairs: Callable                 # all lines -> (name, caption) pairs
+    recognises: Callable            # (the first lines, Keys) -> bool
+    pairs: Callable                 # (the text, Keys) -> (name, caption) pairs
 
 
-FORMATS = {                     # the first that recognises a file's first line reads it
+FORMATS = {                     # the first that recognises a file's first lines reads it
     "jsonl": Format(is_jsonl, jsonl_pairs),
     "coco": Format(is_coco, coco_pairs),
     "yfcc": Format(is_yfcc, yfcc_pairs),
     "csv": Format(is_csv, csv_pairs),
     "tsv": Format(is_tsv, tsv_pairs)}
+
+
+# --- a folder
+
+METADATA = "metadata.csv", "metadata.jsonl"     # of an imagefolder of Hugging Face's datasets
+TEXT_ENDINGS = ".txt", ".caption", ".json"      # of files beside photos
+SPLIT = re.compile(r"(train(ing)?|val(id|idation)?|dev|test(ing)?)[-_ ]?(set|\d{4})?", re.IGNORECASE)
+
+
+class FolderCaptions(Captions):
+    """Those of a folder of photos, from the first of these that it has:
+
+    metadata.csv or metadata.jsonl, whose names begin at its own folder; photo.txt, .caption or
+    .json beside photo.jpg; the names of sub-folders, which are classes.
+    """
+
+    kind = "folder"
+
+    def __init__(self, source):
+        super().__init__(source)
+        self.files = list(list_files(self.path))
+        self.photos = sorted(filter(is_picture, self.files))
+        if not self.photos:
+            raise ValueError(f"captions: {describe_no_picture(self.path)}")
+        self.tables = [name for name in self.files if os.path.basename(name).lower() in METADATA]
+        self.texts = {} if self.tables else self._find_texts()      # {photo: file}
+        self.folders = class_folders(self.photos)
+        self.has_classes = not self.tables and not self.texts
+        if self.has_classes:
+            self.words_of = folder_words
+        self.size = sum(_file_size(os.path.join(self.path, name)) for name in self._files_read())
+
+    def _find_texts(self):
+        """{photo: the file beside it that holds its text}, {} if none holds any."""
+        beside = {}
+        for name in self.files:
+            stem, ending = os.path.splitext(name)
+            if ending.lower() in TEXT_ENDINGS:
+                beside[stem, ending.lower()] = name
+        texts = {}
+        for photo in self.photos:
+            stem, _ = os.path.splitext(photo)
+            for ending in reversed(TEXT_ENDINGS):       # the first of them stays
+                name = beside.get((stem, ending)) or beside.get((photo, ending))
+                if name:
+                    texts[photo] = name
+        return texts if any(map(self._text, texts.values())) else {}
+
+    def _text(self, name):
+        """The text of a file beside a photo."""
+        text = read_text(os.path.join(self.path, name))
+        if name.lower().endswith(".json"):
+            _, text = _object_pair(_parsed(text), self.keys)
+        return text
+
+    def _files_read(self):
+        """The names of the files whose words are read."""
+        return [*self.tables, *self.texts.values()]
+
+    def pairs(self):
+        """A pair for each photo that has a text, or for each row of the tables."""
+        for name in self.tables:
+            path = os.path.join(self.path, name)
+            table = FileCaptions(self.source._replace(path=path, kind=None))
+            for photo, caption in table.pairs():
+                yield photo and os.path.join(os.path.dirname(name), photo), caption
+        for photo, name in self.texts.items():
+            yield photo, self._text(name)
+        if self.has_classes:
+            for photo, folders in self.folders.items():
+                yield photo, os.sep.join(folders)
+
+    def bytes_read(self):
+        """All of them: nobody waits long."""
+        return self.size
+
+    def unpacked_size(self):
+        """About how many bytes of text there are."""
+        return self.size
+
+    def fingerprint(self):
+        """A digest of all names and texts."""
+        digest = hashlib.blake2b(digest_size=8)
+        for pair in self.pairs():
+            digest.update("\n".join(pair).encode("utf-8", "surrogatepass"))
+        return {"content": digest.hexdigest()}
+
+    def origin(self):
+        """Which files or folders the words are from, and what lies there unread."""
+        classes = listing(sorted({name for names in self.folders.values() for name in names}), 8)
+        if self.has_classes:
+            line = f"words from the names of folders: {classes or 'none'}"
+        elif self.tables:
+            line = f"words from {listing(self.tables)}"
+        else:
+            endings = Counter(_ending(name) for name in self.texts.values())
+            kinds = " and ".join(f"{n:,} photo{ending}" for ending, n in endings.items())
+            line = f"words from {kinds} for {len(self.photos):,} photos"
+        unread = set(self.files) - set(self.photos) - set(self._files_read())
+        counts = Counter(map(_ending, unread)).most_common()
+        others = [f"{n:,} {ending or 'without ending'}" for ending, n in counts]
+        if classes and not self.has_classes:
+            others.insert(0, f"the folders' names ({classes})")
+        return line + (f"; not read: {listing(others)}" if others else "")
+
+    def why_no_word(self):
+        """What to do about captions without any word."""
+        if self.has_classes:
+            return (f"{self.origin()}; it needs photo.txt beside photo.jpg, or photos in folders "
+                    "with their classes' names; or name a file by --captions")
+        return f"{self.origin()}; name another file by --captions"
+
+
+def _ending(name):
+    """A file's ending, as .txt."""
+    return os.path.splitext(name)[1].lower()
+
+
+def class_folders(names):
+    """{photo's name: the folders that it is in}, without those that part a set into train and test.
+
+    Such are a level of folders that are all called so, and any that has folders of photos below.
+    """
+    folders = {name: os.path.dirname(name).split(os.sep) for name in names}
+    others = set()                      # levels that have another folder, too
+    for path in folders.values():
+        others |= {level for level, folder in enumerate(path) if not SPLIT.fullmatch(folder)}
+    kept = {}
+    for name, path in folders.items():
+        kept[name] = [folder for level, folder in enumerate(path) if folder and not (
+            SPLIT.fullmatch(folder) and (level < len(path) - 1 or level not in others))]
+    return kept
+
+
+def captions_of(source):
+    """The Captions of a Source."""
+    return FolderCaptions(source) if os.path.isdir(source.path) else FileCaptions(source)
 
 
 # === building =====================================================================================
@@ -603,7 +1054,7 @@ FORMATS = {                     # the first that recognises a file's first line 
 #        to stand beside each other, and the held-out photos, those of the smallest hashes, first
 # index: photo → words is written set after set, and then turned round into word → photos
 
-INDEX_VERSION = 7
+INDEX_VERSION = 8
 BATCH_CHARACTERS = 8 << 20      # captions hashed at a time
 MOST_COUNTED = 2_000_000        # distinct words counted at a time: rare ones are dropped beyond
 SET_BYTES = 32 << 20            # captions of a set, which is sorted in memory
@@ -612,58 +1063,81 @@ REFUSED_LISTED = 100
 CAPTION = np.dtype([("photo", "u8"), ("name_size", "u4"), ("word_count", "u4")])
 
 
-def build_index(path, folder, text, kind=None, dictionary=None):
-    """The Index of a captions file, kept in `folder`; dictionary: its words, or chosen if None."""
-    kind = kind or recognise(path)
-    index = cached_index(path, folder, text, kind, dictionary)
-    if index is not None:
-        return index
-    if os.path.isdir(folder) and not _index_files().issuperset(os.listdir(folder)):
-        raise ValueError(f"{folder} holds other things than an index; move them away")
-    origin = fingerprint(path, kind, text, dictionary)
-    work = folder + ".part"
-    if os.path.isdir(work):
-        print("starting the index again: it was not finished", file=sys.stderr, flush=True)
-        shutil.rmtree(work)
+def build_index(source, folder, text, dictionary=None):
+    """The Index of a Source, kept in `folder`; dictionary: its words, or chosen if None.
+
+    Another process that wants an index beside this one waits.
+    """
+    with _alone_beside(folder):
+        captions = captions_of(source)
+        index = _cached(captions, folder, text, dictionary)
+        if index is not None:
+            return index
+        if os.path.isdir(folder) and not _index_files().issuperset(os.listdir(folder)):
+            raise ValueError(f"{folder} holds other things than an index; move them away")
+        origin = fingerprint(captions, text, dictionary)
+        work = folder + ".part"
+        if os.path.isdir(work):
+            print("starting the index again: it was not finished", file=sys.stderr, flush=True)
+            shutil.rmtree(work)
+        try:
+            os.makedirs(work)
+            facts = _write_index(work, captions, text, dictionary)
+            _write_facts(work, {**facts, "fingerprint": origin})
+            shutil.rmtree(folder, ignore_errors=True)   # what a kill leaves of it is noticed
+            os.rename(work, folder)
+        finally:                                # the disk may be full
+            shutil.rmtree(work, ignore_errors=True)
+        return Index(folder)
+
+
+@contextmanager
+def _alone_beside(folder):
+    """Hold the folder that an index is in, so that no other process changes it."""
+    parent = os.path.dirname(os.path.abspath(folder))
+    os.makedirs(parent, exist_ok=True)
+    place = os.open(parent, os.O_RDONLY)
     try:
-        os.makedirs(work)
-        facts = _write_index(work, path, text, kind, dictionary)
-        _write_facts(work, {**facts, "fingerprint": origin})
-        shutil.rmtree(folder, ignore_errors=True)       # what a kill leaves of it is noticed
-        os.rename(work, folder)
-    finally:                                    # the disk may be full
-        shutil.rmtree(work, ignore_errors=True)
-    return Index(folder)
+        with suppress(OSError):                 # some disks of a network cannot
+            fcntl.flock(place, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(place)
 
 
-def cached_index(path, folder, text, kind, dictionary=None):
-    """The index in `folder` if it was built from this captions file with these options, or None."""
+def cached_index(source, folder, text, dictionary=None):
+    """The index in `folder` if it was built from this Source with these options, or None."""
     if not os.path.isdir(folder):
         return None
-    expected = fingerprint(path, kind, text, dictionary)
+    return _cached(captions_of(source), folder, text, dictionary)
+
+
+def _cached(captions, folder, text, dictionary):
+    """The index in `folder` if it was built from these captions, or None."""
+    if not os.path.isdir(folder):
+        return None
+    expected = fingerprint(captions, text, dictionary)
     try:
         index = Index(folder)
         found = dict(index.facts["fingerprint"])
-    except Exception:                           # a damaged file raises anything
+    except Exception as error:                  # a damaged file raises anything
+        if getattr(error, "errno", None) not in (None, errno.ENOENT):
+            raise                               # the disk's fault
         print(f"the index in {folder} is damaged, or of another version: making it again",
               file=sys.stderr, flush=True)
         return None
     if text.stop_words is not None:             # the number chosen then may be named now
         found["stop_words"] = index.facts["stop_words"]
+    if index.facts["refused"] and index.facts["images"] != captions.source.images:
+        return None                             # absolute names may begin with this folder
     return index if found == expected else None
 
 
-def fingerprint(path, kind, text, dictionary):
-    """Of the captions file (size, time, sampled blocks) and all that decides the index."""
+def fingerprint(captions, text, dictionary):
+    """Of the captions, and of all that decides the index."""
     digest = hashlib.blake2b("\n".join(dictionary or []).encode(), digest_size=8)
-    with open_captions(path) as (_, file):
-        size = file.seek(0, os.SEEK_END)
-        block = size if os.path.isdir(path) else 4096
-        for start in np.linspace(0, max(0, size - block), 16).astype(int):
-            file.seek(start)
-            digest.update(file.read(block))
-    return {"version": INDEX_VERSION, "size": size, "mtime": os.stat(path).st_mtime_ns,
-            "content": digest.hexdigest(), "format": kind, **text._asdict()}
+    return {"version": INDEX_VERSION, "format": captions.kind, "dictionary": digest.hexdigest(),
+            **captions.fingerprint(), **text._asdict()}
 
 
 def _index_files():
@@ -687,22 +1161,26 @@ def _write_facts(work, facts):
     write_json(f"{work}/index.json", {**facts, "checksum": _checksum(facts)})
 
 
-def _write_index(work, path, text, kind, dictionary):
+def _write_index(work, captions, text, dictionary):
     """Count, sort, prune, index; returns the facts."""
-    captions = Captions(path, kind)
-    records = Records(work, _number_of_sets(path))
+    records = Records(work, 1 + captions.unpacked_size() // SET_BYTES)
     tally = _count_captions(captions, records, text.valid)
     if not tally.words:
-        raise ValueError(f"captions: {path}, read as {kind}, has no word of a photo: "
-                         + _why_no_word(path, tally.refused_names))
-    facts = {"captions": captions.count, "bad_lines": captions.bad_lines, "words": tally.words,
+        raise ValueError(f"captions: {captions.path}, read as {captions.kind}, has no word of a "
+                         f"photo: {_why_no_word(captions, tally)}")
+    facts = {"captions": captions.count, "bad_lines": captions.bad_lines,
+             "recoded": captions.recoded, "origin": captions.origin(), "words": tally.words,
              "refused": tally.refused, "refused_names": tally.refused_names[:REFUSED_LISTED],
-             "stop_words": text.stop_words, "rest": 0, "left_out": []}
+             "images": captions.source.images, "stop_words": text.stop_words, "stop_list": [],
+             "rest": 0, "left_out": []}
     if not dictionary:
+        if captions.has_classes and text.stop_words is None:
+            text = text._replace(stop_words=0)
         stop, dictionary, rest = choose_words(tally.occurrences, text, captions.count)
         # the most frequent and the rarest of the stop words, the most frequent of the rest
         examples = [*stop[:3], *stop[3:][-2:], *rest[:3]]
         facts["stop_words"] = len(stop)
+        facts["stop_list"] = stop
         facts["rest"] = len(rest)
         facts["left_out"] = [(word, tally.occurrences[word]) for word in examples]
     facts |= _sort_captions(work, records, dictionary, text.valid)
@@ -710,22 +1188,19 @@ def _write_index(work, path, text, kind, dictionary):
     return {**facts, "dictionary": dictionary}
 
 
-def _number_of_sets(path):
-    """How many sets of captions are each sorted in memory: as many as the file's size needs."""
-    size = os.path.getsize(path)
-    with open_captions(path) as (stream, file):
-        if stream is not file:
-            size *= UNPACKED
-    return 1 + size // SET_BYTES
-
-
-def _why_no_word(path, refused_names):
+def _why_no_word(captions, tally):
     """What to do about captions without any word."""
-    if refused_names:
-        return f"names like {refused_names[0]!r} lead out of --images; give photos' paths below it"
-    if os.path.isdir(path):
-        return "it needs photo.txt beside photo.jpg; or name a file by --captions"
-    return "see --format"
+    if tally.refused_names:
+        return (f"names like {tally.refused_names[0]!r} lead out of --images; give photos' paths "
+                "below it")
+    return captions.why_no_word()
+
+
+def stop_words(folder):
+    """The words that an index left out because they are the most frequent; [] without an index."""
+    with suppress(OSError, ValueError, KeyError):
+        return _read_facts(folder)["stop_list"]
+    return []
 
 
 # --- count
@@ -745,7 +1220,7 @@ def _count_captions(captions, records, valid):
     with Progress("reading captions", captions.size >> 20, "MB") as progress:
         for batch in _batches(captions):
             batch = _leave_out_refused(batch, tally)
-            _count_batch(batch, tally, records, valid)
+            _count_batch(batch, captions.words_of, tally, records, valid)
             if len(tally.occurrences) > MOST_COUNTED:
                 _drop_rarest(tally.occurrences)
             progress.tick((captions.bytes_read() >> 20) - progress.done)
@@ -776,9 +1251,9 @@ def _batches(pairs):
         yield batch
 
 
-def _count_batch(batch, tally, records, valid):
+def _count_batch(batch, words_of, tally, records, valid):
     """Count the words of a batch, and write its captions to `records`."""
-    words, tokens = _tokenize(caption for _, caption in batch)
+    words, tokens = _tokenize((caption for _, caption in batch), words_of)
     hashes, names = _hash_captions(name for name, _ in batch)
     word_hashes = hash_all([word.encode() for word in words], 8)
     records.append(hashes, names, Ragged(word_hashes[tokens.values], tokens.ends))
@@ -788,7 +1263,7 @@ def _count_batch(batch, tally, records, valid):
     tally.words += len(tokens.values)
 
 
-def _tokenize(captions):
+def _tokenize(captions, words_of):
     """The distinct words of captions, and a Ragged of each caption's words as numbers of these."""
     tokens = []
     ends = []
@@ -1269,10 +1744,29 @@ def pad_rows(rows):
 # === photos =======================================================================================
 
 LARGEST = 256 << 20             # bytes of a plausible photo
+MOST_MEMORY = 450 << 20         # bytes that a photo may take while it is decoded
+MANY_PIXELS = 16 << 20          # a photo of more is made smaller before anything else
+MANY_DEEP_PIXELS = 4 << 20      # the same, with more than 8 bits a channel
 MOST_FILES = 2_000_000          # of a folder, known by nearly their names
+CHECKED = 2000                  # photos whose links are followed before training
 AHEAD = 2                       # batches of photos under way besides the one in use
 ROWS_A_TASK = 8                 # photos that a thread takes at a time
-PICTURES = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
+PICTURES = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+DEEP = ("I", "F")               # beginnings of modes with more than 8 bits
+BYTES_A_PIXEL = {               # measured while Pillow decodes, by mode, and by format where more
+    "1": 2, "L": 1, "P": 9, "I;16": 2, "I;16B": 2, "LA": 8, "PA": 9, "RGBA": 8,
+    "WEBP": 17, "AVIF": 16, "JPEG2000": 24}
+ORIENTATION = 0x0112            # EXIF's tag, and how a picture with each of its values is turned
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+         4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+         6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
+BITS_PER_SAMPLE = 258           # TIFF's tag
+JPEG_START = b"\xff\xd8"
+JPEG_END = b"\xff\xd9"
+JPEG_SCAN = b"\xff\xda"         # one in a simple JPEG, one in the small picture in its EXIF
+SERVICE_FOLDERS = {             # of NAS boxes and systems, in lower case: no photos are meant there
+    "@eadir", "@tmp", "@recycle", "#recycle", "@recently-snapshot", "#snapshot", "__macosx",
+    "$recycle.bin", "system volume information", "lost+found"}
 
 
 class PhotoUnavailable(ValueError):
@@ -1285,47 +1779,197 @@ def decode(path, size, square=True):
     It is turned as the camera was. If not `square`, the longer side has that size. ValueError says
     what is wrong with it, PhotoUnavailable what is wrong with its disk.
     """
-    warnings.filterwarnings("ignore", module="PIL", append=True)    # in all threads at once
+    return decode_bytes(read_photo(path), size, square)
+
+
+def read_photo(path, check=None):
+    """The bytes of a photo's file; check(path, its status) may raise a ValueError."""
     try:
-        _check_file(path)
-        # read first: an error while decoding is then the photo's, not the disk's
-        image = Image.open(io.BytesIO(Path(path).read_bytes()), formats=PICTURES)
-        image.draft("RGB", (size, size))        # JPEG: decode at a fraction of the size
-        image = _to_rgb(ImageOps.exif_transpose(image))
-        shape = (size, size) if square else ImageOps.contain(image, (size, size)).size
-        image = image.resize(shape, Image.Resampling.BILINEAR, reducing_gap=2.0)
-        return np.asarray(image)
-    except UnidentifiedImageError:
-        raise ValueError("not a picture") from None
+        with open(path, "rb", opener=_open_at_once) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError("not a file")
+            if not status.st_size:
+                raise ValueError("zero bytes")
+            if status.st_size > LARGEST:
+                raise ValueError("too large for a photo")
+            if check:
+                check(path, status)
+            return file.read()
+    except IsADirectoryError:
+        raise ValueError("not a file") from None
     except OSError as error:
-        kind = PhotoUnavailable if error.errno else ValueError
-        raise kind((error.strerror or str(error)).splitlines()[0].lower()) from None
+        raise PhotoUnavailable((error.strerror or str(error)).lower()) from None
+
+
+def _open_at_once(path, flags):
+    """Open a file; a pipe would keep us waiting."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def decode_bytes(content, size, square=True):
+    """A photo as `decode` has it, from the bytes of its file."""
+    warnings.filterwarnings("ignore", module="PIL", append=True)    # in all threads at once
+    Image.MAX_IMAGE_PIXELS = None               # of _check_memory's own
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+    try:
+        return _decode_whole(content, size, square)
+    except UnidentifiedImageError:
+        raise ValueError(_unknown_kind(content)) from None
+    except OSError as error:
+        raise ValueError((str(error) or "damaged").splitlines()[0].lower()) from None
+    except MemoryError:
+        raise
     except Exception as error:                  # broken files raise anything from deep inside
         raise ValueError(f"cannot be decoded ({error!r:.150})") from None
 
 
-def _check_file(path):
-    """OSError if a file cannot be a photo."""
-    length = os.path.getsize(path)
-    if not os.path.isfile(path):
-        raise OSError("not a file")             # a pipe would keep us waiting
-    if not length:
-        raise OSError("zero bytes")
-    if length > LARGEST:
-        raise OSError("too large for a photo")
+def _unknown_kind(content):
+    """What to say of a file that Pillow does not know."""
+    kind = content[8:12].decode("latin-1")
+    if content[4:8] == b"ftyp" and kind.isalnum():      # HEIC, and films
+        return f"of the kind {kind}, which is not read; make it a JPEG"
+    return "not a picture"
+
+
+def _decode_whole(content, size, square):
+    """A photo's pixels; a JPEG may lack its end, if that is all that it lacks.
+
+    Nothing else is missing if it makes no difference what follows.
+    """
+    try:
+        return _decode(content, size, square)
+    except OSError:
+        if not content.startswith(JPEG_START) or content.endswith(JPEG_END):
+            raise
+        content = content.removesuffix(JPEG_END[:1])
+        pixels = _decode(content + JPEG_END, size, square)
+        others = _decode(content + b"\x55" * (1 << 16) + JPEG_END, size, square)
+        if not np.array_equal(pixels, others):
+            raise
+        return pixels
+
+
+def _decode(content, size, square):
+    """A photo's pixels; whatever Pillow raises."""
+    image = Image.open(io.BytesIO(content), formats=_formats())
+    width, height = image.size
+    image.draft("RGB", (size, size))            # JPEG: decode at a fraction of the size
+    _check_memory(image, width * height, content)
+    deep_colours = _raw_mode(image).startswith(("RGB;16", "RGBA;16"))
+    image.load()
+    turn = TURNS.get(_orientation(image))
+    image = _shrink(image, size)
+    if deep_colours and max(high for _, high in image.getextrema()[:3]) < 128:
+        image = _add_low_bytes(image, content, size)
+    if turn is not None:
+        image = image.transpose(turn)
+    image = _to_rgb(image)
+    shape = (size, size)
+    if not square:
+        scale = size / max(image.size)
+        shape = tuple(max(1, round(side * scale)) for side in image.size)
+    image = image.resize(shape, Image.Resampling.BILINEAR, reducing_gap=2.0)
+    return np.asarray(image)
+
+
+@cache
+def _formats():
+    """Those of PICTURES that this Pillow reads."""
+    Image.init()
+    return [name for name in PICTURES if name in Image.OPEN]
+
+
+def _check_memory(image, pixels, content):
+    """ValueError if decoding an image takes more than MOST_MEMORY; pixels: without `draft`."""
+    cost = max(BYTES_A_PIXEL.get(image.mode, 4), BYTES_A_PIXEL.get(image.format, 0))
+    if image.format == "TIFF":                  # a strip, perhaps all of it, is decoded apart
+        cost += sum(image.tag_v2.get(BITS_PER_SAMPLE, ())) / 8
+    width, height = image.size
+    needed = len(content) + width * height * cost
+    several_scans = content.count(JPEG_SCAN) > 2 or "progressive" in image.info
+    if hasattr(image, "layer") and several_scans:       # a JPEG, whose coefficients are all kept
+        samples = [across * down for _, across, down, _ in image.layer]
+        needed += 2 * pixels * sum(samples) / max(samples)
+    if needed > MOST_MEMORY:
+        raise ValueError(f"{pixels / 1e6:,.0f} million pixels of the kind {image.format} "
+                         f"{image.mode} take {needed / 1e6:,.0f} MB, too much; make it smaller")
+
+
+def _orientation(image):
+    """The orientation that EXIF gives; None if there is none that can be read."""
+    try:
+        return image.getexif().get(ORIENTATION)
+    except Exception:                           # a broken EXIF raises anything, and costs no photo
+        return None
+
+
+def _raw_mode(image):
+    """How the pixels are in the file, as Pillow calls it: RGB;16B has two bytes a colour."""
+    args = image.tile[0].args if image.tile else ""
+    return args[0] if isinstance(args, tuple) else str(args)
+
+
+def _add_low_bytes(image, content, size):
+    """Colours of 16 bits, of which Pillow takes the high bytes, where these alone are too dark."""
+    low = Image.open(io.BytesIO(content), formats=_formats())
+    tile = low.tile[0]
+    raw_mode = _raw_mode(low)
+    order = {"B": "L", "L": "B", "N": "B"}[raw_mode[-1]]            # so that the low ones seem high
+    swapped = raw_mode[:-1] + order
+    args = (swapped, *tile.args[1:]) if isinstance(tile.args, tuple) else swapped
+    low.tile = [part._replace(args=args) for part in low.tile]
+    colours = [np.asarray(part)[:, :, :3].astype(int) for part in (image, _shrink(low, size))]
+    rgb = Image.fromarray(_as_8_bits(colours[0] * 256 + colours[1], "I"))
+    if image.mode == "RGBA":
+        rgb.putalpha(image.getchannel("A"))
+    return rgb
+
+
+def _shrink(image, size):
+    """A photo of very many pixels made smaller, before anything needs a copy of it."""
+    width, height = image.size
+    deep = image.mode.startswith(DEEP)
+    if width * height <= (MANY_DEEP_PIXELS if deep else MANY_PIXELS):
+        return image
+    factors = max(1, width // (4 * size)), max(1, height // (4 * size))
+    if image.mode.startswith("I;"):             # which `reduce` cannot
+        shape = max(1, width // factors[0]), max(1, height // factors[1])
+        return image.resize(shape, Image.Resampling.NEAREST)
+    if image.mode in ("P", "PA"):
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    if image.mode == "1":
+        image = image.convert("L")
+    return image.reduce(factors)
 
 
 def _to_rgb(image):
-    """Any mode as RGB: 16 bits scaled down, transparent parts on white."""
-    if image.mode.startswith(("I", "F")):
-        pixels = np.asarray(image).astype(np.float64)
-        top = 65535 if image.mode.startswith("I") else max(1e-9, float(np.nanmax(pixels)))
-        image = Image.fromarray((np.nan_to_num(pixels) / top * 255).clip(0, 255).astype(np.uint8))
+    """Any mode as RGB: more than 8 bits scaled down, transparent parts on white."""
+    if image.mode.startswith(DEEP):
+        image = Image.fromarray(_as_8_bits(np.asarray(image), image.mode))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == "RGB" else image.convert("RGB")
 
+
+def _as_8_bits(pixels, mode):
+    """Pixels of any numbers as uint8, scaled by what is in them, but for the brightest 1 in 1,000.
+
+    Whole numbers have 8, 9, … or 16 bits, as many as these need; others are scaled by the largest.
+    """
+    pixels = pixels.astype(np.float64)
+    finite = pixels[np.isfinite(pixels)]
+    top = np.percentile(finite, 99.9) if len(finite) else 0
+    if top <= 0:
+        top = max(1e-9, finite.max(initial=0))
+    if mode.startswith("I"):
+        top = 2 ** max(8, np.ceil(np.log2(top + 1))) - 1
+    pixels = np.nan_to_num(pixels, posinf=top, neginf=0)
+    return (np.clip(pixels / top, 0, 1) * 255).astype(np.uint8)
+
+
+# --- names → files
 
 def refused(name):
     """True for a name that is absolute or leaves the images folder."""
@@ -1339,93 +1983,180 @@ def is_picture(path):
     return Image.registered_extensions().get(os.path.splitext(path)[1].lower()) in PICTURES
 
 
-def walk_files(folder):
-    """Paths of the files in a folder and below it, but for hidden ones and those of a run."""
+def list_files(folder):
+    """Names of the files below a folder, but for hidden ones, those of NAS boxes and of runs."""
+    root = os.path.join(folder, "")
     for place, folders, names in os.walk(folder):
-        if "run.lock" in names and place != folder:
+        below = place[len(root):]
+        if place != folder and _is_run(names):
             folders.clear()
             continue
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders
+                            if not name.startswith(".") and name.lower() not in SERVICE_FOLDERS)
         for name in sorted(names):
             if not name.startswith("."):
-                yield os.path.join(place, name)
+                yield os.path.join(below, name)
+
+
+def _is_run(names):
+    """Whether a folder of these files is that of a training run, with pictures of its own."""
+    return "run.lock" in names or {"model.npz", "words.txt"}.issubset(names)
 
 
 def list_photos(folder):
     """Names of the picture files in a folder and below it, told by their ending, in order."""
-    names = sorted(os.path.relpath(path, folder) for path in walk_files(folder) if is_picture(path))
+    names = sorted(filter(is_picture, list_files(folder)))
     if not names:
-        raise ValueError(f"there is no picture in {folder} or its sub-folders")
+        raise ValueError(describe_no_picture(folder))
     return names
 
 
-class Folder:
-    """Finds photos below a folder: by their names or, but for case and ending, in sub-folders.
+def describe_no_picture(folder):
+    """What to say of a folder without pictures."""
+    links = []
+    with suppress(OSError):
+        links = [entry.name for entry in os.scandir(folder) if entry.is_symlink()]
+    line = f"there is no picture in {folder} or its sub-folders"
+    if links:
+        line += f", and links to folders, as {links[0]}, are not followed; name the folder itself"
+    return line
 
-    A YFCC100M name, hash/id.jpg, may be id.jpg or, as that set is stored, abc/def/abcdef….jpg.
+
+class Folder:
+    """Finds photos below a folder by their names.
+
+    A name is that of a file below the folder. Its first folders may be missing there, as those of
+    a place where the photos were before, and letters be of the other case. Where the folder of a
+    name exists, the photo is in that folder, perhaps with another ending, or it is missing. A name
+    without a folder may be that of one file in any sub-folder. A YFCC100M name, hash/id.jpg, may be
+    id.jpg or, as that set is stored, abc/def/abcdef….jpg.
     """
 
     def __init__(self, folder):
         self.folder = folder
         self.real = os.path.realpath(folder)
         self.lock = threading.Lock()
-        self.by_stem = None                     # {stem in lower case: paths}, made when needed
+        self.by_stem = None                     # {stem: names of files}, made when needed
+        self.places = set()                     # the folders of these files
+        self.is_whole = True                    # whether these are all files
 
     def find(self, name):
         """The path of the photo's file; where there is none, of the file it should be."""
-        if self.folder and refused(name):       # without a folder, names are paths
-            name = os.path.basename(name)
+        paths = self.candidates(name)
+        return paths[0] if len(paths) == 1 else self._path(name)
+
+    def read(self, name):
+        """The bytes of the photo's file; ValueError if there is none, or are several."""
+        paths = self.candidates(name)
+        if len(paths) > 1:
+            raise ValueError(f"several files are called so: {listing(paths, 3)}")
+        path = paths[0] if paths else self._path(name)
+        return read_photo(path, self.check if self.folder else None)
+
+    def candidates(self, name):
+        """The paths of the files that a name may mean: none, one, or several."""
         names = [name]
         if name[HASH:HASH + 1] == "/":
             code = name[:HASH]
             ending = os.path.splitext(name)[1]
             names += [name[HASH + 1:], f"{code[:3]}/{code[3:6]}/{code}{ending}"]
-        paths = [os.path.join(self.folder, name) for name in names]
-        for path in paths:
-            if os.path.exists(path):
-                return path
-        return next(filter(os.path.exists, self._near_paths(names)), paths[0])
+        if "%" in name:
+            names.append(unquote(name, errors="surrogateescape"))
+        for name in names:
+            if self._exists(name):
+                return [self._path(name)]
+        for name in names:
+            paths = self._near_paths(name)
+            if paths:
+                return paths
+        return []
 
-    def check(self, path):
-        """ValueError if links lead from a path out of the folder."""
-        if not self.folder:
-            return
-        try:
-            real = os.path.realpath(path)
-        except OSError as error:                # of the disk, while it reads a link
-            raise PhotoUnavailable(str(error.strerror or error).lower()) from None
-        if os.path.commonpath([self.real, real]) != self.real:
+    def check(self, path, status=None):
+        """ValueError if links lead from a path out of the folder, or the open file is another."""
+        real = os.path.realpath(path)
+        is_inside = os.path.commonpath([self.real, real]) == self.real
+        if not is_inside or (status and not os.path.samestat(os.stat(real), status)):
             raise ValueError("a link that leads out of the images folder")
 
-    def _near_paths(self, names):
-        """Paths of files with a name but for the folder, for case and ending; the best first."""
-        with self.lock:                         # one thread makes the map, the others wait
-            if self.by_stem is None:
-                self.by_stem = self._map_stems()
-        for base in map(_base, names):
-            low = base.casefold()
-            near = []
-            for stem in {low, os.path.splitext(low)[0]}:
-                for path in self.by_stem.get(stem, ()):
-                    other_case = _base(path) != base
-                    other_ending = _base(path).casefold() != low
-                    if not other_ending or is_picture(path):
-                        near.append((other_case, other_ending, path))
-            for _, _, path in sorted(near):
-                yield path
+    def list_all(self):
+        """List all files below the folder, up to MOST_FILES."""
+        with self.lock:                         # one thread lists, the others wait
+            if self.by_stem is not None:
+                return
+            by_stem = defaultdict(list)
+            files = itertools.islice(list_files(self.folder), MOST_FILES)
+            for count, name in enumerate(files, 1):
+                by_stem[_stem(name)].append(name)
+                self.places.add(os.path.dirname(_folded(name)))
+                self.is_whole = count < MOST_FILES
+            self.by_stem = by_stem
 
-    def _map_stems(self):
-        """{stem in lower case: paths} of the files below the folder."""
-        by_stem = defaultdict(list)
-        for path in itertools.islice(walk_files(self.folder), MOST_FILES):
-            stem = os.path.splitext(path)[0]
-            by_stem[_base(stem).casefold()].append(path)
-        return by_stem
+    def _path(self, name):
+        """Where a file of this name is, or would be."""
+        if self.folder and refused(name):       # without a folder, names are paths
+            name = os.path.basename(name)
+        return os.path.join(self.folder, name)
+
+    def _exists(self, name):
+        """Whether there is a file of exactly this name."""
+        if self.by_stem is not None and name in self.by_stem.get(_stem(name), ()):
+            return True
+        return os.path.exists(self._path(name))
+
+    def _near_paths(self, name):
+        """Paths of the files that are nearly called so; see the class."""
+        self.list_all()
+        *folders, base = [part for part in _folded(name).split("/") if part not in ("", ".")] or [""]
+        files = set(self.by_stem.get(_stem(name), ())) | set(self.by_stem.get(base, ()))
+        for first in range(len(folders)):
+            place = "/".join(folders[first:])
+            there = [file for file in files if _is_below(file, place)]
+            if there or self._is_place(name, len(folders) - first):
+                return self._best(there, name)
+        paths = self._best([file for file in files if os.sep not in file], name)
+        if paths or folders:
+            return paths
+        if is_picture(base):                    # elsewhere, another ending is another picture
+            files = [file for file in files if _folded(os.path.basename(file)) == base]
+        return self._best(files, name)
+
+    def _is_place(self, name, depth):
+        """Whether the last `depth` folders of a name are one of this folder."""
+        parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
+        place = "/".join(parts[-depth - 1:-1])
+        return _folded(place) in self.places or os.path.isdir(self._path(place))
+
+    def _best(self, files, name):
+        """Paths of those files that are most nearly called so: by ending, then by case."""
+        base = os.path.basename(name.replace("\\", "/"))
+        ranked = defaultdict(list)
+        for file in files:
+            other_case = _nfc(os.path.basename(file)) != _nfc(base)
+            other_ending = _folded(os.path.basename(file)) != _folded(base)
+            if not other_ending or is_picture(file):
+                ranked[other_ending, other_case].append(file)
+        return [self._path(file) for file in sorted(ranked[min(ranked)])] if ranked else []
 
 
-def _base(path):
-    """The name of a file without its folder, which may be Windows'."""
-    return unicodedata.normalize("NFC", path.replace("\\", "/").rpartition("/")[2])
+def _nfc(text):
+    """A name with each letter and its accents as one character, where there is one."""
+    return text if text.isascii() else unicodedata.normalize("NFC", text)
+
+
+def _folded(name):
+    """A name by which two that differ in case, or have Windows' slashes, are one."""
+    return _nfc(name.replace("\\", "/")).casefold()
+
+
+def _stem(name):
+    """The folded name of a file without its folders and ending."""
+    return os.path.splitext(os.path.basename(_folded(name)))[0]
+
+
+def _is_below(file, place):
+    """Whether a file is in a folder whose path ends so."""
+    folder = os.path.dirname(_folded(file))
+    return folder == place or folder.endswith("/" + place)
 
 
 def drawn_sources(run):
@@ -1433,25 +2164,57 @@ def drawn_sources(run):
     return {"images": f"{run}/drawn/photos", "captions": f"{run}/drawn/captions.tsv"}
 
 
-def check_photos(folder, index, most=2000):
-    """Say how many of `most` photos have other names or are not there; ValueError if none is."""
-    find = Folder(folder).find                  # the index has photos in a random order
-    paths = {}
-    for i in range(min(len(index), most)):
+class Lookup(NamedTuple):
+    """What to say of a photo whose name does not lead to a file of its own."""
+    what: str
+    remedy: str
+
+
+MISSING = Lookup("are not there", "check --images, or name the column of names by --image-column")
+ELSEWHERE = Lookup("have another name or place", "")
+SEVERAL = Lookup("may be several files each", "write folders into the captions, or narrow --images")
+LINKS = Lookup("are links that lead out of --images", "give the folder above, that has the files")
+
+
+def check_photos(folder, index):
+    """Say which names of photos lead to no file, to several, or to another; ValueError if all do.
+
+    They are compared with one listing of the folder, or some of them, if it has too many files.
+    """
+    finder = Folder(folder)
+    finder.list_all()
+    count = len(index)
+    if not finder.is_whole:
+        count = min(CHECKED, count)             # the index has photos in a random order
+        print(f"photos: {folder} has more than {MOST_FILES:,} files: {count:,} names are checked")
+    examples = defaultdict(list)                # {Lookup or None: photos}
+    for i in range(count):
         name = index.name(i)
-        paths[name] = find(name)
-    missing = [name for name, path in paths.items() if not os.path.exists(path)]
-    if len(missing) == len(paths):
-        others = (find(index.name(i)) for i in range(most, len(index)))
-        if not any(os.path.exists(path) for path in others):
-            raise ValueError(
-                f"none of the captions' photos, as {missing[0]!r}, is in {folder}, which has "
-                f"{next(walk_files(folder), 'nothing')!r}; check --images")
-    elsewhere = [f"{name} is {path}" for name, path in paths.items()
-                 if path != os.path.join(folder, name)]
-    for names, what in (elsewhere, "have another name or place"), (missing, "are not there"):
-        if names:
-            print(f"photos: {len(names):,} of {len(paths):,} {what}, e.g. {names[0]}")
+        lookup, files = look_up(finder, name, check_links=i < CHECKED)
+        examples[lookup].append(f"{name} is {files}" if files else name)
+    found = examples.pop(None, []) + examples.get(ELSEWHERE, [])
+    for lookup, photos in sorted(examples.items()):
+        line = f"{len(photos):,} of {count:,} {lookup.what}, e.g. {photos[0]}"
+        if not found:
+            raise ValueError(f"none of the captions' photos is to be found in {folder}, which has "
+                             f"{next(list_files(folder), 'nothing')}: {line}; {lookup.remedy}")
+        print(f"photos: {line}" + (f"; {lookup.remedy}" if lookup == SEVERAL else ""))
+
+
+def look_up(finder, name, check_links):
+    """What is to be said of a photo, None for nothing, and the names of the files it may be."""
+    paths = finder.candidates(name)
+    files = " or ".join(os.path.relpath(path, finder.folder) for path in paths[:2])
+    if len(paths) != 1:
+        return SEVERAL if paths else MISSING, files
+    if check_links:
+        try:
+            finder.check(paths[0])
+        except OSError:                         # of the disk, which may come back
+            return None, files
+        except ValueError:
+            return LINKS, ""
+    return None if paths[0] == os.path.join(finder.folder, name) else ELSEWHERE, files
 
 
 def find_duplicates(folder, held_out, training):
@@ -1600,9 +2363,7 @@ class Loader(AbstractContextManager):
         if photo in self.kept:
             return self.kept[photo]
         try:
-            path = self.folder.find(self.name(photo))
-            self.folder.check(path)
-            pixels = decode(path, self.size)
+            pixels = decode_bytes(self.folder.read(self.name(photo)), self.size)
         except PhotoUnavailable:
             raise
         except ValueError as error:
@@ -1641,6 +2402,7 @@ def load_checkpoint(path):
         raise ValueError(f"no model at {path}; train one with `python weak.py --out "
                          f"{os.path.dirname(path) or '.'}`")
     try:
+        _check_members(path)
         with np.load(path, allow_pickle=False) as file:             # the zip checks each member
             arrays = {key: file[key] for key in file.files}
         facts = json.loads(arrays["facts"].tobytes())
@@ -1652,6 +2414,13 @@ def load_checkpoint(path):
     weights = {key[2:]: value for key, value in arrays.items() if key.startswith("w/")}
     velocities = {key[2:]: value for key, value in arrays.items() if key.startswith("v/")}
     return Checkpoint(weights, velocities, facts, words)
+
+
+def _check_members(path):
+    """ValueError if what a checkpoint holds is larger than the file: np.savez packs nothing."""
+    with zipfile.ZipFile(path) as file:
+        if sum(member.file_size for member in file.infolist()) > os.path.getsize(path):
+            raise ValueError("packed")
 
 
 def _as_bytes(text):
@@ -1672,11 +2441,20 @@ def find_checkpoint(run, which="best"):
     return os.path.join(run, "model.npz")
 
 
+LOG_NUMBERS = "epoch", "step", "images_per_second"     # of each row
+
+
 def read_log(folder):
     """The rows of a run's log.jsonl, one an epoch; lines that are no rows are left out."""
     rows = []
-    with suppress(OSError), open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as file:
-        for line in file:
-            with suppress(ValueError):
-                rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict)]
+    with suppress(OSError), open(os.path.join(folder, "log.jsonl"), encoding="utf-8",
+                                 errors="replace") as file:
+        rows = [_parsed(line) for line in file]
+    return [row for row in rows if _is_log_row(row)]
+
+
+def _is_log_row(row):
+    """Whether this is a row that a run wrote."""
+    if not isinstance(row, dict) or "validation_loss" not in row:
+        return False
+    return all(isinstance(row.get(key), (int, float)) for key in LOG_NUMBERS)

@@ -765,9 +765,16 @@ def save_image(image, path):
         image.save(file, "PNG")
 
 
-def thumbnail(path, side):
-    """A photo in its own shape, its longer side of `side` pixels."""
-    return Image.fromarray(data.decode(path, side, square=False))
+def thumbnail(path, side, square=False):
+    """A photo in its own shape, its longer side of `side` pixels; blank, and named, if it is gone.
+
+    It was read before, but photos may vanish or change while a command runs.
+    """
+    try:
+        return Image.fromarray(data.decode(path, side, square))
+    except ValueError as error:
+        print(f"{path} is left out: {error}", file=sys.stderr, flush=True)
+        return Image.new("RGB", (side, side), "white")
 
 
 class Fonts:
@@ -995,7 +1002,7 @@ def mosaic_picture(paths, y, size):
     for path, point in zip(paths, y * (side - 1)):
         nearest = ((free - point) ** 2).sum(axis=1).argmin()
         left, top = free[nearest] * cell + edge
-        image.paste(Image.fromarray(data.decode(path, cell)), (int(left), int(top)))
+        image.paste(thumbnail(path, cell, square=True), (int(left), int(top)))
         free = np.delete(free, nearest, axis=0)
     return image
 
@@ -1147,10 +1154,17 @@ class Trained:
         text = data.Text(self.options["words"], self.options["stop_words"], self.options["valid"])
         folder = os.path.join(self.folder, "index")
         try:
-            return data.cached_index(self.options["captions"], folder, text,
-                                     self.options["format"])
+            return data.cached_index(self.source(), folder, text)
         except (OSError, ValueError):           # no captions
             return None
+
+    def source(self, captions=None):
+        """How captions are read: those of the run, or a file of the same columns."""
+        own = self.options["captions"]
+        captions = captions or own
+        return data.Source(captions, self.options["format"] if captions == own else None,
+                           self.options.get("image_column"), self.options.get("text_column"),
+                           self.options["images"])
 
     def make_loss(self, counts):
         """The run's loss for words with so many training photos."""
@@ -1167,17 +1181,13 @@ class Trained:
 
         captions: a file, or None for the run's; valid: the fraction of the photos held out.
         """
-        captions = captions or self.options["captions"]
         text = data.Text(self.options["words"], self.options["stop_words"], valid)
-        if captions == self.options["captions"]:
-            kind = self.options["format"]
-        else:
-            kind = data.recognise(captions)
-        own = data.cached_index(captions, os.path.join(self.folder, "index"), text, kind)
-        if own is not None and own.dictionary == words:
-            return own
+        source = self.source(captions)
+        index = data.cached_index(source, os.path.join(self.folder, "index"), text)
+        if index is not None and index.dictionary == words:
+            return index
         folder = os.path.join(self.writable_folder(), "index-eval")
-        return data.build_index(captions, folder, text, kind, words)
+        return data.build_index(source, folder, text, words)
 
     def writable_folder(self):
         """The run's folder, or a temporary one where that takes no files."""
@@ -1214,9 +1224,14 @@ class Trained:
 
     def find_words(self, words):
         """Classes of words as a person gives them."""
+        stop_words = data.stop_words(os.path.join(self.folder, "index"))
         classes = []
         for word in words:
-            word = " ".join(data.words_of(word))
+            word = " ".join(data.words_of(word)) or word
+            if word in stop_words and word not in self.classes:
+                raise ValueError(f"{word!r} was left out as a stop word, one of the "
+                                 f"{len(stop_words):,} most frequent words; train with "
+                                 "--stop-words 0")
             if word not in self.classes:
                 near = ", ".join(near_words(word, self.words)) or "none"
                 raise ValueError(f"{word!r} is not among the model's {len(self.words):,} words, "
@@ -1937,6 +1952,8 @@ def transfer_features(options, show, run):
     count = len(reader.names)
     show.line(f"{count:,} photos; {tasks[-1].train.sum():,} to train and "
               f"{tasks[-1].test.sum():,} to test")
+    if collection.class_names:
+        show.line(f"classes: {data.listing(collection.class_names, 20)}")
     show.table([collection.measured, *columns], rows)
     return {"columns": columns, "rows": rows, "over": collection.describe(tasks), "photos": count,
             "unknown_names": named.unknown(), "skipped": reader.skipped}
@@ -1955,7 +1972,7 @@ class NamedClasses:
         self.output = run.equal_output()
         self.words = {}                         # {class: those of its words that the run knows}
         for name in names:
-            words = [run.classes.get(word) for word in data.words_of(name)]
+            words = [run.classes.get(word) for word in data.folder_words(name)]
             self.words[name] = [word for word in words if word is not None]
         self.batches = []
 
@@ -2093,8 +2110,8 @@ class SubFolders:
 
     def __init__(self, options):
         self.options = options
-        names = [name for name in data.list_photos(options.images) if os.sep in name]
-        self.labels = {name: name.split(os.sep)[0] for name in names}
+        folders = data.class_folders(data.list_photos(options.images))
+        self.labels = {name: path[0] for name, path in folders.items() if path}
         self.class_names = sorted(set(self.labels.values()))
 
     def describe(self, tasks):

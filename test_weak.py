@@ -19,9 +19,11 @@ import secrets
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -32,7 +34,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 from numpy.lib.stride_tricks import sliding_window_view
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from scipy.optimize import minimize
 from scipy.signal import correlate
 from scipy.sparse import csr_array
@@ -812,7 +814,16 @@ def test_network_is_used_from_python_in_five_lines(rng):
     ("dog,cat/bird|fish", "dog cat bird fish"),
     ("❤️ love☀️ ½ ² ٣", "love"),
     ("!!! 12", ""),
-    ("a\nb\tc\u2028d\u00a0e\x0bf\x85g", "a b c d e f g")])
+    ("a\nb\tc\u2028d\u00a0e\x0bf\x85g", "a b c d e f g"),
+    ("ក្រហម\u200bបាល់ so\u00adft ze\ufeffro", "ក្រហម បាល់ soft zero"),
+    ("I <3 cats &amp; dogs, 2 < 3 > 1", "i cats dogs"),
+    ('<a href="http://x.org/a?b=c" rel="nofollow">more</a><br />now <B>here</B>', "more now here"),
+    ("&quot;caf&eacute;&quot; &#39;noir&#x27; &amp;quot;twice&amp;quot;", "cafe noir twice"),
+    ("AT&T; &bogus; &#99999999; &#xdc80;", "att bogus".replace("att", "at t")),
+    ("a <redacted> man <!-- nobody --> ran", "a redacted man ran"),
+    ('cut off <a href="http://www.flickr.com/pho', "cut off"),
+    ("at HTTP://x.org/a,b and WWW.y.com/ or ftp://z too", "at and or too"),
+    ("a" * 40 + " " + "b" * 41, "a" * 40)])
 def test_words_are_the_papers_in_every_script(caption, words):
     assert data.words_of(caption) == words.split()
 
@@ -822,6 +833,14 @@ def test_words_of_ascii_are_cut_by_the_same_rule():
     for code in range(128):
         caption = f"ab{chr(code)}cd 1{chr(code)}2"
         assert data.words_of(caption) + ["e"] == data.words_of(caption + " é"), code
+
+
+@pytest.mark.parametrize("text", ["<a ", "<a =", "<!--", "&#", "&a", "http://", "www.", "a://",
+                                  "ab", "</b ", "<b  ", "&#1", "<3"])
+def test_words_of_no_text_take_long(text):
+    started = time.monotonic()
+    data.words_of(text * (1_000_000 // len(text)) + "&<www.")
+    assert time.monotonic() - started < 10      # a few tenths
 
 
 # --------------------------------------------------------------------------------- formats
@@ -874,11 +893,10 @@ CAPTIONS = {                    # the rows in each format; a key begins with the
 
 def read(path):
     """A captions file's format, its photos' names and words, and how many of its lines are bad."""
-    kind = data.recognise(path)
-    captions = data.Captions(path, kind)
+    captions = data.captions_of(data.Source(str(path)))
     rows = [(name, data.words_of(caption)) for name, caption in captions]
     assert captions.count == len(rows)
-    return kind, rows, captions.bad_lines
+    return captions.kind, rows, captions.bad_lines
 
 
 @pytest.mark.parametrize("name", CAPTIONS)
@@ -920,7 +938,66 @@ ODD = {                         # format, a file, what is read of it, and the nu
     "names like an archive's magic": ("tsv", b"PK.jpg\tone\nPAR1.jpg\ttwo\n",
                                       [("PK.jpg", "one"), ("PAR1.jpg", "two")], 0),
     "coco": ("coco", b'{"images": [{"id": 1, "file_name": "a.jpg"}, {"id": 2}, 7], "annotations": '
-             b'[null, [], {"image_id": [1]}, {"image_id": 1}]}', [("a.jpg", "")], 3),
+             b'[null, [], {"image_id": [1]}, {"image_id": 1}, {"image_id": 1, "caption": "x"}]}',
+             [("a.jpg", "x")], 4),
+    "quotes in a table of tabs": (
+        "csv", b'image\tcaption\na.jpg\t"an open one\n"b.jpg"\t"a quoted ""one"""\nc.jpg\t5" wide\n',
+        [("a.jpg", "an open one"), ("b.jpg", "a quoted one"), ("c.jpg", "wide")], 0),
+    "a long text in quotes": (
+        "csv", b'image,caption\na.jpg,"one,\n' + b"more,\n" * 50 + b'end"\nb.jpg,two\n',
+        [("a.jpg", "one " + "more " * 50 + "end"), ("b.jpg", "two")], 0),
+    "quotes that two rows leave open": (
+        "csv", b'image,caption\na.jpg,"one\nb.jpg,two\nc.jpg,"three\nd.jpg,"four, five"\n',
+        [("a.jpg", "one"), ("b.jpg", "two"), ("c.jpg", "three"), ("d.jpg", "four five")], 0),
+    "inches": ("csv", b'image,caption\na.jpg,a 5" wheel\nb.jpg,"a 6"" nail"\nc.jpg,7" of 8"\n',
+               [("a.jpg", "a wheel"), ("b.jpg", "a nail"), ("c.jpg", "of")], 0),
+    "rows wider than the heading": (
+        "csv", b"caption,image\none,a.jpg\ntwo, in the sun,b.jpg\nthree,c.jpg,\n",
+        [("a.jpg", "one"), ("c.jpg", "three")], 1),
+    "rows of tabs wider than the heading": (
+        "csv", b"caption\timage\none\ta.jpg\ntwo\tin the sun\tb.jpg\n", [("a.jpg", "one")], 1),
+    "all ends of lines": ("tsv", b"a.jpg\tone\rb.jpg\ttwo\r\nc.jpg\tthree\n\rd.jpg\tfour",
+                          [("a.jpg", "one"), ("b.jpg", "two"), ("c.jpg", "three"),
+                           ("d.jpg", "four")], 0),
+    "UTF-16": ("tsv", "ü.jpg\tein Café\r\nb.jpg\tzwei".encode("utf-16"),
+               [("ü.jpg", "ein cafe"), ("b.jpg", "zwei")], 0),
+    "UTF-16 of the other order": ("jsonl", b"\xfe\xff" + '{"image": "ü.jpg", "text": "é"}'.encode(
+        "utf-16-be"), [("ü.jpg", "e")], 0),
+    "two files in one": ("tsv", b"\xef\xbb\xbfa.jpg\tone\n\xef\xbb\xbfb.jpg\ttwo\n",
+                         [("a.jpg", "one"), ("b.jpg", "two")], 0),
+    "numbers of captions in a table": (
+        "csv", b"image,caption\na.jpg#0,one\na.jpg#1,two\nb#c.jpg,three\n",
+        [("a.jpg", "one"), ("a.jpg", "two"), ("b#c.jpg", "three")], 0),
+    "numbers of captions in json": ("jsonl", b'{"image": "a.jpg#0", "caption": "one"}\n',
+                                    [("a.jpg", "one")], 0),
+    "no text in a table": ("csv", b"image,title,caption\na.jpg,nan,one\nb.jpg,NULL,None\n",
+                           [("a.jpg", "one"), ("b.jpg", "")], 0),
+    "no text in json": (
+        "jsonl", b'{"image": "a.jpg", "caption": NaN, "title": "one"}\n'
+        b'{"image": "b.jpg", "caption": 5, "title": true, "tags": [1, "two", null, {"x": "y"}]}\n'
+        b'{"image": "c.jpg", "prompt": "no key"}\n', [("a.jpg", "one"), ("b.jpg", "two")], 1),
+    "objects as texts": (
+        "jsonl", b'{"image": "a.jpg", "tags": [{"tag": "horse"}, {"id": 3, "name": "cart"}]}\n'
+        b'{"image": "b.jpg", "captions": [{"id": 1, "caption": "two", "lang": "en"}]}\n',
+        [("a.jpg", "horse cart"), ("b.jpg", "two")], 0),
+    "a first line that is another": ("jsonl", b'{"version": 1}\n{"image": "a.jpg", "text": "x"}\n',
+                                     [("a.jpg", "x")], 1),
+    "a first line that is broken": ("jsonl", b'{"version":\n{"image": "a.jpg", "text": "x"}\n',
+                                    [("a.jpg", "x")], 1),
+    "ids": ("coco", b'{"images": [{"id": 0, "file_name": "a.jpg"}, {"id": "007", "file_name": '
+            b'"b.jpg"}, {"id": null, "file_name": "c.jpg"}], "annotations": [{"image_id": 0.0, '
+            b'"caption": "x"}, {"image_id": 7, "caption": "y"}, {"image_id": null, "caption": "z"}, '
+            b'{"caption": "z"}, {"image_id": false, "caption": "z"}]}',
+            [("a.jpg", "x"), ("b.jpg", "y")], 3),
+    "names that are numbers": ("coco", b'[{"image_id": 0, "caption": "x"}, {"image_id": 7.0, '
+                               b'"caption": "y"}]', [("0", "x"), ("7", "y")], 0),
+    "sentences": (
+        "coco", b'{"images": [{"filename": "a.jpg", "sentences": [{"tokens": ["a", "dog"]}, "a cat", '
+        b'null, 5, {"raw": "a cow", "tokens": ["a"]}, {}]}, {"filename": "b.jpg", "sentences": null}'
+        b', {"sentences": ["lost"]}]}', [("a.jpg", "a dog"), ("a.jpg", "a cat"), ("a.jpg", "a cow")],
+        5),
+    "a shop's table": ("csv", b"id,name,image_path,description\n0,Nice,a.jpg,one\n",
+                       [("a.jpg", "one")], 0),
     "yfcc": ("yfcc", as_yfcc("61"), [("61.jpg", "my cafe at the sea red car sun")], 1),
     "yfcc with line numbers": (
         "yfcc", as_yfcc("7", "61"), [("61.jpg", "my cafe at the sea red car sun")], 1),
@@ -941,11 +1018,87 @@ def test_odd_captions_cost_their_own_lines_and_no_more(name, tmp_path):
 
 @pytest.mark.parametrize("kind, content, complaint", [
     ("csv", b"who,what\na.jpg,x\n", "names no columns"), ("coco", b'{"images": [', "neither COCO"),
-    ("tsv", b"", "is empty"), ("tsv", b"\x1f\x8bnot gzip", "is damaged")])
+    ("coco", b'{"a.jpg": {"caption": "x"}}', "the keys a.jpg, neither COCO"),
+    ("coco", b'{"images": [{"id": 1}], "annotations": [{"image_id": 2}]}', "image_id of none"),
+    ("tsv", b"", "is empty"), ("tsv", b"\x1f\x8bnot gzip", "is damaged"),
+    (None, b"\xfd7zXZ\0", "packed by xz"), (None, b"ARROW1\0\0", "an Arrow table"),
+    (None, "а.jpg\tкот и пёс".encode("cp1251"), "not text in UTF-8"),
+    (None, "a.jpg\tx".encode("utf-16-le"), "UTF-16 with its mark")])
 def test_captions_that_cannot_be_read_are_told_in_one_line(kind, content, complaint, tmp_path):
     (tmp_path / "c").write_bytes(content)
     with pytest.raises(ValueError, match=f"^captions: {tmp_path}/c [^\n]*{complaint}[^\n]*$"):
-        list(data.Captions(tmp_path / "c", kind))
+        list(data.captions_of(data.Source(str(tmp_path / "c"), kind)))
+
+
+@pytest.mark.parametrize("content, complaint", [
+    ('{"file_name": "a.jpg", "prompt": "x"}\n' * 2, "the keys file_name, prompt, and needs"),
+    ("image,caption,split\na.jpg,x, y,train\n", "1 rows have another number of fields"),
+    ("a.jpg\t12\n", "see --format, --image-column"),
+    ("a.jpg: one\nb.jpg: two\n", "2 lines have no tab between .* e.g. 'a.jpg: one'"), ("/etc/a.jpg\tx\n", "lead out of --images")])
+def test_captions_without_words_say_why(content, complaint, tmp_path):
+    (tmp_path / "c").write_text(content)
+    with pytest.raises(ValueError, match=f"^captions: [^\n]*has no word [^\n]*{complaint}[^\n]*$"):
+        build(tmp_path)
+
+
+def test_disk_that_fails_is_not_a_damaged_file(tmp_path, monkeypatch):
+    (tmp_path / "c").write_text("a.jpg\tx\n")
+    monkeypatch.setattr(data, "open", Mock(side_effect=OSError(errno.EIO, "I/O error")), False)
+    with pytest.raises(ValueError, match="cannot be read: I/O error"):
+        build(tmp_path)
+
+
+def test_captions_that_are_not_utf8_are_counted(tmp_path):
+    (tmp_path / "c").write_bytes(b"a.jpg\tcaf\xe9\n\xe9.jpg\tplain\nc.jpg\t" + "né\n".encode())
+    captions = data.captions_of(data.Source(str(tmp_path / "c")))
+    assert [name for name, _ in captions] == ["a.jpg", "\udce9.jpg", "c.jpg"]
+    assert captions.recoded == 1
+
+
+@pytest.mark.parametrize("kind", ["tsv", "csv", "jsonl"])
+def test_line_that_is_too_long_is_a_bad_one(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "LONGEST_LINE", 100)
+    content = CAPTIONS[kind].splitlines(keepends=True)
+    content.insert(2, content[1].replace("dog", "dog\t" * 99))
+    (tmp_path / "c").write_text("".join(content))
+    _, rows, bad_lines = read(tmp_path / "c")
+    assert [name for name, _ in rows] == [name for name, _ in ROWS]
+    assert bad_lines == 1
+
+
+def test_json_larger_than_memory_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "LARGEST_JSON", 100)
+    (tmp_path / "c").write_text(CAPTIONS["coco"])
+    with pytest.raises(ValueError, match="write one line for each caption"):
+        read(tmp_path / "c")
+
+
+COLUMNS_GIVEN = [               # a file, --image-column, --text-column, and what is read of it
+    ("id,foto,texto\n1,a.jpg,one\n", "foto", "texto", [("a.jpg", "one")]),
+    ("image,caption,alt\na.jpg,one,two\n", None, "alt", [("a.jpg", "two")]),
+    ("image,caption,alt\na.jpg,one,two\n", None, "alt,caption", [("a.jpg", "one two")]),
+    ("id;My Photo;caption\n1;a.jpg;one\n", "my photo", None, [("a.jpg", "one")]),
+    ("7,a.jpg,one\n8,b.jpg,two\n", "2", "3", [("a.jpg", "one"), ("b.jpg", "two")]),
+    ("7\ta.jpg\tone, two\n\tb.jpg\t\"three\n", "2", "3", [("a.jpg", "one two"),
+                                                         ("b.jpg", "three")]),
+    ("one|two|a.jpg\n", "3", "1,2", [("a.jpg", "one two")]),
+    ('{"id": 1, "url": "a.jpg", "prompt": "one"}\n', "url", "prompt", [("a.jpg", "one")]),
+    ('[{"url": "a.jpg", "prompt": "one", "text": "no"}]', "url", "prompt", [("a.jpg", "one")])]
+
+
+@pytest.mark.parametrize("content, image, text, expected", COLUMNS_GIVEN)
+def test_columns_may_be_given(content, image, text, expected, tmp_path):
+    (tmp_path / "c").write_text(content)
+    captions = data.captions_of(data.Source(str(tmp_path / "c"), None, image, text))
+    rows = [(name, " ".join(data.words_of(caption))) for name, caption in captions]
+    assert rows == expected
+
+
+@pytest.mark.parametrize("content", ["image,caption\na.jpg,one\n", "a.jpg\tone\n"])
+def test_columns_that_are_not_there_are_told(content, tmp_path):
+    (tmp_path / "c").write_text(content)
+    with pytest.raises(ValueError, match="needs one of nope, .*; name them by --image-column"):
+        data.recognise(data.Source(str(tmp_path / "c"), None, "nope"))
 
 
 # ------------------------------------------------------------------------- index and draws
@@ -964,7 +1117,7 @@ def write_captions(path, photos=400, seed=0, extra=""):
 
 
 def build(folder, text=data.Text(30, 5, 0.2), name="i", captions="c", **how):
-    return data.build_index(str(folder / captions), str(folder / name), text, **how)
+    return data.build_index(data.Source(str(folder / captions)), str(folder / name), text, **how)
 
 
 def words_by_photo(index):
@@ -1107,7 +1260,8 @@ def test_stop_words_chosen_by_size_may_be_named(tmp_path):
 
     def is_cached(stop_words):
         text = data.Text(30, stop_words, 0.2)
-        return data.cached_index(str(tmp_path / "c"), index.folder, text, "tsv") is not None
+        source = data.Source(str(tmp_path / "c"))
+        return data.cached_index(source, index.folder, text) is not None
 
     assert is_cached(3)
     assert is_cached(None)
@@ -1423,6 +1577,140 @@ def write(folder, *names, **contents):
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
+FOLDERS = {                     # files, the words of the photos, and what is said of their origin
+    "folders": (
+        ["cats/a.jpg", "hot_dogs/b.jpg", "c.png", "hot_dogs/b.xml"],
+        {"cats/a.jpg": "cats", "hot_dogs/b.jpg": "dogs hot"},
+        "words from the names of folders: cats, hot_dogs; not read: 1 .xml"),
+    "numbers": (["0/a.jpg", "1/b.jpg", "2014-05/c.jpg", "cat 3/d.jpg"],
+                {"0/a.jpg": "0", "1/b.jpg": "1", "2014-05/c.jpg": "2014-05", "cat 3/d.jpg": "cat"},
+                "folders: 0, 1, 2014-05, cat 3"),
+    "train and test": (["train/cats/a.jpg", "val/cats/b.jpg", "Test2014/dogs/c.jpg"],
+                       {"train/cats/a.jpg": "cats", "val/cats/b.jpg": "cats",
+                        "Test2014/dogs/c.jpg": "dogs"}, "folders: cats, dogs"),
+    "parts within classes": (["cats/train/a.jpg", "cats/test/b.jpg"],
+                             {"cats/train/a.jpg": "cats", "cats/test/b.jpg": "cats"}, "cats"),
+    "a class of trains": (["train/a.jpg", "bus/b.jpg"],
+                          {"train/a.jpg": "train", "bus/b.jpg": "bus"}, "bus, train"),
+    "texts": ({"cats/a.jpg": "", "cats/b.jpg": "", "cats/a.txt": "a red\nball", "c.md": ""},
+              {"cats/a.jpg": "a ball red"},
+              "words from 1 photo.txt for 2 photos; not read: the folders' names (cats), 1 .md"),
+    "texts of kohya": ({"10_x/a.jpg": "", "10_x/a.caption": "blue"}, {"10_x/a.jpg": "blue"},
+                       "1 photo.caption for 1 photos"),
+    "texts of img2dataset": (
+        {"a.jpg": "", "a.json": '{"caption": "one"}', "a.txt": "two", "b.jpg": "",
+         "b.json": '{"caption": "three", "url": "u"}', "c.jpg": "", "c.jpg.txt": "four"},
+        {"a.jpg": "two", "b.jpg": "three", "c.jpg": "four"},
+        "words from 2 photo.txt and 1 photo.json for 3 photos; not read: 1 .json"),
+    "json of labelling": ({"cats/a.jpg": "", "cats/a.json": '{"shapes": []}'},
+                          {"cats/a.jpg": "cats"}, "folders: cats; not read: 1 .json"),
+    "metadata": (
+        {"train/a.jpg": "", "train/metadata.csv": "file_name,text\na.jpg,one\n", "test/a.jpg": "",
+         "test/metadata.jsonl": '{"file_name": "a.jpg", "text": "two"}\n5\n'},
+        {"train/a.jpg": "one", "test/a.jpg": "two"},
+        "words from test/metadata.jsonl, train/metadata.csv"),
+    "encodings": ({"a.jpg": "", "a.txt": "é".encode("utf-16"), "b.jpg": "", "b.txt": b"caf\xe9"},
+                  {"a.jpg": "e", "b.jpg": "cafe"}, "2 photo.txt"),
+    "blanks": ({" a.jpg": "", " a.txt": "one", "b#1.jpg": "", "b#1.txt": "two"},
+               {" a.jpg": "one", "b#1.jpg": "two"}, "2 photo.txt"),
+    "files of others": (
+        ["cats/a.jpg", "cats/@eaDir/a.jpg/SYNOPHOTO_THUMB_M.jpg", "__MACOSX/b.jpg", ".x/c.jpg",
+         "runs/1/run.lock", "runs/1/curves.png", "runs/1/x/d.jpg", "old/model.npz", "old/words.txt",
+         "old/curves.png"], {"cats/a.jpg": "cats"}, "folders: cats")}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_folder_is_its_own_captions(name, tmp_path):
+    files, words, origin = FOLDERS[name]
+    write(tmp_path / "f", **(files if isinstance(files, dict) else dict.fromkeys(files, "")))
+    index = build(tmp_path, data.Text(99, None, 0), captions="f")
+    found = {photo: " ".join(sorted(words)) for photo, words in words_by_photo(index).items()}
+    assert found == words
+    assert origin in index.facts["origin"]
+    for photo in words:                         # as it is called
+        assert os.path.exists(data.Folder(str(tmp_path / "f")).find(photo))
+
+
+def test_bad_lines_of_metadata_are_counted(tmp_path):
+    write(tmp_path / "f", "a.jpg", **{"metadata.csv": "file_name,text\na.jpg,caf\xe9\nb.jpg\n"})
+    (tmp_path / "f" / "metadata.csv").write_bytes(b"file_name,text\na.jpg,caf\xe9\nb.jpg\n")
+    index = build(tmp_path, data.Text(99, 0, 0), captions="f")
+    assert index.facts["bad_lines"] == 1
+    assert index.facts["recoded"] == 1
+
+
+def test_folders_names_are_no_stop_words_unless_asked(tmp_path):
+    write(tmp_path / "f", *(f"{letter}{letter}/{i}.jpg" for letter in "abcdefghijklmnopqrstuvwxyz"
+                            for i in range(1 + 9 * (letter == "c"))))
+    assert len(build(tmp_path, data.Text(99, None, 0), captions="f").dictionary) == 26
+    assert "cc" not in build(tmp_path, data.Text(99, 1, 0), captions="f").dictionary
+
+
+@pytest.mark.parametrize("files, complaint", [
+    (["a.jpg", "b.jpg", "metadata.parquet"],
+     "not read: 1 .parquet; it needs photo.txt beside photo.jpg, or photos in folders"),
+    ({"a.jpg": "", "metadata.csv": "file_name,label\na.jpg,cat\n"},
+     "has the columns file_name, label, and needs .* --text-column"),
+    (["train/a.jpg", "val/a.jpg"], "it needs photo.txt beside"), (["a.txt"], "there is no picture")])
+def test_folder_without_words_says_what_it_needs(files, complaint, tmp_path):
+    write(tmp_path / "f", **(files if isinstance(files, dict) else dict.fromkeys(files, "")))
+    with pytest.raises(ValueError, match=f"^captions: [^\n]*{complaint}"):
+        build(tmp_path, captions="f")
+
+
+def test_folder_of_links_says_so(tmp_path):
+    write(tmp_path / "away", "cats/a.jpg")
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "cats").symlink_to(tmp_path / "away" / "cats")
+    with pytest.raises(ValueError, match="links to folders, as cats, are not followed"):
+        data.list_photos(str(tmp_path / "f"))
+
+
+def test_words_that_all_photos_have_are_told(tmp_path, capsys):
+    (tmp_path / "c").write_text("a.jpg\tx\nb.jpg\tx\n")
+    options = weak.make_parser().parse_args([])
+    weak.describe_index(build(tmp_path, data.Text(9, 0, 0)), options)
+    assert "all photos have the same words" in capsys.readouterr().out
+
+
+def test_absolute_names_below_the_images_are_names_there(tmp_path):
+    write(tmp_path / "f", "sub/a.jpg")
+    (tmp_path / "c").write_text(f"{tmp_path}/f/sub/a.jpg\tone\n{tmp_path}/g/a.jpg\ttwo\n")
+    source = data.Source(str(tmp_path / "c"), images=str(tmp_path / "f"))
+    index = data.build_index(source, str(tmp_path / "i"), data.Text(9, 0, 0))
+    assert words_by_photo(index) == {"sub/a.jpg": ["one"]}
+    assert index.facts["refused_names"] == [f"{tmp_path}/g/a.jpg"]
+    other = source._replace(images=str(tmp_path / "g"))             # the names that are there change
+    assert data.cached_index(source, index.folder, data.Text(9, 0, 0)) is not None
+    assert data.cached_index(other, index.folder, data.Text(9, 0, 0)) is None
+
+
+def test_words_that_were_left_out_as_stop_words_are_known(tmp_path):
+    write_captions(tmp_path / "c")
+    index = build(tmp_path, data.Text(30, 5, 0.2))
+    assert data.stop_words(index.folder) == ["waa", "wab", "wac", "wad", "wae"]
+    assert data.stop_words(str(tmp_path)) == []
+
+
+def test_two_that_build_an_index_at_one_place_wait_for_each_other(tmp_path):
+    for seed in range(4):
+        write_captions(tmp_path / f"c{seed}", seed=seed)
+    expected = [words_by_photo(build(tmp_path, name=f"i{seed}", captions=f"c{seed}"))
+                for seed in range(4)]
+    code = ("import data, sys, json\nfolder = {!r}\nwords = []\nfor i in range(12):\n"
+            "    seed = (i + int(sys.argv[1])) % 4\n"
+            "    index = data.build_index(data.Source(f'{{folder}}/c{{seed}}'), f'{{folder}}/i', "
+            "data.Text(30, 5, 0.2))\n"
+            "    words.append((seed, {{index.name(p): [index.dictionary[k] for k in index.words(p)] "
+            "for p in range(len(index))}}))\nprint(json.dumps(words))")
+    with ThreadPoolExecutor() as pool:
+        results = pool.map(lambda first: run(str(first), code=code.format(str(tmp_path))), range(3))
+    for done in results:
+        assert "damaged" not in done.stderr
+        for seed, words in json.loads(done.stdout):
+            assert words == expected[seed]
+
+
 CODE = "0f1e2d3c" * 4               # a photo's hash
 LISTED = f"{CODE}/1234567.jpg"
 
@@ -1430,8 +1718,11 @@ LISTED = f"{CODE}/1234567.jpg"
 @pytest.mark.parametrize("name, place", [
     (LISTED, LISTED), (LISTED, "1234567.jpg"), (LISTED, "123/456/1234567.jpg"),
     (LISTED, "part 2/x/1234567.jpg"), (LISTED, f"0f1/e2d/{CODE}.jpg"), ("A.JPG", "sub/a.jpg"),
-    ("photos/a.jpg", "sub/a.jpg"), ("x\\a.jpg", "sub/a.jpg"), ("a", "sub/a.jpg"),
-    ("a.png", "sub/a.jpg")])
+    ("SUB/A.jpg", "sub/a.jpg"), ("sub\\a.jpg", "sub/a.jpg"), ("a", "sub/a.jpg"),
+    ("sub/a", "sub/a.jpg"), ("sub/a.png", "sub/a.jpg"), ("a.png", "a.jpg"),
+    ("photos/a.jpg", "a.jpg"), ("photos/sub/a.jpg", "sub/a.jpg"), ("sub/a.jpg", "x/sub/a.jpg"),
+    ("http://x.org/sub/a.jpg", "sub/a.jpg"), ("my%20a.jpg", "my a.jpg"), ("50%.jpg", "50%.jpg"),
+    ("u\u0308.jpg", "sub/ü.jpg")])
 def test_photos_are_found_in_sub_folders_and_by_nearly_their_names(name, place, tmp_path):
     write(tmp_path, place, "sub/a.txt", "sub/b.jpg", "1/12345678.jpg")
     folder = data.Folder(str(tmp_path))
@@ -1440,13 +1731,90 @@ def test_photos_are_found_in_sub_folders_and_by_nearly_their_names(name, place, 
     assert folder.find(missing) == str(tmp_path / missing)
 
 
-def test_folder_is_its_own_captions(tmp_path):
-    write(tmp_path / "f", "cats/a.jpg", "hot_dogs/b.jpg", "c.png")
-    assert words_by_photo(build(tmp_path, data.Text(9, 0, 0), captions="f")) == {
-        "cats/a.jpg": ["cats"], "hot_dogs/b.jpg": ["dogs", "hot"]}
-    (tmp_path / "f" / "c.txt").write_text("a red\nball")
-    assert words_by_photo(build(tmp_path, data.Text(9, 0, 0), captions="f")) == {
-        "c.png": ["a", "ball", "red"]}
+@pytest.mark.parametrize("name, places", [
+    ("cats/4.jpg", ["dogs/4.jpg"]),                                 # missing where it should be
+    ("cats/4.jpg", ["4.png", "x/4.jpg", "x/cats/5.jpg"]),
+    ("empty/4.jpg", ["4.jpg"]), ("gone/4.jpg", ["cats/4.jpg"]),     # of another class
+    ("p.jpg", ["masks/p.png"]), ("images/p.jpg", ["masks/p.jpg", "masks/p.png"]),
+    ("cats/4.jpg", ["cats/4.txt", "cats/4.xml"])])
+def test_no_other_photo_stands_in_for_one_that_is_missing(name, places, tmp_path):
+    write(tmp_path, "cats/5.jpg", "images/q.jpg", *places)
+    (tmp_path / "empty").mkdir()
+    folder = data.Folder(str(tmp_path))
+    assert folder.candidates(name) == []
+    assert folder.find(name) == str(tmp_path / name)
+
+
+@pytest.mark.parametrize("name, places", [
+    ("4.jpg", ["cats/4.jpg", "dogs/4.jpg"]), ("p", ["images/p.jpg", "masks/p.png"]),
+    ("images/p", ["images/p.jpg", "images/p.png"]), ("a/4.jpg", ["x/a/4.jpg", "y/a/4.jpg"])])
+def test_name_of_several_files_is_of_none(name, places, tmp_path):
+    write(tmp_path, *places)
+    folder = data.Folder(str(tmp_path))
+    assert folder.candidates(name) == [str(tmp_path / place) for place in places]
+    assert not os.path.exists(folder.find(name))
+    with pytest.raises(ValueError, match=f"several files are called so: .*{places[0]}"):
+        folder.read(name)
+
+
+NAMES_CHECKED = {               # captions' names, files, and what is said; ValueError if it is all
+    "missing": (["cats/1.jpg", "cats/2.jpg"], ["cats/1.jpg", "dogs/2.jpg"],
+                "photos: 1 of 2 are not there, e.g. cats/2.jpg"),
+    "elsewhere": (["1.jpg", "2.jpg"], ["1.jpg", "x/2.jpg"],
+                  "photos: 1 of 2 have another name or place, e.g. 2.jpg is x/2.jpg"),
+    "several": (["1.jpg", "2.jpg"], ["1.jpg", "x/2.jpg", "y/2.jpg"],
+                "1 of 2 may be several files each, e.g. 2.jpg is x/2.jpg or y/2.jpg; write folders"),
+    "links": (["1.jpg", "out.jpg"], ["1.jpg"],
+              "1 of 2 are links that lead out of --images, e.g. out.jpg"),
+    "none": (["1.jpg"], ["x.png"], "none of the .* which has out.jpg: 1 of 1 are not there, e.g. "
+             "1.jpg; check --images"),
+    "all several": (["1.jpg"], ["x/1.jpg", "y/1.jpg"], "none of .* narrow --images"),
+    "all links": (["out.jpg"], [], "none of .*; give the folder above")}
+
+
+@pytest.mark.parametrize("case", NAMES_CHECKED)
+def test_names_are_checked_before_training(case, tmp_path, capsys):
+    names, files, line = NAMES_CHECKED[case]
+    write(tmp_path, "away.jpg", *(f"f/{name}" for name in files))
+    (tmp_path / "f").mkdir(exist_ok=True)
+    (tmp_path / "f" / "out.jpg").symlink_to(tmp_path / "away.jpg")
+    (tmp_path / "c").write_text("".join(f"{name}\tx\n" for name in names))
+    index = build(tmp_path, data.Text(9, 0, 0))
+    if line.startswith("none"):
+        with pytest.raises(ValueError, match=line):
+            data.check_photos(str(tmp_path / "f"), index)
+    else:
+        data.check_photos(str(tmp_path / "f"), index)
+        assert line in capsys.readouterr().out
+
+
+def test_all_names_are_checked_but_in_a_folder_of_too_many_files(index, tmp_path, capsys, monkeypatch):
+    names = [index.name(i) for i in range(len(index))]
+    write(tmp_path / "f", *names[:-1])
+    data.check_photos(str(tmp_path / "f"), index)
+    assert capsys.readouterr().out == (
+        f"photos: 1 of {len(names)} are not there, e.g. {names[-1]}\n")
+    monkeypatch.setattr(data, "MOST_FILES", 50)
+    monkeypatch.setattr(data, "CHECKED", 10)
+    data.check_photos(str(tmp_path / "f"), index)
+    assert capsys.readouterr().out == (
+        f"photos: {tmp_path}/f has more than 50 files: 10 names are checked\n")
+
+
+def test_names_are_bytes_whatever_the_locale(tmp_path):
+    write(tmp_path / "f", "ü.jpg", **{"ü.txt": "a ball"})
+    (tmp_path / "c").write_text("ü.jpg\tred\n", "utf-8")
+    code = f"""
+import data
+for source in "c", "f":
+    index = data.build_index(data.Source({str(tmp_path)!r} + "/" + source), "i", data.Text(9, 0, 0))
+    assert data.Folder({str(tmp_path / "f")!r}).read(index.name(0)) == b"x"
+"""
+    code = f"import os; os.chdir({str(tmp_path)!r})\n" + code
+    done = subprocess.run([sys.executable, "-c", IMPORTING + code], capture_output=True, text=True,
+                          env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0",
+                               "PYTHONCOERCECLOCALE": "0"})
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture
@@ -1494,13 +1862,13 @@ def numbers_read(loader, photos):
 def test_broken_photo_is_read_once_and_one_that_is_unavailable_again(tmp_path, monkeypatch):
     write(tmp_path, "broken.jpg", "large.jpg")
     os.truncate(tmp_path / "large.jpg", data.LARGEST + 1)
-    names, seen, decode = ["broken.jpg", "gone.jpg", "large.jpg"], [], data.decode
+    names, seen, read_photo = ["broken.jpg", "gone.jpg", "large.jpg"], [], data.read_photo
 
-    def spy(path, size):
+    def spy(path, check):
         seen.append(os.path.basename(path))
-        return decode(path, size)
+        return read_photo(path, check)
 
-    monkeypatch.setattr(data, "decode", spy)
+    monkeypatch.setattr(data, "read_photo", spy)
     with data.Loader(str(tmp_path), names.__getitem__, 3, 8) as loader:
         assert numbers_read(loader, [0, 1, 2]) == []
         assert "too large" in loader.skipped["large.jpg"]
@@ -1519,6 +1887,23 @@ def test_disk_that_fails_at_a_link_makes_a_photo_unavailable(tmp_path, monkeypat
         assert loader.skipped == {"a.jpg": "i/o error"}
         assert numbers_read(loader, [0]) == [0]
         assert loader.skipped == {}
+
+
+def test_link_that_changes_while_it_is_read_is_noticed(linked, monkeypatch):
+    """It is checked when it is open already: what is read then is what was checked."""
+    realpath = os.path.realpath
+    link = linked / "out.jpg"                   # to a photo outside
+
+    def change_and_follow(path):
+        if path == str(link):
+            link.unlink()
+            link.symlink_to("ab/abc.jpg")
+        return realpath(path)
+
+    folder = data.Folder(str(linked))
+    monkeypatch.setattr(os.path, "realpath", change_and_follow)
+    with pytest.raises(ValueError, match="a link that leads out"):
+        folder.read("out.jpg")
 
 
 @pytest.fixture
@@ -1560,6 +1945,171 @@ def test_loader_skips_what_cannot_be_decoded(odd_photos, tmp_path):
         numbers = numbers_read(loader, range(len(names)))
     assert [names[i] for i in numbers] == [name for name in names if odd_photos[name] is None]
     assert set(loader.skipped) == {name for name in names if odd_photos[name]}
+
+
+def shades(low, high):
+    """Pixels (20, 30) that grow from left to right."""
+    return np.tile(np.linspace(low, high, 30), (20, 1))
+
+
+@pytest.mark.parametrize("pixels", [
+    shades(0, 65535).astype(np.uint16), shades(0, 4095).astype(np.uint16),
+    shades(0, 255).astype(np.uint16), shades(0, 1023).astype(np.int32), shades(0, 255).astype(np.int32),
+    shades(0, 1).astype(np.float32), shades(0, 255).astype(np.float32),
+    shades(0, 3e30).astype(np.float32), shades(0, 1e-20).astype(np.float32),
+    np.where(np.eye(20, 30) * np.arange(30) == 7, np.inf, shades(0, 1)).astype(np.float32),
+    np.where(np.eye(20, 30) * np.arange(30) == 7, np.nan, shades(0, 1)).astype(np.float32)],
+    ids=["16 bits", "12 of 16", "8 of 16", "10 of 32", "8 of 32", "to 1", "to 255", "to 3e30",
+         "to 1e-20", "infinite pixel", "no number"])
+def test_deep_photos_are_scaled_by_what_is_in_them(pixels, tmp_path):
+    path = str(tmp_path / "x.tif")
+    Image.fromarray(pixels).save(path)
+    row = data.decode(path, 16)[12, :, 0].astype(int)
+    assert (np.diff(row) > 0).all()
+    assert row[0] < 10 and row[-1] > 245
+
+
+def png_of_16_bits(pixels):
+    """A PNG of colours, and perhaps alpha, of 16 bits (H, W, 3 or 4), which Pillow cannot write."""
+    height, width, channels = pixels.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, {3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, chunk in (b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""):
+        checksum = zlib.crc32(kind + chunk)
+        content += struct.pack(">I", len(chunk)) + kind + chunk + struct.pack(">I", checksum)
+    return content
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+@pytest.mark.parametrize("bits", [8, 12, 14, 16])
+def test_deep_colours_are_scaled_by_what_is_in_them(bits, channels, tmp_path):
+    gray = shades(0, 2 ** bits - 1).astype(int)
+    pixels = np.stack([gray, gray // 2, 0 * gray, 0 * gray + 65535][:channels], axis=2)
+    (tmp_path / "x.png").write_bytes(png_of_16_bits(pixels))
+    row = data.decode(str(tmp_path / "x.png"), 16)[8].astype(int)
+    assert (np.diff(row[:, 0]) > 0).all() and row[-1, 0] > 245
+    assert np.abs(row[:, 1] - row[:, 0] / 2).max() < 2 and row[:, 2].max() == 0
+
+
+def test_one_bright_pixel_does_not_darken_a_deep_photo(tmp_path):
+    pixels = np.tile(np.linspace(0, 4095, 60), (60, 1)).astype(np.uint16)
+    pixels[30, 30] = 65535
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    assert data.decode(str(tmp_path / "x.png"), 16).max() > 245
+
+
+def exif_that_cannot_be_written():
+    """EXIF of a photo on its side, with a resolution that is no number."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x011a] = 72.0
+    content = bytearray(exif.tobytes())
+    resolution = content.rindex(bytes([0, 0, 0, 72, 0, 0, 0, 1]))
+    content[resolution:resolution + 8] = bytes([255, 255, 255, 255, 0, 0, 0, 0])
+    return bytes(content)
+
+
+def save_png_with_long_text(path, photo):
+    """A PNG with a text of 3 MB."""
+    text = PngImagePlugin.PngInfo()
+    text.add_text("history", "x" * 3_000_000, zip=True)
+    photo.save(path, pnginfo=text)
+
+
+GOOD = {                        # photos that every viewer shows: how they are made of a square
+    "turned.jpg": lambda path, photo: photo.rotate(90).save(
+        path, exif=exif_that_cannot_be_written(), quality=95),
+    "text.png": save_png_with_long_text,
+    "avif.jpg": lambda path, photo: photo.save(path, "AVIF"),
+    "jpeg2000.jpg": lambda path, photo: photo.save(path, "JPEG2000"),
+    "no end.jpg": lambda path, photo: save_cut(path, photo, 2),
+    "half an end.jpg": lambda path, photo: save_cut(path, photo, 1),
+    "no end, progressive.jpg": lambda path, photo: save_cut(path, photo, 2, progressive=True)}
+
+
+def save_cut(path, photo, missing, **how):
+    """A JPEG without its last bytes."""
+    photo.save(path, quality=95, **how)
+    os.truncate(path, os.path.getsize(path) - missing)
+
+
+@pytest.fixture
+def quarters():
+    """A photo whose quarters have different colours."""
+    photo = Image.new("RGB", (64, 64), "black")
+    for place, colour in (((32, 0), "red"), ((0, 32), "lime"), ((32, 32), "white")):
+        photo.paste(colour, (*place, place[0] + 32, place[1] + 32))
+    return photo
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_photos_that_every_viewer_shows_are_used(name, quarters, tmp_path):
+    try:
+        GOOD[name](tmp_path / name, quarters)
+    except (KeyError, OSError):
+        pytest.skip("this Pillow cannot write such")
+    pixels = data.decode(str(tmp_path / name), 16).astype(int)
+    for row, column in (3, 3), (3, 12), (12, 3), (12, 12):
+        colour = quarters.getpixel((4 * column, 4 * row))
+        assert np.abs(pixels[row, column] - colour).max() < 12
+
+
+@pytest.mark.parametrize("part", [0.2, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("how", [{}, {"progressive": True}])
+def test_jpeg_that_lacks_more_than_its_end_is_named(part, how, tmp_path, rng):
+    path = tmp_path / "x.jpg"
+    Image.fromarray(rng.integers(0, 256, (90, 90, 3)).astype(np.uint8)).save(path, **how)
+    os.truncate(path, int(path.stat().st_size * part))
+    with pytest.raises(ValueError, match="truncated"):
+        data.decode(str(path), 32)
+
+
+@pytest.mark.parametrize("kind", ["x.heic", "x.mp4"])
+def test_kind_that_is_not_read_is_named(kind, tmp_path):
+    (tmp_path / kind).write_bytes(b"\0\0\0\x18ftypheic" + bytes(20))
+    with pytest.raises(ValueError, match="of the kind heic, which is not read; make it a JPEG"):
+        data.decode(str(tmp_path / kind), 32)
+
+
+@pytest.mark.parametrize("size", [(2000, 3), (3, 2000), (1, 1), (40_000, 1)])
+@pytest.mark.parametrize("square", [True, False])
+def test_thin_photo_has_at_least_one_pixel(size, square, tmp_path):
+    Image.new("RGB", size, "red").save(tmp_path / "x.png")
+    pixels = data.decode(str(tmp_path / "x.png"), 32, square)
+    assert pixels.min(axis=(0, 1)).tolist() == [255, 0, 0]
+    assert max(pixels.shape) == 32
+
+
+LARGE_PHOTOS = {                # mode, size and ending of photos, and whether they are decoded
+    "JPEG of a phone": ("RGB", (16320, 12240), "jpg", True),
+    "progressive JPEG": ("RGB", (16320, 12240), "progressive.jpg", False),
+    "16 bits": ("I;16", (13_000, 13_000), "png", True),
+    "WebP": ("RGB", (16_000, 12_000), "webp", False),
+    "floats": ("F", (7000, 7000), "tif", True), "floats, too many": ("F", (13_000, 13_000), "tif", False),
+    "RGBA": ("RGBA", (7000, 7000), "png", True), "RGBA, too many": ("RGBA", (9000, 9000), "png", False),
+    "palette": ("P", (7000, 7000), "png", True), "gray": ("L", (15_000, 15_000), "png", True),
+    "fax": ("1", (14_000, 13_000), "tif", True), "bits": ("1", (20_000, 20_000), "png", False)}
+
+
+@pytest.mark.parametrize("name", LARGE_PHOTOS)
+def test_no_photo_takes_more_than_500_megabytes(name, tmp_path):
+    mode, size, ending, is_read = LARGE_PHOTOS[name]
+    path = str(tmp_path / f"x.{ending}")
+    how = {"compression": "tiff_lzw"} if ending == "tif" else {}
+    if ending == "webp":
+        how = {"method": 0, "lossless": True, "quality": 0}
+    make = (f"from PIL import Image; Image.new({mode!r}, {size}).save({path!r}, "
+            f"progressive={'progressive' in ending}, **{how})")
+    subprocess.run([sys.executable, "-c", make], check=True)
+    done = run(code="import resource, data\n"
+                    "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+                    f"try: data.decode({path!r}, 256); print('read')\n"
+                    "except ValueError as error: print(error)\n"
+                    "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)")
+    line, megabytes = done.stdout.splitlines()
+    assert line == "read" if is_read else "million pixels of the kind" in line
+    assert float(megabytes) < 500
 
 
 def test_photos_are_turned_and_scaled_as_they_should(tmp_path):
@@ -1669,7 +2219,7 @@ def test_loader_reads_only_a_little_ahead(index, photos):
 
 
 def test_mistake_in_a_thread_is_not_a_broken_photo(index, photos, monkeypatch):
-    monkeypatch.setattr(data, "decode", lambda path, size: 1 / 0)
+    monkeypatch.setattr(data, "decode_bytes", lambda content, size: 1 / 0)
     with data.Loader(str(photos), index.name, 9, 24, 2) as loader:
         with pytest.raises(ZeroDivisionError):
             list(loader.batches([data.FixedOrder(range(5))]))
@@ -4479,6 +5029,30 @@ def test_transfer_reads_a_voc_folder_and_leaves_difficult_photos_out(tmp_path, a
     # the precision at a recall is the best of the following, so chance is more than 10 of 18
     assert 10 / 18 < result["rows"]["cat"][0] < 0.75
     assert "40 photos; 18 to train and 18 to test" in said.out
+
+
+def test_photo_that_is_gone_when_it_is_shown_is_left_out(tmp_path, capsys):
+    (tmp_path / "x.jpg").write_text("broken")
+    assert evaluation.thumbnail(str(tmp_path / "x.jpg"), 20).size == (20, 20)
+    assert evaluation.thumbnail(str(tmp_path / "gone.jpg"), 20, square=True).size == (20, 20)
+    said = capsys.readouterr().err
+    assert "x.jpg is left out: not a picture" in said
+    assert "gone.jpg is left out: no such file" in said
+
+
+def test_search_knows_the_words_that_were_left_out(ask):
+    with pytest.raises(ValueError, match="'waa' was left out as a stop word.*--stop-words 0"):
+        ask("neighbors", "waa")
+
+
+def test_transfer_names_its_classes_and_knows_parts_of_sets(tiny, ask):
+    for path in Path("classes").rglob("*.png"):
+        part = Path("parts") / ("train" if int(path.stem) % 3 else "val") / path.parent.name
+        part.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, part / f"{path.parent.name}{path.name}")
+    _, said = ask("transfer", "--images", "parts", "--splits", 1)
+    names = sorted(os.listdir("classes"))
+    assert f"classes: {', '.join(names)}\n" in said.out
 
 
 def test_report_is_one_file_with_its_pictures(tiny, ask):

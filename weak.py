@@ -120,6 +120,9 @@ def add_data_options(add):
     add("--captions", type=os.path.abspath, metavar="FILE", help="also .gz or .bz2; if not given "
         "photo.txt beside photo.jpg, or else the sub-folders' names")
     add("--format", choices=data.FORMATS, help="of the captions; recognised if not given")
+    add("--image-column", metavar="NAME", help="of the captions' column, or key, of photos' names; "
+        "or its number, from 1, if they have no heading")
+    add("--text-column", metavar="NAME", help="the same of the captions' text; several with commas")
     add("--words", type=number(int, 1), default=data.WORDS, help="K, the size of the dictionary")
     add("--stop-words", type=number(int, 0), help="most frequent words, left out; if not given "
         f"{data.STOP_WORDS} from {data.MANY:,} captions on, else {data.FEW_STOP_WORDS} or 5%%")
@@ -369,7 +372,9 @@ def read_captions(options, ranks):
     text = data.Text(options.words, options.stop_words, options.valid)
     folder = os.path.join(options.out, "index")
     if ranks.rank == 0:
-        index = data.build_index(options.captions, folder, text, options.format)
+        source = data.Source(options.captions, options.format, options.image_column,
+                             options.text_column, options.images)
+        index = data.build_index(source, folder, text)
     ranks.broadcast(None)                       # the others wait here
     if ranks.rank:
         index = open_index(folder)
@@ -398,6 +403,8 @@ def open_index(folder):
 def describe_index(index, options):
     """Print what the captions hold, and what of it is left out."""
     facts = index.facts
+    if facts["origin"]:
+        print(f"captions: {facts['origin']}")
     print(f"captions: {facts['captions']:,} as {options.format}, {len(index):,} photos "
           f"({index.held_out:,} held out), {len(index.dictionary):,} words, "
           f"{index.labels / max(1, len(index)):.2f} a photo", flush=True)
@@ -406,7 +413,8 @@ def describe_index(index, options):
     stop_words = ", ".join(examples[:first_rare])
     rare_words = ", ".join(examples[first_rare:])
     notes = {
-        "bad_lines": "lines are no captions",
+        "bad_lines": "lines are no captions, or do not fit the heading",
+        "recoded": "are not in UTF-8, and are read as Windows-1252; else save them as UTF-8",
         "refused": "names are absolute or leave --images: refused",
         "without_words": "photos have no word of the dictionary",
         "stop_words": f"most frequent words are left out as stop words, e.g. {stop_words}; "
@@ -415,6 +423,8 @@ def describe_index(index, options):
     for fact, note in notes.items():
         if facts[fact]:
             print(f"captions: {facts[fact]:,} {note}")
+    if index.labels == len(index) * len(index.dictionary):
+        print("captions: all photos have the same words: there is nothing to learn")
 
 
 def default_rate(options, index):

@@ -754,7 +754,8 @@ def index_of(count, bz2_packed, folder):
     memory = Memory()
     memory.start()
     started = time.perf_counter()
-    built = data.build_index(path, os.path.join(folder, "index"), data.Text(100_000, 500))
+    built = data.build_index(data.Source(path), os.path.join(folder, "index"),
+                             data.Text(100_000, 500))
     seconds = time.perf_counter() - started
     memory.over = True
     size = sum(os.path.getsize(os.path.join(built.folder, name))
