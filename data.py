@@ -336,7 +336,7 @@ NAME_KEYS = ("file_name", "filename", "image", "image_name", "photo", "file", "p
 TEXT_KEYS = ("caption", "text", "comment", "captions", "sentence", "title", "description", "tags",
              "alt_text", "keywords")
 INNER_KEYS = *TEXT_KEYS, "raw", "tag", "name", "label"              # of an object among the texts
-NOTHING = {"", "nan", "null", "none", "<na>", "n/a"}                # what programs write for no text
+NOTHING = {"", "nan", "null", "none", "<na>", "n/a"}                # so programs write no text
 NO_NAME = re.compile("[\0\n\ud800-\udc7f\udd00-\udfff]")           # no file is called so
 NOT_UTF8 = re.compile("[\udc80-\udcff]")                            # bytes, as `open_text` has them
 NO_CAPTION = "", ""
@@ -914,7 +914,8 @@ FORMATS = {                     # the first that recognises a file's first lines
 
 METADATA = "metadata.csv", "metadata.jsonl"     # of an imagefolder of Hugging Face's datasets
 TEXT_ENDINGS = ".txt", ".caption", ".json"      # of files beside photos
-SPLIT = re.compile(r"(train(ing)?|val(id|idation)?|dev|test(ing)?)[-_ ]?(set|\d{4})?", re.IGNORECASE)
+SPLIT = re.compile(                             # folders that part a set: train, val2014, …
+    r"(train(ing)?|val(id|idation)?|dev|test(ing)?)[-_ ]?(set|\d{4})?", re.IGNORECASE)
 
 
 class FolderCaptions(Captions):
@@ -2106,7 +2107,7 @@ class Folder:
     def _near_paths(self, name):
         """Paths of the files that are nearly called so; see the class."""
         self.list_all()
-        *folders, base = [part for part in _folded(name).split("/") if part not in ("", ".")] or [""]
+        *folders, base = _parts(_folded(name))
         files = set(self.by_stem.get(_stem(name), ())) | set(self.by_stem.get(base, ()))
         for first in range(len(folders)):
             place = "/".join(folders[first:])
@@ -2122,7 +2123,7 @@ class Folder:
 
     def _is_place(self, name, depth):
         """Whether the last `depth` folders of a name are one of this folder."""
-        parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
+        parts = _parts(name.replace("\\", "/"))
         place = "/".join(parts[-depth - 1:-1])
         return _folded(place) in self.places or os.path.isdir(self._path(place))
 
@@ -2151,6 +2152,11 @@ def _folded(name):
 def _stem(name):
     """The folded name of a file without its folders and ending."""
     return os.path.splitext(os.path.basename(_folded(name)))[0]
+
+
+def _parts(name):
+    """The folders of a name, and its last part; at least this."""
+    return [part for part in name.split("/") if part not in ("", ".")] or [""]
 
 
 def _is_below(file, place):

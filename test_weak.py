@@ -941,7 +941,8 @@ ODD = {                         # format, a file, what is read of it, and the nu
              b'[null, [], {"image_id": [1]}, {"image_id": 1}, {"image_id": 1, "caption": "x"}]}',
              [("a.jpg", "x")], 4),
     "quotes in a table of tabs": (
-        "csv", b'image\tcaption\na.jpg\t"an open one\n"b.jpg"\t"a quoted ""one"""\nc.jpg\t5" wide\n',
+        "csv",
+        b'image\tcaption\na.jpg\t"an open one\n"b.jpg"\t"a quoted ""one"""\nc.jpg\t5" wide\n',
         [("a.jpg", "an open one"), ("b.jpg", "a quoted one"), ("c.jpg", "wide")], 0),
     "a long text in quotes": (
         "csv", b'image,caption\na.jpg,"one,\n' + b"more,\n" * 50 + b'end"\nb.jpg,two\n',
@@ -986,16 +987,16 @@ ODD = {                         # format, a file, what is read of it, and the nu
                                     [("a.jpg", "x")], 1),
     "ids": ("coco", b'{"images": [{"id": 0, "file_name": "a.jpg"}, {"id": "007", "file_name": '
             b'"b.jpg"}, {"id": null, "file_name": "c.jpg"}], "annotations": [{"image_id": 0.0, '
-            b'"caption": "x"}, {"image_id": 7, "caption": "y"}, {"image_id": null, "caption": "z"}, '
-            b'{"caption": "z"}, {"image_id": false, "caption": "z"}]}',
+            b'"caption": "x"}, {"image_id": 7, "caption": "y"}, {"caption": "z"}, '
+            b'{"image_id": null, "caption": "z"}, {"image_id": false, "caption": "z"}]}',
             [("a.jpg", "x"), ("b.jpg", "y")], 3),
     "names that are numbers": ("coco", b'[{"image_id": 0, "caption": "x"}, {"image_id": 7.0, '
                                b'"caption": "y"}]', [("0", "x"), ("7", "y")], 0),
     "sentences": (
-        "coco", b'{"images": [{"filename": "a.jpg", "sentences": [{"tokens": ["a", "dog"]}, "a cat", '
-        b'null, 5, {"raw": "a cow", "tokens": ["a"]}, {}]}, {"filename": "b.jpg", "sentences": null}'
-        b', {"sentences": ["lost"]}]}', [("a.jpg", "a dog"), ("a.jpg", "a cat"), ("a.jpg", "a cow")],
-        5),
+        "coco", b'{"images": [{"filename": "a.jpg", "sentences": [{"tokens": ["a", "dog"]}, "a cat"'
+        b', null, 5, {"raw": "a cow", "tokens": ["a"]}, {}]}, {"sentences": ["lost"]}, '
+        b'{"filename": "b.jpg", "sentences": null}]}',
+        [("a.jpg", "a dog"), ("a.jpg", "a cat"), ("a.jpg", "a cow")], 5),
     "a shop's table": ("csv", b"id,name,image_path,description\n0,Nice,a.jpg,one\n",
                        [("a.jpg", "one")], 0),
     "yfcc": ("yfcc", as_yfcc("61"), [("61.jpg", "my cafe at the sea red car sun")], 1),
@@ -1034,7 +1035,8 @@ def test_captions_that_cannot_be_read_are_told_in_one_line(kind, content, compla
     ('{"file_name": "a.jpg", "prompt": "x"}\n' * 2, "the keys file_name, prompt, and needs"),
     ("image,caption,split\na.jpg,x, y,train\n", "1 rows have another number of fields"),
     ("a.jpg\t12\n", "see --format, --image-column"),
-    ("a.jpg: one\nb.jpg: two\n", "2 lines have no tab between .* e.g. 'a.jpg: one'"), ("/etc/a.jpg\tx\n", "lead out of --images")])
+    ("a.jpg: one\nb.jpg: two\n", "2 lines have no tab between .* e.g. 'a.jpg: one'"),
+    ("/etc/a.jpg\tx\n", "lead out of --images")])
 def test_captions_without_words_say_why(content, complaint, tmp_path):
     (tmp_path / "c").write_text(content)
     with pytest.raises(ValueError, match=f"^captions: [^\n]*has no word [^\n]*{complaint}[^\n]*$"):
@@ -1651,7 +1653,8 @@ def test_folders_names_are_no_stop_words_unless_asked(tmp_path):
      "not read: 1 .parquet; it needs photo.txt beside photo.jpg, or photos in folders"),
     ({"a.jpg": "", "metadata.csv": "file_name,label\na.jpg,cat\n"},
      "has the columns file_name, label, and needs .* --text-column"),
-    (["train/a.jpg", "val/a.jpg"], "it needs photo.txt beside"), (["a.txt"], "there is no picture")])
+    (["train/a.jpg", "val/a.jpg"], "it needs photo.txt beside"),
+    (["a.txt"], "there is no picture")])
 def test_folder_without_words_says_what_it_needs(files, complaint, tmp_path):
     write(tmp_path / "f", **(files if isinstance(files, dict) else dict.fromkeys(files, "")))
     with pytest.raises(ValueError, match=f"^captions: [^\n]*{complaint}"):
@@ -1680,7 +1683,7 @@ def test_absolute_names_below_the_images_are_names_there(tmp_path):
     index = data.build_index(source, str(tmp_path / "i"), data.Text(9, 0, 0))
     assert words_by_photo(index) == {"sub/a.jpg": ["one"]}
     assert index.facts["refused_names"] == [f"{tmp_path}/g/a.jpg"]
-    other = source._replace(images=str(tmp_path / "g"))             # the names that are there change
+    other = source._replace(images=str(tmp_path / "g"))             # other names are there
     assert data.cached_index(source, index.folder, data.Text(9, 0, 0)) is not None
     assert data.cached_index(other, index.folder, data.Text(9, 0, 0)) is None
 
@@ -1692,23 +1695,33 @@ def test_words_that_were_left_out_as_stop_words_are_known(tmp_path):
     assert data.stop_words(str(tmp_path)) == []
 
 
-def test_two_that_build_an_index_at_one_place_wait_for_each_other(tmp_path):
+BUILD_IN_TURN = """
+import data, json, sys
+folder, first = sys.argv[1:]
+found = []
+for i in range(12):
+    seed = (i + int(first)) % 4
+    source = data.Source(f"{folder}/c{seed}")
+    index = data.build_index(source, f"{folder}/i", data.Text(30, 5, 0.2))
+    names = [index.name(photo) for photo in range(len(index))]
+    found.append((seed, names, [index.words(photo).tolist() for photo in range(len(index))]))
+print(json.dumps(found))
+"""
+
+
+def test_several_that_build_an_index_at_one_place_wait_for_each_other(tmp_path):
+    expected = []
     for seed in range(4):
         write_captions(tmp_path / f"c{seed}", seed=seed)
-    expected = [words_by_photo(build(tmp_path, name=f"i{seed}", captions=f"c{seed}"))
-                for seed in range(4)]
-    code = ("import data, sys, json\nfolder = {!r}\nwords = []\nfor i in range(12):\n"
-            "    seed = (i + int(sys.argv[1])) % 4\n"
-            "    index = data.build_index(data.Source(f'{{folder}}/c{{seed}}'), f'{{folder}}/i', "
-            "data.Text(30, 5, 0.2))\n"
-            "    words.append((seed, {{index.name(p): [index.dictionary[k] for k in index.words(p)] "
-            "for p in range(len(index))}}))\nprint(json.dumps(words))")
+        index = build(tmp_path, name="alone", captions=f"c{seed}")
+        expected.append([[index.name(photo) for photo in range(len(index))],
+                         [index.words(photo).tolist() for photo in range(len(index))]])
     with ThreadPoolExecutor() as pool:
-        results = pool.map(lambda first: run(str(first), code=code.format(str(tmp_path))), range(3))
+        results = pool.map(lambda first: run(tmp_path, first, code=BUILD_IN_TURN), range(3))
     for done in results:
         assert "damaged" not in done.stderr
-        for seed, words in json.loads(done.stdout):
-            assert words == expected[seed]
+        for seed, *found in json.loads(done.stdout):
+            assert found == expected[seed]
 
 
 CODE = "0f1e2d3c" * 4               # a photo's hash
@@ -1763,7 +1776,7 @@ NAMES_CHECKED = {               # captions' names, files, and what is said; Valu
     "elsewhere": (["1.jpg", "2.jpg"], ["1.jpg", "x/2.jpg"],
                   "photos: 1 of 2 have another name or place, e.g. 2.jpg is x/2.jpg"),
     "several": (["1.jpg", "2.jpg"], ["1.jpg", "x/2.jpg", "y/2.jpg"],
-                "1 of 2 may be several files each, e.g. 2.jpg is x/2.jpg or y/2.jpg; write folders"),
+                "1 of 2 may be several files each, e.g. 2.jpg is x/2.jpg or y/2.jpg; write"),
     "links": (["1.jpg", "out.jpg"], ["1.jpg"],
               "1 of 2 are links that lead out of --images, e.g. out.jpg"),
     "none": (["1.jpg"], ["x.png"], "none of the .* which has out.jpg: 1 of 1 are not there, e.g. "
@@ -1788,7 +1801,8 @@ def test_names_are_checked_before_training(case, tmp_path, capsys):
         assert line in capsys.readouterr().out
 
 
-def test_all_names_are_checked_but_in_a_folder_of_too_many_files(index, tmp_path, capsys, monkeypatch):
+def test_all_names_are_checked_but_in_a_folder_of_too_many_files(
+        index, tmp_path, capsys, monkeypatch):
     names = [index.name(i) for i in range(len(index))]
     write(tmp_path / "f", *names[:-1])
     data.check_photos(str(tmp_path / "f"), index)
@@ -1954,7 +1968,8 @@ def shades(low, high):
 
 @pytest.mark.parametrize("pixels", [
     shades(0, 65535).astype(np.uint16), shades(0, 4095).astype(np.uint16),
-    shades(0, 255).astype(np.uint16), shades(0, 1023).astype(np.int32), shades(0, 255).astype(np.int32),
+    shades(0, 255).astype(np.uint16), shades(0, 1023).astype(np.int32),
+    shades(0, 255).astype(np.int32),
     shades(0, 1).astype(np.float32), shades(0, 255).astype(np.float32),
     shades(0, 3e30).astype(np.float32), shades(0, 1e-20).astype(np.float32),
     np.where(np.eye(20, 30) * np.arange(30) == 7, np.inf, shades(0, 1)).astype(np.float32),
@@ -2086,8 +2101,10 @@ LARGE_PHOTOS = {                # mode, size and ending of photos, and whether t
     "progressive JPEG": ("RGB", (16320, 12240), "progressive.jpg", False),
     "16 bits": ("I;16", (13_000, 13_000), "png", True),
     "WebP": ("RGB", (16_000, 12_000), "webp", False),
-    "floats": ("F", (7000, 7000), "tif", True), "floats, too many": ("F", (13_000, 13_000), "tif", False),
-    "RGBA": ("RGBA", (7000, 7000), "png", True), "RGBA, too many": ("RGBA", (9000, 9000), "png", False),
+    "floats": ("F", (7000, 7000), "tif", True),
+    "floats, too many": ("F", (13_000, 13_000), "tif", False),
+    "RGBA": ("RGBA", (7000, 7000), "png", True),
+    "RGBA, too many": ("RGBA", (9000, 9000), "png", False),
     "palette": ("P", (7000, 7000), "png", True), "gray": ("L", (15_000, 15_000), "png", True),
     "fax": ("1", (14_000, 13_000), "tif", True), "bits": ("1", (20_000, 20_000), "png", False)}
 
@@ -3011,6 +3028,21 @@ def test_files_of_a_killed_run_are_removed(start):
     write(Path("r"), **{"model.npz.0123abcd.part": "half"})
     weak.lock_folder("r").close()
     assert not [name for name in os.listdir("r") if name.endswith(".part")]
+
+
+def test_packed_checkpoint_is_not_unpacked(checkpoint, tmp_path):
+    """A few MB may pack thousands; what this project writes is not packed."""
+    np.savez_compressed(tmp_path / "bomb.npz", **{"w/x": np.zeros(10**6, np.float32)})
+    with pytest.raises(ValueError, match="is not a model of weak.py"):
+        data.load_checkpoint(str(tmp_path / "bomb.npz"))
+
+
+@pytest.mark.parametrize("row", [1, None, [], "x", {}, {"step": 1}, {"step": "1"}])
+def test_rows_of_another_kind_are_left_out_of_the_log(row, tmp_path):
+    good = {"epoch": 1, "step": 9, "images_per_second": 3.5, "validation_loss": None}
+    lines = [json.dumps(good), json.dumps(row), "[" * 99_999, '{"epoch": 2, "st', json.dumps(good)]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    assert data.read_log(str(tmp_path)) == [good, good]
 
 
 @pytest.mark.parametrize("part", [0.01, 0.3, 0.7, 0.999])
