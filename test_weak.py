@@ -2826,7 +2826,7 @@ def test_best_epoch_is_evaluated_and_begun_with(mine, train, held_out_losses, ca
 
 
 @pytest.mark.parametrize("photos, words, best", [
-    (1000, 100, 3), (999, 100, 2), (1000, 99, 2)])
+    (500, 100, 3), (499, 100, 2), (500, 99, 2)])
 def test_best_epoch_is_by_mean_ap_where_enough_is_scored(photos, words, best):
     def row(epoch, loss, mean_ap):
         return {"epoch": epoch, "validation_loss": loss, "map": mean_ap, "scored_photos": photos,
