@@ -1,8 +1,9 @@
 """The promises of this project, as tests: `pytest` runs them all, without a GPU, in minutes.
 
-Gradients in float64 against central differences, twins against SciPy, plain loops and (where it is
-installed) PyTorch, the text, the index, the draws, the loader, training, resuming, bad input, the
-CUDA kernels on the host, and the experiments. No test depends on a processor's rounding.
+Gradients in float64 against central differences; the plain operations against SciPy, loops and (where
+it is installed) PyTorch; the fast ones and the CUDA kernels, on the host, against the plain ones; the
+text, the index, sampling, the loader, training, resuming, bad input, and the experiments. No test
+depends on a processor's rounding.
 """
 import bz2
 import csv
