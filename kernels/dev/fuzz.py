@@ -171,6 +171,8 @@ def main():
             else:
                 os.remove(path)
         print(f"{kind}: {options.count:,} files", flush=True)
+    if not faults:
+        shutil.rmtree(folder)
     return 1 if faults else 0
 
 
