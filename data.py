@@ -25,6 +25,7 @@ import html
 import io
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -1838,6 +1839,8 @@ def decode_bytes(content, size, square=True):
         raise ValueError(_unknown_kind(content)) from None
     except OSError as error:
         raise ValueError((str(error) or "damaged").splitlines()[0].lower()) from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(str(error)) from None
     except MemoryError:
         raise
     except Exception as error:                  # broken files raise anything from deep inside
@@ -1879,7 +1882,7 @@ def _decode(content, size, square):
     deep_colours = _raw_mode(image).startswith(("RGB;16", "RGBA;16"))
     image.load()
     turn = TURNS.get(_orientation(image))
-    image = _shrink(image, size)
+    image = _shrink(image, size, deep_colours or image.mode.startswith(DEEP))
     if deep_colours and max(high for _, high in image.getextrema()[:3]) < 128:
         image = _add_low_bytes(image, content, size)
     if turn is not None:
@@ -1901,7 +1904,7 @@ def _formats():
 
 
 def _check_memory(image, pixels, content):
-    """ValueError if decoding an image takes more than MOST_MEMORY; pixels: without `draft`."""
+    """An error if decoding an image takes more than MOST_MEMORY; pixels: without `draft`."""
     cost = max(BYTES_A_PIXEL.get(image.mode, 4), BYTES_A_PIXEL.get(image.format, 0))
     if image.format == "TIFF":                  # a strip, perhaps all of it, is decoded apart
         cost += sum(image.tag_v2.get(BITS_PER_SAMPLE, ())) / 8
@@ -1912,8 +1915,9 @@ def _check_memory(image, pixels, content):
         samples = [across * down for _, across, down, _ in image.layer]
         needed += 2 * pixels * sum(samples) / max(samples)
     if needed > MOST_MEMORY:
-        raise ValueError(f"{pixels / 1e6:,.0f} million pixels of the kind {image.format} "
-                         f"{image.mode} take {needed / 1e6:,.0f} MB, too much; make it smaller")
+        raise Image.DecompressionBombError(
+            f"{pixels / 1e6:,.0f} million pixels of the kind {image.format} {image.mode} take "
+            f"{needed / 1e6:,.0f} MB, too much; make it smaller")
 
 
 def _orientation(image):
@@ -1927,7 +1931,7 @@ def _orientation(image):
 def _raw_mode(image):
     """How the pixels are in the file, as Pillow calls it: RGB;16B has two bytes a colour."""
     args = image.tile[0].args if image.tile else ""
-    return args[0] if isinstance(args, tuple) else str(args)
+    return str(args[0] if isinstance(args, tuple) else args)
 
 
 def _add_low_bytes(image, content, size):
@@ -1939,17 +1943,17 @@ def _add_low_bytes(image, content, size):
     swapped = raw_mode[:-1] + order
     args = (swapped, *tile.args[1:]) if isinstance(tile.args, tuple) else swapped
     low.tile = [part._replace(args=args) for part in low.tile]
-    colours = [np.asarray(part)[:, :, :3].astype(int) for part in (image, _shrink(low, size))]
-    rgb = Image.fromarray(_as_8_bits(colours[0] * 256 + colours[1], "I"))
+    pixels = np.asarray(image)[:, :, :3].astype(np.uint16) * 256
+    pixels += np.asarray(_shrink(low, size, deep=True))[:, :, :3]
+    rgb = Image.fromarray(_as_8_bits(pixels, "I"))
     if image.mode == "RGBA":
         rgb.putalpha(image.getchannel("A"))
     return rgb
 
 
-def _shrink(image, size):
+def _shrink(image, size, deep):
     """A photo of very many pixels made smaller, before anything needs a copy of it."""
     width, height = image.size
-    deep = image.mode.startswith(DEEP)
     if width * height <= (MANY_DEEP_PIXELS if deep else MANY_PIXELS):
         return image
     factors = max(1, width // (4 * size)), max(1, height // (4 * size))
@@ -1978,13 +1982,13 @@ def _as_8_bits(pixels, mode):
 
     Whole numbers have 8, 9, … or 16 bits, as many as these need; others are scaled by the largest.
     """
-    pixels = pixels.astype(np.float64)
+    pixels = pixels.astype(np.float32)
     finite = pixels[np.isfinite(pixels)]
-    top = np.percentile(finite, 99.9) if len(finite) else 0
+    top = float(np.percentile(finite, 99.9)) if len(finite) else 0
     if top <= 0:
-        top = max(1e-9, finite.max(initial=0))
+        top = max(1e-9, float(finite.max(initial=0)))
     if mode.startswith("I"):
-        top = 2 ** max(8, np.ceil(np.log2(top + 1))) - 1
+        top = 2 ** max(8, math.ceil(math.log2(top + 1))) - 1
     pixels = np.nan_to_num(pixels, posinf=top, neginf=0)
     return (np.clip(pixels / top, 0, 1) * 255).astype(np.uint8)
 

@@ -1932,6 +1932,8 @@ def odd_photos(tmp_path, rng):
     rgb.convert("CMYK").save(tmp_path / "cmyk.jpg")
     for mode in ("P", "RGBA", "LA", "1"):
         rgb.convert(mode).save(tmp_path / f"{mode}.png")
+    for ending in ("gif", "webp", "bmp", "tif", "ppm"):
+        rgb.save(tmp_path / f"rgb.{ending}")
     Image.fromarray(rng.integers(0, 65536, (40, 30)).astype(np.uint16)).save(tmp_path / "deep.png")
     Image.new("RGB", (1, 1), "red").save(tmp_path / "dot.png")
     Image.new("RGB", (20_000, 3), "red").save(tmp_path / "wide.png")
@@ -2100,6 +2102,17 @@ def test_thin_photo_has_at_least_one_pixel(size, square, tmp_path):
     assert max(pixels.shape) == 32
 
 
+PEAK_OF_DECODING = """
+import sys
+import data
+try:
+    data.decode(sys.argv[1], 256)
+    print("read")
+except ValueError as error:
+    print(error)
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(int(peak.split()[1]) / 1024)
+"""
 LARGE_PHOTOS = {                # mode, size and ending of photos, and whether they are decoded
     "JPEG of a phone": ("RGB", (16320, 12240), "jpg", True),
     "progressive JPEG": ("RGB", (16320, 12240), "progressive.jpg", False),
@@ -2123,14 +2136,10 @@ def test_no_photo_takes_more_than_500_megabytes(name, tmp_path):
     make = (f"from PIL import Image; Image.new({mode!r}, {size}).save({path!r}, "
             f"progressive={'progressive' in ending}, **{how})")
     subprocess.run([sys.executable, "-c", make], check=True)
-    done = run(code="import resource, data\n"
-                    "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-                    f"try: data.decode({path!r}, 256); print('read')\n"
-                    "except ValueError as error: print(error)\n"
-                    "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)")
+    done = run(path, code=PEAK_OF_DECODING)
     line, megabytes = done.stdout.splitlines()
-    assert line == "read" if is_read else "million pixels of the kind" in line
-    assert float(megabytes) < 500
+    assert line == "read" if is_read else re.match(r"\d+ million pixels of the kind", line)
+    assert float(megabytes) < 500 + 100         # of Python with NumPy and Pillow
 
 
 def test_photos_are_turned_and_scaled_as_they_should(tmp_path):

@@ -160,6 +160,7 @@ def main():
     faults = 0
     warnings.simplefilter("ignore")
     for kind, whole in files.items():
+        read(write(folder, kind, whole))
         for i in range(options.count):
             rng = np.random.default_rng([options.seed, i])
             path = write(folder, f"{kind}-{i}", damage(whole, rng))
