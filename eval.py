@@ -799,7 +799,7 @@ class Fonts:
         return open_font(self.first[0], size)
 
     def try_sooner(self, path):
-        """From now on try a font of the system before the others: the next word may need it, too."""
+        """From now on try a font of the system first: the next word may need it, too."""
         if path in self.system:
             self.system.remove(path)
             self.system.insert(0, path)

@@ -554,9 +554,9 @@ NETWORKS = {
 # with the label frequency, (K,): the part of the rows that carry each word.
 #
 # Besides that a loss says how its scores are used: `normaliser`, `log_probability`, `probabilities`
-# and `prior_shift` turn them into what is reported (eval.py); `photo_weights` is how a photo's words
-# count in validation; `of_guessing` a loss that training should stay below (weak.py); `balances`
-# and `corrects_batch` which options go with it.
+# and `prior_shift` turn them into what is reported (eval.py); `photo_weights` is how a photo's
+# words count in validation; `of_guessing` a loss that training should stay below (weak.py);
+# `balances` and `corrects_batch` say which options go with it.
 
 def _as_labels(labels):
     if isinstance(labels, Labels):

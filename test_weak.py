@@ -1,9 +1,9 @@
 """The promises of this project, as tests: `pytest` runs them all, without a GPU, in minutes.
 
-Gradients in float64 against central differences; the plain operations against SciPy, loops and (where
-it is installed) PyTorch; the fast ones and the CUDA kernels, on the host, against the plain ones; the
-text, the index, sampling, the loader, training, resuming, bad input, and the experiments. No test
-depends on a processor's rounding.
+Gradients in float64 against central differences; the plain operations against SciPy, loops and
+(where it is installed) PyTorch; the fast ones and the CUDA kernels, on the host, against the plain
+ones; the text, the index, sampling, the loader, training, resuming, bad input, and the experiments.
+No test depends on a processor's rounding.
 """
 import bz2
 import csv
@@ -794,7 +794,7 @@ def test_network_is_used_from_python_in_five_lines(rng):
     assert "conv1    Conv     (5, 5, 3, 32)" in shown and "1,378,608 parameters" in shown
     with pytest.raises(AttributeError, match="no layer conv9, but conv1, pool1"):
         net.conv9
-    with pytest.raises(ValueError, match=r"images \(N, H, W, C\) with C = 3, not .*\(4, 3, 64, 64\)"):
+    with pytest.raises(ValueError, match=r"\(N, H, W, C\) with C = 3, not .*\(4, 3, 64, 64\)"):
         net.forward(x.transpose(0, 3, 1, 2))
     with pytest.raises(ValueError, match=r"features \(N, 2048\), not .* another size"):
         net.forward(x[:, :32, :32])
@@ -4719,7 +4719,8 @@ def test_run_is_loaded_with_the_prior_of_real_photos(tiny, monkeypatch, capsys):
     plain = evaluation.Trained("r", prior="none")
     assert plain.shift is None and "prior" not in capsys.readouterr().err
     trained = evaluation.Trained("r")
-    assert "prior: words are as frequent as in photos, by an exact correction" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "prior: words are as frequent as in photos, by an exact correction" in said
     expected = np.log(plain.counts) - np.log(plain.counts).mean()   # words are drawn alike often
     np.testing.assert_allclose(trained.shift, expected, rtol=1e-5)
     np.testing.assert_allclose(trained.net.output.b - plain.net.output.b, expected, atol=1e-5)

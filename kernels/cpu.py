@@ -25,7 +25,7 @@ from .reference import (  # noqa: F401: these are operations of this device, too
 
 PATCH_BYTES = 2 << 20       # patches one thread multiplies at a time: they stay in the cache
 TILE_BYTES = 1 << 20        # the same of the tiles that Winograd's algorithm multiplies
-POOL_BYTES = 4 << 20        # images one thread pools at a time: with fewer, Python would be the limit
+POOL_BYTES = 4 << 20        # images one thread pools at a time: with fewer, Python is the limit
 FLAT_CHUNK = 1 << 17        # numbers per chunk of an elementwise pass: they stay in the cache
 PHOTOS = 8                  # photos per chunk that are cropped and normalised
 
