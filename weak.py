@@ -53,7 +53,7 @@ DECAY = 5e-4                    # likewise
 FINAL = 0.2                     # of the steps of --epochs …
 FINAL_RATE = 0.1                # … are at this part of the learning rate: the last ones
 PATIENCE = 2                    # learning rates' epochs without a better one
-ENOUGH_PHOTOS = 1000            # scored after an epoch that mean AP is no noise …
+ENOUGH_PHOTOS = 500             # scored after an epoch that mean AP is no noise (± 0.005) …
 ENOUGH_WORDS = 100              # … and words: the best epoch is that of the highest
 NEGATIVES = 1000                # of --targets sampled
 VALIDATED = 10_000              # held-out photos scored after an epoch, at most
@@ -118,7 +118,7 @@ def add_data_options(add):
     """Where photos and captions are, and how they are drawn."""
     add("--images", type=os.path.abspath, metavar="DIR", help="photos' folder; else a set is drawn")
     add("--captions", type=os.path.abspath, metavar="FILE", help="also .gz or .bz2; if not given "
-        "photo.txt beside photo.jpg, or else the sub-folders' names")
+        "metadata.csv, texts beside the photos, or the folders' names")
     add("--format", choices=data.FORMATS, help="of the captions; recognised if not given")
     add("--image-column", metavar="NAME", help="of the captions' column, or key, of photos' names; "
         "or its number, from 1, if they have no heading")
