@@ -2233,17 +2233,19 @@ def check_photos(folder, index):
 def look_up(finder, name, check_links):
     """What is to be said of a photo, None for nothing, and the names of the files it may be."""
     paths = finder.candidates(name)
-    files = " or ".join(os.path.relpath(path, finder.folder) for path in paths[:2])
-    if len(paths) != 1:
-        return SEVERAL if paths else MISSING, files
+    if not paths:
+        return MISSING, ""
     if check_links:
         try:
             finder.check(paths[0])
         except OSError:                         # of the disk, which may come back
-            return None, files
+            return None, ""
         except ValueError:
             return LINKS, ""
-    return None if paths[0] == os.path.join(finder.folder, name) else ELSEWHERE, files
+    if paths == [os.path.join(finder.folder, name)]:
+        return None, ""
+    files = " or ".join(os.path.relpath(path, finder.folder) for path in paths[:2])
+    return (ELSEWHERE if len(paths) == 1 else SEVERAL), files
 
 
 def find_duplicates(folder, held_out, training):
