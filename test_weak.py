@@ -3387,6 +3387,12 @@ def test_missing_photos_leave_the_loss_a_mean_over_the_others(mine, train, monke
     assert losses_of("r") == pytest.approx([math.log(30) * np.mean(sizes)], rel=1e-3)
 
 
+def test_folder_of_hidden_files_is_an_empty_one(tmp_path):
+    write(tmp_path, "r/.DS_Store")
+    weak.lock_folder(str(tmp_path / "r")).close()
+    assert sorted(os.listdir(tmp_path / "r")) == [".DS_Store", "run.lock"]
+
+
 def test_folder_of_a_running_run_is_refused(tmp_path):
     lock = weak.lock_folder(str(tmp_path / "r"))
     with pytest.raises(ValueError, match="another run"):

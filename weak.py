@@ -344,7 +344,7 @@ def lock_folder(out):
     path = os.path.join(out, "run.lock")
     try:
         os.makedirs(out, exist_ok=True)
-        names = os.listdir(out)
+        names = [name for name in os.listdir(out) if not name.startswith(".")]
         # a run that was copied may lack the lock, which is empty
         if names and "run.lock" not in names and "model.npz" not in names:
             raise ValueError(f"{out} holds other things than a run; choose another --out")
