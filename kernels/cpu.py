@@ -21,13 +21,12 @@ from numpy.lib.stride_tricks import as_strided
 from . import reference
 from .reference import (  # noqa: F401: these are operations of this device, too
     avg_pool_backward, avg_pool_forward, ceil_div, dropout, host_empty, memory, one_vs_all_loss,
-    output_size, sample_by_class, softmax_loss, to_device, to_host)
+    output_size, prepare, sample_by_class, softmax_loss, to_device, to_host)
 
 PATCH_BYTES = 2 << 20       # patches one thread multiplies at a time: they stay in the cache
 TILE_BYTES = 1 << 20        # the same of the tiles that Winograd's algorithm multiplies
 POOL_BYTES = 4 << 20        # images one thread pools at a time: with fewer, Python is the limit
-FLAT_CHUNK = 1 << 17        # numbers per chunk of an elementwise pass: they stay in the cache
-PHOTOS = 8                  # photos per chunk that are cropped and normalised
+FLAT_CHUNK = 1 << 18        # numbers per chunk of an elementwise pass: they stay in the cache
 
 
 # ---------------------------------------------------------------------------------- threads
@@ -79,7 +78,7 @@ class Threads:
         if not _set_blas_threads(1):
             count = 1                           # BLAS has threads of its own: do not fight them
         self._count = count
-        self._executor = ThreadPoolExecutor(count) if count > 1 else None
+        self._executor = ThreadPoolExecutor(max(1, count - 1))
 
     @property
     def count(self):
@@ -91,10 +90,11 @@ class Threads:
 
     def share(self, work, items):
         """[work(items of a thread)] of all threads in order; the t-th takes items[t::count]."""
-        shares = [items[t::self.count] for t in range(self.count)]
-        if self._executor is None:
-            return [work(share) for share in shares]
-        return list(self._executor.map(work, shares))
+        first, *others = [items[t::self.count] for t in range(self.count)]
+        futures = [self._executor.submit(work, share) for share in others]
+        # this thread works, too: to wake one thread costs 0.1 ms, and to wait for it as much again
+        result = work(first)
+        return [result] + [future.result() for future in futures]
 
     def chunks(self, n, size, work):
         """work(start, stop) on chunks of range(n), shared among the threads."""
@@ -199,12 +199,8 @@ def _filter_by_patches(x, dy, w_shape, stride, pad):
 
 def _column_sums(dy):
     """Σ over all pixels of dy (N, OH, OW, F): (F,). A product with ones is faster than a sum."""
-    def operands(start, stop):
-        pixels = dy[start:stop].reshape(-1, dy.shape[3])
-        return np.ones((len(pixels), 1), dy.dtype), pixels
-
-    size = _chunk_size(len(dy), dy[0].nbytes, POOL_BYTES)
-    return _sum_of_products(len(dy), size, operands)[0]
+    pixels = dy.reshape(-1, dy.shape[3])                            # (N*OH*OW, F)
+    return np.ones(len(pixels), dy.dtype) @ pixels
 
 
 # --------------------------------------------------------- convolution by Winograd's algorithm
@@ -368,26 +364,28 @@ def conv_backward_filter(x, dy, w_shape, stride=1, pad=0):
 
 # ---------------------------------------------------------------------------------- pooling
 
-# A tap (p, q) is one of the kernel×kernel places of a window; its number is p·kernel + q.
+# A tap (p, q) is one of the kernel×kernel places of a window; its number is p·kernel + q. A tap sees
+# every stride-th row and column of the image. So the image is parted into stride×stride grids of
+# such pixels: in the memory of its own grid, the pixels of a tap's windows lie side by side.
 
 def _along(size, out, k, stride, pad):
-    """Along one axis: the windows whose pixel k lies inside the image, and those pixels; slices."""
+    """Along one axis: the windows whose pixel k lies inside the image, and those pixels' grid."""
     first = max(0, ceil_div(pad - k, stride))                       # the first such window
     last = min(out, (size - 1 + pad - k) // stride + 1)             # and the one behind the last
-    start = first * stride + k - pad
-    return slice(first, last), slice(start, start + (last - first - 1) * stride + 1, stride)
+    grid_first, grid = divmod(first * stride + k - pad, stride)
+    return slice(first, last), slice(grid_first, grid_first + last - first), grid
 
 
 def _taps(shape, out_shape, kernel, stride, pad):
-    """Rows of a tap's windows, those where it lies inside the image, their pixels, its number."""
+    """For each tap: its grid, its windows inside the image, their pixels in the grid, its number."""
     taps = []
     for p, q in np.ndindex(kernel, kernel):
-        windows_i, pixels_i = _along(shape[0], out_shape[0], p, stride, pad)
-        windows_j, pixels_j = _along(shape[1], out_shape[1], q, stride, pad)
+        windows_i, pixels_i, grid_i = _along(shape[0], out_shape[0], p, stride, pad)
+        windows_j, pixels_j, grid_j = _along(shape[1], out_shape[1], q, stride, pad)
         if windows_i.stop > windows_i.start and windows_j.stop > windows_j.start:
             windows = slice(None), windows_i, windows_j
             pixels = slice(None), pixels_i, pixels_j
-            taps.append((windows, pixels, p * kernel + q))
+            taps.append(((grid_i, grid_j), windows, pixels, p * kernel + q))
     return taps
 
 
@@ -404,12 +402,14 @@ def max_pool_forward(x, kernel, stride, pad=0, ceil=False):
     taps = _taps((h, w), (oh, ow), kernel, stride, pad)
 
     def work(start, stop):
+        grids = {(i, j): np.ascontiguousarray(x[start:stop, i::stride, j::stride])
+                 for i, j in np.ndindex(stride, stride)}
         largest = y[start:stop]
         place = argmax[start:stop]
         largest[:] = -np.inf
         place[:] = first
-        for windows, pixels, tap in taps:
-            values = x[start:stop][pixels]
+        for grid, windows, pixels, tap in taps:
+            values = grids[grid][pixels]
             larger = np.greater(values, largest[windows]).view(np.uint8)
             larger *= np.uint8(tap)
             # taps come in ascending order, so the larger of the two places is the later one
@@ -421,14 +421,19 @@ def max_pool_forward(x, kernel, stride, pad=0, ceil=False):
 
 
 def max_pool_backward(dy, argmax, x_shape, kernel, stride, pad=0):
-    """Tap by tap, all windows at once."""
-    dx = np.zeros(x_shape, dy.dtype)
+    """Grid by grid, and tap by tap, all windows at once."""
+    dx = np.empty(x_shape, dy.dtype)
     taps = _taps(x_shape[1:3], dy.shape[1:3], kernel, stride, pad)
 
     def work(start, stop):
-        for windows, pixels, tap in taps:
-            chosen = argmax[start:stop][windows] == tap
-            dx[start:stop][pixels] += dy[start:stop][windows] * chosen
+        for i, j in np.ndindex(stride, stride):
+            pixels_of_grid = dx[start:stop, i::stride, j::stride]
+            total = np.zeros(pixels_of_grid.shape, dy.dtype)
+            for grid, windows, pixels, tap in taps:
+                if grid == (i, j):
+                    chosen = argmax[start:stop][windows] == tap
+                    total[pixels] += dy[start:stop][windows] * chosen
+            pixels_of_grid[:] = total
 
     threads.chunks(len(dy), _chunk_size(len(dy), dx[0].nbytes, POOL_BYTES), work)
     return dx
@@ -516,18 +521,6 @@ def sum_gradients(terms):
 
     _flat_chunks(total.size, work)
     return total.reshape(terms[0].shape)
-
-
-def prepare(photos, top, left, flip, crop):
-    """Chunks of photos."""
-    x = np.empty((len(photos), crop, crop, 3), np.float32)
-
-    def work(start, stop):
-        mine = slice(start, stop)
-        x[mine] = reference.prepare(photos[mine], top[mine], left[mine], flip[mine], crop)
-
-    threads.chunks(len(photos), PHOTOS, work)
-    return x
 
 
 def matmul(a, b, bias=None, relu=False):
