@@ -13,6 +13,7 @@ import difflib
 import functools
 import glob
 import io
+import itertools
 import json
 import os
 import signal
@@ -42,10 +43,13 @@ from kernels.console import MOST_THREADS, number
 from kernels.philox import SPLITS, philox
 
 BLOCK = 20_000_000              # scores held at a time
+LETTER = 7.2                    # pixels of a table's letter on a page, about …
+CELL = 18                       # … and of the space around a cell
 KS = (1, 5, 10)                 # precision@k
 SPREAD = " ±"                   # ends the key of a value's standard deviation
 OVER = " ± over"                # … and of what that is taken over
-NAMES = {"auc": "AUC, mean of words"}
+LEVELS = " baselines"           # … and of what baselines have
+SHORT = {"auc": "AUC", "map": "mean AP"}       # of a score, in a table
 MOST_COMPARED = 200_000         # photos among which duplicates are looked for
 RESAMPLES = 200                 # of the photos, for deviations over them
 CANDIDATES = 1000               # photos among which one is looked for by its words
@@ -750,13 +754,19 @@ def tsne(x, perplexity, steps):
 
 INK = (40, 40, 40)
 PALE = (225, 225, 225)
+MARKED = (190, 200, 220)
 COLOURS = ((31, 98, 180), (214, 92, 20), (46, 140, 70), (140, 60, 150))
 FONTS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/share/fonts",
          "/System/Library/Fonts", "/Library/Fonts", "~/Library/Fonts")
 MARGIN = np.array([-2, -1, 2, 1])               # left, top, right, bottom of a map's word, pixels
-CURVES = {                                      # key of a log's row: title
-    "training_loss": "training loss", "validation_loss": "held-out loss",
-    "precision@10": "held-out precision@10", "auc": "held-out AUC, mean of words"}
+DASHES = (4, 9, 2, 15)                          # baselines' lines are broken into such pieces
+LOG_TICKS = (1, 2, 5)                           # times a power of ten
+LOSS_NAMES = {"softmax": "loss of a photo's words, mean of -log p (nats)",
+              "one-vs-all": "loss of a photo, equation 1"}
+SCORES = {                                      # key of a score: its axis
+    "precision@10": "precision@10 (fraction)",
+    "auc": "AUC, mean over the words (fraction)",
+    "map": "average precision, mean over the words (fraction)"}
 
 
 def save_image(image, path):
@@ -812,6 +822,12 @@ class Fonts:
         self.warned = True
 
 
+@functools.cache
+def usual_fonts():
+    """Fonts without one that is given."""
+    return Fonts()
+
+
 def list_fonts():
     """Paths of the system's fonts, the plainest first."""
     paths = []
@@ -854,17 +870,333 @@ def filters_picture(w, zoom=6):
     return Image.fromarray(pixels.repeat(zoom, axis=0).repeat(zoom, axis=1))
 
 
-def curves_picture(log):
-    """The learning curves of a run's log, over the epochs."""
-    panels = []
-    curves = dict(CURVES)
-    if not any("training_loss" in row for row in log):              # of an older run
-        del curves["training_loss"]
-        curves = {"loss": "objective of training", **curves}
-    for colour, (key, title) in zip(COLOURS, curves.items()):
-        chance = 0.5 if key == "auc" else None
-        panels.append(plot_picture(log, "epoch", key, title, chance, colour=colour))
-    return Image.fromarray(np.vstack([np.hstack(panels[:2]), np.hstack(panels[2:])]))
+class Stroke(NamedTuple):
+    """A line through points, whole, or broken into pieces of `dash`, of two points then."""
+
+    points: list
+    colour: tuple
+    width: float
+    dash: float
+
+    def draw(self, canvas, scale):
+        points = np.array(self.points) * scale                      # (P, 2)
+        width = max(1, round(self.width * scale))
+        if not self.dash:
+            canvas.line([tuple(point) for point in points], self.colour, width, "curve")
+            return
+        start, end = points
+        length = np.hypot(*(end - start)) / scale
+        for at in np.arange(0, length, 2 * self.dash):
+            piece = np.minimum([at, at + self.dash], length) / length
+            ends = start + piece[:, None] * (end - start)           # (2, 2)
+            canvas.line([tuple(point) for point in ends], self.colour, width)
+
+    def svg(self):
+        points = " ".join(f"{x:.2f},{y:.2f}" for x, y in self.points)
+        dash = f' stroke-dasharray="{self.dash}"' if self.dash else ""
+        return (f'<polyline points="{points}" fill="none" stroke="rgb{self.colour}" '
+                f'stroke-width="{self.width}"{dash}/>')
+
+
+class Dot(NamedTuple):
+    """A filled circle."""
+
+    centre: tuple
+    radius: float
+    colour: tuple
+
+    def draw(self, canvas, scale):
+        x, y = np.array(self.centre) * scale
+        canvas.circle((x, y), self.radius * scale, self.colour)
+
+    def svg(self):
+        x, y = self.centre
+        return f'<circle cx="{x:.2f}" cy="{y:.2f}" r="{self.radius}" fill="rgb{self.colour}"/>'
+
+
+class Text(NamedTuple):
+    """A text, of which the anchor, as in Pillow, says which corner is at the point.
+
+    In SVG it is stretched to `length`, if that is not 0.
+    """
+
+    point: tuple
+    text: str
+    anchor: str
+    size: float
+    colour: tuple
+    length: float
+    fonts: object                               # Fonts
+
+    def draw(self, canvas, scale):
+        x, y = np.array(self.point) * scale
+        font = self.fonts.find(self.text, self.size * scale)
+        canvas.text((x, y), self.text, self.colour, font, self.anchor)
+
+    def svg(self):
+        across, down = self.anchor
+        x, y = self.point
+        baseline = y + BASELINES_BELOW[down] * self.size
+        stretched = f' textLength="{self.length:.0f}"' if self.length else ""
+        return (f'<text x="{x:.1f}" y="{baseline:.1f}" font-size="{self.size:.1f}" '
+                f'text-anchor="{SVG_ANCHORS[across]}" fill="rgb{self.colour}"{stretched}>'
+                f'{escape(self.text)}</text>')
+
+
+SMOOTH = 3                      # lines are drawn so many times as large, …
+LARGE = 5000                    # … in pictures of fewer pixels across
+SVG_ANCHORS = {"l": "start", "m": "middle", "r": "end"}
+BASELINES_BELOW = {"a": 0.9, "m": 0.35, "s": 0, "d": -0.25}         # an anchor, of a font's size
+
+
+class Drawing:
+    """Lines, dots and texts at points (x, y) from the top left of a page: as pixels, or as SVG."""
+
+    def __init__(self, width, height, fonts=None):
+        self.width = width
+        self.height = height
+        self.fonts = fonts or usual_fonts()
+        self.shapes = []
+
+    def line(self, points, colour=INK, width=1, dash=0):
+        self.shapes.append(Stroke(list(points), colour, width, dash))
+
+    def dot(self, centre, radius, colour):
+        self.shapes.append(Dot(centre, radius, colour))
+
+    def text(self, point, text, anchor="la", size=14, colour=INK, length=0):
+        self.shapes.append(Text(point, text, anchor, size, colour, length, self.fonts))
+
+    def image(self, width=None):
+        """As pixels, that many across; one for each unit of the page if not given."""
+        scale = (width or self.width) / self.width
+        factor = SMOOTH if self.width * scale < LARGE else 1        # then reduced: smooth edges
+        lines = [shape for shape in self.shapes if not isinstance(shape, Text)]
+        texts = [shape for shape in self.shapes if isinstance(shape, Text)]
+        size = (round(self.width * scale) * factor, round(self.height * scale) * factor)
+        image = Image.new("RGB", size, "white")
+        draw_shapes(lines, image, scale * factor)
+        image = image.reduce(factor)
+        draw_shapes(texts, image, scale)
+        return image
+
+    def svg(self):
+        """As an <svg> element, and a file of that alone."""
+        shapes = "\n".join(shape.svg() for shape in self.shapes)
+        return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" '
+                f'width="{self.width}" height="{self.height}" font-family="sans-serif">\n'
+                f'{shapes}\n</svg>\n')
+
+
+def draw_shapes(shapes, image, scale):
+    """Draw shapes, so many times as large, onto an image."""
+    canvas = ImageDraw.Draw(image)
+    for shape in shapes:
+        shape.draw(canvas, scale)
+
+
+class Curve(NamedTuple):
+    """Points of a plot, and of each the length of half an error bar, 0 for none."""
+
+    name: str
+    x: list
+    y: list
+    deviations: list                            # one standard deviation each …
+    over: list                                  # … over what: "3 seeds", or "" without
+
+
+class Plot(NamedTuple):
+    """What a plot shows: its axes' names with units, curves, and baselines, {name: height}."""
+
+    x_name: str
+    y_name: str
+    curves: list
+    levels: dict
+    log: bool = False                           # whether x is on a log scale
+    mark: tuple = ()                            # (x, name) of a vertical line
+
+
+def curve_of(rows, name, across, key):
+    """The Curve of row[key] against row[across], with row[key + SPREAD], where they are numbers."""
+    rows = [row for row in rows if row.get(key) is not None and np.isfinite(row[key])]
+    return Curve(name, [row[across] for row in rows], [row[key] for row in rows],
+                 [row.get(key + SPREAD, 0) for row in rows],
+                 [row.get(key + OVER, "") for row in rows])
+
+
+def plot_table(plots):
+    """A heading, and rows of all numbers that plots show; baselines have no x."""
+    heading = ["plot", "curve", plots[0].x_name, "value", "deviation", "deviation over"]
+    rows = []
+    for plot in plots:
+        for curve in plot.curves:
+            for x, y, deviation, over in zip(*curve[1:]):
+                rows.append([plot.y_name, curve.name, x, y, deviation or "", over])
+        for name, y in plot.levels.items():
+            rows.append([plot.y_name, name, "", y, "", ""])
+    return heading, rows
+
+
+def draw_plots(plots, columns=2):
+    """A Drawing of plots, side by side in so many columns."""
+    columns = min(columns, len(plots))
+    height = max(Frame.BOTTOM + Frame.BELOW + Frame.ENTRY * len(legend_of(plot)) for plot in plots)
+    drawing = Drawing(columns * Frame.WIDTH, -(-len(plots) // columns) * height)
+    for i, plot in enumerate(plots):
+        Frame(drawing, plot, i % columns * Frame.WIDTH, i // columns * height).draw_all()
+    return drawing
+
+
+def legend_of(plot):
+    """What the legend of a plot explains: (kind, colour, name) of each line of it."""
+    entries = []
+    curves = [curve for curve in plot.curves if curve.x]
+    for i, curve in enumerate(curves):
+        entries.append(("curve", COLOURS[i % len(COLOURS)], curve.name))
+    for i, name in enumerate(plot.levels):
+        entries.append((DASHES[i % len(DASHES)], INK, name))
+    over = []
+    for curve in curves:
+        over += [text for deviation, text in zip(curve.deviations, curve.over) if deviation]
+    if over:
+        names = " or over ".join(dict.fromkeys(over))
+        entries.append(("bar", INK, f"one standard deviation over {names}, up and down"))
+    if plot.mark:
+        entries.append(("mark", INK, plot.mark[1]))
+    return entries
+
+
+class Frame:
+    """Draws a plot into a drawing, its top left corner at (left, top)."""
+
+    WIDTH = 480
+    LEFT = 70                                   # of the axes, from the corner
+    RIGHT = 455
+    TOP = 45
+    BOTTOM = 265
+    BELOW = 55                                  # what the x axis takes
+    ENTRY = 20                                  # what a line of the legend takes
+
+    def __init__(self, drawing, plot, left, top):
+        self.drawing = drawing
+        self.plot = plot
+        self.curves = [curve for curve in plot.curves if curve.x]
+        self.left = left + self.LEFT
+        self.right = left + self.RIGHT
+        self.top = top + self.TOP
+        self.bottom = top + self.BOTTOM
+        self.title_height = top + 17
+
+    def draw_all(self):
+        if not self.curves:
+            self.drawing.text((self.left, self.title_height),
+                              f"{self.plot.y_name}: nothing to show")
+            return
+        self.drawing.text((self.left, self.title_height), self.plot.y_name)
+        self.set_axes()
+        self.draw_heights()
+        self.draw_levels()
+        self.draw_places()
+        for curve, colour in zip(self.curves, itertools.cycle(COLOURS)):
+            self.draw_curve(curve, colour)
+        self.draw_legend()
+
+    def set_axes(self):
+        """What is at the frame's edges."""
+        ys = [*self.plot.levels.values()]
+        xs = [self.plot.mark[0]] if self.plot.mark else []
+        for curve in self.curves:
+            deviations = np.array(curve.deviations)
+            ys += [*(curve.y - deviations), *(curve.y + deviations)]
+            xs += curve.x
+        below = 0.02 * (max(ys) - min(ys))      # so that no line lies on the axis
+        self.ticks = round_ticks(min(ys) - below, max(ys))
+        self.xs = np.array([min(xs), max(xs)], float)               # the curves' ends
+        ends = self.scale(self.xs)
+        margin = 0.04 * (ends[1] - ends[0]) or 0.5
+        self.ends = ends + [-margin, margin]                        # the frame's
+
+    def scale(self, x):
+        """x as the axis measures it."""
+        return np.log10(x) if self.plot.log else np.asarray(x, float)
+
+    def across(self, x):
+        """The distance of x from the page's left."""
+        return np.interp(self.scale(x), self.ends, [self.left, self.right])
+
+    def down(self, y):
+        """The distance of y from the page's top."""
+        return np.interp(y, self.ticks[[0, -1]], [self.bottom, self.top])
+
+    def draw_heights(self):
+        """The axes; a pale line for each of the ticks of y, and its number."""
+        for tick in self.ticks:
+            height = self.down(tick)
+            self.drawing.line([(self.left, height), (self.right, height)], PALE)
+            self.drawing.text((self.left - 6, height), f"{tick:.6g}", "rm")
+        self.drawing.line([(self.left, self.top), (self.left, self.bottom),
+                           (self.right, self.bottom)])
+
+    def draw_levels(self):
+        """A broken line for each baseline, and a pale upright one at the mark."""
+        for height, dash in zip(self.plot.levels.values(), itertools.cycle(DASHES)):
+            ends = [(self.left, self.down(height)), (self.right, self.down(height))]
+            self.drawing.line(ends, INK, dash=dash)
+        if self.plot.mark:
+            x = self.across(self.plot.mark[0])
+            self.drawing.line([(x, self.top), (x, self.bottom)], MARKED, 2)
+
+    def draw_places(self):
+        """Whole numbers under the x axis, and its name."""
+        for x in self.places():
+            self.drawing.line([(self.across(x), self.bottom), (self.across(x), self.bottom + 4)])
+            self.drawing.text((self.across(x), self.bottom + 7), f"{x:,.0f}", "ma")
+        name = self.plot.x_name + (" (log scale)" if self.plot.log else "")
+        self.drawing.text(((self.left + self.right) / 2, self.bottom + 26), name, "ma")
+
+    def places(self):
+        """Where the x axis has numbers."""
+        low, high = self.xs
+        if self.plot.log:
+            powers = 10.0 ** np.arange(0, 15)
+            ticks = np.sort(np.outer(powers, LOG_TICKS).ravel())
+        else:
+            ticks = round_ticks(low, high)
+        inside = [x for x in ticks if low <= x <= high and x % 1 == 0]
+        return inside if len(inside) > 1 else sorted({low, high})
+
+    def draw_curve(self, curve, colour):
+        """A line through points, with error bars."""
+        xs = self.across(curve.x)
+        points = list(zip(xs, self.down(curve.y)))
+        self.drawing.line(points, colour, 2)
+        for (x, y), value, deviation in zip(points, curve.y, curve.deviations):
+            self.drawing.dot((x, y), 3, colour)
+            if deviation:
+                self.draw_bar(x, self.down(value - deviation), self.down(value + deviation), colour)
+
+    def draw_bar(self, x, low, high, colour):
+        """An error bar."""
+        self.drawing.line([(x, low), (x, high)], colour)
+        for end in low, high:
+            self.drawing.line([(x - 4, end), (x + 4, end)], colour)
+
+    def draw_legend(self):
+        """Under the axes, what each line is."""
+        for i, (kind, colour, name) in enumerate(legend_of(self.plot)):
+            height = self.bottom + self.BELOW + self.ENTRY * i
+            start = self.left
+            ends = [(start, height), (start + 30, height)]
+            if kind == "curve":
+                self.drawing.line(ends, colour, 2)
+                self.drawing.dot((start + 15, height), 3, colour)
+            elif kind == "bar":
+                self.draw_bar(start + 15, height - 7, height + 7, colour)
+            elif kind == "mark":
+                self.drawing.line([(start + 15, height - 8), (start + 15, height + 8)], MARKED, 2)
+            else:
+                self.drawing.line(ends, colour, dash=kind)
+            self.drawing.text((start + 40, height), name, "lm")
 
 
 def round_ticks(low, high):
@@ -881,114 +1213,59 @@ def round_ticks(low, high):
             return step * np.arange(first, last + 1) + 0.0          # no -0
 
 
-class Plot:
-    """A picture of a curve: a frame with a title, into which ticks, lines and points are drawn."""
-
-    SIZE = (480, 310)
-    LEFT = 70                                   # of the frame, in pixels
-    RIGHT = 450
-    TOP = 45
-    BOTTOM = 265
-
-    def __init__(self, title):
-        self.image = Image.new("RGB", self.SIZE, "white")
-        self.draw = ImageDraw.Draw(self.image)
-        self.font = ImageFont.load_default(14)
-        corners = [(self.LEFT, self.TOP), (self.LEFT, self.BOTTOM), (self.RIGHT, self.BOTTOM)]
-        self.draw.line(corners, INK)
-        self.write((self.LEFT, 17), title, "la")
-
-    def write(self, point, text, anchor):
-        """A text; the anchor says, as in Pillow, which of its corners is at the point."""
-        self.draw.text(point, text, INK, self.font, anchor=anchor)
-
-    def set_axes(self, xs, ticks, scale):
-        """What is at the frame's edges; x is shown at scale(x)."""
-        self.scale = scale
-        self.xs = xs[[0, -1]]
-        self.ys = ticks[[0, -1]]
-
-    def across(self, x):
-        """Pixels from the left."""
-        return np.interp(self.scale(x), self.scale(self.xs), [self.LEFT, self.RIGHT])
-
-    def down(self, y):
-        """Pixels from the top."""
-        return np.interp(y, self.ys, [self.BOTTOM, self.TOP])
-
-    def draw_heights(self, ticks):
-        """A pale line for each of the ticks, and its number."""
-        for tick in ticks:
-            height = self.down(tick)
-            self.draw.line([(self.LEFT + 1, height), (self.RIGHT, height)], PALE)
-            self.write((self.LEFT - 6, height), f"{tick:.6g}", "rm")
-
-    def draw_chance(self, chance):
-        """A broken line, and its name."""
-        height = self.down(chance)
-        for left in range(self.LEFT, self.RIGHT, 8):
-            self.draw.line([(left, height), (left + 4, height)], INK)
-        self.write((self.RIGHT, height - 2), "chance", "rd")
-
-    def draw_steps(self, xs, name):
-        """Whole numbers under the frame, and what they count."""
-        for x in xs if len(xs) < 7 else round_ticks(xs[0], xs[-1]):
-            if xs[0] <= x <= xs[-1] and x % 1 == 0:
-                self.write((self.across(x), self.BOTTOM + 6), f"{x:,.0f}", "ma")
-        self.write((self.RIGHT, self.BOTTOM + 24), name, "ra")
-
-    def draw_curve(self, xs, ys, spreads, colour):
-        """A line through points with error bars, of twice the spread."""
-        points = list(zip(self.across(xs), self.down(ys)))
-        self.draw.line(points, colour, 2)
-        for (x, y), low, high in zip(points, self.down(ys - spreads), self.down(ys + spreads)):
-            self.draw.ellipse([x - 2, y - 2, x + 2, y + 2], colour)
-            self.draw.line([(x, low), (x, high)], colour)
+def logged_level(log, key):
+    """The baseline of a score that a run's log has, {name: value}, empty if it has none."""
+    last = log[-1] if log else {}
+    levels = {"precision@10": ("most frequent words", last.get("precision@10_frequent_words")),
+              "auc": ("chance", 0.5), "map": ("chance", last.get("map_chance"))}
+    name, level = levels[key]
+    return {} if level is None else {name: level}
 
 
-def plot_picture(rows, across, key, title, chance=None, scale=np.asarray, colour=COLOURS[0]):
-    """A curve of row[key] against scale(row[across]), with a broken line at `chance`.
+def curves_plots(log, loss="softmax", best=None):
+    """The learning curves of a run's log, over the epochs, a list of Plots.
 
-    row[key + SPREAD], if there, is half the length of an error bar.
+    loss: its option; best: the epoch whose weights are kept, or None.
     """
-    rows = [row for row in rows if row.get(key) is not None and np.isfinite(row[key])]
-    if not rows:
-        return Plot(title + ": nothing to show").image
-    xs = np.array([row[across] for row in rows], float)
-    ys = np.array([row[key] for row in rows], float)
-    spreads = np.array([row.get(key + SPREAD, 0) for row in rows], float)
-    low = min(ys - spreads)
-    high = max(ys + spreads)
-    if chance is not None:
-        low = min(low, chance)
-        high = max(high, chance)
-    ticks = round_ticks(low, high)
-    plot = Plot(title)
-    plot.set_axes(xs, ticks, scale)
-    plot.draw_heights(ticks)
-    if chance is not None:
-        plot.draw_chance(chance)
-    plot.draw_steps(xs, across.replace("_", " "))
-    plot.draw_curve(xs, ys, spreads, colour)
-    return plot.image
+    epochs = [row["epoch"] for row in log]
+    mark = (best, f"the weights of epoch {best} are kept") if best in epochs else ()
+    losses = [curve_of(log, "held-out photos", "epoch", "validation_loss"),
+              curve_of(log, "training photos", "epoch", "training_loss")]
+    plots = [Plot("epoch", LOSS_NAMES[loss], losses, {}, mark=mark)]
+    if not losses[1].x:                         # of an older run, or nothing is held out
+        objective = curve_of(log, "objective", "epoch", "loss")
+        plots.insert(0, Plot("epoch", "objective of training", [objective], {}, mark=mark))
+    for key, name in SCORES.items():
+        curve = curve_of(log, "held-out photos", "epoch", key)
+        plots.append(Plot("epoch", name, [curve], logged_level(log, key), mark=mark))
+    shown = [plot for plot in plots if any(curve.x for curve in plot.curves)]
+    return shown or plots[:1]
 
 
-def grid_picture(rankings, find, fonts, side=150):
-    """Words above their photos, {word: {name: score}}; find(name) is a photo's path (Fig. 3)."""
+def grid_picture(rankings, find, fonts, unit, width=None):
+    """Words above their photos, {word: {name: score}}; find(name) is a photo's path (Fig. 3).
+
+    unit: what the scores are; width: in pixels.
+    """
     columns = max(len(photos) for photos in rankings.values())
-    width = columns * (side + 6) + 6
-    height = len(rankings) * (side + 56) + 6
-    image = Image.new("RGB", (width, height), "white")
+    scale = 1 if width is None else width / (columns * 156 + 6)
+    side = round(150 * scale)
+    gap = round(6 * scale)
+    row_height = round(206 * scale)
+    size = (columns * (side + gap) + gap, len(rankings) * row_height + gap)
+    image = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(image)
-    small_font = ImageFont.load_default(13)
+    small_font = open_font(None, 13 * scale)
     for row, (word, photos) in enumerate(rankings.items()):
-        top = 6 + row * (side + 56)
-        draw.text((8, top + 20), word, INK, fonts.find(word, 20), "ls")
+        top = gap + row * row_height
+        draw.text((gap, top + 20 * scale), word, INK, fonts.find(word, 20 * scale), "ls")
+        bottom = round(top + 28 * scale) + side
         for column, (name, score) in enumerate(photos.items()):
-            left = 6 + column * (side + 6)
+            left = gap + column * (side + gap)
             photo = thumbnail(find(name), side)
-            image.paste(photo, (left, top + 28 + side - photo.height))
-            draw.text((left + 2, top + side + 31), f"{score:.2f}", INK, small_font)
+            image.paste(photo, (left, bottom - photo.height))
+            text = f"{unit} {score:.2f}"
+            draw.text((left, bottom + 3 * scale), text, INK, small_font)
     return image
 
 
@@ -1008,17 +1285,15 @@ def mosaic_picture(paths, y, size):
 
 
 def words_picture(names, y, weights, size, fonts):
-    """Words at points (N, 2) in [0, 1]², without overlaps (Fig. 6): an image, and SVG <text>s.
+    """A Drawing of words at points (N, 2) in [0, 1]², without overlaps (Fig. 6).
 
     The heaviest words come first and are largest; a word that finds no room is left out.
     """
-    image = Image.new("RGB", (size, size), "white")
-    draw = ImageDraw.Draw(image)
+    drawing = Drawing(size, size, fonts)
     centres = (0.05 + 0.9 * y) * size                               # (N, 2)
     spiral = spiral_from_centre(size)
     largest = 0.65 * size / (6 + len(names) ** 0.5)
     boxes = np.zeros((0, 4))                                        # of the words that are there
-    texts = []
     for rank, i in enumerate(np.argsort(-weights, kind="stable")):
         height = max(9, largest * (1 - 0.6 * rank / len(names)))
         font = fonts.find(names[i], height)
@@ -1027,10 +1302,9 @@ def words_picture(names, y, weights, size, fonts):
         if point is None:
             continue
         boxes = np.vstack([boxes, np.tile(point, 2) + box + MARGIN])
-        colour = COLOURS[len(texts) % len(COLOURS)]
-        draw.text(tuple(point), names[i], colour, font, "mm")
-        texts.append(svg_text(names[i], point, height, box[2] - box[0], colour))
-    return image, texts
+        colour = COLOURS[len(drawing.shapes) % len(COLOURS)]
+        drawing.text(tuple(point), names[i], "mm", height, colour, box[2] - box[0])
+    return drawing
 
 
 def spiral_from_centre(size, steps=300):
@@ -1054,14 +1328,12 @@ def find_room(points, box, boxes, size):
     return points[good[0]] if len(good) else None
 
 
-def svg_text(word, centre, height, width, colour):
-    """An SVG element of a word, height and width in pixels."""
-    x, y = centre
-    return (f'<text x="{x:.0f}" y="{y:.0f}" font-size="{height:.1f}" textLength="{width:.0f}" '
-            f'fill="rgb{colour}">{escape(word)}</text>')
-
-
 # ----------------------------------------------------------------------------- trained runs
+
+PLACES = ("seed", "out", "resume", "workers", "threads", "device", "images")
+DATA = ("captions", "format", "image_column", "text_column", "valid", "drawn")
+LENGTH = ("epochs", "epoch_size", "lr")         # options that one may fit to how many photos there are
+
 
 class Trained:
     """A run's model: its best weights, or those of a given checkpoint.
@@ -1090,6 +1362,7 @@ class Trained:
         if self.options["drawn"]:               # wherever the run's folder is now
             self.options.update(data.drawn_sources(self.folder))
         self.step = facts["step"]
+        self.epoch = facts["epoch"]
         self.training = facts["training"]       # photos
         self.counts = np.array(facts["counts"])
         self.loss = self.make_loss(self.counts)
@@ -1171,10 +1444,15 @@ class Trained:
         return model.LOSSES[self.options["loss"]](counts / self.training)
 
     def settings(self):
-        """All options that training depends on but the seed: runs that share them are one."""
-        apart = ("seed", "out", "resume", "workers", "threads", "device", "images")
+        """All that training depends on but the seed, as text: runs that share it are one.
+
+        A drawn set's pictures, and how many have words, are the seed's.
+        """
+        apart = PLACES + ("captions",) if self.options["drawn"] else PLACES
         settings = {key: value for key, value in self.options.items() if key not in apart}
-        return json.dumps([self.training, settings], sort_keys=True)
+        count = None if self.options["drawn"] else self.training
+        epochs = len(self.log) if self.options["epochs"] else None  # fewer if it was interrupted
+        return json.dumps([count, epochs, settings], sort_keys=True)
 
     def index(self, captions, words, valid):
         """The index of the captions under a dictionary of these words; the run's own if it fits.
@@ -1433,18 +1711,30 @@ class Output:
             cells += [cell.rjust(width) for cell, width in zip(rest, widths[1:])]
             print("  ".join(cells).rstrip())
         body = [html_row(line, "td") for line in lines[1:]]
-        self.html.append('<div class="wide"><table>' + html_row(lines[0], "th") + "".join(body)
-                         + "</table></div>")
+        table = "<table>" + html_row(lines[0], "th") + "".join(body) + "</table>"
+        self.html.append(wide_html(table, LETTER * sum(widths) + CELL * len(widths)))
 
-    def picture(self, image, what, kind="png", html=None):
-        """An image, into the file, or on the page: of that kind, or as this HTML."""
+    def plots(self, plots, what, width=None):
+        """Plots, into the file, so many pixels wide, or on the page, each of its own."""
         if self.out:
-            save_image(image, self.out)
-            print(f"{self.out}: {what}")
+            self.save(draw_plots(plots), what, plot_table(plots), width)
             return
-        if html is None:
-            html = image_html(image, what, kind)
-        self.html.append(f'<div class="wide">{html}</div>')
+        panels = [f"<figure>{draw_plots([plot]).svg()}</figure>" for plot in plots]
+        self.html.append(f'<div class="plots">{"".join(panels)}</div>')
+
+    def picture(self, picture, what, table):
+        """A Drawing or a picture of photos, and its numbers: into the file, or on the page."""
+        if self.out:
+            self.save(picture, what, table)
+        elif isinstance(picture, Drawing):
+            self.html.append(wide_html(picture.svg(), picture.width))
+        else:
+            self.html.append(image_html(picture, what, "jpeg"))
+
+    def save(self, picture, what, table, width=None):
+        """Write the picture file, a Drawing so many pixels wide, and beside it its numbers."""
+        save_picture(self.out, picture, table, width)
+        print(f"{self.out}: {what}; its numbers are in {numbers_file(self.out)}")
 
     def photos(self, photos):
         """Photos beside each other on the page: (path, what it shows, HTML to stand under it)."""
@@ -1453,6 +1743,40 @@ class Output:
             image = image_html(thumbnail(path, 200), what, "jpeg")
             self.html.append(f"<figure>{image}<figcaption>{below}</figcaption></figure>")
         self.html.append("</div>")
+
+
+def wide_html(html, width):
+    """HTML that is so many pixels wide: where the page is less, one can scroll, and is told so."""
+    return (f'<div class="wide" style="--width: {width:.0f}px"><p class="hint">wider than the page: '
+            f'scroll sideways →</p><div class="scroll">{html}</div></div>')
+
+
+def numbers_file(path):
+    """The file with the numbers of a picture, beside it."""
+    return os.path.splitext(path)[0] + ".csv"
+
+
+def save_picture(path, picture, table, width=None):
+    """Write a Drawing, so many pixels wide, or a picture of photos, and beside it its numbers."""
+    if path.lower().endswith(".svg"):
+        with console.whole_file(path, "w", encoding="utf-8") as file:
+            file.write(picture.svg())
+    else:
+        save_image(picture.image(width) if isinstance(picture, Drawing) else picture, path)
+    write_table(numbers_file(path), *table)
+
+
+def save_plots(path, plots, width=None):
+    """Write a picture of plots, so many pixels wide, and beside it their numbers."""
+    save_picture(path, draw_plots(plots), plot_table(plots), width)
+
+
+def write_table(path, heading, rows):
+    """A CSV file of a heading and rows."""
+    with console.whole_file(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(heading)
+        writer.writerows(rows)
 
 
 def format_cell(cell):
@@ -1502,24 +1826,50 @@ def option(flag, **settings):
 
 
 RUN_FILES = {"run.lock", "model.npz", "best.npz", "words.txt", "log.jsonl", "skipped.txt",
-             "curves.png", "filters.png"}
+             "curves.png", "curves.csv", "filters.png", "thresholds.csv"}
 
 
-def output_option(flag, ending="", required=True, **settings):
+def output_option(flag, *endings, required=True, **settings):
     """An option that names a file to write: its name ends so, and its folder takes files."""
     def check(path):
-        if not path.lower().endswith(ending):
-            raise argparse.ArgumentTypeError(f"{path}: its name must end in {ending}")
-        folder = os.path.dirname(path) or "."
-        if path != "-" and (os.path.isdir(path) or not os.access(folder, os.W_OK)):
-            raise argparse.ArgumentTypeError(f"cannot write {path}; choose another place")
-        in_run = os.path.exists(os.path.join(folder, "model.npz"))
-        if in_run and os.path.basename(path) in RUN_FILES:
-            raise argparse.ArgumentTypeError(f"{path} is a run's own file; choose another name")
+        if endings and not path.lower().endswith(endings):
+            raise argparse.ArgumentTypeError(f"{path}: its name must end in "
+                                             f"{' or '.join(endings)}")
+        check_writable(path)
         return path
 
-    settings = {"help": "the file to write", **settings}
-    return option(flag, type=check, required=required, metavar="FILE" + ending, **settings)
+    settings = {"help": "the file to write", "metavar": "FILE" + "|".join(endings), **settings}
+    return option(flag, type=check, required=required, **settings)
+
+
+def check_writable(path):
+    """ArgumentTypeError unless this file can be written, and is no run's own."""
+    folder = os.path.dirname(path) or "."
+    if path != "-" and (os.path.isdir(path) or not os.access(folder, os.W_OK)):
+        raise argparse.ArgumentTypeError(f"cannot write {path}; choose another place")
+    in_run = os.path.exists(os.path.join(folder, "model.npz"))
+    if in_run and os.path.basename(path) in RUN_FILES:
+        raise argparse.ArgumentTypeError(f"{path} is a run's own file; choose another name")
+
+
+def picture_option(*endings, required=False):
+    """--out of a command that draws: the picture, with its numbers beside it as a CSV file."""
+    flag, settings = output_option("--out", *endings)
+    check_picture = settings["type"]
+
+    def check(path):
+        check_picture(path)
+        numbers = numbers_file(path)
+        check_writable(numbers)
+        stem = os.path.splitext(path)[0]
+        pictures = [stem + ending for ending in PLOTS]
+        if os.path.exists(numbers) and not any(map(os.path.exists, pictures)):  # not of one
+            raise argparse.ArgumentTypeError(f"{numbers} is there already, where the numbers of "
+                                             f"{path} would be; choose another name")
+        return path
+
+    says = "the picture to write, and beside it its numbers as .csv"
+    return option(flag, **{**settings, "type": check, "required": required, "help": says})
 
 
 COMMON = (
@@ -1542,11 +1892,15 @@ SPLITTING = (
     option("--train-share", type=number(float, 0, 1), default=0.5, help="of each class"),
     option("--train-per-class", type=number(int, 1), help="instead: so many photos"),
     option("--seed", type=number(int, 0, below=2**63), default=0, help="of the splits"))
+PLOTS = (".png", ".svg")        # what pictures without photos can be
+SIZE = option("--size", type=number(int, 100, 20_000), metavar="PIXELS",
+              help="width of a .png, for print about twice what it has if this is not given")
 MAPPING = (
     option("--limit", type=number(int, 10, 100_000), default=2000, help="points at most"),
     option("--perplexity", type=number(float, 1), default=30, help="how many are near, about"),
     option("--steps", type=number(int, 1), default=1000, help="of gradient descent"),
-    option("--size", type=number(int, 100, 20_000), default=1600, help="pixels of a side"))
+    option("--size", type=number(int, 100, 20_000), default=1600, metavar="PIXELS",
+           help="width of the map; larger ones have room for more words"))
 
 
 def change(options, **changes):
@@ -1556,8 +1910,7 @@ def change(options, **changes):
 
 # --------------------------------------------------------------------------- words (Table 1)
 
-@command("words", IMAGES, CAPTIONS, PRIOR, *SPLITTING,
-         output_option("--out", ".png", required=False),
+@command("words", IMAGES, CAPTIONS, PRIOR, *SPLITTING, picture_option(*PLOTS), SIZE,
          option("--deciles", action="store_true", help="AUC and AP by frequency of the words, too"),
          option("--transfer", nargs="+", metavar="DIR",
                 help="accuracy of features, as `transfer`, too"),
@@ -1573,6 +1926,7 @@ def predict_words(options, show, *runs):
     if options.per_word and (len(runs) > 1 or show.out):
         raise ValueError("--per-word is of one run, and goes without --out")
     runs = sorted(runs, key=lambda run: run.training)
+    check_different(runs)
     words = common_words(runs)
     valid = min(run.options["valid"] for run in runs)
     index = runs[-1].index(options.captions, words, valid)
@@ -1594,16 +1948,25 @@ def predict_words(options, show, *runs):
         warn_about_duplicates(index, folder, reader.names, show)
     if options.deciles:
         show_deciles(results, show)
-    if len(runs) > 1 or show.out:
-        show_curve(runs, results, options.transfer or (), show)
-        return {"runs": results, "words": len(words)}
-    result = results[run.name]
     is_own = not (options.all or options.captions or options.images)
+    baselines = {}
     if is_own and not options.no_baselines:
-        result["baselines"] = score_baselines(run, index, reader.names, targets, options)
+        baselines = score_baselines(run, index, reader.names, targets, counts, options)
+    if len(runs) > 1 or show.out:
+        show_curve(runs, results, baselines, options, show)
+        return {"runs": results, "words": len(words), "baselines": baselines}
+    result = {**results[run.name], "baselines": baselines}
     print_words(result, show)
     write_words(run, scorer, targets, counts, is_own, options)
     return result
+
+
+def check_different(runs):
+    """ValueError where a run is given twice."""
+    names = [os.path.realpath(run.name) for run in runs]
+    for run, name in zip(runs, names):
+        if names.count(name) > 1:
+            raise ValueError(f"--model: {run.name} is given twice; name each run once")
 
 
 def common_words(runs):
@@ -1636,17 +1999,14 @@ def write_words(run, scorer, targets, counts, is_own, options):
     carried = mark_words(targets, len(counts))
     rows = table_of_words(scorer, carried, run.words, counts, run.step)
     for path in paths:
-        with console.whole_file(path, "w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(WORD_COLUMNS)
-            writer.writerows(rows)
+        write_table(path, WORD_COLUMNS, rows)
 
 
-def score_baselines(run, index, names, targets, options):
+def score_baselines(run, index, names, targets, counts, options):
     """rank_metrics of words by the nearest training photos, in each of VIEWS, of held-out photos.
 
-    names, and targets, their classes: of the held-out photos. The photos of an index are in random
-    order, so the first training photos are a random choice.
+    names, and targets, their classes: of the held-out photos; counts (K,), of the index's words.
+    The photos of an index are in random order, so the first training photos are a random choice.
     """
     folder = run.options["images"]
     count = min(index.training, MOST_NEIGHBOURS)
@@ -1654,13 +2014,13 @@ def score_baselines(run, index, names, targets, options):
     views = extract_views(run, run.read(folder, names, options.workers))
     reader = run.read(folder, list(training), options.workers)
     training_views = extract_views(run, reader)
-    k = len(run.words)
+    k = len(counts)
     labels = mark_words([index.words(training[name]) for name in reader.names], k)  # (M, K)
     carried = mark_words(targets, k)                                # (N, K)
     results = {"training_photos": len(reader.names)}
     for view in VIEWS:
         scorer = NearestScores(views[view], training_views[view], labels)
-        results[view] = rank_metrics(scorer, carried, run.counts)
+        results[view] = rank_metrics(scorer, carried, counts)
     return results
 
 
@@ -1676,8 +2036,9 @@ def score_transfer(run, images, options, show):
     result = transfer_features(change(options, images=images, layer=None), show, run)
     rows = result["rows"]
     deviations = rows.get(f"± over {result['over']}", [0, 0])
-    return {key: rows["mean"][1], key + SPREAD: deviations[1],      # after that of chance
-            key + OVER: result["over"]}
+    means = dict(zip(result["columns"], rows["mean"]))
+    return {key: means[VIEWS[0]], key + SPREAD: deviations[1],      # after that of chance
+            key + OVER: result["over"], key + LEVELS: means}
 
 
 def warn_about_duplicates(index, folder, held_out, show):
@@ -1712,40 +2073,108 @@ def show_deciles(results, show):
     show.table(heading, rows)
 
 
-def show_curve(runs, results, folders, show):
-    """The runs' numbers as a table, and curves of some against their training photos (Fig. 2).
-
-    folders: of photos that features were transferred to.
-    """
-    transfers = [transfer_key(images) for images in folders]
-    keys = ["training_photos", *name_precisions(KS), "auc", *transfers]
+def show_curve(runs, results, baselines, options, show):
+    """The runs' numbers as a table, and curves of some against their training photos (Fig. 2)."""
+    largest = list(results.values())[-1]
+    transfers = [transfer_key(images) for images in options.transfer or ()]
+    keys = [*name_precisions(KS), "auc", "map", *transfers]
+    show.line(describe_sample(largest, options))
     rows = {}
     for name, result in results.items():
-        rows[name] = [result[key] for key in keys]
-    show.table(["run", *keys], rows)
-    curve = join_seeds(runs, list(results.values()), keys)
-    largest = list(results.values())[-1]
-    drawn = ["precision@10", "auc", *transfers]
-    panels = []
-    for key in drawn:
-        over = list(dict.fromkeys(row[key + OVER] for row in curve))
-        title = f"{NAMES.get(key, key)}, ± over {', '.join(over)}"
-        chance = None if key == "auc" else largest["chance"].get(key)
-        panels.append(plot_picture(curve, "training_photos", key, title, chance, np.log10))
-        show.line(title)
-    image = Image.fromarray(np.hstack(panels))
-    show.picture(image, "against training photos: " + ", ".join(drawn))
+        rows[name] = [result[key] for key in ("training_photos", *keys)]
+    levels = {key: find_levels(key, largest, baselines) for key in keys}
+    for name in dict.fromkeys(itertools.chain(*levels.values())):
+        rows[name] = ["", *(levels[key].get(name, "") for key in keys)]
+    show.table(["", "training photos", *(SHORT.get(key, key) for key in keys)], rows)
+    if baselines:
+        show.line(describe_neighbours(baselines["training_photos"]))
+    points = join_seeds(runs, list(results.values()), keys)
+    plots = []
+    for key in ("precision@10", "auc", "map", *transfers):
+        name = SCORES.get(key, f"{key}, accuracy (fraction)")
+        curves = [curve_of(rows, curve, "training_photos", key) for curve, rows in points.items()]
+        plots.append(Plot("training photos", name, curves, levels[key], log=True))
+    show.plots(plots, "scores against training photos", options.size)
+
+
+def describe_sample(result, options):
+    """Over which photos and words the scores of several runs are."""
+    which = "" if options.all else " that no run trained on"
+    return (f"{result['photos']:,} photos{which}; of the {result['dictionary']:,} words that all "
+            f"runs know {result['words']:,} occur in them")
+
+
+def describe_neighbours(count):
+    """What the baselines of nearest photos are."""
+    return (f"{NEAREST} nearest: a photo gets the words of the nearest of {count:,} training "
+            "photos, by the features or pixels that are named")
+
+
+def find_levels(key, result, baselines):
+    """What baselines have of a score, {name: value}; those of score_baselines, or of transfer."""
+    if key + LEVELS in result:
+        means = result[key + LEVELS]
+        names = {VIEWS[1]: VIEWS[1], VIEWS[2]: f"{RAW}x{RAW} pixels", "chance": "chance"}
+        return {names[view]: means[view] for view in names}
+    levels = {}
+    if baselines:
+        levels[f"untrained network, {NEAREST} nearest photos"] = baselines[VIEWS[1]][key]
+        levels[f"{RAW}x{RAW} pixels, {NEAREST} nearest photos"] = baselines[VIEWS[2]][key]
+    if key in result["baseline"]:
+        levels["most frequent words"] = result["baseline"][key]
+    else:
+        levels["chance"] = result["chance"][key]
+    return levels
 
 
 def join_seeds(runs, results, keys):
-    """The results of runs that differ in nothing but the seed as one row: means, deviations.
+    """{name of a curve: its points}, a dictionary each, the fewest training photos first.
 
+    Results of runs that differ in nothing but the seed are one point: means, deviations.
     row[key + SPREAD] is one deviation, and row[key + OVER] says over what.
     """
     groups = {}
-    for run, result in zip(runs, results):
-        groups.setdefault(run.settings(), []).append(result)
-    return [join_rows(group, keys) for group in groups.values()]
+    for i, run in enumerate(runs):
+        earlier = [other.settings() for other in runs[:i]
+                   if other.options["seed"] == run.options["seed"]]
+        again = earlier.count(run.settings())   # the same seed is no other sample
+        groups.setdefault((run.settings(), again), []).append(i)
+    curves = {}
+    names = name_curves(runs)
+    for places in groups.values():
+        point = join_rows([results[i] for i in places], ["training_photos", *keys])
+        curves.setdefault(names[places[0]], []).append(point)
+    for points in curves.values():
+        points.sort(key=lambda point: point["training_photos"])
+    return curves
+
+
+def name_curves(runs):
+    """Of each run the name of its curve: those of its options in which the runs differ.
+
+    Neither seed nor data part curves, nor does the length of training, unless two runs would be
+    different points at one place.
+    """
+    for apart in (PLACES + DATA + LENGTH, PLACES + DATA):
+        names = name_differences(runs, apart)
+        points = {(name, run.training, run.settings()) for name, run in zip(names, runs)}
+        if len(points) == len({point[:2] for point in points}):
+            break
+    return names
+
+
+def name_differences(runs, apart):
+    """Of each run those of its options in which the runs differ, but those apart, as a text."""
+    differing = []
+    for key in runs[-1].options:
+        values = {json.dumps(run.options.get(key)) for run in runs}
+        if len(values) > 1 and key not in apart:
+            differing.append(key)
+    names = []
+    for run in runs:
+        values = [f"--{key.replace('_', '-')} {run.options.get(key)}" for key in differing]
+        names.append(", ".join(values) or "trained network")
+    return names
 
 
 def join_rows(rows, keys):
@@ -1753,14 +2182,14 @@ def join_rows(rows, keys):
     joined = {}
     for key in keys:
         values = [row[key] for row in rows]
-        joined[key] = np.mean(values)
+        joined[key] = float(np.mean(values))
         if len(rows) > 1:
-            joined[key + SPREAD] = np.std(values, ddof=1)
+            joined[key + SPREAD] = float(np.std(values, ddof=1))
             joined[key + OVER] = f"{len(rows)} seeds"
         else:
             deviation = rows[0].get("deviations", {}).get(key, 0)
             joined[key + SPREAD] = rows[0].get(key + SPREAD, deviation)
-            joined[key + OVER] = rows[0].get(key + OVER, "photos")
+            joined[key + OVER] = rows[0].get(key + OVER, f"{rows[0].get('photos', 0):,} photos")
     return joined
 
 
@@ -1789,8 +2218,7 @@ def print_words(result, show=Output()):
     if "retrieval" in result:
         show_retrieval(result["retrieval"], show)
     if baselines:
-        show.line(f"{NEAREST} nearest: by the words of the nearest of {count:,} training photos, "
-                  "by features of this model, of an untrained one, and pixels")
+        show.line(describe_neighbours(count))
 
 
 def show_retrieval(result, show):
@@ -1853,7 +2281,15 @@ def expand_folders(paths):
     return files
 
 
-@command("search", WORDS, IMAGES, TOP, PRIOR, FONT, output_option("--out", ".png"))
+@command("curves", picture_option(*PLOTS, required=True), SIZE)
+def draw_curves(options, show, run):
+    """Loss and scores after each epoch of training."""
+    show.plots(curves_plots(run.log, run.options["loss"], run.epoch), "learning curves",
+               options.size)
+    return {"log": run.log}
+
+
+@command("search", WORDS, IMAGES, TOP, PRIOR, FONT, picture_option(".png", required=True), SIZE)
 def search_photos(options, show, run):
     """The most probable photos for a word, with log p, or log-odds after one-vs-all (Fig. 3)."""
     classes = run.find_words(options.words)
@@ -1869,10 +2305,21 @@ def search_photos(options, show, run):
     find = data.Folder(folder).find
     if show.out:
         fonts = options.font or Fonts()
-        show.picture(grid_picture(rankings, find, fonts), "photos for words")
+        unit = "log p" if run.options["loss"] == "softmax" else "log-odds"
+        image = grid_picture(rankings, find, fonts, unit, options.size)
+        show.picture(image, "photos for words", ranking_table(rankings, unit))
     else:
         show_photos(rankings, find, show)
     return {"words": rankings, "photos": len(reader.names), "skipped": reader.skipped}
+
+
+def ranking_table(rankings, unit):
+    """A heading, and rows of all scores of {word: {name: score}}, the best first."""
+    rows = []
+    for word, photos in rankings.items():
+        for rank, (name, score) in enumerate(photos.items(), 1):
+            rows.append([word, rank, name, score])
+    return ["word", "rank", "photo", unit], rows
 
 
 def show_photos(rankings, find, show):
@@ -2335,12 +2782,15 @@ def show_best_pairs(run, pairs, by_csls, show):
 
 # ------------------------------------------------------------------------ maps (Figs. 4 and 6)
 
-@command("map", IMAGES, *MAPPING, FONT, output_option("--out", ".png"),
+@command("map", IMAGES, *MAPPING, FONT, picture_option(*PLOTS, required=True),
          option("--words", action="store_true", help="a map of words, not of photos"))
 def draw_map(options, show, run):
     """A map by t-SNE: photos by their features (Fig. 4), or words by their vectors (Fig. 6)."""
-    draw = map_words if options.words else map_photos
-    return draw(options, show, run)
+    if options.words:
+        return map_words(options, show, run)
+    if show.out and not show.out.lower().endswith(".png"):
+        raise ValueError("--out: a map of photos is a .png; choose such a name, or add --words")
+    return map_photos(options, show, run)
 
 
 def map_photos(options, show, run):
@@ -2352,7 +2802,8 @@ def map_photos(options, show, run):
     y, result = place_points(kernels.to_host(features), "photos", options, show)
     find = data.Folder(folder).find
     paths = [find(name) for name in reader.names]
-    show.picture(mosaic_picture(paths, y, options.size), "a map of photos", "jpeg")
+    table = ["photo", "x", "y"], [[name, *point] for name, point in zip(reader.names, y.tolist())]
+    show.picture(mosaic_picture(paths, y, options.size), "a map of photos", table)
     return {**result, "skipped": reader.skipped}
 
 
@@ -2363,11 +2814,13 @@ def map_words(options, show, run):
     size = options.size if show.out else min(options.size, 800)
     fonts = options.font or Fonts()
     names = [run.words[i] for i in most]
-    image, texts = words_picture(names, y, run.counts[most], size, fonts)
-    if len(texts) < len(names):
-        show.line(f"{len(names) - len(texts):,} words have no room; --size has more")
-    svg = f'<svg viewBox="0 0 {size} {size}">{"".join(texts)}</svg>'
-    show.picture(image, "a map of words", html=svg)
+    drawing = words_picture(names, y, run.counts[most], size, fonts)
+    drawn = {text.text for text in drawing.shapes}
+    if len(drawn) < len(names):
+        show.line(f"{len(names) - len(drawn):,} words have no room; --size has more")
+    rows = [[name, int(run.counts[i]), *point, "yes" if name in drawn else "no"]
+            for name, i, point in zip(names, most, y.tolist())]
+    show.picture(drawing, "a map of words", (["word", "training photos", "x", "y", "drawn"], rows))
     return {**result, "skipped": {}}
 
 
@@ -2517,16 +2970,16 @@ def show_run(options, show, run):
         if value is not None and key not in hidden:
             settings.append(f"--{key.replace('_', '-')} {value}")
     show.line(", ".join(settings))
-    image = curves_picture(run.log)
-    show.picture(image, "learning curves: loss, precision and AUC after each epoch")
+    show.plots(curves_plots(run.log, run.options["loss"], run.epoch), "learning curves")
     return {"epochs": len(run.log), "photos": int(photos.sum()), "seconds": seconds}
 
 
 def main(arguments=None):
     options = PARSER.parse_args(arguments)
-    files = [os.path.abspath(path) for path in (options.json, options.out) if path]
-    if len(files) > len(set(files)):
-        raise ValueError(f"--json and --out both name {options.out}; choose two files")
+    written = [options.out, numbers_file(options.out)] if options.out else []
+    for path in written:
+        if options.json and os.path.abspath(options.json) == os.path.abspath(path):
+            raise ValueError(f"--json and --out both name {path}; choose two files")
     if options.threads:
         kernels.threads.start(options.threads)
     print(kernels.use(options.device, "fp32"), file=sys.stderr)     # distances cancel in TF32

@@ -31,6 +31,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -4615,24 +4616,90 @@ def dark(image):
 @pytest.mark.parametrize("losses", [[3.0, 1.0], [5e35, 5e35], [2.0], [float("nan")], [None], []])
 def test_curves_are_drawn_of_any_log(losses):
     log = [{"epoch": i, "loss": loss} for i, loss in enumerate(losses, 1)]
-    image = evaluation.curves_picture(log)
-    empty = evaluation.curves_picture([])
-    assert image.size == empty.size == (960, 620)
+    image = evaluation.draw_plots(evaluation.curves_plots(log)).image()
+    empty = evaluation.draw_plots(evaluation.curves_plots([])).image()
+    assert image.width == empty.width == 480
     has_numbers = len(losses) > 0 and losses[0] is not None and math.isfinite(losses[0])
     assert (dark(image) != dark(empty)) == has_numbers
+
+
+def example_plot(**changes):
+    """Two curves, one with error bars, over a log scale, with two baselines."""
+    first = evaluation.Curve("first", [100, 1000], [0.2, 0.3], [0.01, 0.0], ["3 seeds", ""])
+    second = evaluation.Curve("second", [10, 1000], [0.1, 0.4], [0, 0], ["", ""])
+    plot = evaluation.Plot("photos", "precision (fraction)", [first, second],
+                           {"pixels": 0.15, "chance": 0.05}, log=True)
+    return plot._replace(**changes)
+
+
+def texts_of(drawing):
+    return [shape.text for shape in drawing.shapes if isinstance(shape, evaluation.Text)]
+
+
+def test_plot_names_axes_curves_baselines_and_error_bars():
+    texts = texts_of(evaluation.draw_plots([example_plot()]))
+    for text in ("photos (log scale)", "precision (fraction)", "first", "second", "pixels", "chance",
+                 "one standard deviation over 3 seeds, up and down"):
+        assert texts.count(text) == 1
+    assert {"10", "100", "1,000"} <= set(texts)                     # under the axis
+    plain = texts_of(evaluation.draw_plots([example_plot(log=False)]))
+    assert "photos" in plain
+
+
+def test_table_of_a_plot_has_the_numbers_that_are_drawn():
+    plot = example_plot()
+    heading, rows = evaluation.plot_table([plot])
+    assert heading == ["plot", "curve", "photos", "value", "deviation", "deviation over"]
+    assert rows[0] == ["precision (fraction)", "first", 100, 0.2, 0.01, "3 seeds"]
+    assert rows[-1] == ["precision (fraction)", "chance", "", 0.05, "", ""]
+    drawing = evaluation.draw_plots([plot])
+    frame = evaluation.Frame(drawing, plot, 0, 0)
+    frame.set_axes()
+    dots = [shape.centre for shape in drawing.shapes if isinstance(shape, evaluation.Dot)]
+    points = [(frame.across(row[2]), frame.down(row[3])) for row in rows[:4]]
+    assert np.allclose(dots[:2] + dots[2:4], points)
+    heights = [shape.points[0][1] for shape in drawing.shapes
+               if isinstance(shape, evaluation.Stroke) and shape.dash]
+    assert np.allclose(heights[:2], [frame.down(row[3]) for row in rows[4:]])
+
+
+def test_training_and_held_out_loss_share_a_plot_and_the_kept_epoch_is_marked():
+    log = [{"epoch": epoch, "loss": 9.0, "training_loss": 3.0 - epoch, "validation_loss": 3.5,
+            "precision@10": 0.1, "auc": 0.7, "map": 0.2, "map_chance": 0.05,
+            "precision@10_frequent_words": 0.08} for epoch in (1, 2)]
+    plots = evaluation.curves_plots(log, "softmax", 1)
+    assert [curve.name for curve in plots[0].curves] == ["held-out photos", "training photos"]
+    assert [plot.levels for plot in plots] == [
+        {}, {"most frequent words": 0.08}, {"chance": 0.5}, {"chance": 0.05}]
+    assert "the weights of epoch 1 are kept" in texts_of(evaluation.draw_plots(plots[:1]))
+    assert "nats" in plots[0].y_name
+    assert "nats" not in evaluation.curves_plots(log, "one-vs-all")[0].y_name
+
+
+def test_drawing_has_as_many_pixels_as_asked_and_the_same_shapes_as_svg():
+    drawing = evaluation.draw_plots([example_plot(y_name="a < b"), example_plot()])
+    assert drawing.image().width == 960
+    large = drawing.image(1920)
+    assert large.size == (1920, 2 * drawing.height)
+    assert 3 < dark(large) / dark(drawing.image()) < 5              # lines and letters grow, too
+    root = ElementTree.fromstring(drawing.svg())
+    assert root.get("viewBox") == f"0 0 960 {drawing.height}"
+    assert len(root) == len(drawing.shapes)
+    assert "a < b" in [element.text for element in root]
 
 
 def test_words_of_a_map_lie_inside_and_those_without_room_are_left_out(rng):
     names = [f"word{i}" for i in range(30)]
     y = rng.random((30, 2))
     y[20:] = 0.5                                # ten of them in one place
-    image, texts = evaluation.words_picture(names, y, np.arange(30), 300, evaluation.Fonts())
+    drawing = evaluation.words_picture(names, y, np.arange(30), 300, evaluation.Fonts())
+    texts = texts_of(drawing)
     assert 10 < len(texts) < 30
-    pixels = np.asarray(image)
+    pixels = np.asarray(drawing.image())
     assert pixels.shape == (300, 300, 3)
     edges = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     assert (edges == 255).all()
-    assert ">word29<" in texts[0]               # the heaviest is first
+    assert texts[0] == "word29"                 # the heaviest is first
 
 
 def test_word_goes_where_there_is_room_first():
@@ -4819,7 +4886,16 @@ def test_words_of_several_runs_make_a_curve(tiny, ask):
         assert small["deciles"][decile]["photos"] == numbers["photos"]
     assert 0 <= small["transfer to classes"] <= 1 and "transfer to classes ±" in small
     assert "AUC, r" in said.out and "10 of 10" in said.out
-    assert Image.open("w.png").size == (3 * 480, 310)
+    assert Image.open("w.png").width == 2 * 480
+    assert f"{small['photos']} photos that no run trained on" in said.out
+    with open("w.csv", newline="") as file:
+        table = list(csv.reader(file))
+    assert table[0][2] == "training photos"
+    for plot, key in (("precision@10 (fraction)", "precision@10"),
+                      ("transfer to classes, accuracy (fraction)", "transfer to classes")):
+        drawn = [row for row in table if row[0] == plot]
+        assert [float(row[3]) for row in drawn[:2]] == [small[key], large[key]]
+        assert any("16x16 pixels" in row[1] for row in drawn[2:])
 
 
 def test_runs_that_differ_in_the_seed_alone_are_joined(tiny, monkeypatch):
@@ -4828,12 +4904,49 @@ def test_runs_that_differ_in_the_seed_alone_are_joined(tiny, monkeypatch):
     runs[1].options.update(seed=5, out="elsewhere", workers=9)
     runs[2].options.update(epochs=20)           # has as many photos, and is another training
     rows = [{"training_photos": 10, "auc": 0.5}, {"training_photos": 10, "auc": 0.7},
-            {"training_photos": 10, "auc": 0.9, "deviations": {"auc": 0.01}}]
-    joined, alone = evaluation.join_seeds(runs, rows, ["auc"])
+            {"training_photos": 10, "auc": 0.9, "photos": 1200, "deviations": {"auc": 0.01}}]
+    curves = evaluation.join_seeds(runs, rows, ["auc"])
+    assert list(curves) == ["--epochs 2", "--epochs 20"]
+    (joined,), (alone,) = curves.values()
     assert joined["auc"] == pytest.approx(0.6)
     assert joined["auc ±"] == pytest.approx(0.2 / math.sqrt(2))
     assert joined["auc ± over"] == "2 seeds"
-    assert alone == {"auc": 0.9, "auc ±": 0.01, "auc ± over": "photos"}
+    assert (alone["auc"], alone["auc ±"], alone["auc ± over"]) == (0.9, 0.01, "1,200 photos")
+
+
+def test_runs_of_one_seed_or_one_cut_short_are_not_joined(tiny, monkeypatch):
+    monkeypatch.chdir(tiny[0])
+    runs = [evaluation.Trained("r") for _ in range(3)]
+    runs[1].options.update(seed=5)
+    runs[1].log = runs[1].log[:1]               # was interrupted
+    rows = [{"training_photos": 10, "auc": value} for value in (0.5, 0.7, 0.9)]
+    (points,) = evaluation.join_seeds(runs, rows, ["auc"]).values()
+    assert [point["auc"] for point in points] == [0.5, 0.7, 0.9]
+
+
+def test_curves_part_by_options_but_not_by_data(tiny, monkeypatch):
+    monkeypatch.chdir(tiny[0])
+    runs = [evaluation.Trained("r") for _ in range(4)]
+    for i, run in enumerate(runs):
+        run.training = 100 * (1 + i // 2)
+        run.options.update(captions=f"{i // 2}.tsv", lr=0.1 / (1 + i // 2),
+                           network=("small", "alexnet")[i % 2])
+    rows = [{"training_photos": run.training, "auc": 0.5 + i / 10} for i, run in enumerate(runs)]
+    curves = evaluation.join_seeds(runs, rows, ["auc"])
+    assert list(curves) == ["--network small", "--network alexnet"]
+    for points in curves.values():
+        assert [point["training_photos"] for point in points] == [100, 200]
+
+
+def test_drawn_sets_of_other_seeds_are_joined(tiny, monkeypatch):
+    monkeypatch.chdir(tiny[0])
+    first, second = [evaluation.Trained("r") for _ in range(2)]
+    for i, run in enumerate((first, second)):
+        run.options.update(drawn=True, captions=f"{i}/captions.tsv", seed=i)
+        run.training += i
+    assert first.settings() == second.settings()
+    second.options.update(pictures=1000)
+    assert first.settings() != second.settings()
 
 
 def test_held_out_photos_that_were_trained_on_are_said_once(tiny, ask, tmp_path, monkeypatch):
@@ -5116,11 +5229,11 @@ def test_report_is_one_file_with_its_pictures(tiny, ask):
     assert len(result["parts"]) == page.count("<h2>") == 11
     assert result["parts"]["The run"]["epochs"] == 2
     assert page.count("<table>") == 6
-    # 12 photos with words and 6 of a word, all JPEG, as is the mosaic; the curves are PNG
+    # 12 photos with words and 6 of a word, all JPEG, as is the mosaic; 4 curves and a map of words
     assert page.count("data:image/jpeg;base64") == 19
-    assert page.count("data:image/png;base64") == 1
-    assert page.count("<img ") == page.count(' alt="') == 20
-    for outside in ("<script", 'src="http', "href="):
+    assert page.count("<img ") == page.count(' alt="') == 19
+    assert page.count("<svg ") == 5
+    for outside in ("<script", 'src="http', "href=", "url("):
         assert outside not in page
 
 
@@ -5129,7 +5242,7 @@ def test_report_draws_all_words_or_says_how_many_it_left_out(tiny, ask):
     page = open("r.html").read()
     left_out = re.search(r"(\d+) words have no room", page)         # how many hangs on rounding
     count = int(left_out[1]) if left_out else 0
-    assert page.count("<text ") == 30 - count > 10
+    assert page.count(" textLength=") == 30 - count > 10
 
 
 def test_report_marks_the_words_that_are_right(ask):
