@@ -1242,10 +1242,10 @@ def curves_plots(log, loss="softmax", best=None):
     return shown or plots[:1]
 
 
-def grid_picture(rankings, find, fonts, unit, width=None):
+def grid_picture(rankings, find, fonts, loss, width=None):
     """Words above their photos, {word: {name: score}}; find(name) is a photo's path (Fig. 3).
 
-    unit: what the scores are; width: in pixels.
+    loss: which knows the probabilities that scores mean; width: in pixels.
     """
     columns = max(len(photos) for photos in rankings.values())
     scale = 1 if width is None else width / (columns * 156 + 6)
@@ -1264,8 +1264,8 @@ def grid_picture(rankings, find, fonts, unit, width=None):
             left = gap + column * (side + gap)
             photo = thumbnail(find(name), side)
             image.paste(photo, (left, bottom - photo.height))
-            text = f"{unit} {score:.2f}"
-            draw.text((left, bottom + 3 * scale), text, INK, small_font)
+            below = (left, bottom + 3 * scale)
+            draw.text(below, describe_score(score, loss), INK, small_font)
     return image
 
 
@@ -1332,7 +1332,7 @@ def find_room(points, box, boxes, size):
 
 PLACES = ("seed", "out", "resume", "workers", "threads", "device", "images")
 DATA = ("captions", "format", "image_column", "text_column", "valid", "drawn")
-LENGTH = ("epochs", "epoch_size", "lr")         # options that one may fit to how many photos there are
+LENGTH = ("epochs", "epoch_size", "lr")         # which one may fit to the number of photos
 
 
 class Trained:
@@ -1341,7 +1341,8 @@ class Trained:
     net, and recipe, of model.NETWORKS; loss; words, and classes, {word: class}; counts (K,), the
     training photos of each word, and training, all of them; options and log of the run.
     net's scores are those of photos as they are: the prior, shift (K,) of model.prior_shift, is in
-    the biases of its output layer. learned_b are these without it; shift is None for nothing.
+    the biases of its output layer. learned_b are these without it; shift is None for nothing; prior
+    says how frequent the words are, then, as a text.
     """
 
     def __init__(self, run, prior="real"):
@@ -1354,6 +1355,7 @@ class Trained:
         facts = checkpoint.facts
         self.name = run
         self.folder = os.path.dirname(path) or "."
+        self.file = os.path.basename(path)
         self.log = whole_log(path, facts)
         print(describe_checkpoint(path, facts), file=sys.stderr, flush=True)
         self.words = checkpoint.words
@@ -1374,22 +1376,32 @@ class Trained:
         if self.label_frequency is None:
             self.label_frequency = self.find_label_frequency()
         self.shift = None
+        self.prior = "words are as frequent as training drew them"
         if prior == "real":
             self.add_prior()
 
     def add_prior(self):
-        """Add the prior of real photos to the biases, and say on stderr how good it is."""
+        """Add the prior of real photos to the biases, and say how good it is."""
         if self.label_frequency is None:
             print("prior: not known, the run's captions or index are not at hand; probabilities "
                   "are those of the words as training drew them", file=sys.stderr, flush=True)
             return
+        self.prior = "words are as frequent as in photos"
         self.shift = self.real_prior()
         if self.shift is None:
             return
         self.net.output.b = self.learned_b + kernels.to_device(self.shift)
         how = "an exact" if model.prior_is_exact(self.options) else "an approximate"
-        print(f"prior: words are as frequent as in photos, by {how} correction of how training "
-              "drew them", file=sys.stderr, flush=True)
+        self.prior += f", by {how} correction of how training drew them"
+        print(f"prior: {self.prior}", file=sys.stderr, flush=True)
+
+    def describe_weights(self):
+        """Which of the run's weights these are, as a sentence."""
+        kinds = {"best.npz": "the best epoch's, by its scores on held-out photos",
+                 "model.npz": "the last ones"}
+        kind = kinds.get(self.file, "those of another checkpoint")
+        return (f"The weights are {kind} ({self.file}): step {self.step:,}, epoch {self.epoch} of "
+                f"{len(self.log)}.")
 
     def real_prior(self):
         """As model.prior_shift, (K,) or None for nothing."""
@@ -1747,8 +1759,9 @@ class Output:
 
 def wide_html(html, width):
     """HTML that is so many pixels wide: where the page is less, one can scroll, and is told so."""
-    return (f'<div class="wide" style="--width: {width:.0f}px"><p class="hint">wider than the page: '
-            f'scroll sideways →</p><div class="scroll">{html}</div></div>')
+    hint = '<p class="hint">wider than the page: scroll sideways →</p>'
+    return (f'<div class="wide" style="--width: {width:.0f}px">{hint}'
+            f'<div class="scroll">{html}</div></div>')
 
 
 def numbers_file(path):
@@ -2291,7 +2304,7 @@ def draw_curves(options, show, run):
 
 @command("search", WORDS, IMAGES, TOP, PRIOR, FONT, picture_option(".png", required=True), SIZE)
 def search_photos(options, show, run):
-    """The most probable photos for a word, with log p, or log-odds after one-vs-all (Fig. 3)."""
+    """The most probable photos for a word, with the probability of the word (Fig. 3)."""
     classes = run.find_words(options.words)
     folder, names = run.photos(options)
     reader = run.read(folder, names, options.workers)
@@ -2305,28 +2318,32 @@ def search_photos(options, show, run):
     find = data.Folder(folder).find
     if show.out:
         fonts = options.font or Fonts()
-        unit = "log p" if run.options["loss"] == "softmax" else "log-odds"
-        image = grid_picture(rankings, find, fonts, unit, options.size)
-        show.picture(image, "photos for words", ranking_table(rankings, unit))
+        image = grid_picture(rankings, find, fonts, run.loss, options.size)
+        show.picture(image, "photos for words", ranking_table(rankings, run.loss))
     else:
-        show_photos(rankings, find, show)
+        show_photos(rankings, find, run.loss, show)
     return {"words": rankings, "photos": len(reader.names), "skipped": reader.skipped}
 
 
-def ranking_table(rankings, unit):
+def ranking_table(rankings, loss):
     """A heading, and rows of all scores of {word: {name: score}}, the best first."""
     rows = []
     for word, photos in rankings.items():
         for rank, (name, score) in enumerate(photos.items(), 1):
-            rows.append([word, rank, name, score])
-    return ["word", "rank", "photo", unit], rows
+            rows.append([word, rank, name, score, float(np.exp(loss.log_probability(score)))])
+    return ["word", "rank", "photo", "score", "probability"], rows
 
 
-def show_photos(rankings, find, show):
+def describe_score(score, loss):
+    """A word's probability, from its score."""
+    return "p " + format_probability(np.exp(loss.log_probability(score)))
+
+
+def show_photos(rankings, find, loss, show):
     """Words above their photos, {word: {name: score}}, on the page."""
     for word, photos in rankings.items():
         show.html.append(f"<h3>{escape(word)}</h3>")
-        show.photos([(find(name), f"{word}: {name}", f"{score:.2f}")
+        show.photos([(find(name), f"{word}: {name}", escape(describe_score(score, loss)))
                      for name, score in photos.items()])
 
 
@@ -2794,7 +2811,10 @@ def draw_map(options, show, run):
 
 
 def map_photos(options, show, run):
-    """A map of photos, of which --limit are taken evenly from all."""
+    """Photos with features alike lie near each other, by t-SNE (Fig. 4).
+
+    Of all photos --limit are taken, evenly.
+    """
     folder, names = run.photos(options)
     count = min(len(names), options.limit)
     names = [names[int(i)] for i in np.linspace(0, len(names) - 1, count)]
@@ -2808,7 +2828,10 @@ def map_photos(options, show, run):
 
 
 def map_words(options, show, run):
-    """A map of the --limit most frequent words."""
+    """Words with vectors alike lie near each other, by t-SNE; the frequent ones are large (Fig. 6).
+
+    They are the --limit most frequent ones.
+    """
     most = np.argsort(-run.counts, kind="stable")[:options.limit]
     y, result = place_points(run.vectors()[most], "words", options, show)
     size = options.size if show.out else min(options.size, 800)
@@ -2840,20 +2863,41 @@ def place_points(x, what, options, show):
 STYLE = """
 :root { color-scheme: light dark } h1 { line-height: 1.2 } h1, p { overflow-wrap: anywhere }
 body { font: 17px/1.5 Georgia, serif; max-width: 46rem; margin: 0 auto; padding: 1rem }
-h2 { margin: 2.2rem 0 .4rem } h3, p { margin: .5rem 0 } .note { font-size: .9rem }
-.note, s { opacity: .75 } table, figure { font: 14px/1.4 sans-serif; margin: 0 }
-.wide { overflow-x: auto } table { border-collapse: collapse } td { white-space: nowrap }
+h2 { margin: 2.2rem 0 .4rem } h3, p { margin: .5rem 0 } .note, footer { font-size: .9rem }
+.note, footer, s { opacity: .75 } s { text-decoration: none } footer { margin-top: 2.5rem }
+table, figure { font: 14px/1.4 sans-serif; margin: 0 }
+img, svg { display: block; max-width: 100%; height: auto; margin: .5rem auto }
+.photos, .plots { display: grid; gap: .8rem }
+.photos { grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr)) }
+.plots { grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)) }
+.settings span { font: 13px monospace; white-space: nowrap; margin-right: .6rem }
+.number { opacity: .75; font-variant-numeric: tabular-nums }
+/* What is wider than the page is scrolled, and only there the hint has a height. */
+.wide { container-type: inline-size } .scroll { overflow-x: auto }
+.scroll > * { min-width: var(--width) }
+.hint { font: 13px/1.5 sans-serif; margin: 0; overflow: hidden; white-space: nowrap;
+  height: clamp(0px, (var(--width) - 100cqw) * 999, 1.5em) }
+table { border-collapse: collapse } td { white-space: nowrap; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #8886 }
 th:first-child, td:first-child { text-align: left; padding-left: 0 }
-img, svg { display: block; max-width: 100%; height: auto; margin: .5rem auto }
-svg { font-family: sans-serif; text-anchor: middle; dominant-baseline: central }
-.photos { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr)); gap: .8rem }
-.png, svg { min-width: 40rem } td { font-variant-numeric: tabular-nums }
-@media (prefers-color-scheme: dark) { .png, svg { filter: invert(.93) hue-rotate(180deg) } }
+td:first-child, th:first-child { position: sticky; left: 0; background: Canvas }
+@media (max-width: 35rem) { td:first-child { white-space: normal; max-width: 7rem } }
+@media (prefers-color-scheme: dark) { svg { filter: invert(.93) hue-rotate(180deg) } }
 @media print { body { font-size: 10.5pt; max-width: none } h2, h3, .note { break-after: avoid }
-  img, svg { max-height: 17cm; min-width: 0 } img, svg, table, figure { break-inside: avoid }
-  .wide { overflow: visible } td { white-space: normal } }
+  img, svg { max-height: 17cm } img, svg, table, figure { break-inside: avoid }
+  .hint { display: none } .scroll { overflow: visible } .scroll > * { min-width: 0 }
+  .photos { grid-template-columns: repeat(6, 1fr) } .plots { grid-template-columns: 1fr 1fr }
+  td { white-space: normal } }
 """
+
+
+WORDS_SECTION = "Word prediction"
+MEANINGS = {"softmax": "of one word among all", "one-vs-all": "of each word by itself"}
+CLOSING = """<footer><p>precision@k: the part of a photo's k most probable words that its captions
+have. AUC: how often a photo with a word ranks before one without it. AP: the mean of the precision
+at the ranks of all photos with the word. <i>Held-out</i> photos were not trained on.</p>
+<p>Method: A. Joulin, L. van der Maaten, A. Jabri and N. Vasilache, Learning Visual Features from
+Large Weakly Supervised Data, ECCV 2016. Made by <code>eval.py report</code>.</p></footer>"""
 
 
 @command("report", CAPTIONS, IMAGES, PRIOR, BASELINES, *SPLITTING, *MAPPING, FONT,
@@ -2883,7 +2927,7 @@ def write_report(options, show, run):
             failed[title] = str(error)
             page.html.append(f'<p class="wrong">{escape(str(error))}</p>')
             print(f"{title}: {error}", file=sys.stderr)
-    write_page(options.out, os.path.basename(os.path.abspath(run.name)), page.html)
+    write_page(options.out, run, results.get(WORDS_SECTION), page.html)
     show.line(f"\n{options.out}: {os.path.getsize(options.out) / 1e6:.1f} MB")
     return {"parts": results, "failed": failed}
 
@@ -2892,13 +2936,13 @@ def list_sections(options, run):
     """(title, function of a command, its options that differ) of each section of the report."""
     few = {"words": options.words or run.words[:8], "top": 6}
     sections = [("The model at work", show_examples, {}),
-                ("The run", show_run, {}),
-                ("Word prediction", predict_words, {"transfer": ()})]
+                (WORDS_SECTION, predict_words, {"transfer": ()}),
+                ("The run", show_run, {})]
     if options.series:
         sections.append(("More photos", predict_words, {"model": options.series}))
     sections += [("Photos for words", search_photos, few),
-                 ("A map of photos", draw_map, {"words": False}),
-                 ("A map of words", draw_map, {"words": True}),
+                 ("A map of photos", map_photos, {}),
+                 ("A map of words", map_words, {}),
                  ("Nearest words", find_neighbors, few)]
     if options.pairs_similar:
         sections.append(("Similar words", compare_similarity, {"pairs": options.pairs_similar}))
@@ -2907,53 +2951,97 @@ def list_sections(options, run):
         sections += [("Translation", translate_words, {**pairs, "csls": False}),
                      ("Translation, corrected for hubs", translate_words, {**pairs, "csls": True})]
     for path in options.transfer or ():
-        title = f"Transfer to {os.path.normpath(path)}"
+        title = f"Transfer to {short_path(path)}"
         sections.append((title, transfer_features, {"images": path}))
     return sections
 
 
-def write_page(path, name, html):
-    """Write an HTML file about a run of that name."""
-    name = escape(name)
+def write_page(path, run, result, html):
+    """Write an HTML file about a run, of which result is what `words` found, or None."""
+    name = os.path.basename(os.path.abspath(run.folder))
+    photos = "drawn pictures"
+    if not run.options["drawn"]:
+        photos = f"photos of {short_path(run.options['images'])}"
+    title = escape(f"{name}: {len(run.words):,} words learned from {run.training:,} {photos}")
     head = ('<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
-            f'content="width=device-width"><title>{name}</title><style>{STYLE}</style>')
+            f'content="width=device-width"><title>{title}</title><style>{STYLE}</style>')
+    opening = [f"<h1>{title}</h1>", f"<p>{escape(describe_data(run))}</p>"]
+    if result:
+        opening.append(f"<p>{escape(describe_scores(result))}</p>")
+    opening.append(f'<p class="note">{escape(run.describe_weights())}</p>')
     with console.whole_file(path, "w", encoding="utf-8", errors="replace") as file:
-        file.write(f"{head}<h1>What {name} learned from captions</h1>")
-        file.write("\n".join(html) + "\n")
+        file.write("\n".join([head, *opening, *html, CLOSING]) + "\n")
+
+
+def describe_data(run):
+    """What a run was trained on, as a sentence for its report."""
+    images = run.options["images"]
+    captions = run.options["captions"]
+    words = "their captions" if run.options["drawn"] else f"the captions in {short_path(captions)}"
+    if captions == images:                      # the folder is its own captions
+        words = "what is written beside them"
+    return ("A network was shown these photos and learned to predict the words that go with them, "
+            f"from {words}; nobody labelled a photo for it.")
+
+
+def describe_scores(result):
+    """What `words` found, with baselines, as two sentences for the report."""
+    baselines = [f"the most frequent words: {result['baseline']['precision@10']:.2f}"]
+    if result["baselines"]:
+        pixels = result["baselines"][VIEWS[2]]["precision@10"]
+        baselines.append(f"the words of the photos with the nearest pixels: {pixels:.2f}")
+    return (f"Scored on {result['photos']:,} photos that it was not trained on: of the ten words "
+            f"that it finds most probable for a photo {result['precision@10']:.2f} are in the "
+            f"captions, on average ({'; '.join(baselines)}); and of a photo with a word and one "
+            f"without, it ranks the one with it first in {result['auc']:.2f} of all cases (chance: "
+            "0.50).")
+
+
+def short_path(path):
+    """The end of a path, which names it without telling where it lies."""
+    return "/".join(os.path.abspath(path).split(os.sep)[-2:])
 
 
 def show_examples(options, show, run):
-    """Held-out photos with the model's words, ✓ where their captions have them, ✗ where not."""
+    """Held-out photos with probable words, ✓ where their captions have them, ✗ where not."""
     index = run.index(options.captions, run.words, run.options["valid"])
     numbers = {index.name(i): i for i in range(min(100, index.held_out))}
     folder = options.images or run.options["images"]
     reader = run.read(folder, list(numbers), options.workers)
     scores = [kernels.to_host(run.net.forward(x)) for _, x, _ in reader]
-    best = top_words(np.concatenate(scores), 5)                     # (N, 5)
+    p = run.loss.probabilities(np.concatenate(scores))              # (N, K)
     find = data.Folder(folder).find
     result = {}
     figures = []
-    for name, classes in zip(reader.names[:12], best):
-        guessed = [run.words[i] for i in classes]
+    for name, row, best in zip(reader.names[:12], p, top_words(p, 5)):
+        guessed = {run.words[i]: float(row[i]) for i in best}
         carried = [run.words[i] for i in index.words(numbers[name])]
         result[name] = {"best": guessed, "words": carried}
         caption = ", ".join(carried)
-        print(f"{name}: {', '.join(guessed)}; its words are {caption}")
+        items = [f"{word} {format_probability(value)}" for word, value in guessed.items()]
+        print(f"{name}: {', '.join(items)}; its words are {caption}")
         html = mark_guesses(guessed, carried)
         figures.append((find(name), f"a photo of: {caption}",
                         f"{html}<p>Its words: {escape(caption)}</p>"))
+    show.line(f"The numbers are probabilities {MEANINGS[run.options['loss']]}; {run.prior}.")
     show.photos(figures)
     return result
 
 
+def format_probability(p):
+    """A probability, short."""
+    return f"{p:.2f}" if p >= 0.01 else "<0.01"
+
+
 def mark_guesses(guessed, carried):
-    """Lines of HTML: ✓ before the words that a photo carries, ✗ before the others."""
+    """Lines of HTML of {word: p}: ✓ before the words that a photo carries, ✗ before the others."""
     lines = []
-    for word in guessed:
+    for word, p in guessed.items():
+        number = f'<span class="number">{escape(format_probability(p))}</span>'
         if word in carried:
-            lines.append(f"<b>✓ {escape(word)}</b>")
+            lines.append(f"<b>✓ {escape(word)}</b> {number}")
         else:
-            lines.append(f"<s>✗ {escape(word)}</s>")
+            lines.append(f"<s>✗ {escape(word)}</s> {number}")
     return "<br>".join(lines)
 
 
@@ -2969,7 +3057,9 @@ def show_run(options, show, run):
     for key, value in run.options.items():
         if value is not None and key not in hidden:
             settings.append(f"--{key.replace('_', '-')} {value}")
-    show.line(", ".join(settings))
+    print(" ".join(settings))
+    items = [f"<span>{escape(setting)}</span>" for setting in settings]
+    show.html.append(f'<p class="note settings">{" ".join(items)}</p>')
     show.plots(curves_plots(run.log, run.options["loss"], run.epoch), "learning curves")
     return {"epochs": len(run.log), "photos": int(photos.sum()), "seconds": seconds}
 

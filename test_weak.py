@@ -4638,8 +4638,8 @@ def texts_of(drawing):
 
 def test_plot_names_axes_curves_baselines_and_error_bars():
     texts = texts_of(evaluation.draw_plots([example_plot()]))
-    for text in ("photos (log scale)", "precision (fraction)", "first", "second", "pixels", "chance",
-                 "one standard deviation over 3 seeds, up and down"):
+    for text in ("photos (log scale)", "precision (fraction)", "first", "second", "pixels",
+                 "chance", "one standard deviation over 3 seeds, up and down"):
         assert texts.count(text) == 1
     assert {"10", "100", "1,000"} <= set(texts)                     # under the axis
     plain = texts_of(evaluation.draw_plots([example_plot(log=False)]))
@@ -5256,6 +5256,81 @@ def test_report_marks_the_words_that_are_right(ask):
         right += len(set(photo["best"]) & set(photo["words"]))
     assert page.count("<b>✓ ") == right
     assert page.count("<s>✗ ") == 12 * 5 - right
+    trained = evaluation.Trained("r")           # with the prior, as the report
+    name = list(photos)[0]
+    features, _ = trained.features("photos", [name], 0)
+    p = softmax(trained.net.output.scores(features)[0])
+    assert max(photos[name]["best"].values()) == pytest.approx(p.max(), rel=1e-4)
+    assert f'<span class="number">{p.max():.2f}</span>' in page
+
+
+def test_report_begins_with_its_run_data_scores_and_weights(tiny, ask):
+    result, _ = ask("report", tiny[1][0], "--steps", 40, "--size", 300, "--out", "r.html")
+    page = open("r.html").read()
+    opening = page[:page.index("<h2>")]
+    trained = evaluation.Trained("r/model.npz")
+    folder = "/".join(os.path.abspath("photos").split("/")[-2:])
+    title = f"r: 30 words learned from {trained.training:,} photos of {folder}"
+    assert f"<title>{title}</title>" in opening and f"<h1>{title}</h1>" in opening
+    scores = result["parts"]["Word prediction"]
+    pixels = scores["baselines"]["raw pixels, 16 × 16"]["precision@10"]
+    for value in (scores["precision@10"], scores["baseline"]["precision@10"], pixels):
+        assert f"{value:.2f}" in opening
+    assert "The weights are the best epoch" in opening and "(best.npz)" in opening
+    assert trained.describe_weights().startswith("The weights are the last ones (model.npz)")
+    assert os.getcwd() not in page              # names of places stay here
+
+
+def test_page_tells_where_it_scrolls():
+    page = evaluation.Output()
+    page.table(["", "a"], {"x" * 60: [0.5]})
+    width = int(re.search(r"--width: (\d+)px", page.html[0])[1])
+    assert 60 * 6 < width < 80 * 8
+    assert page.html[0].index("scroll sideways") < page.html[0].index("<table>")
+    assert "(var(--width) - 100cqw)" in evaluation.STYLE            # the hint's height
+
+
+def test_numbers_of_a_search_and_of_maps_lie_beside_the_picture(tiny, ask, capsys):
+    first, second = tiny[1][:2]
+    result, said = ask("search", first, second, "--out", "s.png", "--top", 3, "--size", 1000)
+    assert "s.png: photos for words; its numbers are in s.csv" in said.out
+    assert abs(Image.open("s.png").width - 1000) < 10
+    with open("s.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["word"] for row in rows] == [first] * 3 + [second] * 3
+    assert {row["photo"]: float(row["score"]) for row in rows[:3]} == result["words"][first]
+    assert float(rows[0]["probability"]) == pytest.approx(np.exp(float(rows[0]["score"])))
+    ask("map", "--words", "--steps", 30, "--size", 300, "--out", "m.svg")
+    drawn = [element.text for element in ElementTree.parse("m.svg").getroot()]
+    with open("m.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 30
+    assert {row["word"] for row in rows if row["drawn"] == "yes"} == set(drawn)
+    with pytest.raises(ValueError, match="a map of photos is a .png"):
+        ask("map", "--steps", 30, "--out", "photos.svg")
+
+
+def test_numbers_of_a_picture_never_take_the_place_of_another_file(ask):
+    Path("mine.csv").write_text("mine")
+    with pytest.raises(ValueError, match="mine.csv is there already"):
+        ask("curves", "--out", "mine.png")
+    with pytest.raises(ValueError, match="is a run's own file"):
+        ask("curves", "--out", "r/curves.svg")
+    with pytest.raises(ValueError, match="must end in .png or .svg"):
+        ask("curves", "--out", "mine.jpg")
+    assert Path("mine.csv").read_text() == "mine"
+    for name in "c.png", "c.svg", "c.png":      # again, too
+        result, _ = ask("curves", "--out", name)
+    with open("c.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    held_out = [float(row["value"]) for row in rows if row["curve"] == "held-out photos"]
+    assert held_out[:2] == [row["validation_loss"] for row in result["log"]]
+    assert Path("r/curves.csv").read_text() == Path("c.csv").read_text()
+
+
+def test_run_that_is_given_twice_is_refused(ask):
+    with pytest.raises(ValueError, match="given twice"):
+        ask("words", "r", "--out", "twice.png")
 
 
 def test_report_goes_on_after_an_experiment_that_fails(ask):
