@@ -943,6 +943,7 @@ class Text(NamedTuple):
                 f'{escape(self.text)}</text>')
 
 
+TEXT = 14                       # the size of a plot's letters
 SMOOTH = 3                      # lines are drawn so many times as large, …
 LARGE = 5000                    # … in pictures of fewer pixels across
 SVG_ANCHORS = {"l": "start", "m": "middle", "r": "end"}
@@ -964,7 +965,7 @@ class Drawing:
     def dot(self, centre, radius, colour):
         self.shapes.append(Dot(centre, radius, colour))
 
-    def text(self, point, text, anchor="la", size=14, colour=INK, length=0):
+    def text(self, point, text, anchor="la", size=TEXT, colour=INK, length=0):
         self.shapes.append(Text(point, text, anchor, size, colour, length, self.fonts))
 
     def image(self, width=None):
@@ -1031,7 +1032,7 @@ def plot_table(plots):
     for plot in plots:
         for curve in plot.curves:
             for x, y, deviation, over in zip(*curve[1:]):
-                rows.append([plot.y_name, curve.name, x, y, deviation or "", over])
+                rows.append([plot.y_name, curve.name, x, y, deviation if over else "", over])
         for name, y in plot.levels.items():
             rows.append([plot.y_name, name, "", y, "", ""])
     return heading, rows
@@ -1055,12 +1056,10 @@ def legend_of(plot):
         entries.append(("curve", COLOURS[i % len(COLOURS)], curve.name))
     for i, name in enumerate(plot.levels):
         entries.append((DASHES[i % len(DASHES)], INK, name))
-    over = []
-    for curve in curves:
-        over += [text for deviation, text in zip(curve.deviations, curve.over) if deviation]
+    over = list(filter(None, itertools.chain(*(curve.over for curve in curves))))
     if over:
-        names = " or over ".join(dict.fromkeys(over))
-        entries.append(("bar", INK, f"one standard deviation over {names}, up and down"))
+        names = " or ".join(dict.fromkeys(over))
+        entries.append(("bar", INK, f"± 1 standard deviation over {names}"))
     if plot.mark:
         entries.append(("mark", INK, plot.mark[1]))
     return entries
@@ -1074,8 +1073,9 @@ class Frame:
     RIGHT = 455
     TOP = 45
     BOTTOM = 265
-    BELOW = 55                                  # what the x axis takes
+    BELOW = 58                                  # what the x axis takes
     ENTRY = 20                                  # what a line of the legend takes
+    FITTING = 56                                # letters that fit into it
 
     def __init__(self, drawing, plot, left, top):
         self.drawing = drawing
@@ -1170,9 +1170,9 @@ class Frame:
         xs = self.across(curve.x)
         points = list(zip(xs, self.down(curve.y)))
         self.drawing.line(points, colour, 2)
-        for (x, y), value, deviation in zip(points, curve.y, curve.deviations):
+        for (x, y), value, deviation, over in zip(points, curve.y, curve.deviations, curve.over):
             self.drawing.dot((x, y), 3, colour)
-            if deviation:
+            if over:
                 self.draw_bar(x, self.down(value - deviation), self.down(value + deviation), colour)
 
     def draw_bar(self, x, low, high, colour):
@@ -1196,7 +1196,8 @@ class Frame:
                 self.drawing.line([(start + 15, height - 8), (start + 15, height + 8)], MARKED, 2)
             else:
                 self.drawing.line(ends, colour, dash=kind)
-            self.drawing.text((start + 40, height), name, "lm")
+            size = min(TEXT, TEXT * self.FITTING / len(name))
+            self.drawing.text((start + 40, height), name, "lm", size)
 
 
 def round_ticks(low, high):
@@ -2048,10 +2049,14 @@ def score_transfer(run, images, options, show):
     show.line(f"{run.name}: {key}")
     result = transfer_features(change(options, images=images, layer=None), show, run)
     rows = result["rows"]
-    deviations = rows.get(f"± over {result['over']}", [0, 0])
     means = dict(zip(result["columns"], rows["mean"]))
-    return {key: means[VIEWS[0]], key + SPREAD: deviations[1],      # after that of chance
-            key + OVER: result["over"], key + LEVELS: means}
+    scores = {key: means[VIEWS[0]], key + LEVELS: means}
+    deviations = rows.get(f"± over {result['over']}")
+    if deviations:                              # of more than one split
+        own = result["columns"].index(VIEWS[0])
+        scores[key + SPREAD] = deviations[own]
+        scores[key + OVER] = result["over"]
+    return scores
 
 
 def warn_about_duplicates(index, folder, held_out, show):
@@ -2155,7 +2160,8 @@ def join_seeds(runs, results, keys):
     curves = {}
     names = name_curves(runs)
     for places in groups.values():
-        point = join_rows([results[i] for i in places], ["training_photos", *keys])
+        point = join_rows([results[i] for i in places], keys)
+        point["training_photos"] = round(np.mean([runs[i].training for i in places]))
         curves.setdefault(names[places[0]], []).append(point)
     for points in curves.values():
         points.sort(key=lambda point: point["training_photos"])
@@ -2200,10 +2206,17 @@ def join_rows(rows, keys):
             joined[key + SPREAD] = float(np.std(values, ddof=1))
             joined[key + OVER] = f"{len(rows)} seeds"
         else:
-            deviation = rows[0].get("deviations", {}).get(key, 0)
-            joined[key + SPREAD] = rows[0].get(key + SPREAD, deviation)
-            joined[key + OVER] = rows[0].get(key + OVER, f"{rows[0].get('photos', 0):,} photos")
+            joined.update(deviation_of(rows[0], key))
     return joined
+
+
+def deviation_of(row, key):
+    """{} or how much a result's score deviates, and over what: splits, classes or photos."""
+    if key + SPREAD in row:
+        return {key + SPREAD: row[key + SPREAD], key + OVER: row[key + OVER]}
+    if key in row.get("deviations", {}):
+        return {key + SPREAD: row["deviations"][key], key + OVER: f"{row['photos']:,} photos"}
+    return {}
 
 
 def print_words(result, show=Output()):

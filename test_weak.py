@@ -4639,7 +4639,7 @@ def texts_of(drawing):
 def test_plot_names_axes_curves_baselines_and_error_bars():
     texts = texts_of(evaluation.draw_plots([example_plot()]))
     for text in ("photos (log scale)", "precision (fraction)", "first", "second", "pixels",
-                 "chance", "one standard deviation over 3 seeds, up and down"):
+                 "chance", "± 1 standard deviation over 3 seeds"):
         assert texts.count(text) == 1
     assert {"10", "100", "1,000"} <= set(texts)                     # under the axis
     plain = texts_of(evaluation.draw_plots([example_plot(log=False)]))
