@@ -1223,13 +1223,11 @@ def logged_level(log, key):
     return {} if level is None else {name: level}
 
 
-def curves_plots(log, loss="softmax", best=None):
+def curves_plots(log, loss="softmax", mark=()):
     """The learning curves of a run's log, over the epochs, a list of Plots.
 
-    loss: its option; best: the epoch whose weights are kept, or None.
+    loss: its option; mark: an epoch, and what is said of it.
     """
-    epochs = [row["epoch"] for row in log]
-    mark = (best, f"the weights of epoch {best} are kept") if best in epochs else ()
     losses = [curve_of(log, "held-out photos", "epoch", "validation_loss"),
               curve_of(log, "training photos", "epoch", "training_loss")]
     plots = [Plot("epoch", LOSS_NAMES[loss], losses, {}, mark=mark)]
@@ -1404,6 +1402,13 @@ class Trained:
         return (f"The weights are {kind} ({self.file}): step {self.step:,}, epoch {self.epoch} of "
                 f"{len(self.log)}.")
 
+    def curves(self):
+        """The Plots of the run's learning curves, with a mark at the epoch of these weights."""
+        mark = ()
+        if self.epoch in [row["epoch"] for row in self.log]:        # else it ended within the first
+            mark = (self.epoch, f"these weights, of epoch {self.epoch}")
+        return curves_plots(self.log, self.options["loss"], mark)
+
     def real_prior(self):
         """As model.prior_shift, (K,) or None for nothing."""
         return model.prior_shift(self.options, self.counts, self.training, self.label_frequency)
@@ -1462,7 +1467,10 @@ class Trained:
         A drawn set's pictures, and how many have words, are the seed's.
         """
         apart = PLACES + ("captions",) if self.options["drawn"] else PLACES
-        settings = {key: value for key, value in self.options.items() if key not in apart}
+        settings = {}
+        for key, value in self.options.items():
+            if key not in apart and value is not None:              # older runs lack newer options
+                settings[key] = value
         count = None if self.options["drawn"] else self.training
         epochs = len(self.log) if self.options["epochs"] else None  # fewer if it was interrupted
         return json.dumps([count, epochs, settings], sort_keys=True)
@@ -1942,8 +1950,7 @@ def predict_words(options, show, *runs):
     runs = sorted(runs, key=lambda run: run.training)
     check_different(runs)
     words = common_words(runs)
-    valid = min(run.options["valid"] for run in runs)
-    index = runs[-1].index(options.captions, words, valid)
+    index = common_index(options, runs, words)
     counts = runs[-1].counts[runs[-1].find_words(words)]            # one order of words for all
     folder = options.images or runs[-1].options["images"]
     count = len(index) if options.all else index.held_out
@@ -1989,6 +1996,12 @@ def common_words(runs):
     if not words:
         raise ValueError("the runs' dictionaries have no word in common")
     return words
+
+
+def common_index(options, runs, words):
+    """The index of these words, whose held-out photos are held out by all runs."""
+    valid = min(run.options["valid"] for run in runs)
+    return runs[-1].index(options.captions, words, valid)
 
 
 def score_run(scorer, targets, counts):
@@ -2310,8 +2323,7 @@ def expand_folders(paths):
 @command("curves", picture_option(*PLOTS, required=True), SIZE)
 def draw_curves(options, show, run):
     """Loss and scores after each epoch of training."""
-    show.plots(curves_plots(run.log, run.options["loss"], run.epoch), "learning curves",
-               options.size)
+    show.plots(run.curves(), "learning curves", options.size)
     return {"log": run.log}
 
 
@@ -3073,7 +3085,7 @@ def show_run(options, show, run):
     print(" ".join(settings))
     items = [f"<span>{escape(setting)}</span>" for setting in settings]
     show.html.append(f'<p class="note settings">{" ".join(items)}</p>')
-    show.plots(curves_plots(run.log, run.options["loss"], run.epoch), "learning curves")
+    show.plots(run.curves(), "learning curves")
     return {"epochs": len(run.log), "photos": int(photos.sum()), "seconds": seconds}
 
 

@@ -4667,11 +4667,11 @@ def test_training_and_held_out_loss_share_a_plot_and_the_kept_epoch_is_marked():
     log = [{"epoch": epoch, "loss": 9.0, "training_loss": 3.0 - epoch, "validation_loss": 3.5,
             "precision@10": 0.1, "auc": 0.7, "map": 0.2, "map_chance": 0.05,
             "precision@10_frequent_words": 0.08} for epoch in (1, 2)]
-    plots = evaluation.curves_plots(log, "softmax", 1)
+    plots = evaluation.curves_plots(log, "softmax", (1, "best"))
     assert [curve.name for curve in plots[0].curves] == ["held-out photos", "training photos"]
     assert [plot.levels for plot in plots] == [
         {}, {"most frequent words": 0.08}, {"chance": 0.5}, {"chance": 0.05}]
-    assert "the weights of epoch 1 are kept" in texts_of(evaluation.draw_plots(plots[:1]))
+    assert "best" in texts_of(evaluation.draw_plots(plots[:1]))
     assert "nats" in plots[0].y_name
     assert "nats" not in evaluation.curves_plots(log, "one-vs-all")[0].y_name
 
@@ -5326,6 +5326,8 @@ def test_numbers_of_a_picture_never_take_the_place_of_another_file(ask):
     held_out = [float(row["value"]) for row in rows if row["curve"] == "held-out photos"]
     assert held_out[:2] == [row["validation_loss"] for row in result["log"]]
     assert Path("r/curves.csv").read_text() == Path("c.csv").read_text()
+    svg = Path("c.svg").read_text()
+    assert "these weights, of epoch 2" in svg
 
 
 def test_run_that_is_given_twice_is_refused(ask):

@@ -1247,8 +1247,8 @@ def draw_pictures(run):
     """curves.png with curves.csv, once there is an epoch, and filters.png."""
     if run.log:
         best = best_epoch(run.log)
-        epoch = best["epoch"] if best else None
-        plots = evaluation.curves_plots(run.log, run.options.loss, epoch)
+        mark = (best["epoch"], f"best weights, of epoch {best['epoch']}") if best else ()
+        plots = evaluation.curves_plots(run.log, run.options.loss, mark)
         evaluation.save_plots(run.path("curves.png"), plots)
     filters = evaluation.filters_picture(kernels.to_host(run.net.first.w))
     evaluation.save_image(filters, run.path("filters.png"))
