@@ -43,6 +43,7 @@ from kernels.console import MOST_THREADS, number
 from kernels.philox import SPLITS, philox
 
 BLOCK = 20_000_000              # scores held at a time
+PAGE = 740                      # pixels across a report's page, on a screen that has room
 LETTER = 7.2                    # pixels of a table's letter on a page, about …
 CELL = 18                       # … and of the space around a cell
 KS = (1, 5, 10)                 # precision@k
@@ -944,7 +945,7 @@ class Text(NamedTuple):
 
 
 TEXT = 14                       # the size of a plot's letters
-SMOOTH = 3                      # lines are drawn so many times as large, …
+SMOOTH = 2                      # lines are drawn so many times as large, …
 LARGE = 5000                    # … in pictures of fewer pixels across
 SVG_ANCHORS = {"l": "start", "m": "middle", "r": "end"}
 BASELINES_BELOW = {"a": 0.9, "m": 0.35, "s": 0, "d": -0.25}         # an anchor, of a font's size
@@ -2859,7 +2860,7 @@ def map_words(options, show, run):
     """
     most = np.argsort(-run.counts, kind="stable")[:options.limit]
     y, result = place_points(run.vectors()[most], "words", options, show)
-    size = options.size if show.out else min(options.size, 800)
+    size = options.size if show.out else min(options.size, PAGE)
     fonts = options.font or Fonts()
     names = [run.words[i] for i in most]
     drawing = words_picture(names, y, run.counts[most], size, fonts)
@@ -3054,8 +3055,10 @@ def show_examples(options, show, run):
 
 
 def format_probability(p):
-    """A probability, short."""
-    return f"{p:.2f}" if p >= 0.01 else "<0.01"
+    """A probability, with two decimals, or two digits of a small one."""
+    if p < 1e-4:
+        return "<0.0001"
+    return f"{p:.2f}" if p >= 0.1 else f"{p:.2g}"
 
 
 def mark_guesses(guessed, carried):

@@ -5261,7 +5261,7 @@ def test_report_marks_the_words_that_are_right(ask):
     features, _ = trained.features("photos", [name], 0)
     p = softmax(trained.net.output.scores(features)[0])
     assert max(photos[name]["best"].values()) == pytest.approx(p.max(), rel=1e-4)
-    assert f'<span class="number">{p.max():.2f}</span>' in page
+    assert f">{evaluation.format_probability(p.max())}</span>" in page
 
 
 def test_report_begins_with_its_run_data_scores_and_weights(tiny, ask):
@@ -5279,6 +5279,12 @@ def test_report_begins_with_its_run_data_scores_and_weights(tiny, ask):
     assert "The weights are the best epoch" in opening and "(best.npz)" in opening
     assert trained.describe_weights().startswith("The weights are the last ones (model.npz)")
     assert os.getcwd() not in page              # names of places stay here
+
+
+@pytest.mark.parametrize("p, text", [
+    (0.5, "0.50"), (0.0312, "0.031"), (0.00871, "0.0087"), (0.00009, "<0.0001")])
+def test_probability_is_shown_with_two_digits(p, text):
+    assert evaluation.format_probability(p) == text
 
 
 def test_page_tells_where_it_scrolls():
