@@ -1971,16 +1971,21 @@ def predict_words(options, show, *runs):
     if options.deciles:
         show_deciles(results, show)
     is_own = not (options.all or options.captions or options.images)
-    baselines = {}
+    baselines = None
     if is_own and not options.no_baselines:
         baselines = score_baselines(run, index, reader.names, targets, counts, options)
     if len(runs) > 1 or show.out:
         show_curve(runs, results, baselines, options, show)
-        return {"runs": results, "words": len(words), "baselines": baselines}
-    result = {**results[run.name], "baselines": baselines}
+        return add_baselines({"runs": results, "words": len(words)}, baselines)
+    result = add_baselines(results[run.name], baselines)
     print_words(result, show)
     write_words(run, scorer, targets, counts, is_own, options)
     return result
+
+
+def add_baselines(result, baselines):
+    """A result with those of baselines, if they are there."""
+    return result if baselines is None else {**result, "baselines": baselines}
 
 
 def check_different(runs):
@@ -3013,7 +3018,7 @@ def describe_data(run):
 def describe_scores(result):
     """What `words` found, with baselines, as two sentences for the report."""
     baselines = [f"the most frequent words: {result['baseline']['precision@10']:.2f}"]
-    if result["baselines"]:
+    if "baselines" in result:
         pixels = result["baselines"][VIEWS[2]]["precision@10"]
         baselines.append(f"the words of the photos with the nearest pixels: {pixels:.2f}")
     return (f"Scored on {result['photos']:,} photos that it was not trained on: of the ten words "
