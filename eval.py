@@ -20,7 +20,7 @@ import signal
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from html import escape
 from typing import NamedTuple
 
@@ -1242,10 +1242,10 @@ def curves_plots(log, loss="softmax", mark=()):
     return shown or plots[:1]
 
 
-def grid_picture(rankings, find, fonts, loss, width=None):
+def grid_picture(rankings, find, fonts, width=None):
     """Words above their photos, {word: {name: score}}; find(name) is a photo's path (Fig. 3).
 
-    loss: which knows the probabilities that scores mean; width: in pixels.
+    A text may stand in the place of a score; width: in pixels.
     """
     columns = max(len(photos) for photos in rankings.values())
     scale = 1 if width is None else width / (columns * 156 + 6)
@@ -1255,7 +1255,6 @@ def grid_picture(rankings, find, fonts, loss, width=None):
     size = (columns * (side + gap) + gap, len(rankings) * row_height + gap)
     image = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(image)
-    small_font = open_font(None, 13 * scale)
     for row, (word, photos) in enumerate(rankings.items()):
         top = gap + row * row_height
         draw.text((gap, top + 20 * scale), word, INK, fonts.find(word, 20 * scale), "ls")
@@ -1264,8 +1263,9 @@ def grid_picture(rankings, find, fonts, loss, width=None):
             left = gap + column * (side + gap)
             photo = thumbnail(find(name), side)
             image.paste(photo, (left, bottom - photo.height))
-            below = (left, bottom + 3 * scale)
-            draw.text(below, describe_score(score, loss), INK, small_font)
+            label = score if isinstance(score, str) else f"{score:.2f}"
+            font = fonts.find(label, 13 * scale)
+            draw.text((left, bottom + 3 * scale), label, INK, font)
     return image
 
 
@@ -1786,7 +1786,9 @@ def save_picture(path, picture, table, width=None):
             file.write(picture.svg())
     else:
         save_image(picture.image(width) if isinstance(picture, Drawing) else picture, path)
-    write_table(numbers_file(path), *table)
+    heading, rows = table
+    with write_table(numbers_file(path), heading) as file:
+        file.writerows(rows)
 
 
 def save_plots(path, plots, width=None):
@@ -1794,12 +1796,14 @@ def save_plots(path, plots, width=None):
     save_picture(path, draw_plots(plots), plot_table(plots), width)
 
 
-def write_table(path, heading, rows):
-    """A CSV file of a heading and rows."""
-    with console.whole_file(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(heading)
-        writer.writerows(rows)
+@contextmanager
+def write_table(path, heading, encoding="utf-8"):
+    """A csv.writer into a file of that name, which is there, whole, at the end of the block."""
+    how = {"encoding": encoding, "errors": "surrogateescape", "newline": ""}    # any photo's name
+    with console.whole_file(path, "w", **how) as file:
+        table = csv.writer(file)
+        table.writerow(heading)
+        yield table
 
 
 def format_cell(cell):
@@ -2032,7 +2036,8 @@ def write_words(run, scorer, targets, counts, is_own, options):
     carried = mark_words(targets, len(counts))
     rows = table_of_words(scorer, carried, run.words, counts, run.step)
     for path in paths:
-        write_table(path, WORD_COLUMNS, rows)
+        with write_table(path, WORD_COLUMNS) as table:
+            table.writerows(rows)
 
 
 def score_baselines(run, index, names, targets, counts, options):
@@ -2349,10 +2354,10 @@ def search_photos(options, show, run):
     find = data.Folder(folder).find
     if show.out:
         fonts = options.font or Fonts()
-        image = grid_picture(rankings, find, fonts, run.loss, options.size)
+        image = grid_picture(label_photos(rankings, run.loss), find, fonts, options.size)
         show.picture(image, "photos for words", ranking_table(rankings, run.loss))
     else:
-        show_photos(rankings, find, run.loss, show)
+        show_photos(label_photos(rankings, run.loss), find, show)
     return {"words": rankings, "photos": len(reader.names), "skipped": reader.skipped}
 
 
@@ -2365,17 +2370,23 @@ def ranking_table(rankings, loss):
     return ["word", "rank", "photo", "score", "probability"], rows
 
 
-def describe_score(score, loss):
-    """A word's probability, from its score."""
-    return "p " + format_probability(np.exp(loss.log_probability(score)))
-
-
-def show_photos(rankings, find, loss, show):
-    """Words above their photos, {word: {name: score}}, on the page."""
+def label_photos(rankings, loss):
+    """{word: {name: its probability as a text}} from the scores."""
+    labels = {}
     for word, photos in rankings.items():
+        labels[word] = {}
+        for name, score in photos.items():
+            p = np.exp(loss.log_probability(score))
+            labels[word][name] = f"p {format_probability(p)}"
+    return labels
+
+
+def show_photos(labels, find, show):
+    """Words above their photos, {word: {name: text under the photo}}, on the page."""
+    for word, photos in labels.items():
         show.html.append(f"<h3>{escape(word)}</h3>")
-        show.photos([(find(name), f"{word}: {name}", escape(describe_score(score, loss)))
-                     for name, score in photos.items()])
+        show.photos([(find(name), f"{word}: {name}", escape(label))
+                     for name, label in photos.items()])
 
 
 @command("features", FOLDER, output_option("--out", ".npz"),
