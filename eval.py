@@ -1782,7 +1782,7 @@ def numbers_file(path):
 def save_picture(path, picture, table, width=None):
     """Write a Drawing, so many pixels wide, or a picture of photos, and beside it its numbers."""
     if path.lower().endswith(".svg"):
-        with console.whole_file(path, "w", encoding="utf-8") as file:
+        with console.whole_file(path, "w", encoding="utf-8", errors="replace") as file:
             file.write(picture.svg())
     else:
         save_image(picture.image(width) if isinstance(picture, Drawing) else picture, path)
