@@ -43,7 +43,7 @@ from kernels.console import MOST_THREADS, number
 from kernels.philox import SPLITS, philox
 
 BLOCK = 20_000_000              # scores held at a time
-PAGE = 740                      # pixels across a report's page, on a screen that has room
+PAGE = 730                      # pixels across a report's page, on a screen that has room
 LETTER = 7.2                    # pixels of a table's letter on a page, about …
 CELL = 18                       # … and of the space around a cell
 KS = (1, 5, 10)                 # precision@k
@@ -1734,7 +1734,7 @@ class Output:
             print("  ".join(cells).rstrip())
         body = [html_row(line, "td") for line in lines[1:]]
         table = "<table>" + html_row(lines[0], "th") + "".join(body) + "</table>"
-        self.html.append(wide_html(table, LETTER * sum(widths) + CELL * len(widths)))
+        self.html.append(wide_html(table, table_width(lines)))
 
     def plots(self, plots, what, width=None):
         """Plots, into the file, so many pixels wide, or on the page, each of its own."""
@@ -1765,6 +1765,14 @@ class Output:
             image = image_html(thumbnail(path, 200), what, "jpeg")
             self.html.append(f"<figure>{image}<figcaption>{below}</figcaption></figure>")
         self.html.append("</div>")
+
+
+def table_width(lines):
+    """How many pixels a table of these rows takes on a page, about, where its heading may wrap."""
+    heading, *rows = lines
+    longest = [max(name.split(), key=len, default="") for name in heading]
+    letters = [max(map(len, column)) for column in zip(longest, *rows)]
+    return LETTER * sum(letters) + CELL * len(letters)
 
 
 def wide_html(html, width):
