@@ -1572,7 +1572,7 @@ def test_sampled_softmax_approaches_the_full_one(index, rng):
 
 
 def test_captions_for_controls_change_only_what_they_say(tmp_path):
-    """Noise keeps every word as often, parts lie in each other, and no photo has two languages."""
+    """Noise keeps every word as often, and no photo has two languages."""
     rng = np.random.default_rng(0)
     words = [f"word{letter}" for letter in "abcdefghij"]
     pairs = [(f"{n // 2}.jpg", " ".join(rng.choice(words, 5))) for n in range(400)]
@@ -1587,14 +1587,11 @@ def test_captions_for_controls_change_only_what_they_say(tmp_path):
     def count(some):
         return Counter(word for _, caption in some for word in caption.split())
 
-    assert make("part", 1, path) == pairs
     assert make("noise", 0, path) == pairs
     noisy = make("noise", 0.5, path)
     moved = np.mean([a != b for x, y in zip(pairs, noisy) for a, b in zip(x[1].split(), y[1].split())])
     assert count(noisy) == count(pairs)
     assert 0.35 < moved < 0.55                  # a tenth of the moved words meet themselves
-    quarter = set(make("part", 0.25, path))
-    assert quarter < set(make("part", 0.5, path)) and 50 < len(quarter) < 150
     shuffled = dict(make("shuffle", path))
     assert sorted(shuffled.values()) == sorted(dict(pairs).values())
     assert np.mean([shuffled[name] == caption for name, caption in dict(pairs).items()]) < 0.1

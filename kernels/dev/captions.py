@@ -1,6 +1,5 @@
-"""Captions that an experiment needs, made of those that one has: for controls, and for Fig. 2.
+"""Captions for controls, made of those that one has.
 
-    python kernels/dev/captions.py part 0.25 captions.tsv quarter.tsv    a quarter of the photos
     python kernels/dev/captions.py noise 0.5 captions.tsv noisy.tsv      half of the words elsewhere
     python kernels/dev/captions.py shuffle captions.tsv shuffled.tsv     captions of other photos
     python kernels/dev/captions.py apart english.tsv french.tsv apart.tsv
@@ -31,12 +30,6 @@ def fractions(names, seed):
     """A number from 0 to 1 for each photo's name, always the same one."""
     keys = [f"{seed} {name}".encode("utf-8", "surrogateescape") for name in names]
     return data.hash_all(keys, 8) / 2.0**64
-
-
-def keep_part(pairs, part, seed):
-    """The captions of that part of the photos; a smaller part lies within a larger one."""
-    numbers = fractions([name for name, _ in pairs], seed)
-    return [pair for pair, fraction in zip(pairs, numbers) if fraction < part]
 
 
 def add_noise(pairs, part, seed):
@@ -86,8 +79,7 @@ def make(options):
     pairs = read_pairs(options.captions)
     if options.what == "shuffle":
         return shuffle_photos(pairs, options.seed)
-    work = keep_part if options.what == "part" else add_noise
-    return work(pairs, options.size, options.seed)
+    return add_noise(pairs, options.part, options.seed)
 
 
 def parse(arguments):
@@ -95,10 +87,10 @@ def parse(arguments):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="what", required=True)
-    for what in ("part", "noise", "shuffle", "apart"):
+    for what in ("noise", "shuffle", "apart"):
         command = commands.add_parser(what)
-        if what in ("part", "noise"):
-            command.add_argument("size", type=float, help="from 0 to 1")
+        if what == "noise":
+            command.add_argument("part", type=float, help="of the words, from 0 to 1")
         for name in ("first", "second") if what == "apart" else ("captions",):
             command.add_argument(name, help="a captions file")
         command.add_argument("out", help="where to write")
