@@ -48,7 +48,7 @@ import kernels
 import model
 import weak
 from kernels import console, cpu, gpu, philox, ranks, reference
-from kernels.dev import bench, emulate, emulate_cupy
+from kernels.dev import bench, captions, emulate, emulate_cupy
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 IMPORTING = f"import sys; sys.path.insert(0, {HERE!r})\n"
@@ -1569,6 +1569,39 @@ def test_sampled_softmax_approaches_the_full_one(index, rng):
     assert errors == sorted(errors, reverse=True)
     assert errors[2] < 0.03
     assert errors[3] < 1e-12
+
+
+def test_captions_for_controls_change_only_what_they_say(tmp_path):
+    """Noise keeps every word as often, and no photo has two languages."""
+    rng = np.random.default_rng(0)
+    words = [f"word{letter}" for letter in "abcdefghij"]
+    pairs = [(f"{n // 2}.jpg", " ".join(rng.choice(words, 5))) for n in range(400)]
+    path = tmp_path / "captions.tsv"
+    captions.write_pairs(str(path), pairs)
+
+    def make(*arguments):
+        out = tmp_path / "out.tsv"
+        captions.main([*map(str, arguments), str(out)])
+        return captions.read_pairs(str(out))
+
+    def count(some):
+        return Counter(word for _, caption in some for word in caption.split())
+
+    assert make("noise", 0, path) == pairs
+    noisy = make("noise", 0.5, path)
+    moved = np.mean([a != b for x, y in zip(pairs, noisy) for a, b in zip(x[1].split(), y[1].split())])
+    assert count(noisy) == count(pairs)
+    assert 0.35 < moved < 0.55                  # a tenth of the moved words meet themselves
+    shuffled = dict(make("shuffle", path))
+    assert sorted(shuffled.values()) == sorted(dict(pairs).values())
+    assert np.mean([shuffled[name] == caption for name, caption in dict(pairs).items()]) < 0.1
+
+    french = [(name, caption.upper()) for name, caption in pairs]
+    captions.write_pairs(str(tmp_path / "french.tsv"), french)
+    apart = make("apart", path, tmp_path / "french.tsv")
+    languages = {name: {c.isupper() for n, c in apart if n == name} for name, _ in pairs}
+    assert all(len(which) == 1 for which in languages.values())
+    assert 70 < sum(True in which for which in languages.values()) < 130
 
 
 # ---------------------------------------------------------------------------------- photos
