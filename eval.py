@@ -30,7 +30,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy.linalg import eigh
 from scipy.optimize import minimize
-from scipy.sparse import csr_array, vstack
+from scipy.sparse import csr_array, issparse, vstack
+from scipy.sparse.linalg import norm as sparse_norm
 from scipy.special import log_softmax, logsumexp
 from scipy.stats import hypergeom, rankdata, spearmanr
 
@@ -50,6 +51,7 @@ MOST_COMPARED = 200_000         # photos among which duplicates are looked for
 RESAMPLES = 200                 # of the photos, for deviations over them
 CANDIDATES = 1000               # photos among which one is looked for by its words
 LEAST_PHOTOS = 5                # that carry a word, to choose its threshold on
+MOST_TOGETHER = 500_000_000     # pairs of words on a photo that are counted, for a control
 NEAREST = 50                    # training photos whose words a baseline takes …
 MOST_NEIGHBOURS = 50_000        # … of so many at most
 
@@ -433,6 +435,12 @@ def units(x):
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
+def cosines_of(units, rows, columns):
+    """Cosines (R, C) of some rows with others (C,) of unit vectors, dense or sparse."""
+    cosines = units[rows] @ units[columns].T
+    return cosines.toarray() if issparse(cosines) else cosines
+
+
 def csls(cosines, k=10):
     """2 cos(x, y) - r(x) - r(y), r the mean of the k best: hubs get less (Conneau 2018, §2.3)."""
     rows = mean_of_best(cosines, k)                                 # (S,)
@@ -453,6 +461,45 @@ def retrieval(scores, right, ks=KS):
     good = right.sum(axis=1)                                        # (S,)
     chance = [hypergeom.sf(0, columns, good, min(k, columns)).mean() for k in ks]
     return {**name_precisions(precision, ks), "chance": name_precisions(chance, ks)}
+
+
+# ------------------------------------------------------------ words by captions, without a pixel
+
+def word_photos(index):
+    """Which training photos carry each word of an index, a sparse (K, photos) of ones."""
+    photos = np.asarray(index.class_photos.values)
+    index.check_training(photos)
+    ends = np.concatenate([[0], index.class_photos.ends])
+    return csr_array((np.ones(len(photos), np.float32), photos, ends), (len(ends) - 1, len(index)))
+
+
+def ppmi(carried):
+    """How much more often two words share a photo than chance has it: sparse (K, K).
+
+    carried (K, photos): which words a photo has. Positive pointwise mutual information, max(0, log
+    p_ij / (p_i p_j)): p_ij is the part of the pairs of different words on one photo that are i and
+    j, and p_i = Σ_j p_ij (Church and Hanks 1990). Words with like rows keep like company.
+    """
+    together = (carried @ carried.T).tocoo()                        # (K, K) photos with both
+    apart = together.row != together.col                            # not a word with itself
+    i = together.row[apart]
+    j = together.col[apart]
+    count = together.data[apart].astype(np.float64)
+    total = np.bincount(i, count, together.shape[0])                # (K,)
+    ratio = count * count.sum() / (total[i] * total[j])
+    return csr_array((np.maximum(0, np.log(ratio)), (i, j)), together.shape)
+
+
+def sparse_units(x):
+    """Rows of a sparse x (N, D) of length 1; a row of zeros stays zero."""
+    lengths = np.maximum(sparse_norm(x, axis=1), 1e-12)             # (N,)
+    return csr_array(x.multiply(1 / lengths[:, None]))
+
+
+def break_ties(scores):
+    """Equal scores in a random order, a function of their places, not that of the dictionary."""
+    raw = philox(0, (0, 2, 0, SPLITS)).random_raw(scores.size)
+    return scores + 1e-9 * (raw / 2**64).reshape(scores.shape)
 
 
 # --------------------------------------------------------------------------------- features
@@ -1157,6 +1204,20 @@ class Trained:
             return data.cached_index(self.source(), folder, text)
         except (OSError, ValueError):           # no captions
             return None
+
+    def training_index(self):
+        """The index that the run was trained on, or None where that is lost.
+
+        It tells which photos carry which words, wherever captions and photos are now. The index in
+        the run's folder is it if each word has as many training photos as in training.
+        """
+        try:
+            index = data.Index(os.path.join(self.folder, "index"))
+        except (OSError, ValueError, KeyError):                     # none, or a damaged one
+            return None
+        is_same = (index.dictionary == self.words and index.training == self.training
+                   and np.array_equal(index.counts, self.counts))
+        return index if is_same else None
 
     def source(self, captions=None):
         """How captions are read: those of the run, or a file of the same columns."""
@@ -2221,29 +2282,76 @@ class Voc:
                            help="word<TAB>word<TAB>score"))
 def compare_similarity(options, show, run):
     """Spearman's ρ of the cosines of the words' vectors with human scores (Table 5)."""
-    vectors = units(run.vectors())                                  # (K, E)
+    pairs = {}
     result = {}
-    rows = {}
     for path in options.pairs:
-        pairs, count = read_pairs(path, run, scored=True)
-        rho, p = correlate(vectors, pairs)
         name = os.path.basename(path)
-        result[name] = {"rho": rho, "p": p, "covered": len(pairs), "of": count}
-        rows[name] = [rho, f"{p:.2g}", len(pairs), count]
+        pairs[name], count = read_pairs(path, run, scored=True)
+        rho, p = correlate(units(run.vectors()), pairs[name])
+        result[name] = {"rho": rho, "p": p, "covered": len(pairs[name]), "of": count}
     if max(row["covered"] for row in result.values()) < 3:
         raise ValueError("--pairs: of no file the model knows both words of 3 pairs")
-    show.table(["word pairs", "Spearman's ρ", "p-value", "covered", "of"], rows)
+    control = vectors_of_captions(run, show).get(BY_COMPANY)        # (K, K), sparse
+    if control is not None:
+        for name in result:
+            result[name]["captions_alone"], _ = correlate(control, pairs[name])
+    show_similarity(result, show)
     return result
 
 
 def correlate(vectors, pairs):
-    """Spearman's ρ of cosines with the scores of pairs (class, class, score), and its p-value."""
+    """Spearman's ρ of cosines with the scores of pairs (class, class, score), and its p-value.
+
+    vectors (K, D): of length 1, dense or sparse.
+    """
     if len(pairs) < 3:
         return float("nan"), float("nan")
     first, second, scores = np.array(pairs).T
-    cosines = (vectors[first.astype(int)] * vectors[second.astype(int)]).sum(axis=1)
-    rho, p = spearmanr(cosines, scores)
+    products = vectors[first.astype(int)] * vectors[second.astype(int)]         # (P, D)
+    rho, p = spearmanr(products.sum(axis=1), scores)
     return float(rho), float(p)
+
+
+def show_similarity(result, show):
+    """A row for each file of pairs."""
+    is_controlled = any("captions_alone" in numbers for numbers in result.values())
+    heading = ["word pairs", "Spearman's ρ", "p-value"]
+    if is_controlled:
+        heading.append("captions alone")
+    rows = {}
+    for name, numbers in result.items():
+        rows[name] = [numbers["rho"], f"{numbers['p']:.2g}"]
+        if is_controlled:
+            rows[name].append(numbers["captions_alone"])
+        rows[name] += [numbers["covered"], numbers["of"]]
+    show.table([*heading, "covered", "of"], rows)
+    if is_controlled:
+        show.line("captions alone: ρ without any pixel, by the words that words are with on "
+                  "training photos (cosine of rows of PPMI)")
+
+
+BY_PHOTOS = "captions by photos"
+BY_COMPANY = "captions by company"
+
+
+def vectors_of_captions(run, show):
+    """{control: sparse vectors of length 1 of the K words} from the training captions alone.
+
+    By photos, words are alike if the same photos carry them; by company, if the same words share
+    their photos (ppmi). Nothing, and a line says so, where the run's index is not at hand.
+    """
+    index = run.training_index()
+    if index is None:
+        show.line(f"{run.folder}/index is not that of the training captions: no control by "
+                  "captions alone")
+        return {}
+    carried = word_photos(index)                                    # (K, photos)
+    pairs = int((carried.sum(axis=0).astype(np.float64) ** 2).sum())
+    if pairs > MOST_TOGETHER:
+        show.line(f"the captions have {pairs:,} pairs of words on a photo, more than "
+                  f"{MOST_TOGETHER:,}: no control by captions alone")
+        return {}
+    return {BY_PHOTOS: sparse_units(carried), BY_COMPANY: sparse_units(ppmi(carried))}
 
 
 @command("neighbors", WORDS, TOP)
@@ -2270,61 +2378,74 @@ def translate_words(options, show, run):
     alike = len(known) - len(pairs)
     show.line(f"{len(pairs):,} pairs of words that the model knows, of {count:,}; {alike:,} spelt "
               "alike are left out")
-    vectors = run.vectors()                                         # (K, E)
-    ways = {"forward": find_translations(vectors, pairs, options.csls),
-            "backward": find_translations(vectors, pairs[:, ::-1], options.csls)}
-    show_ways(ways, options.csls, show)
+    views = {"model": units(run.vectors()), **vectors_of_captions(run, show)}
+    results = {}
+    for view, vectors in views.items():
+        results[view] = {"forward": find_translations(vectors, pairs, options.csls),
+                         "backward": find_translations(vectors, pairs[:, ::-1], options.csls)}
+    show_translations(results, options.csls, show)
     best = show_best_pairs(run, pairs, options.csls, show)
-    return {"pairs": len(pairs), "alike": alike, **ways, "best": best}
+    own = results.pop("model")
+    return {"pairs": len(pairs), "alike": alike, **own, "controls": results, "best": best}
 
 
 def find_translations(vectors, pairs, by_csls):
     """retrieval of the second words of pairs (P, 2) by the first: among all second ones, and all K.
 
-    The numbers hang on how many there are to choose among, which is said beside them.
+    vectors (K, D): of length 1, dense or sparse. The numbers hang on how many there are to choose
+    among, which is said beside them.
     """
     sources, rows = np.unique(pairs[:, 0], return_inverse=True)     # (S,), (P,)
     targets, columns = np.unique(pairs[:, 1], return_inverse=True)  # (T,), (P,)
-    everything = np.arange(len(vectors))                            # (K,)
+    everything = np.arange(vectors.shape[0])                        # (K,)
     results = []
     for candidates, places in ((targets, columns), (everything, pairs[:, 1])):
         right = np.zeros((len(sources), len(candidates)), bool)
         right[rows, places] = True
-        scores = score_translations(vectors, sources, candidates, by_csls)
+        scores = break_ties(score_translations(vectors, sources, candidates, by_csls))
         results.append({**retrieval(scores, right), "candidates": len(candidates)})
     among_targets, among_all = results
     return {**among_targets, "words": len(sources), "all": among_all}
 
 
 def score_translations(vectors, sources, targets, by_csls):
-    """How near the vectors (K, E) of some words are to others': classes (S,), (T,) -> (S, T)."""
-    vectors = units(vectors)
-    scores = vectors[sources] @ vectors[targets].T                  # (S, T)
+    """How near the vectors (K, D) of some words are to others': classes (S,), (T,) -> (S, T)."""
+    scores = cosines_of(vectors, sources, targets)
     if by_csls:
         scores = csls(scores)
     scores[np.equal.outer(sources, targets)] = -np.inf              # a word is not its translation
     return scores
 
 
-def show_ways(ways, by_csls, show):
-    """A row for each way and each set of candidates, with the chance of each."""
+def show_translations(results, by_csls, show):
+    """A row for each way, set of candidates and view, with the chance of each.
+
+    results: {"model", or a control: {way: what find_translations returns}}.
+    """
     rows = {}
-    for way, numbers in ways.items():
-        for name, result in ((way, numbers), (f"{way}, all words", numbers["all"])):
-            rows[name] = [numbers["words"], result["candidates"]]
-            for key in name_precisions(KS):
-                rows[name] += [result[key], result["chance"][key]]
+    for way in results["model"]:
+        for among in ("", ", all words"):
+            for view, ways in results.items():
+                name = way + among if view == "model" else f"{way}{among}: {view}"
+                numbers = ways[way]["all"] if among else ways[way]
+                rows[name] = [ways[way]["words"], numbers["candidates"]]
+                for key in name_precisions(KS):
+                    rows[name] += [numbers[key], numbers["chance"][key]]
     heading = ["by CSLS" if by_csls else "by cosine", "words", "candidates"]
     for key in name_precisions(KS):
         heading += [key, "chance"]
     show.table(heading, rows)
+    if len(results) > 1:
+        show.line(f"{BY_PHOTOS}: by the training photos that words are on, without any pixel; "
+                  f"{BY_COMPANY}: by the words that they are with there (rows of PPMI)")
 
 
 def show_best_pairs(run, pairs, by_csls, show):
     """{heading: {pair: score}} of words with the translation that was nearest; ! if it is wrong."""
     sources = np.unique(pairs[:, 0])                                # (S,)
     targets = np.unique(pairs[:, 1])                                # (T,)
-    scores = score_translations(run.vectors(), sources, targets, by_csls)       # (S, T)
+    vectors = units(run.vectors())                                  # (K, E)
+    scores = score_translations(vectors, sources, targets, by_csls)             # (S, T)
     right = set(map(tuple, pairs.tolist()))
     names = []
     for source, nearest in zip(sources, targets[scores.argmax(axis=1)]):

@@ -4449,6 +4449,43 @@ def test_retrieval_and_its_chance_are_worked_out_by_hand():
     assert [result["chance"][f"precision@{k}"] for k in (1, 2, 9)] == pytest.approx(chance)
 
 
+def test_photos_of_words_are_the_training_photos_of_an_index(index):
+    carried = evaluation.word_photos(index).toarray()               # (K, photos)
+    assert not carried[:, :index.held_out].any()
+    for photo in range(index.held_out, len(index)):
+        assert np.flatnonzero(carried[:, photo]).tolist() == index.words(photo).tolist()
+
+
+def test_company_of_words_is_their_mutual_information(rng):
+    carried = rng.random((7, 40)) < 0.3
+    carried[6] = False                          # a word of no photo
+    together = Counter()
+    for photo in carried.T:
+        for pair in itertools.permutations(np.flatnonzero(photo).tolist(), 2):
+            together[pair] += 1
+    total = sum(together.values())
+    alone = Counter()
+    for (i, _), count in together.items():
+        alone[i] += count
+    expected = np.zeros((7, 7))
+    for (i, j), count in together.items():
+        chance = alone[i] / total * alone[j] / total
+        expected[i, j] = max(0, math.log(count / total / chance))
+    company = evaluation.ppmi(csr_array(carried.astype(np.float32)))
+    np.testing.assert_allclose(company.toarray(), expected, atol=1e-6)
+    lengths = np.linalg.norm(evaluation.sparse_units(company).toarray(), axis=1)
+    np.testing.assert_allclose(lengths[:6], 1, rtol=1e-6)
+    assert lengths[6] == 0
+
+
+def test_equal_scores_are_in_a_random_order():
+    scores = evaluation.break_ties(np.zeros((2000, 10)))
+    firsts = np.bincount(scores.argmax(axis=1), minlength=10)
+    assert abs(firsts - 200).max() < 60         # 4 deviations
+    unequal = evaluation.break_ties(np.array([[0.1, 0.1 + 1e-6]]))
+    assert unequal.argmax() == 1
+
+
 # ------------------------------------------------------------------------------ regression
 
 def test_regression_gradient_is_numerical(rng):
@@ -4964,6 +5001,55 @@ def test_translate_leaves_out_words_spelt_alike(options, ask):
         assert way["all"]["chance"]["precision@1"] == pytest.approx(1 / 30)
         assert way["all"]["precision@10"] <= way["precision@10"]
     assert "best pairs" in said.out
+
+
+def carriers(words, index):
+    """{word: its training photos} of a run's index."""
+    photos = {word: set() for word in words}
+    for photo in range(index.held_out, len(index)):
+        for k in index.words(photo):
+            photos[words[k]].add(photo)
+    return photos
+
+
+def test_translate_has_the_control_of_captions_alone(tiny, ask):
+    result, said = ask("translate", "--pairs", "pairs.txt")
+    own = carriers(tiny[1], data.Index("r/index"))
+    sources = tiny[1][::2]
+    targets = tiny[1][1::2]
+    hits = 0
+    for i, source in enumerate(sources):
+        cosines = [len(own[source] & own[target]) / math.sqrt(len(own[source]) * len(own[target]))
+                   for target in targets]
+        hits += i in np.argsort(cosines)[-10:]
+    control = result["controls"]["captions by photos"]["forward"]
+    assert control["precision@10"] == pytest.approx(hits / 15, abs=1 / 15)      # there are ties
+    for key in ("words", "candidates", "chance"):
+        assert control[key] == result["forward"][key]
+    assert "forward: captions by photos " in said.out
+    assert "backward, all words: captions by company " in said.out
+
+
+def test_control_of_captions_alone_needs_the_index_of_the_run(tiny, tmp_path, ask):
+    result, _ = ask("similar", "--pairs", "similar.txt")
+    assert -1 <= result["similar.txt"]["captions_alone"] <= 1
+    shutil.copytree("r", tmp_path / "r")
+    result_moved, _ = ask("similar", "--pairs", "similar.txt", "--model", tmp_path / "r")
+    assert result_moved == result
+    shutil.rmtree(tmp_path / "r" / "index")
+    build(tmp_path / "r", data.Text(30, 5, 0.3), "index", tiny[0] / "captions.tsv")
+    for _ in range(2):                          # an index of another split, and none
+        result, said = ask("similar", "--pairs", "similar.txt", "--model", tmp_path / "r")
+        assert "captions_alone" not in result["similar.txt"]
+        assert "no control by captions alone" in said.out
+        shutil.rmtree(tmp_path / "r" / "index", ignore_errors=True)
+
+
+def test_control_of_captions_alone_is_left_out_where_it_takes_too_much(ask, monkeypatch):
+    monkeypatch.setattr(evaluation, "MOST_TOGETHER", 100)
+    result, said = ask("translate", "--pairs", "pairs.txt")
+    assert result["controls"] == {}
+    assert "pairs of words on a photo, more than 100" in said.out
 
 
 def test_word_is_not_its_own_translation():
