@@ -1,7 +1,7 @@
 """The paper's experiments on a trained run, using the model, and the pictures of a run.
 
-    python eval.py COMMAND --model RUN …        RUN is a run's folder; the README has examples
-    python eval.py --help                       the commands, with the paper's tables and figures
+    python eval.py                              lists the commands, with an example of each
+    python eval.py COMMAND --model RUN …        RUN is a run's folder
 
 Metrics are fractions, not percent. In this order: metrics, features, regression, maps by t-SNE,
 pictures, trained runs, what the commands share, and the commands themselves.
@@ -1160,8 +1160,9 @@ class Trained:
     def add_prior(self):
         """Add the prior of real photos to the biases, and say on stderr how good it is."""
         if self.label_frequency is None:
-            print("prior: not known, the run's captions or index are not at hand; probabilities "
-                  "are those of the words as training drew them", file=sys.stderr, flush=True)
+            print(f"prior: not known, {self.folder}/index is not that of the training captions; "
+                  "probabilities are those of the words as training drew them", file=sys.stderr,
+                  flush=True)
             return
         self.shift = self.real_prior()
         if self.shift is None:
@@ -1197,19 +1198,8 @@ class Trained:
             return self.counts / self.training
         if positives == "drawn":
             return np.full(len(self.words), 1 / len(self.words))
-        index = self.own_index()
-        if index is None or index.dictionary != self.words:
-            return None
-        return index.label_frequency(sampling, positives)
-
-    def own_index(self):
-        """The run's index of its captions, or None where it is not there or they have changed."""
-        text = data.Text(self.options["words"], self.options["stop_words"], self.options["valid"])
-        folder = os.path.join(self.folder, "index")
-        try:
-            return data.cached_index(self.source(), folder, text)
-        except (OSError, ValueError):           # no captions
-            return None
+        index = self.training_index()
+        return None if index is None else index.label_frequency(sampling, positives)
 
     def training_index(self):
         """The index that the run was trained on, or None where that is lost.
@@ -1282,8 +1272,8 @@ class Trained:
 
     def words_by_path(self):
         """{path: words} of the photos of the run's captions; none where they are very many."""
-        index = self.own_index()
-        if index is None or len(index) > MOST_COMPARED or index.dictionary != self.words:
+        index = self.training_index()
+        if index is None or len(index) > MOST_COMPARED:
             return {}
         folder = os.path.realpath(self.options["images"])
         return {os.path.join(folder, index.name(i)): [self.words[k] for k in index.words(i)]
@@ -1947,10 +1937,10 @@ def choose_tags(options, run):
     return len(run.words), run.thresholds(), "no word above its threshold"
 
 
-def real_place(path):
+def real_place(path, realpath=os.path.realpath):
     """The path of a file in the folder that this really is, whatever links lead there."""
     folder, file = os.path.split(path)
-    return os.path.join(os.path.realpath(folder), file)
+    return os.path.join(realpath(folder), file)
 
 
 def write_tags(path, reader, tags):
@@ -2141,7 +2131,8 @@ def find_nearest_photos(options, show, run):
         raise ValueError("photos to look among are missing; give --images, their folder, or "
                          "--features, a file that `features` wrote")
     others = load_features(options.features, run) if options.features else None
-    layer, crops = (others.layer, others.crops) if others else (None, 1)
+    layer = others.layer if others else None
+    crops = others.crops if others else 1
     queries, asked = extract_photos(run, "", options.photos, options, layer, crops)
     skipped = {}
     if others is None:
@@ -2170,13 +2161,15 @@ def rank_photos(queries, others, top):
     Queries and others are Features; cosines are about the mean of the others. A photo is no
     neighbour of itself, but a copy of it is.
     """
-    places = np.array([real_place(os.path.join(others.folder, name)) for name in others.names])
+    realpath = functools.cache(os.path.realpath)                    # which asks the disk
+    paths = [os.path.join(others.folder, name) for name in others.names]
+    places = np.array([real_place(path, realpath) for path in paths])           # (N,)
     nearest = {}
     for part in slices(len(queries.names), BLOCK // len(others.names)):
         names = queries.names[part]
         cosines = centred_cosines(queries.x[part], others.x)        # (n, N)
         for row, name in zip(cosines, names):
-            row[places == real_place(name)] = -np.inf
+            row[places == real_place(name, realpath)] = -np.inf
         nearest.update(best_of(names, cosines, others.names, top, least=-2))
     return nearest
 
