@@ -2087,7 +2087,7 @@ def save_features(path, features, run):
 
 def load_features(path, run):
     """The Features that save_features wrote; ValueError if that, or this run, did not."""
-    again = f"write it by `eval.py features --model {run.name} --out FILE.npz`"
+    again = f"write it by `eval.py features --model {run.name} --images … --out FILE.npz`"
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
