@@ -2037,6 +2037,8 @@ def list_photos(folder):
 
 def describe_no_picture(folder):
     """What to say of a folder without pictures."""
+    if not os.path.isdir(folder):
+        return f"there is no folder {folder}"
     links = []
     with suppress(OSError):
         links = [entry.name for entry in os.scandir(folder) if entry.is_symlink()]

@@ -1,7 +1,7 @@
 """The paper's experiments on a trained run, using the model, and the pictures of a run.
 
-    python eval.py COMMAND --model RUN …        RUN is a run's folder; the README has examples
-    python eval.py --help                       the commands, with the paper's tables and figures
+    python eval.py                              lists the commands, with an example of each
+    python eval.py COMMAND --model RUN …        RUN is a run's folder
 
 Metrics are fractions, not percent. In this order: metrics, features, regression, maps by t-SNE,
 pictures, trained runs, what the commands share, and the commands themselves.
@@ -12,6 +12,7 @@ import csv
 import difflib
 import functools
 import glob
+import hashlib
 import io
 import itertools
 import json
@@ -31,7 +32,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy.linalg import eigh
 from scipy.optimize import minimize
-from scipy.sparse import csr_array, vstack
+from scipy.sparse import csr_array, issparse, vstack
+from scipy.sparse.linalg import norm as sparse_norm
 from scipy.special import log_softmax, logsumexp
 from scipy.stats import hypergeom, rankdata, spearmanr
 
@@ -53,8 +55,10 @@ LEVELS = " baselines"           # … and of what baselines have
 SHORT = {"auc": "AUC", "map": "mean AP"}       # of a score, in a table
 MOST_COMPARED = 200_000         # photos among which duplicates are looked for
 RESAMPLES = 200                 # of the photos, for deviations over them
+MOST_ROWS = 50                  # of a picture of photos and their nearest
 CANDIDATES = 1000               # photos among which one is looked for by its words
 LEAST_PHOTOS = 5                # that carry a word, to choose its threshold on
+MOST_TOGETHER = 500_000_000     # pairs of words on a photo that are counted, for a control
 NEAREST = 50                    # training photos whose words a baseline takes …
 MOST_NEIGHBOURS = 50_000        # … of so many at most
 
@@ -438,6 +442,12 @@ def units(x):
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
+def cosines_of(units, rows, columns):
+    """Cosines (R, C) of some rows with others (C,) of unit vectors, dense or sparse."""
+    cosines = units[rows] @ units[columns].T
+    return cosines.toarray() if issparse(cosines) else cosines
+
+
 def csls(cosines, k=10):
     """2 cos(x, y) - r(x) - r(y), r the mean of the k best: hubs get less (Conneau 2018, §2.3)."""
     rows = mean_of_best(cosines, k)                                 # (S,)
@@ -458,6 +468,45 @@ def retrieval(scores, right, ks=KS):
     good = right.sum(axis=1)                                        # (S,)
     chance = [hypergeom.sf(0, columns, good, min(k, columns)).mean() for k in ks]
     return {**name_precisions(precision, ks), "chance": name_precisions(chance, ks)}
+
+
+# ------------------------------------------------------------ words by captions, without a pixel
+
+def word_photos(index):
+    """Which training photos carry each word of an index, a sparse (K, photos) of ones."""
+    photos = np.asarray(index.class_photos.values)
+    index.check_training(photos)
+    ends = np.concatenate([[0], index.class_photos.ends])
+    return csr_array((np.ones(len(photos), np.float32), photos, ends), (len(ends) - 1, len(index)))
+
+
+def ppmi(carried):
+    """How much more often two words share a photo than chance has it: sparse (K, K).
+
+    carried (K, photos): which words a photo has. Positive pointwise mutual information, max(0, log
+    p_ij / (p_i p_j)): p_ij is the part of the pairs of different words on one photo that are i and
+    j, and p_i = Σ_j p_ij (Church and Hanks 1990). Words with like rows keep like company.
+    """
+    together = (carried @ carried.T).tocoo()                        # (K, K) photos with both
+    apart = together.row != together.col                            # not a word with itself
+    i = together.row[apart]
+    j = together.col[apart]
+    count = together.data[apart].astype(np.float64)
+    total = np.bincount(i, count, together.shape[0])                # (K,)
+    ratio = count * count.sum() / (total[i] * total[j])
+    return csr_array((np.maximum(0, np.log(ratio)), (i, j)), together.shape)
+
+
+def sparse_units(x):
+    """Rows of a sparse x (N, D) of length 1; a row of zeros stays zero."""
+    lengths = np.maximum(sparse_norm(x, axis=1), 1e-12)             # (N,)
+    return csr_array(x.multiply(1 / lengths[:, None]))
+
+
+def break_ties(scores):
+    """Equal scores in a random order, a function of their places, not that of the dictionary."""
+    raw = philox(0, (0, 2, 0, SPLITS)).random_raw(scores.size)
+    return scores + 1e-9 * (raw / 2**64).reshape(scores.shape)
 
 
 # --------------------------------------------------------------------------------- features
@@ -1383,8 +1432,9 @@ class Trained:
     def add_prior(self):
         """Add the prior of real photos to the biases, and say how good it is."""
         if self.label_frequency is None:
-            print("prior: not known, the run's captions or index are not at hand; probabilities "
-                  "are those of the words as training drew them", file=sys.stderr, flush=True)
+            print(f"prior: not known, {self.folder}/index is not that of the training captions; "
+                  "probabilities are those of the words as training drew them", file=sys.stderr,
+                  flush=True)
             return
         self.prior = "words are as frequent as in photos"
         self.shift = self.real_prior()
@@ -1436,19 +1486,22 @@ class Trained:
             return self.counts / self.training
         if positives == "drawn":
             return np.full(len(self.words), 1 / len(self.words))
-        index = self.own_index()
-        if index is None or index.dictionary != self.words:
-            return None
-        return index.label_frequency(sampling, positives)
+        index = self.training_index()
+        return None if index is None else index.label_frequency(sampling, positives)
 
-    def own_index(self):
-        """The run's index of its captions, or None where it is not there or they have changed."""
-        text = data.Text(self.options["words"], self.options["stop_words"], self.options["valid"])
-        folder = os.path.join(self.folder, "index")
+    def training_index(self):
+        """The index that the run was trained on, or None where that is lost.
+
+        It tells which photos carry which words, wherever captions and photos are now. The index in
+        the run's folder is it if each word has as many training photos as in training.
+        """
         try:
-            return data.cached_index(self.source(), folder, text)
-        except (OSError, ValueError):           # no captions
+            index = data.Index(os.path.join(self.folder, "index"))
+        except (OSError, ValueError, KeyError):                     # none, or a damaged one
             return None
+        is_same = (index.dictionary == self.words and index.training == self.training
+                   and np.array_equal(index.counts, self.counts))
+        return index if is_same else None
 
     def source(self, captions=None):
         """How captions are read: those of the run, or a file of the same columns."""
@@ -1515,8 +1568,8 @@ class Trained:
 
     def words_by_path(self):
         """{path: words} of the photos of the run's captions; none where they are very many."""
-        index = self.own_index()
-        if index is None or len(index) > MOST_COMPARED or index.dictionary != self.words:
+        index = self.training_index()
+        if index is None or len(index) > MOST_COMPARED:
             return {}
         folder = os.path.realpath(self.options["images"])
         return {os.path.join(folder, index.name(i)): [self.words[k] for k in index.words(i)]
@@ -1547,6 +1600,15 @@ class Trained:
         output.b = self.learned_b[classes]
         shift = None if self.shift is None else self.shift[classes]
         return Scorer(features, output, self.make_loss(self.counts[classes]), shift)
+
+    def fingerprint(self):
+        """A text that differs between runs whose features of one photo differ."""
+        digest = hashlib.blake2b(digest_size=16)
+        for path, layer, attribute in self.net.parameters():
+            if getattr(layer, attribute) is not None and layer is not self.net.output:
+                digest.update(path.encode())
+                digest.update(kernels.to_host(getattr(layer, attribute)).tobytes())
+        return digest.hexdigest()
 
     def thresholds_file(self):
         """Where `words` writes the table of words that `tag --threshold auto` reads."""
@@ -1619,6 +1681,9 @@ class PhotoReader:
     def __iter__(self):
         if not self.asked:
             raise ValueError("there is no photo: none is held out, or none has words of the model")
+        if self.folder and not os.path.isdir(self.folder):
+            raise ValueError(f"there is no folder {self.folder}; if its photos have moved, give "
+                             "their new place by --images")
         count = len(self.asked)
         size = self.recipe.size
         with (data.Loader(self.folder, self.asked.__getitem__, 0, size, self.workers) as loader,
@@ -1632,16 +1697,17 @@ class PhotoReader:
         self.report_skipped()
 
     def report_skipped(self):
-        """Say what cannot be read."""
+        """Say what cannot be read; ValueError if that is all."""
         count = len(self.asked)
-        if self.skipped:
-            reasons = [f"{name}: {why}" for name, why in self.skipped.items()]
-            more = "; …" if len(reasons) > 10 else ""
-            print(f"{len(reasons):,} of {count:,} photos cannot be read: "
-                  f"{'; '.join(reasons[:10])}{more}", file=sys.stderr, flush=True)
+        reasons = [f"{name}: {why}" for name, why in itertools.islice(self.skipped.items(), 10)]
         if not self.names:
             source = f" from {self.folder!r}" if self.folder else ""
-            raise ValueError(f"none of the {count:,} photos can be read{source}")
+            raise ValueError(f"none of the {count:,} photos can be read{source}; "
+                             f"{'; '.join(reasons[:3])}")
+        if self.skipped:
+            more = "; …" if len(self.skipped) > 10 else ""
+            print(f"{len(self.skipped):,} of {count:,} photos cannot be read: "
+                  f"{'; '.join(reasons)}{more}", file=sys.stderr, flush=True)
 
 
 def read_pairs(path, run, scored=False):
@@ -1703,24 +1769,18 @@ class Output:
         print(text)
         self.html.append(f'<p class="note">{escape(text)}</p>')
 
-    def best(self, names, scores, others, top, least=-np.inf, captions=()):
-        """{name: {other: score}}: the `top` best of the others, none below `least`, by name.
+    def best(self, found, nothing="none", captions=()):
+        """Show what best_of found, a line for each name; `nothing` where that is nothing.
 
-        scores (len(names), len(others)); least: a number, or one for each other. captions: {name:
-        the words that it should have}, to show beside them.
+        captions: {name: the words that it should have}, to show beside them.
         """
-        result = {}
-        nothing = "no word above its threshold" if np.ndim(least) else f"no word above {least:g}"
-        least = np.broadcast_to(least, len(others))
-        for name, row, best in zip(names, scores, top_words(scores, top)):
-            result[name] = {others[i]: float(row[i]) for i in best if row[i] >= least[i]}
-            items = [f"{other} {value:.3g}" for other, value in result[name].items()]
+        for name, others in found.items():
+            items = [f"{other} {value:.3g}" for other, value in others.items()]
             text = ", ".join(items) if items else nothing
             if name in captions:
                 text += f" (its captions: {', '.join(captions[name])})"
             print(f"{name}: {text}", flush=True)
             self.html.append(f"<p><b>{escape(name)}</b>: {escape(text)}</p>")
-        return result
 
     def table(self, heading, rows):
         """A heading over rows of texts and numbers, {name: row}; the names are on the left."""
@@ -1814,6 +1874,18 @@ def write_table(path, heading, encoding="utf-8"):
         yield table
 
 
+def best_of(names, scores, others, top, least=-np.inf):
+    """{name: {other: score}}: the `top` best of the others, none below `least`, by name.
+
+    scores (len(names), len(others)); least: a number, or one for each other.
+    """
+    result = {}
+    least = np.broadcast_to(least, len(others))
+    for name, row, best in zip(names, scores, top_words(scores, top)):
+        result[name] = {others[i]: float(row[i]) for i in best if row[i] >= least[i]}
+    return result
+
+
 def format_cell(cell):
     """A text as it is, a whole number with commas, another number with four decimals."""
     if isinstance(cell, str):
@@ -1836,16 +1908,21 @@ def image_html(image, what, kind):
 
 PARSER = console.Parser(description=console.summary(__doc__))
 COMMANDS = PARSER.add_subparsers(required=True, metavar="COMMAND")
+EXAMPLES = {}                   # {command: (what it does, an example of it)}
 
 
-def command(name, *options, runs=1):
+def command(name, *options, example, runs=1):
     """Make the function under this line a command with these options.
 
     It is called with the options' values, an Output and the Trained run; with runs="+", all runs.
+    example: arguments that show what it is for.
     """
     def register(function):
         says = console.summary(function.__doc__)
-        parser = COMMANDS.add_parser(name, help=says, description=says)
+        line = f"python eval.py {name} {example}"
+        EXAMPLES[name] = says, line
+        parser = COMMANDS.add_parser(name, help=says, description=says,
+                                     epilog=console.EXAMPLE + line)
         parser.set_defaults(function=function, out=None, prior="none")
         parser.add_argument("--model", required=True, nargs=runs, metavar="RUN",
                             help="a run's folder, or an .npz")
@@ -1880,6 +1957,8 @@ def output_option(flag, *endings, required=True, **settings):
 def check_writable(path):
     """ArgumentTypeError unless this file can be written, and is no run's own."""
     folder = os.path.dirname(path) or "."
+    if path != "-" and not os.path.isdir(folder):
+        raise argparse.ArgumentTypeError(f"{path}: there is no folder {folder}; make it first")
     if path != "-" and (os.path.isdir(path) or not os.access(folder, os.W_OK)):
         raise argparse.ArgumentTypeError(f"cannot write {path}; choose another place")
     in_run = os.path.exists(os.path.join(folder, "model.npz"))
@@ -1952,7 +2031,7 @@ def change(options, **changes):
          option("--all", action="store_true", help="score all photos, not the held-out ones"),
          output_option("--per-word", ".csv", required=False,
                        help="AUC, AP and the threshold of the best F1 of each word, to write"),
-         BASELINES, runs="+")
+         BASELINES, example="--model runs/photos", runs="+")
 def predict_words(options, show, *runs):
     """Precision@k, AUC and AP of words for photos that were not trained on (Table 1, Fig. 2).
 
@@ -2301,18 +2380,13 @@ def threshold(text):
          option("photos", nargs="+", metavar="PHOTO", help="picture files, or folders of them"),
          option("--threshold", type=threshold, metavar="P",
                 help="instead of --top: the least probability; or auto, of each word the one that "
-                     "`words` found best"))
+                     "`words` found best"),
+         output_option("--out", ".csv", required=False,
+                       help="a table of the tags to write, a row for each photo"),
+         example="--model runs/photos photos/one.jpg new-photos --out tags.csv")
 def tag_photos(options, show, run):
     """The words of photos with probabilities: of one word among K, or after one-vs-all of each."""
-    top = options.top
-    least = 0
-    if options.threshold is not None:
-        top = len(run.words)
-        least = options.threshold
-    if least == "auto":
-        if options.prior == "none":
-            raise ValueError("--threshold auto goes with --prior real")
-        least = run.thresholds()                                    # (K,)
+    top, least, nothing = choose_tags(options, run)
     tags = {}
     captions = {}
     reader = run.read("", expand_folders(options.photos), options.workers)
@@ -2320,12 +2394,58 @@ def tag_photos(options, show, run):
     for names, x, _ in reader:
         s = kernels.to_host(run.net.forward(x))                     # (n, K)
         for name in names:
-            folder, file = os.path.split(name)
-            path = os.path.join(os.path.realpath(folder), file)
+            path = real_place(name)
             if path in carried:
                 captions[name] = carried[path]
-        tags.update(show.best(names, run.loss.probabilities(s), run.words, top, least, captions))
+        found = best_of(names, run.loss.probabilities(s), run.words, top, least)
+        tags.update(found)
+        if not show.out:
+            show.best(found, nothing, captions)
+    if show.out:
+        write_tags(show.out, reader, tags)
+        show.line(f"{show.out}: the words of {len(tags):,} photos, a row for each photo")
     return {"tags": tags, "captions": captions, "failed": reader.skipped}
+
+
+def choose_tags(options, run):
+    """How many words a photo gets at most, their least probabilities, and what to say of none.
+
+    The least probability is a number, or (K,), one for each word.
+    """
+    if options.threshold is None:
+        return options.top, 0, "none"
+    if options.threshold != "auto":
+        return len(run.words), options.threshold, f"no word above {options.threshold:g}"
+    if options.prior == "none":
+        raise ValueError("--threshold auto goes with --prior real")
+    return len(run.words), run.thresholds(), "no word above its threshold"
+
+
+def real_place(path, realpath=os.path.realpath):
+    """The path of a file in the folder that this really is, whatever links lead there."""
+    folder, file = os.path.split(path)
+    return os.path.join(realpath(folder), file)
+
+
+def write_tags(path, reader, tags):
+    """Write tags {photo: {word: probability}} as a table for spreadsheets.
+
+    A row for each photo that the reader was asked for, in that order: its name, its words in one
+    cell, what is wrong with it if it cannot be read, and then each word and its probability in
+    cells of their own, the most probable first. The file begins with the mark by which a
+    spreadsheet knows UTF-8.
+    """
+    most = max(len(words) for words in tags.values())
+    heading = ["photo", "tags", "not read"]
+    for i in range(1, most + 1):
+        heading += [f"tag {i}", f"probability {i}"]
+    with write_table(path, heading, encoding="utf-8-sig") as table:
+        for name in reader.asked:
+            words = tags.get(name, {})
+            row = [name, ", ".join(words), reader.skipped.get(name, "")]
+            for word, probability in words.items():
+                row += [word, f"{probability:.4f}"]
+            table.writerow(row)
 
 
 def expand_folders(paths):
@@ -2339,14 +2459,16 @@ def expand_folders(paths):
     return files
 
 
-@command("curves", picture_option(*PLOTS, required=True), SIZE)
+@command("curves", picture_option(*PLOTS, required=True), SIZE,
+         example="--model runs/photos --out curves.png")
 def draw_curves(options, show, run):
     """Loss and scores after each epoch of training."""
     show.plots(run.curves(), "learning curves", options.size)
     return {"log": run.log}
 
 
-@command("search", WORDS, IMAGES, TOP, PRIOR, FONT, picture_option(".png", required=True), SIZE)
+@command("search", WORDS, IMAGES, TOP, PRIOR, FONT, picture_option(".png", required=True), SIZE,
+         example="--model runs/photos sea boat --out search.png")
 def search_photos(options, show, run):
     """The most probable photos for a word, with the probability of the word (Fig. 3)."""
     classes = run.find_words(options.words)
@@ -2358,7 +2480,8 @@ def search_photos(options, show, run):
         comparable = s - run.loss.normaliser(s)
         scores.append(kernels.to_host(comparable[:, classes]))      # (n, C)
     s = np.concatenate(scores)                                      # (N, C)
-    rankings = Output().best(options.words, s.T, reader.names, options.top)
+    rankings = best_of(options.words, s.T, reader.names, options.top)
+    Output().best(rankings)
     find = data.Folder(folder).find
     if show.out:
         fonts = options.font or Fonts()
@@ -2397,25 +2520,95 @@ def show_photos(labels, find, show):
                      for name, label in photos.items()])
 
 
-@command("features", FOLDER, output_option("--out", ".npz"),
+class Features(NamedTuple):
+    """Features of photos, as `features` writes and `nearest-photos` reads them."""
+
+    folder: str                     # that the names are below; "" where they are paths
+    names: list
+    x: np.ndarray                   # (N, D) float32
+    layer: str | None               # that they are taken from; None for the last hidden one
+    crops: int                      # of which they are the mean
+
+
+@command("features",
+         option("--images", nargs="+", required=True, metavar="PATH",
+                help="picture files, or folders of them"),
+         output_option("--out", ".npz", ".csv"),
          option("--layer", help="of that name, all its pixels; the last hidden one if not given"),
          option("--crops", type=int, choices=(1, 10), default=1,
-                help="central crop, or the mean of corners, centre and their mirror images"))
+                help="central crop, or the mean of corners, centre and their mirror images"),
+         example="--model runs/photos --images photos --out features.npz")
 def write_features(options, show, run):
-    """Features of a folder's photos, one crop or the mean of ten, into an .npz with their names."""
-    reader = run.read(options.images, data.list_photos(options.images), options.workers)
-    folder = os.path.dirname(os.path.abspath(options.out))
-    with tempfile.TemporaryFile(dir=folder) as raw:                 # more than memory holds
-        for _, x, pixels in reader:
-            crops = [x] if options.crops == 1 else ten_crops(pixels, run.recipe.crop)
-            features = mean_features(run.net, crops, options.layer)
-            raw.write(features.tobytes())
+    """Features of photos, one crop or the mean of ten, with their names: an .npz or a .csv."""
+    folder, names = find_photos(options.images)
+    reader = run.read(folder, names, options.workers)
+    beside = os.path.dirname(os.path.abspath(options.out))
+    with tempfile.TemporaryFile(dir=beside) as raw:                 # more than memory holds
+        for x in read_features(run, reader, options.layer, options.crops):
+            raw.write(x.tobytes())
         raw.flush()
-        features = np.memmap(raw, np.float32, "r").reshape(len(reader.names), -1)   # (N, D)
-        with console.whole_file(options.out) as file:
-            np.savez(file, names=np.array(reader.names), features=features)
-    show.line(f"{options.out}: features {features.shape} float32 and names")
-    return {"photos": len(reader.names), "numbers": features.shape[1], "skipped": reader.skipped}
+        x = np.memmap(raw, np.float32, "r").reshape(len(reader.names), -1)      # (N, D)
+        features = Features(folder, reader.names, x, options.layer, options.crops)
+        save_features(options.out, features, run)
+    show.line(f"{options.out}: features {x.shape} float32 and names")
+    return {"photos": len(reader.names), "numbers": x.shape[1], "skipped": reader.skipped}
+
+
+def find_photos(paths):
+    """The folder and the names below it of one folder's photos; of several paths, "" and paths."""
+    for path in paths:
+        if not os.path.exists(path):
+            raise ValueError(f"--images: there is no file or folder {path}")
+    if len(paths) == 1 and os.path.isdir(paths[0]):
+        return paths[0], data.list_photos(paths[0])
+    return "", expand_folders(paths)
+
+
+def read_features(run, reader, layer=None, crops=1):
+    """Yield the features float32 (n, D) of a reader's photos, n at a time."""
+    for _, x, pixels in reader:
+        pieces = [x] if crops == 1 else ten_crops(pixels, run.recipe.crop)
+        features = mean_features(run.net, pieces, layer)
+        yield features.reshape(len(features), -1)                   # (n, D)
+
+
+def save_features(path, features, run):
+    """Write Features, by their names, and with what it takes to compute those of another photo."""
+    if path.lower().endswith(".csv"):
+        numbers = range(features.x.shape[1])
+        with write_table(path, ["photo", *(f"f{i}" for i in numbers)]) as table:
+            for name, x in zip(features.names, features.x):
+                table.writerow([name, *(f"{value:.9g}" for value in x.tolist())])
+        return
+    place = os.path.dirname(os.path.realpath(path))
+    folder = os.path.relpath(os.path.realpath(features.folder or "."), place)
+    with console.whole_file(path) as file:
+        np.savez(file, names=np.array(features.names), features=features.x,
+                 folder=np.array(folder), layer=np.array(features.layer or ""),
+                 crops=np.array(features.crops), weights=np.array(run.fingerprint()))
+
+
+def load_features(path, run):
+    """The Features that save_features wrote; ValueError if that, or this run, did not."""
+    again = f"write it by `eval.py features --model {run.name} --images … --out FILE.npz`"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+        names = arrays["names"].tolist()
+        x = np.asarray(arrays["features"], np.float32).reshape(len(names), -1)
+        is_own = str(arrays["weights"]) == run.fingerprint()
+        folder = os.path.join(os.path.dirname(os.path.realpath(path)), str(arrays["folder"]))
+        layer = str(arrays["layer"]) or None
+        crops = int(arrays["crops"])
+    except Exception as error:                  # a broken zip file raises anything
+        if getattr(error, "errno", None):       # of the disk
+            raise ValueError(f"--features: {path}: {error.strerror}; {again}") from None
+        raise ValueError(f"--features: {path} holds no features that can be used; {again}"
+                         ) from None
+    if not is_own:
+        raise ValueError(f"--features: {path} is of other weights than those of {run.name}; "
+                         f"{again}")
+    return Features(os.path.normpath(folder), names, x, layer, crops)
 
 
 def mean_features(net, crops, layer):
@@ -2426,6 +2619,99 @@ def mean_features(net, crops, layer):
         total = total + kernels.to_host(net.features(x, layer))
         count += 1
     return (total / count).astype(np.float32)
+
+
+@command("nearest-photos", TOP, FONT,
+         option("photos", nargs="+", metavar="PHOTO", help="picture files to find others like"),
+         option("--images", metavar="DIR", help="folder of photos to look among; with --features "
+                "where its photos are now"),
+         option("--features", metavar="FILE.npz", help="that `features` wrote, to look among"),
+         picture_option(".png"), SIZE,
+         example="--model runs/photos --images photos one.jpg --out near.png")
+def find_nearest_photos(options, show, run):
+    """The photos nearest to a photo, by the cosine of their features (about the mean of these)."""
+    if not (options.images or options.features):
+        raise ValueError("photos to look among are missing; give --images, their folder, or "
+                         "--features, a file that `features` wrote")
+    others = load_features(options.features, run) if options.features else None
+    layer = others.layer if others else None
+    crops = others.crops if others else 1
+    queries, asked = extract_photos(run, "", options.photos, options, layer, crops)
+    skipped = {}
+    if others is None:
+        others, reader = extract_photos(run, *find_photos([options.images]), options)
+        skipped = reader.skipped
+    elif options.images:
+        others = others._replace(folder=options.images)
+    nearest = rank_photos(queries, others, options.top)
+    show.best(nearest, "there is no other photo")
+    if show.out:
+        draw_nearest(nearest, others.folder, options, show)
+    return {"nearest": nearest, "photos": len(others.names), "skipped": skipped,
+            "failed": asked.skipped}
+
+
+def extract_photos(run, folder, names, options, layer=None, crops=1):
+    """The Features of photos that can be read, and the reader, which knows what cannot."""
+    reader = run.read(folder, names, options.workers)
+    x = np.concatenate(list(read_features(run, reader, layer, crops)))          # (N, D)
+    return Features(folder, reader.names, x, layer, crops), reader
+
+
+def rank_photos(queries, others, top):
+    """{query: {name of another photo: cosine}}, the `top` largest, the largest first.
+
+    Queries and others are Features; cosines are about the mean of the others. A photo is no
+    neighbour of itself, but a copy of it is.
+    """
+    realpath = functools.cache(os.path.realpath)                    # which asks the disk
+    paths = [os.path.join(others.folder, name) for name in others.names]
+    places = np.array([real_place(path, realpath) for path in paths])           # (N,)
+    nearest = {}
+    for part in slices(len(queries.names), BLOCK // len(others.names)):
+        names = queries.names[part]
+        cosines = centred_cosines(queries.x[part], others.x)        # (n, N)
+        for row, name in zip(cosines, names):
+            row[places == real_place(name, realpath)] = -np.inf
+        nearest.update(best_of(names, cosines, others.names, top, least=-2))
+    return nearest
+
+
+def centred_cosines(x, others):
+    """The cosines (n, N) of x (n, D) with others (N, D), about the mean of the others."""
+    mean = others.mean(axis=0, dtype=np.float64).astype(np.float32)
+    centred = units(x - mean)
+    cosines = np.empty((len(x), len(others)), np.float32)
+    for rows in slices(len(others), BLOCK // others.shape[1]):
+        cosines[:, rows] = centred @ units(others[rows] - mean).T   # (n, N)
+    return cosines
+
+
+def draw_nearest(nearest, folder, options, show):
+    """A row for each photo: itself, and its nearest with their cosines and names."""
+    if folder and not os.path.isdir(folder):
+        raise ValueError(f"there is no folder {folder} to take the photos from; give its new place "
+                         "by --images")
+    rows = {}
+    for query, photos in list(nearest.items())[:MOST_ROWS]:
+        rows[query] = {query: "asked for"}
+        for name, cosine in photos.items():
+            file = os.path.basename(name)
+            label = file if len(file) < 17 else "…" + file[-15:]    # which is all that has room
+            rows[query][os.path.join(folder, name)] = f"{cosine:.2f} {label}"
+    image = grid_picture(rows, str, options.font or Fonts(), options.size)
+    table = ["photo", "nearest", "cosine"], list_pairs(nearest)
+    show.picture(image, f"the photos nearest to {len(rows):,} photos", table)
+    if len(rows) < len(nearest):
+        show.line(f"the picture has the first {len(rows)} of {len(nearest):,}")
+
+
+def list_pairs(scores):
+    """[name, other, score] of each of {name: {other: score}}."""
+    rows = []
+    for name, others in scores.items():
+        rows += [[name, other, score] for other, score in others.items()]
+    return rows
 
 
 # ----------------------------------------------------------- transfer (Fig. 5, Tables 2 to 4)
@@ -2441,7 +2727,8 @@ class Task(NamedTuple):
 
 @command("transfer", FOLDER, *SPLITTING,
          option("--layer",
-                help="of that name, the mean of its pixels; the last hidden one if not given"))
+                help="of that name, the mean of its pixels; the last hidden one if not given"),
+         example="--model runs/photos --images classes")
 def transfer_features(options, show, run):
     """Regression on features: DIR/class/*.jpg, or a Pascal VOC folder (Fig. 5, Tables 2 to 4).
 
@@ -2731,48 +3018,100 @@ class Voc:
 
 # --------------------------------------------------------------- words' vectors (Tables 5 to 7)
 
-@command("similar", option("--pairs", nargs="+", required=True, metavar="FILE",
-                           help="word<TAB>word<TAB>score"))
+@command("similar",
+         option("--pairs", nargs="+", required=True, metavar="FILE",
+                help="word<TAB>word<TAB>score"),
+         example="--model runs/photos --pairs scored-pairs.txt")
 def compare_similarity(options, show, run):
     """Spearman's ρ of the cosines of the words' vectors with human scores (Table 5)."""
-    vectors = units(run.vectors())                                  # (K, E)
+    pairs = {}
     result = {}
-    rows = {}
     for path in options.pairs:
-        pairs, count = read_pairs(path, run, scored=True)
-        rho, p = correlate(vectors, pairs)
         name = os.path.basename(path)
-        result[name] = {"rho": rho, "p": p, "covered": len(pairs), "of": count}
-        rows[name] = [rho, f"{p:.2g}", len(pairs), count]
+        pairs[name], count = read_pairs(path, run, scored=True)
+        rho, p = correlate(units(run.vectors()), pairs[name])
+        result[name] = {"rho": rho, "p": p, "covered": len(pairs[name]), "of": count}
     if max(row["covered"] for row in result.values()) < 3:
         raise ValueError("--pairs: of no file the model knows both words of 3 pairs")
-    show.table(["word pairs", "Spearman's ρ", "p-value", "covered", "of"], rows)
+    control = vectors_of_captions(run, show).get(BY_COMPANY)        # (K, K), sparse
+    if control is not None:
+        for name in result:
+            result[name]["captions_alone"], _ = correlate(control, pairs[name])
+    show_similarity(result, show)
     return result
 
 
 def correlate(vectors, pairs):
-    """Spearman's ρ of cosines with the scores of pairs (class, class, score), and its p-value."""
+    """Spearman's ρ of cosines with the scores of pairs (class, class, score), and its p-value.
+
+    vectors (K, D): of length 1, dense or sparse.
+    """
     if len(pairs) < 3:
         return float("nan"), float("nan")
     first, second, scores = np.array(pairs).T
-    cosines = (vectors[first.astype(int)] * vectors[second.astype(int)]).sum(axis=1)
-    rho, p = spearmanr(cosines, scores)
+    products = vectors[first.astype(int)] * vectors[second.astype(int)]         # (P, D)
+    rho, p = spearmanr(products.sum(axis=1), scores)
     return float(rho), float(p)
 
 
-@command("neighbors", WORDS, TOP)
+def show_similarity(result, show):
+    """A row for each file of pairs."""
+    is_controlled = any("captions_alone" in numbers for numbers in result.values())
+    heading = ["word pairs", "Spearman's ρ", "p-value"]
+    if is_controlled:
+        heading.append("captions alone")
+    rows = {}
+    for name, numbers in result.items():
+        rows[name] = [numbers["rho"], f"{numbers['p']:.2g}"]
+        if is_controlled:
+            rows[name].append(numbers["captions_alone"])
+        rows[name] += [numbers["covered"], numbers["of"]]
+    show.table([*heading, "covered", "of"], rows)
+    if is_controlled:
+        show.line("captions alone: ρ without any pixel, by the words that words are with on "
+                  "training photos (cosine of rows of PPMI)")
+
+
+BY_PHOTOS = "captions by photos"
+BY_COMPANY = "captions by company"
+
+
+def vectors_of_captions(run, show):
+    """{control: sparse vectors of length 1 of the K words} from the training captions alone.
+
+    By photos, words are alike if the same photos carry them; by company, if the same words share
+    their photos (ppmi). Nothing, and a line says so, where the run's index is not at hand.
+    """
+    index = run.training_index()
+    if index is None:
+        show.line(f"{run.folder}/index is not that of the training captions: no control by "
+                  "captions alone")
+        return {}
+    carried = word_photos(index)                                    # (K, photos)
+    pairs = int((carried.sum(axis=0).astype(np.float64) ** 2).sum())
+    if pairs > MOST_TOGETHER:
+        show.line(f"the captions have {pairs:,} pairs of words on a photo, more than "
+                  f"{MOST_TOGETHER:,}: no control by captions alone")
+        return {}
+    return {BY_PHOTOS: sparse_units(carried), BY_COMPANY: sparse_units(ppmi(carried))}
+
+
+@command("neighbors", WORDS, TOP, example="--model runs/photos sea boat")
 def find_neighbors(options, show, run):
     """The words whose vectors are nearest to a word's, by cosine."""
     classes = run.find_words(options.words)
     vectors = units(run.vectors())                                  # (K, E)
     cosines = vectors[classes] @ vectors.T                          # (words, K)
     cosines[np.arange(len(classes)), classes] = -np.inf             # not the word itself
-    return {"neighbors": show.best(options.words, cosines, run.words, options.top, least=-1)}
+    found = best_of(options.words, cosines, run.words, options.top, least=-1)
+    show.best(found)
+    return {"neighbors": found}
 
 
 @command("translate",
          option("--pairs", required=True, metavar="FILE", help="word<TAB>its translation"),
-         option("--csls", action="store_true", help="correct the cosine for hubs"))
+         option("--csls", action="store_true", help="correct the cosine for hubs"),
+         example="--model runs/photos --pairs english-french.txt --csls")
 def translate_words(options, show, run):
     """Precision@k of finding a word's translation by its vector's nearest (Tables 6 and 7)."""
     rows, count = read_pairs(options.pairs, run)
@@ -2784,73 +3123,89 @@ def translate_words(options, show, run):
     alike = len(known) - len(pairs)
     show.line(f"{len(pairs):,} pairs of words that the model knows, of {count:,}; {alike:,} spelt "
               "alike are left out")
-    vectors = run.vectors()                                         # (K, E)
-    ways = {"forward": find_translations(vectors, pairs, options.csls),
-            "backward": find_translations(vectors, pairs[:, ::-1], options.csls)}
-    show_ways(ways, options.csls, show)
+    views = {"model": units(run.vectors()), **vectors_of_captions(run, show)}
+    results = {}
+    for view, vectors in views.items():
+        results[view] = {"forward": find_translations(vectors, pairs, options.csls),
+                         "backward": find_translations(vectors, pairs[:, ::-1], options.csls)}
+    show_translations(results, options.csls, show)
     best = show_best_pairs(run, pairs, options.csls, show)
-    return {"pairs": len(pairs), "alike": alike, **ways, "best": best}
+    own = results.pop("model")
+    return {"pairs": len(pairs), "alike": alike, **own, "controls": results, "best": best}
 
 
 def find_translations(vectors, pairs, by_csls):
     """retrieval of the second words of pairs (P, 2) by the first: among all second ones, and all K.
 
-    The numbers hang on how many there are to choose among, which is said beside them.
+    vectors (K, D): of length 1, dense or sparse. The numbers hang on how many there are to choose
+    among, which is said beside them.
     """
     sources, rows = np.unique(pairs[:, 0], return_inverse=True)     # (S,), (P,)
     targets, columns = np.unique(pairs[:, 1], return_inverse=True)  # (T,), (P,)
-    everything = np.arange(len(vectors))                            # (K,)
+    everything = np.arange(vectors.shape[0])                        # (K,)
     results = []
     for candidates, places in ((targets, columns), (everything, pairs[:, 1])):
         right = np.zeros((len(sources), len(candidates)), bool)
         right[rows, places] = True
-        scores = score_translations(vectors, sources, candidates, by_csls)
+        scores = break_ties(score_translations(vectors, sources, candidates, by_csls))
         results.append({**retrieval(scores, right), "candidates": len(candidates)})
     among_targets, among_all = results
     return {**among_targets, "words": len(sources), "all": among_all}
 
 
 def score_translations(vectors, sources, targets, by_csls):
-    """How near the vectors (K, E) of some words are to others': classes (S,), (T,) -> (S, T)."""
-    vectors = units(vectors)
-    scores = vectors[sources] @ vectors[targets].T                  # (S, T)
+    """How near the vectors (K, D) of some words are to others': classes (S,), (T,) -> (S, T)."""
+    scores = cosines_of(vectors, sources, targets)
     if by_csls:
         scores = csls(scores)
     scores[np.equal.outer(sources, targets)] = -np.inf              # a word is not its translation
     return scores
 
 
-def show_ways(ways, by_csls, show):
-    """A row for each way and each set of candidates, with the chance of each."""
+def show_translations(results, by_csls, show):
+    """A row for each way, set of candidates and view, with the chance of each.
+
+    results: {"model", or a control: {way: what find_translations returns}}.
+    """
     rows = {}
-    for way, numbers in ways.items():
-        for name, result in ((way, numbers), (f"{way}, all words", numbers["all"])):
-            rows[name] = [numbers["words"], result["candidates"]]
-            for key in name_precisions(KS):
-                rows[name] += [result[key], result["chance"][key]]
+    for way in results["model"]:
+        for among in ("", ", all words"):
+            for view, ways in results.items():
+                name = way + among if view == "model" else f"{way}{among}: {view}"
+                numbers = ways[way]["all"] if among else ways[way]
+                rows[name] = [ways[way]["words"], numbers["candidates"]]
+                for key in name_precisions(KS):
+                    rows[name] += [numbers[key], numbers["chance"][key]]
     heading = ["by CSLS" if by_csls else "by cosine", "words", "candidates"]
     for key in name_precisions(KS):
         heading += [key, "chance"]
     show.table(heading, rows)
+    if len(results) > 1:
+        show.line(f"{BY_PHOTOS}: by the training photos that words are on, without any pixel; "
+                  f"{BY_COMPANY}: by the words that they are with there (rows of PPMI)")
 
 
 def show_best_pairs(run, pairs, by_csls, show):
     """{heading: {pair: score}} of words with the translation that was nearest; ! if it is wrong."""
     sources = np.unique(pairs[:, 0])                                # (S,)
     targets = np.unique(pairs[:, 1])                                # (T,)
-    scores = score_translations(run.vectors(), sources, targets, by_csls)       # (S, T)
+    vectors = units(run.vectors())                                  # (K, E)
+    scores = score_translations(vectors, sources, targets, by_csls)             # (S, T)
     right = set(map(tuple, pairs.tolist()))
     names = []
     for source, nearest in zip(sources, targets[scores.argmax(axis=1)]):
         name = f"{run.words[source]} {run.words[nearest]}"
         names.append(name if (source, nearest) in right else name + " !")
-    return show.best(["best pairs (! is wrong)"], scores.max(axis=1)[None], names, 12)
+    best = best_of(["best pairs (! is wrong)"], scores.max(axis=1)[None], names, 12)
+    show.best(best)
+    return best
 
 
 # ------------------------------------------------------------------------ maps (Figs. 4 and 6)
 
 @command("map", IMAGES, *MAPPING, FONT, picture_option(*PLOTS, required=True),
-         option("--words", action="store_true", help="a map of words, not of photos"))
+         option("--words", action="store_true", help="a map of words, not of photos"),
+         example="--model runs/photos --words --out map.png")
 def draw_map(options, show, run):
     """A map by t-SNE: photos by their features (Fig. 4), or words by their vectors (Fig. 6)."""
     if options.words:
@@ -2956,7 +3311,8 @@ Large Weakly Supervised Data, ECCV 2016. Made by <code>eval.py report</code>.</p
          option("--series", nargs="+", metavar="RUN", help="runs for `words` side by side"),
          option("--pairs-similar", nargs="+", metavar="FILE", help="as `similar --pairs`"),
          option("--translate", metavar="FILE", help="as `translate --pairs`"),
-         option("--transfer", nargs="+", metavar="DIR", help="as `transfer --images`"))
+         option("--transfer", nargs="+", metavar="DIR", help="as `transfer --images`"),
+         example="--model runs/photos --out report.html")
 def write_report(options, show, run):
     """All experiments that the options allow, in one HTML file with its pictures inside."""
     page = Output()
@@ -3116,18 +3472,46 @@ def show_run(options, show, run):
     return {"epochs": len(run.log), "photos": int(photos.sum()), "seconds": seconds}
 
 
+def list_commands():
+    """Print what each command does, and an example of it."""
+    print("python eval.py COMMAND --model RUN …, of a trained run RUN; all options of a command: "
+          "python eval.py COMMAND --help")
+    for name, (says, example) in EXAMPLES.items():
+        print(f"\n{name}: {says}\n    {example}")
+
+
+def check_outputs(options, runs):
+    """ValueError where a file to write is named twice, or is one that the command reads."""
+    given = vars(options)
+    outputs = [given.get(name) for name in ("out", "json", "per_word") if given.get(name)]
+    if options.out and options.out.lower().endswith(PLOTS):
+        outputs.append(numbers_file(options.out))
+    outputs = [os.path.realpath(path) for path in outputs if path != "-"]
+    inputs = [run.options["captions"] for run in runs]
+    for name in ("captions", "features", "pairs", "photos"):
+        value = given.get(name)
+        inputs += value if isinstance(value, list) else [value]
+    inputs = [os.path.realpath(path) for path in inputs if path]
+    for path in outputs:
+        if path in inputs:
+            raise ValueError(f"{path} is read, it is no place to write; choose another file")
+        if outputs.count(path) > 1:
+            raise ValueError(f"two options name {path} to be written; choose two files")
+
+
 def main(arguments=None):
+    """Run the command that the arguments give, a list, or else the command line; its status."""
+    if not (sys.argv[1:] if arguments is None else arguments):
+        list_commands()
+        return 2                                # nothing was done
     options = PARSER.parse_args(arguments)
-    written = [options.out, numbers_file(options.out)] if options.out else []
-    for path in written:
-        if options.json and os.path.abspath(options.json) == os.path.abspath(path):
-            raise ValueError(f"--json and --out both name {path}; choose two files")
     if options.threads:
         kernels.threads.start(options.threads)
     print(kernels.use(options.device, "fp32"), file=sys.stderr)     # distances cancel in TF32
     terminal = sys.stderr if options.json == "-" else sys.stdout
     with redirect_stdout(terminal):
         runs = [Trained(path, options.prior) for path in options.model]
+        check_outputs(options, runs)
         result = options.function(options, Output(options.out), *runs)
     if options.json:
         console.write_json(options.json, result)

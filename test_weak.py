@@ -49,7 +49,7 @@ import kernels
 import model
 import weak
 from kernels import console, cpu, gpu, philox, ranks, reference
-from kernels.dev import bench, emulate, emulate_cupy
+from kernels.dev import bench, captions, emulate, emulate_cupy
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 IMPORTING = f"import sys; sys.path.insert(0, {HERE!r})\n"
@@ -1570,6 +1570,39 @@ def test_sampled_softmax_approaches_the_full_one(index, rng):
     assert errors == sorted(errors, reverse=True)
     assert errors[2] < 0.03
     assert errors[3] < 1e-12
+
+
+def test_captions_for_controls_change_only_what_they_say(tmp_path):
+    """Noise keeps every word as often, and no photo has two languages."""
+    rng = np.random.default_rng(0)
+    words = [f"word{letter}" for letter in "abcdefghij"]
+    pairs = [(f"{n // 2}.jpg", " ".join(rng.choice(words, 5))) for n in range(400)]
+    path = tmp_path / "captions.tsv"
+    captions.write_pairs(str(path), pairs)
+
+    def make(*arguments):
+        out = tmp_path / "out.tsv"
+        captions.main([*map(str, arguments), str(out)])
+        return captions.read_pairs(str(out))
+
+    def count(some):
+        return Counter(word for _, caption in some for word in caption.split())
+
+    assert make("noise", 0, path) == pairs
+    noisy = make("noise", 0.5, path)
+    moved = np.mean([a != b for x, y in zip(pairs, noisy) for a, b in zip(x[1].split(), y[1].split())])
+    assert count(noisy) == count(pairs)
+    assert 0.35 < moved < 0.55                  # a tenth of the moved words meet themselves
+    shuffled = dict(make("shuffle", path))
+    assert sorted(shuffled.values()) == sorted(dict(pairs).values())
+    assert np.mean([shuffled[name] == caption for name, caption in dict(pairs).items()]) < 0.1
+
+    french = [(name, caption.upper()) for name, caption in pairs]
+    captions.write_pairs(str(tmp_path / "french.tsv"), french)
+    apart = make("apart", path, tmp_path / "french.tsv")
+    languages = {name: {c.isupper() for n, c in apart if n == name} for name, _ in pairs}
+    assert all(len(which) == 1 for which in languages.values())
+    assert 70 < sum(True in which for which in languages.values()) < 130
 
 
 # ---------------------------------------------------------------------------------- photos
@@ -3329,7 +3362,8 @@ def test_bad_input_is_one_line_with_the_remedy(name, tmp_path, photos, train):
     (["features", "--images", "photos", "--out", "r/model.npz"], "is a run's own file; choose"),
     (["words", "--json", "r/log.jsonl"], "is a run's own file; choose another name"),
     (["words", "--out", "r/../r/curves.png"], "is a run's own file; choose another name"),
-    (["words", "--out", "o.png", "--json", "./o.png"], "both name o.png; choose two files")])
+    (["words", "--out", "o.png", "--json", "./o.png"], "two options name .*/o.png to be"),
+    (["curves", "--out", "o.png", "--json", "o.csv"], "two options name .*/o.csv to be")])
 def test_output_is_never_written_over_a_runs_own_files(arguments, remedy, start):
     weak.save(start())
     with pytest.raises(ValueError, match=remedy):
@@ -4096,6 +4130,7 @@ def test_experiments_run_on_a_gpu(on_device, photos, tmp_path):
     commands = [
         ["words"], ["tag", "classes"], ["search", words[0], *few, "--out", "s.png"],
         ["features", *few, "--crops", "10", "--out", "f.npz"],
+        ["nearest-photos", "classes/0/" + os.listdir("classes/0")[0], *few],
         ["transfer", *few, "--splits", "1"], ["similar", "--pairs", "pairs.txt"],
         ["translate", "--pairs", "pairs.txt"], ["neighbors", words[0]],
         ["map", *few, "--steps", "3", "--out", "m.png"],
@@ -4448,6 +4483,43 @@ def test_retrieval_and_its_chance_are_worked_out_by_hand():
     # two of four columns drawn: one right is missed with 3/4·2/3, two with 2/4·1/3; none: always
     chance = [(1 / 4 + 2 / 4 + 0) / 3, (1 / 2 + 5 / 6 + 0) / 3, 2 / 3]
     assert [result["chance"][f"precision@{k}"] for k in (1, 2, 9)] == pytest.approx(chance)
+
+
+def test_photos_of_words_are_the_training_photos_of_an_index(index):
+    carried = evaluation.word_photos(index).toarray()               # (K, photos)
+    assert not carried[:, :index.held_out].any()
+    for photo in range(index.held_out, len(index)):
+        assert np.flatnonzero(carried[:, photo]).tolist() == index.words(photo).tolist()
+
+
+def test_company_of_words_is_their_mutual_information(rng):
+    carried = rng.random((7, 40)) < 0.3
+    carried[6] = False                          # a word of no photo
+    together = Counter()
+    for photo in carried.T:
+        for pair in itertools.permutations(np.flatnonzero(photo).tolist(), 2):
+            together[pair] += 1
+    total = sum(together.values())
+    alone = Counter()
+    for (i, _), count in together.items():
+        alone[i] += count
+    expected = np.zeros((7, 7))
+    for (i, j), count in together.items():
+        chance = alone[i] / total * alone[j] / total
+        expected[i, j] = max(0, math.log(count / total / chance))
+    company = evaluation.ppmi(csr_array(carried.astype(np.float32)))
+    np.testing.assert_allclose(company.toarray(), expected, atol=1e-6)
+    lengths = np.linalg.norm(evaluation.sparse_units(company).toarray(), axis=1)
+    np.testing.assert_allclose(lengths[:6], 1, rtol=1e-6)
+    assert lengths[6] == 0
+
+
+def test_equal_scores_are_in_a_random_order():
+    scores = evaluation.break_ties(np.zeros((2000, 10)))
+    firsts = np.bincount(scores.argmax(axis=1), minlength=10)
+    assert abs(firsts - 200).max() < 60         # 4 deviations
+    unequal = evaluation.break_ties(np.array([[0.1, 0.1 + 1e-6]]))
+    assert unequal.argmax() == 1
 
 
 # ------------------------------------------------------------------------------ regression
@@ -4807,7 +4879,8 @@ def test_run_is_loaded_with_the_prior_of_real_photos(tiny, monkeypatch, capsys):
 @pytest.mark.parametrize("options, said", [
     ({"sampling": "image"}, ""),                                    # nothing to add
     ({"positives": "all"}, "an approximate"),
-    ({"positives": "all", "captions": "gone.tsv"}, "not known"),
+    ({"positives": "all", "captions": "gone.tsv"}, "an approximate"),           # the index is there
+    ({"positives": "all", "index": "gone"}, "not known"),
     ({"loss": "one-vs-all"}, "an approximate")])
 def test_prior_of_an_old_run_follows_from_its_options(options, said, tiny, tmp_path, monkeypatch,
                                                       capsys):
@@ -4815,7 +4888,8 @@ def test_prior_of_an_old_run_follows_from_its_options(options, said, tiny, tmp_p
     old = data.load_checkpoint("r/best.npz")
     old.facts.pop("label_frequency", None)
     old.facts["options"].update(options)
-    shutil.copytree("r/index", tmp_path / "index")
+    if "index" not in options:
+        shutil.copytree("r/index", tmp_path / "index")
     data.save_checkpoint(str(tmp_path / "model.npz"), old)
     trained = evaluation.Trained(str(tmp_path))
     assert (trained.shift is None) == (said in ("", "not known"))
@@ -5024,6 +5098,33 @@ def test_tag_shows_the_words_of_a_photos_captions(tiny, ask):
     assert said.out.count(f"(its captions: {', '.join(words)})") == 1
 
 
+def test_tags_may_be_a_table_with_a_row_for_each_photo(ask):
+    result, said = ask("tag", "classes/class0", "photos/p1.jpg", "--top", 3, "--out", "tags.csv",
+                       expect=1)                # one is broken
+    assert Path("tags.csv").read_bytes().startswith(b"\xef\xbb\xbfphoto,")     # for spreadsheets
+    table = list(csv.DictReader(open("tags.csv", encoding="utf-8-sig")))
+    photos = [row["photo"] for row in table]
+    assert photos == [*(f"classes/class0/{name}" for name in data.list_photos("classes/class0")),
+                      "photos/p1.jpg"]
+    for row in table:
+        if row["photo"].endswith("broken.jpg"):
+            assert (row["tags"], row["not read"]) == ("", "not a picture")
+            continue
+        tags = result["tags"][row["photo"]]
+        assert row["tags"] == ", ".join(tags) and not row["not read"]
+        for i, (word, probability) in enumerate(tags.items(), 1):
+            assert row[f"tag {i}"] == word
+            assert float(row[f"probability {i}"]) == pytest.approx(probability, abs=1e-4)
+    assert said.out == "tags.csv: the words of 13 photos, a row for each photo\n"
+
+
+def test_table_of_tags_has_room_for_the_photo_with_most(ask):
+    result, _ = ask("tag", "classes/class1", "--threshold", 0.033, "--out", "tags.csv")
+    most = max(len(tags) for tags in result["tags"].values())
+    heading = Path("tags.csv").read_text(encoding="utf-8-sig").splitlines()[0]
+    assert heading.count("probability") == most > 0
+
+
 def test_tag_takes_folders(ask):
     result, _ = ask("tag", "classes", "photos/p1.jpg", expect=1)    # one is broken
     assert len(result["tags"]) == 24 + 1
@@ -5079,6 +5180,55 @@ def test_translate_leaves_out_words_spelt_alike(options, ask):
     assert "best pairs" in said.out
 
 
+def carriers(words, index):
+    """{word: its training photos} of a run's index."""
+    photos = {word: set() for word in words}
+    for photo in range(index.held_out, len(index)):
+        for k in index.words(photo):
+            photos[words[k]].add(photo)
+    return photos
+
+
+def test_translate_has_the_control_of_captions_alone(tiny, ask):
+    result, said = ask("translate", "--pairs", "pairs.txt")
+    own = carriers(tiny[1], data.Index("r/index"))
+    sources = tiny[1][::2]
+    targets = tiny[1][1::2]
+    hits = 0
+    for i, source in enumerate(sources):
+        cosines = [len(own[source] & own[target]) / math.sqrt(len(own[source]) * len(own[target]))
+                   for target in targets]
+        hits += i in np.argsort(cosines)[-10:]
+    control = result["controls"]["captions by photos"]["forward"]
+    assert control["precision@10"] == pytest.approx(hits / 15, abs=1 / 15)      # there are ties
+    for key in ("words", "candidates", "chance"):
+        assert control[key] == result["forward"][key]
+    assert "forward: captions by photos " in said.out
+    assert "backward, all words: captions by company " in said.out
+
+
+def test_control_of_captions_alone_needs_the_index_of_the_run(tiny, tmp_path, ask):
+    result, _ = ask("similar", "--pairs", "similar.txt")
+    assert -1 <= result["similar.txt"]["captions_alone"] <= 1
+    shutil.copytree("r", tmp_path / "r")
+    result_moved, _ = ask("similar", "--pairs", "similar.txt", "--model", tmp_path / "r")
+    assert result_moved == result
+    shutil.rmtree(tmp_path / "r" / "index")
+    build(tmp_path / "r", data.Text(30, 5, 0.3), "index", tiny[0] / "captions.tsv")
+    for _ in range(2):                          # an index of another split, and none
+        result, said = ask("similar", "--pairs", "similar.txt", "--model", tmp_path / "r")
+        assert "captions_alone" not in result["similar.txt"]
+        assert "no control by captions alone" in said.out
+        shutil.rmtree(tmp_path / "r" / "index", ignore_errors=True)
+
+
+def test_control_of_captions_alone_is_left_out_where_it_takes_too_much(ask, monkeypatch):
+    monkeypatch.setattr(evaluation, "MOST_TOGETHER", 100)
+    result, said = ask("translate", "--pairs", "pairs.txt")
+    assert result["controls"] == {}
+    assert "pairs of words on a photo, more than 100" in said.out
+
+
 def test_word_is_not_its_own_translation():
     vectors = np.array([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
     scores = evaluation.score_translations(vectors, np.array([0, 1]), np.array([1, 2]), False)
@@ -5126,6 +5276,117 @@ def test_features_of_ten_crops_are_their_mean(ask):
 def test_features_may_be_of_any_layer(ask):
     result, _ = ask("features", "--images", "classes", "--out", "c.npz", "--layer", "pool4")
     assert result["numbers"] == 4 * 4 * 128
+
+
+def test_features_may_be_a_table(ask):
+    ask("features", "--images", "classes", "--out", "f.npz")
+    ask("features", "--images", "classes", "--out", "f.csv")
+    heading, *rows = csv.reader(open("f.csv"))
+    assert heading == ["photo", *(f"f{i}" for i in range(512))]
+    with np.load("f.npz") as file:
+        assert [row[0] for row in rows] == file["names"].tolist()
+        assert np.array_equal(np.array([row[1:] for row in rows], np.float32), file["features"])
+
+
+def test_features_may_be_of_single_files(ask):
+    name = os.fsdecode(b"\xff.png")             # which is no text
+    shutil.copy("classes/class1/1.png", name)
+    result, _ = ask("features", "--images", name, "classes", "photos/p1.jpg", "--out", "f.csv")
+    assert result["photos"] == 1 + 24 + 1
+    rows = list(csv.reader(open("f.csv", errors="surrogateescape")))[1:]
+    assert rows[0][0] == name
+    assert rows[1][0] == "classes/class0/0.png"
+    assert rows[-1][0] == "photos/p1.jpg"
+    copied = [row[1:] for row in rows if row[0] == "classes/class1/1.png"]
+    np.testing.assert_allclose(np.array(copied[0], float), np.array(rows[0][1:], float), atol=1e-5)
+
+
+@pytest.fixture
+def alike(tmp_path):
+    """A folder of 12 photos in shades of colours, one of them twice, and a broken one."""
+    for i in range(12):
+        Image.new("RGB", (20, 20), (20 * i, 250 - 20 * i, 90)).save(tmp_path / f"{i}.png")
+    (tmp_path / "sub").mkdir()
+    shutil.copy(tmp_path / "3.png", tmp_path / "sub" / "copy.png")
+    (tmp_path / "broken.jpg").write_text("broken")
+    return tmp_path
+
+
+@pytest.mark.parametrize("block", [evaluation.BLOCK, 512 * 3])
+def test_nearest_photos_are_of_the_highest_centred_cosines(block, alike, ask, monkeypatch):
+    monkeypatch.setattr(evaluation, "BLOCK", block)
+    ask("features", "--images", alike, "--out", "f.npz")
+    query = str(alike / "3.png")
+    result, said = ask("nearest-photos", query, "--features", "f.npz", "--top", 20)
+    with np.load("f.npz") as file:
+        names = file["names"].tolist()
+        x = file["features"].astype(float)
+    x -= x.mean(axis=0)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    cosines = x @ x[names.index("3.png")]
+    expected = [names[i] for i in np.argsort(-cosines) if names[i] != "3.png"]
+    nearest = result["nearest"][query]
+    assert list(nearest)[0] == "sub/copy.png" and nearest["sub/copy.png"] == pytest.approx(1)
+    assert sorted(nearest) == sorted(expected)
+    for name, cosine in nearest.items():        # equal ones in any order
+        assert cosine == pytest.approx(cosines[names.index(name)], abs=1e-4)
+    assert list(nearest.values()) == sorted(nearest.values(), reverse=True)
+    assert said.out.startswith(f"{query}: sub/copy.png 1")
+
+
+def test_nearest_photos_in_a_folder_are_those_in_its_features(alike, ask):
+    queries = ["classes/class0/0.png", str(alike / "5.png")]
+    ask("features", "--images", alike, "--out", "f.npz")
+    stored, _ = ask("nearest-photos", *queries, "--features", "f.npz", "--out", "s.png")
+    found, said = ask("nearest-photos", *queries, "--images", alike, "--out", "n.png", "--top", 6)
+    assert list(found["skipped"]) == ["broken.jpg"] and "broken.jpg: not a picture" in said.err
+    for query in queries:
+        assert stored["nearest"][query] == pytest.approx(found["nearest"][query], abs=1e-4)
+    picture = Image.open("n.png")
+    assert picture.size == (7 * 156 + 6, 2 * 206 + 6)
+    assert np.array_equal(np.asarray(picture), np.asarray(Image.open("s.png")))
+    green = np.asarray(picture)[100, 80]        # the photo that was asked for comes first
+    assert abs(green.astype(int) - [0, 90, 0]).max() < 9
+
+
+def test_features_are_those_of_the_same_layer_and_crops(alike, ask):
+    ask("features", "--images", alike, "--out", "f.npz", "--layer", "pool4", "--crops", 10)
+    shutil.copy(alike / "7.png", alike.parent / "query.png")
+    query = str(alike.parent / "query.png")
+    result, _ = ask("nearest-photos", query, "--features", "f.npz", "--top", 1)
+    assert result["nearest"][query] == {"7.png": pytest.approx(1)}
+
+
+def test_photos_of_features_may_move(alike, ask, tmp_path_factory):
+    ask("features", "--images", alike, "--out", "f.npz")
+    moved = tmp_path_factory.mktemp("moved") / "photos"
+    shutil.move(alike, moved)
+    query = str(moved / "2.png")
+    result, _ = ask("nearest-photos", query, "--features", "f.npz", "--top", 20)
+    assert "2.png" in result["nearest"][query]  # it is not known to be the same file
+    with pytest.raises(ValueError, match="give its new place by --images"):
+        ask("nearest-photos", query, "--features", "f.npz", "--out", "n.png")
+    result, said = ask("nearest-photos", query, "--features", "f.npz", "--images", moved, "--top",
+                       20, "--out", "n.png")
+    assert "2.png" not in result["nearest"][query]
+    assert "left out" not in said.err
+
+
+def test_picture_of_nearest_photos_has_the_first_ones(alike, ask, monkeypatch):
+    monkeypatch.setattr(evaluation, "MOST_ROWS", 2)
+    queries = [str(alike / f"{i}.png") for i in range(5)]
+    result, said = ask("nearest-photos", *queries, "broken.jpg", "--images", alike, "--out",
+                       "n.png", expect=1)
+    assert list(result["nearest"]) == queries and list(result["failed"]) == ["broken.jpg"]
+    assert Image.open("n.png").size == (7 * 156 + 6, 2 * 206 + 6)
+    assert "the picture has the first 2 of 5" in said.out
+
+
+def test_only_photo_has_none_nearest(ask, tmp_path):
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "1.png")
+    result, said = ask("nearest-photos", tmp_path / "1.png", "--images", tmp_path)
+    assert result["nearest"] == {str(tmp_path / "1.png"): {}}
+    assert "there is no other photo" in said.out
 
 
 @pytest.mark.parametrize("options", [[], ["--layer", "conv1"]])
@@ -5366,7 +5627,30 @@ def test_captions_are_indexed_elsewhere_if_the_run_is_read_only(tiny, ask, monke
 WRONG = {
     "layer": (["features", "--images", "classes", "--out", "x.npz", "--layer", "fc9"], "conv1"),
     "ending": (["features", "--images", "classes", "--out", "x.zip"], "must end in .npz"),
-    "no folder": (["transfer", "--images", "nope"], "no picture in nope"),
+    "no folder": (["transfer", "--images", "nope"], "there is no folder nope"),
+    "empty folder": (["tag", "empty"], "there is no picture in empty"),
+    "no photo": (["features", "--images", "classes", "no.jpg", "--out", "x.csv"],
+                 "there is no file or folder no.jpg"),
+    "broken photo": (["tag", "nan.txt"], "can be read; nan.txt: not a picture"),
+    "broken query": (["nearest-photos", "nan.txt", "--images", "classes"], "not a picture"),
+    "query gone": (["nearest-photos", "no.jpg", "--images", "classes"], "no.jpg: no such file"),
+    "none to look among": (["nearest-photos", "photos/p1.jpg"], "give --images"),
+    "features of others": (["nearest-photos", "photos/p1.jpg", "--features", "other.npz"],
+                           "is of other weights than those of r; write it by"),
+    "features gone": (["nearest-photos", "photos/p1.jpg", "--features", "no.npz"],
+                      "no.npz: No such file or directory; write it by"),
+    "no features": (["nearest-photos", "photos/p1.jpg", "--features", "r/best.npz"],
+                    "holds no features that can be used; write it by"),
+    "table of features": (["nearest-photos", "photos/p1.jpg", "--features", "nan.txt"],
+                          "holds no features that can be used"),
+    "no place": (["tag", "photos/p1.jpg", "--out", "no/such/tags.csv"], "make it first"),
+    "place of a folder": (["tag", "photos/p1.jpg", "--out", "folder.csv"], "cannot write"),
+    "run's thresholds": (["tag", "photos/p1.jpg", "--out", "r/thresholds.csv"],
+                         "is a run's own file; choose another"),
+    "run's captions": (["tag", "photos/p1.jpg", "--json", "captions.tsv"],
+                       "captions.tsv is read, it is no place to write"),
+    "features again": (["nearest-photos", "photos/p1.jpg", "--features", "other.npz", "--json",
+                        "other.npz"], "other.npz is read"),
     "one photo": (["transfer", "--images", "lone"], "a 3, b 1"),
     "one class": (["transfer", "--images", "single"], "two or more sub-folders"),
     "unknown word": (["neighbors", "wrod1"], "not among the model's 30 words"),
@@ -5378,7 +5662,8 @@ WRONG = {
     "voc outside": (["transfer", "--images", "voc"], "cat_test.txt is not the name of a photo"),
     "pairs unknown": (["translate", "--pairs", "foreign.txt"], "knows both words of 0"),
     "captions foreign": (["words", "--captions", "foreign.tsv"], "there is no photo"),
-    "no images": (["words", "--images", "nope"], "can be read from 'nope'"),
+    "no images": (["words", "--images", "nope"], "give their new place by --images"),
+    "other images": (["words", "--images", "empty"], "can be read from 'empty'; p"),
     "per word of two": (["words", "r", "--per-word", "x.csv"], "is of one run"),
     "tiny map": (["map", "--images", "single", "--out", "x.png"], "takes 10"),
 }
@@ -5394,6 +5679,10 @@ def test_experiment_with_bad_input_says_so_in_one_line(name, tiny, ask, capsys):
         "foreign.tsv": "p1.jpg\tzyx yzx\n",
         "foreign.txt": "zyx\txyz\t1\nyxz\txzy\t2\n",
         "nan.txt": "zyx\txyz\t1\nyxz\txzy\tnan\n"})
+    for folder in "empty", "folder.csv":
+        Path(folder).mkdir(exist_ok=True)
+    np.savez("other.npz", names=["a"], features=np.zeros((1, 512)), folder="photos", layer="",
+             crops=1, weights="other")
     arguments, remedy = WRONG[name]
     with pytest.raises(ValueError) as error:
         ask(*arguments)
@@ -5405,7 +5694,27 @@ def test_experiment_with_bad_input_says_so_in_one_line(name, tiny, ask, capsys):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ([], "COMMAND"), (["nosuch"], "invalid choice"), (["tag", "x.jpg"], "--model")])
+    (["nosuch"], "invalid choice"), (["tag", "x.jpg"], "--model")])
 def test_command_that_is_not_whole_is_told(arguments, message):
     with pytest.raises(ValueError, match=message):
         evaluation.main(arguments)
+
+
+def test_commands_are_listed_with_examples_that_are_whole(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert evaluation.main([]) == 2             # nothing was done
+    listed = capsys.readouterr().out
+    commands = evaluation.COMMANDS.choices
+    assert "nearest-photos" in commands
+    for name in commands:
+        example = re.search(rf"^    python eval.py ({name} .*)$", listed, re.MULTILINE)[1]
+        options = evaluation.PARSER.parse_args(shlex.split(example))
+        assert options.model in ("runs/photos", ["runs/photos"])
+        with pytest.raises(SystemExit):
+            evaluation.main([name, "--help"])
+        assert f"\n  python eval.py {example}\n" in capsys.readouterr().out      # in one line
+
+
+def test_photos_folder_without_its_option_is_told(monkeypatch):
+    with pytest.raises(ValueError, match="photos' folder is given as --images photos/"):
+        weak.read_options(["photos/"])

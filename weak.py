@@ -106,7 +106,9 @@ def train_and_finish(run):
 def make_parser():
     """All options; the defaults of --batch, --dropout and --lr depend on the network."""
     parser = console.Parser(description=console.summary(__doc__),
-                            stray="photos' folder is given as --images {}")
+                            stray="photos' folder is given as --images {}",
+                            epilog=f"{console.EXAMPLE}python weak.py --images photos --captions "
+                                   "captions.tsv --words 500 --positives all")
     add_data_options(parser.add_argument_group("data").add_argument)
     add_model_options(parser.add_argument_group("model").add_argument)
     add_training_options(parser.add_argument_group("training").add_argument)

@@ -34,8 +34,16 @@ VISIBLE = {code: ascii(chr(code))[1:-1] for code in CONTROLS if chr(code) not in
 
 # ---------------------------------------------------------------------------------- options
 
+EXAMPLE = "example:\n  "        # begins an epilog that is a command to paste
+
+
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Help with defaults, where there are any."""
+    """Help with defaults, where there are any, and with examples that stay in one line."""
+
+    def _fill_text(self, text, width, indent):
+        if text.startswith(EXAMPLE):
+            return text
+        return super()._fill_text(text, width, indent)
 
     def _get_help_string(self, action):
         if action.default in (None, False):

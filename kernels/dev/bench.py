@@ -94,41 +94,126 @@ def random_array(*shape):
     return kernels.to_device(np.random.default_rng(0).standard_normal(shape, np.float32))
 
 
-def product_limit():
-    """GFLOP/s of a plain matrix product in each of the threads: what a convolution may hope for."""
-    a = random_array(1536, 1536)
+def in_each_thread(work):
+    """Median seconds of work() done by each of the threads at once."""
+    everywhere = partial(kernels.threads.share, lambda _: work(), range(kernels.threads.count))
+    (seconds,) = timed(everywhere)
+    return seconds
+
+
+def product_rate(rows=1536, depth=1536, columns=1536):
+    """GFLOP/s of a plain matrix product, its rows shared among the threads."""
     count = kernels.threads.count
-    (seconds,) = timed(lambda: kernels.threads.share(lambda _: a @ a, range(count)))
-    return 2 * 1536**3 * count / seconds / 1e9
+    a = random_array(max(1, rows // count), depth)
+    b = random_array(depth, columns)
+    return 2 * a.size * columns * count / in_each_thread(lambda: a @ b) / 1e9
+
+
+def memory_rate():
+    """GB/s that are read and written where each thread copies an array larger than any cache."""
+    arrays = [np.zeros((2, 1 << 25), np.float32) for _ in range(kernels.threads.count)]
+    items = range(len(arrays))
+
+    def copy(mine):
+        for item in mine:
+            np.copyto(arrays[item][0], arrays[item][1])
+
+    (seconds,) = timed(lambda: kernels.threads.share(copy, items))
+    return sum(array.nbytes for array in arrays) / seconds / 1e9
+
+
+class Part(NamedTuple):
+    """A part of a training step: what it calls, and how much there is to compute or to move."""
+    name: str
+    call: Callable
+    gflop: float = 0                    # of a plain product; 0: it is the bytes that bound it
+    gigabytes: float = 0                # of arrays read or written, each once
+    product: tuple = ()                 # rows, depth, columns of the plain product
+
+
+def convolution_parts(name, layer, x, y):
+    """Forward, input gradient and filter gradient of a convolution; the first one needs no dx."""
+    k, _, c, f = layer.w.shape
+    pixels = y.size // f
+    depth = k * k * c
+    gflop = 2 * pixels * depth * f / 1e9
+    how = layer.stride, layer.pad
+    parts = [Part(f"{name} y", partial(kernels.conv_forward, x, layer.w, layer.b, *how, True),
+                  gflop, product=(pixels, depth, f))]
+    if c > 3:
+        call = partial(kernels.conv_backward_input, y, layer.w, x.shape, *how)
+        parts.append(Part(f"{name} dx", call, gflop, product=(x.size // c, k * k * f, c)))
+    call = partial(kernels.conv_backward_filter, x, y, layer.w.shape, *how)
+    # each thread takes its share of the pixels, and multiplies depth × pixels × f
+    count = kernels.threads.count
+    parts.append(Part(f"{name} dw", call, gflop, product=(depth * count, pixels // count, f)))
+    call = partial(kernels.relu_backward, y, y)
+    parts.append(Part(f"{name} ReLU back", call, gigabytes=3 * y.nbytes / 1e9))
+    return parts
+
+
+def pooling_parts(name, layer, x):
+    """Both directions of a max-pooling."""
+    how = layer.kernel, layer.stride, layer.pad
+    y, argmax = kernels.max_pool_forward(x, *how, layer.ceil)
+    gigabytes = (x.nbytes + y.nbytes + argmax.nbytes) / 1e9
+    forward = partial(kernels.max_pool_forward, x, *how, layer.ceil)
+    backward = partial(kernels.max_pool_backward, y, argmax, x.shape, *how)
+    return [Part(f"{name} y", forward, gigabytes=gigabytes),
+            Part(f"{name} dx", backward, gigabytes=gigabytes)]
+
+
+def step_parts(name, n, k):
+    """The convolutions and poolings of a network of layers in a row, its photos and its update."""
+    recipe = model.NETWORKS[name]
+    net = recipe.build(k)
+    photos = np.zeros((n, recipe.size, recipe.size, 3), np.uint8)
+    zeros = np.zeros(n, int)
+    x = random_array(n, recipe.crop, recipe.crop, 3)
+    prepare = partial(kernels.prepare, photos, zeros, zeros, zeros, recipe.crop)
+    parts = [Part("photos", prepare, gigabytes=(photos.nbytes + x.nbytes) / 1e9)]
+    for layer_name, layer in net.layers.items():
+        y = layer.forward(x)
+        if isinstance(layer, model.Conv):
+            parts += convolution_parts(layer_name, layer, x, y)
+        if isinstance(layer, model.MaxPool):
+            parts += pooling_parts(layer_name, layer, x)
+        if isinstance(layer, model.Flatten):
+            break
+        x = y
+    weights = [getattr(layer, attribute) for _, layer, attribute in net.parameters()]
+    arrays = [(w, np.zeros_like(w), np.zeros_like(w)) for w in weights]
+
+    def update():
+        for w, v, dw in arrays:
+            kernels.sgd(w, v, dw, 0.0, 0.9, 5e-4)
+
+    # w and v are read and written, dw is read
+    parts.append(Part("update", update, gigabytes=5 * sum(w.nbytes for w in weights) / 1e9))
+    return parts
 
 
 def layers(options):
-    """Each convolution of AlexNet in three directions, beside a plain matrix product."""
+    """Each convolution beside plain products, and what moves bytes beside the memory's rate."""
     kernels.use("cpu")
-    n = options.batch
-    limit = product_limit()
-    print(f"the limit: {limit:.0f} GFLOP/s, a matrix product in each of "
-          f"{kernels.threads.count} threads, {blas()}")
-    print(f"{'':8}{'forward':>10}{'dx':>10}{'dw':>10}   GFLOP/s and share of the limit, batch {n}")
-    for name, size, c, f, k, stride, pad in ALEXNET:
-        x = random_array(n, size, size, c)
-        w = random_array(k, k, c, f)
-        b = random_array(f)
-        y = kernels.conv_forward(x, w, b, stride, pad)
-        calls = {
-            "forward": partial(kernels.conv_forward, x, w, b, stride, pad, relu=True),
-            "dw": partial(kernels.conv_backward_filter, x, y, w.shape, stride, pad)}
-        if stride == 1:                         # conv1, whose x is the photo, needs no dx
-            calls["dx"] = partial(kernels.conv_backward_input, y, w, x.shape, 1, pad)
-        seconds = dict(zip(calls, timed(*calls.values())))
-        line = f"{name:8}"
-        for direction in ("forward", "dx", "dw"):
-            if direction in seconds:
-                rate = 2 * y.size * k * k * c / seconds[direction] / 1e9
-                line += f"{rate:5.0f}{rate / limit:5.0%}"
-            else:
-                line += f"{'-':>10}"
-        print(line)
+    limit = product_rate()
+    bandwidth = memory_rate()
+    print(f"{options.network}, batch {options.batch}, {kernels.threads.count} threads, {blas()}; a "
+          f"product of 1,536³ reaches {limit:.0f} GFLOP/s, a copy {bandwidth:.0f} GB/s")
+    parts = step_parts(options.network, options.batch, options.words)
+    times = timed(*[part.call for part in parts], rounds=options.rounds)
+    print(f"{'':18}{'ms':>8}{'GFLOP/s':>10}{'of 1,536³':>12}{'of its own product':>20}"
+          f"{'GB/s':>8}{'of a copy':>11}")
+    for part, seconds in zip(parts, times):
+        line = f"{part.name:18}{seconds * 1e3:8.2f}"
+        if part.gflop:
+            rate = part.gflop / seconds
+            own = product_rate(*part.product)
+            line += f"{rate:10.0f}{rate / limit:12.0%}{rate / own:20.0%}"
+        else:
+            rate = part.gigabytes / seconds
+            line += f"{'':42}{rate:8.1f}{rate / bandwidth:11.0%}"
+        print(line, flush=True)
 
 
 def our_step(name, n, k, sparse=False):
