@@ -5345,6 +5345,10 @@ def test_nearest_photos_in_a_folder_are_those_in_its_features(alike, ask):
     picture = Image.open("n.png")
     assert picture.size == (7 * 156 + 6, 2 * 206 + 6)
     assert np.array_equal(np.asarray(picture), np.asarray(Image.open("s.png")))
+    with open("n.csv", newline="") as file:
+        table = [row for row in csv.DictReader(file) if row["photo"] == queries[0]]
+    drawn = {row["nearest"]: float(row["cosine"]) for row in table}
+    assert drawn == found["nearest"][queries[0]]
     green = np.asarray(picture)[100, 80]        # the photo that was asked for comes first
     assert abs(green.astype(int) - [0, 90, 0]).max() < 9
 
