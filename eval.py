@@ -45,10 +45,14 @@ from kernels.console import MOST_THREADS, number
 from kernels.philox import SPLITS, philox
 
 BLOCK = 20_000_000              # scores held at a time
+PAGE = 730                      # pixels across a report's page, on a screen that has room
+LETTER = 7.2                    # pixels of a table's letter on a page, about …
+CELL = 18                       # … and of the space around a cell
 KS = (1, 5, 10)                 # precision@k
 SPREAD = " ±"                   # ends the key of a value's standard deviation
 OVER = " ± over"                # … and of what that is taken over
-NAMES = {"auc": "AUC, mean of words"}
+LEVELS = " baselines"           # … and of what baselines have
+SHORT = {"auc": "AUC", "map": "mean AP"}       # of a score, in a table
 MOST_COMPARED = 200_000         # photos among which duplicates are looked for
 RESAMPLES = 200                 # of the photos, for deviations over them
 MOST_ROWS = 50                  # of a picture of photos and their nearest
@@ -800,13 +804,19 @@ def tsne(x, perplexity, steps):
 
 INK = (40, 40, 40)
 PALE = (225, 225, 225)
+MARKED = (190, 200, 220)
 COLOURS = ((31, 98, 180), (214, 92, 20), (46, 140, 70), (140, 60, 150))
 FONTS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/share/fonts",
          "/System/Library/Fonts", "/Library/Fonts", "~/Library/Fonts")
 MARGIN = np.array([-2, -1, 2, 1])               # left, top, right, bottom of a map's word, pixels
-CURVES = {                                      # key of a log's row: title
-    "training_loss": "training loss", "validation_loss": "held-out loss",
-    "precision@10": "held-out precision@10", "auc": "held-out AUC, mean of words"}
+DASHES = (4, 9, 2, 15)                          # baselines' lines are broken into such pieces
+LOG_TICKS = (1, 2, 5)                           # times a power of ten
+LOSS_NAMES = {"softmax": "loss of a photo's words, mean of -log p (nats)",
+              "one-vs-all": "loss of a photo, equation 1"}
+SCORES = {                                      # key of a score: its axis
+    "precision@10": "precision@10 (fraction)",
+    "auc": "AUC, mean over the words (fraction)",
+    "map": "average precision, mean over the words (fraction)"}
 
 
 def save_image(image, path):
@@ -862,6 +872,12 @@ class Fonts:
         self.warned = True
 
 
+@functools.cache
+def usual_fonts():
+    """Fonts without one that is given."""
+    return Fonts()
+
+
 def list_fonts():
     """Paths of the system's fonts, the plainest first."""
     paths = []
@@ -904,17 +920,334 @@ def filters_picture(w, zoom=6):
     return Image.fromarray(pixels.repeat(zoom, axis=0).repeat(zoom, axis=1))
 
 
-def curves_picture(log):
-    """The learning curves of a run's log, over the epochs."""
-    panels = []
-    curves = dict(CURVES)
-    if not any("training_loss" in row for row in log):              # of an older run
-        del curves["training_loss"]
-        curves = {"loss": "objective of training", **curves}
-    for colour, (key, title) in zip(COLOURS, curves.items()):
-        chance = 0.5 if key == "auc" else None
-        panels.append(plot_picture(log, "epoch", key, title, chance, colour=colour))
-    return Image.fromarray(np.vstack([np.hstack(panels[:2]), np.hstack(panels[2:])]))
+class Stroke(NamedTuple):
+    """A line through points, whole, or broken into pieces of `dash`, of two points then."""
+
+    points: list
+    colour: tuple
+    width: float
+    dash: float
+
+    def draw(self, canvas, scale):
+        points = np.array(self.points) * scale                      # (P, 2)
+        width = max(1, round(self.width * scale))
+        if not self.dash:
+            canvas.line([tuple(point) for point in points], self.colour, width, "curve")
+            return
+        start, end = points
+        length = np.hypot(*(end - start)) / scale
+        for at in np.arange(0, length, 2 * self.dash):
+            piece = np.minimum([at, at + self.dash], length) / length
+            ends = start + piece[:, None] * (end - start)           # (2, 2)
+            canvas.line([tuple(point) for point in ends], self.colour, width)
+
+    def svg(self):
+        points = " ".join(f"{x:.2f},{y:.2f}" for x, y in self.points)
+        dash = f' stroke-dasharray="{self.dash}"' if self.dash else ""
+        return (f'<polyline points="{points}" fill="none" stroke="rgb{self.colour}" '
+                f'stroke-width="{self.width}"{dash}/>')
+
+
+class Dot(NamedTuple):
+    """A filled circle."""
+
+    centre: tuple
+    radius: float
+    colour: tuple
+
+    def draw(self, canvas, scale):
+        x, y = np.array(self.centre) * scale
+        canvas.circle((x, y), self.radius * scale, self.colour)
+
+    def svg(self):
+        x, y = self.centre
+        return f'<circle cx="{x:.2f}" cy="{y:.2f}" r="{self.radius}" fill="rgb{self.colour}"/>'
+
+
+class Text(NamedTuple):
+    """A text, of which the anchor, as in Pillow, says which corner is at the point.
+
+    In SVG it is stretched to `length`, if that is not 0.
+    """
+
+    point: tuple
+    text: str
+    anchor: str
+    size: float
+    colour: tuple
+    length: float
+    fonts: object                               # Fonts
+
+    def draw(self, canvas, scale):
+        x, y = np.array(self.point) * scale
+        font = self.fonts.find(self.text, self.size * scale)
+        canvas.text((x, y), self.text, self.colour, font, self.anchor)
+
+    def svg(self):
+        across, down = self.anchor
+        x, y = self.point
+        baseline = y + BASELINES_BELOW[down] * self.size
+        stretched = f' textLength="{self.length:.0f}"' if self.length else ""
+        return (f'<text x="{x:.1f}" y="{baseline:.1f}" font-size="{self.size:.1f}" '
+                f'text-anchor="{SVG_ANCHORS[across]}" fill="rgb{self.colour}"{stretched}>'
+                f'{escape(self.text)}</text>')
+
+
+TEXT = 14                       # the size of a plot's letters
+SMOOTH = 2                      # lines are drawn so many times as large, …
+LARGE = 5000                    # … in pictures of fewer pixels across
+SVG_ANCHORS = {"l": "start", "m": "middle", "r": "end"}
+BASELINES_BELOW = {"a": 0.9, "m": 0.35, "s": 0, "d": -0.25}         # an anchor, of a font's size
+
+
+class Drawing:
+    """Lines, dots and texts at points (x, y) from the top left of a page: as pixels, or as SVG."""
+
+    def __init__(self, width, height, fonts=None):
+        self.width = width
+        self.height = height
+        self.fonts = fonts or usual_fonts()
+        self.shapes = []
+
+    def line(self, points, colour=INK, width=1, dash=0):
+        self.shapes.append(Stroke(list(points), colour, width, dash))
+
+    def dot(self, centre, radius, colour):
+        self.shapes.append(Dot(centre, radius, colour))
+
+    def text(self, point, text, anchor="la", size=TEXT, colour=INK, length=0):
+        self.shapes.append(Text(point, text, anchor, size, colour, length, self.fonts))
+
+    def image(self, width=None):
+        """As pixels, that many across; one for each unit of the page if not given."""
+        scale = (width or self.width) / self.width
+        factor = SMOOTH if self.width * scale < LARGE else 1        # then reduced: smooth edges
+        lines = [shape for shape in self.shapes if not isinstance(shape, Text)]
+        texts = [shape for shape in self.shapes if isinstance(shape, Text)]
+        size = (round(self.width * scale) * factor, round(self.height * scale) * factor)
+        image = Image.new("RGB", size, "white")
+        draw_shapes(lines, image, scale * factor)
+        image = image.reduce(factor)
+        draw_shapes(texts, image, scale)
+        return image
+
+    def svg(self):
+        """As an <svg> element, and a file of that alone."""
+        shapes = "\n".join(shape.svg() for shape in self.shapes)
+        return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" '
+                f'width="{self.width}" height="{self.height}" font-family="sans-serif">\n'
+                f'{shapes}\n</svg>\n')
+
+
+def draw_shapes(shapes, image, scale):
+    """Draw shapes, so many times as large, onto an image."""
+    canvas = ImageDraw.Draw(image)
+    for shape in shapes:
+        shape.draw(canvas, scale)
+
+
+class Curve(NamedTuple):
+    """Points of a plot, and of each the length of half an error bar, 0 for none."""
+
+    name: str
+    x: list
+    y: list
+    deviations: list                            # one standard deviation each …
+    over: list                                  # … over what: "3 seeds", or "" without
+
+
+class Plot(NamedTuple):
+    """What a plot shows: its axes' names with units, curves, and baselines, {name: height}."""
+
+    x_name: str
+    y_name: str
+    curves: list
+    levels: dict
+    log: bool = False                           # whether x is on a log scale
+    mark: tuple = ()                            # (x, name) of a vertical line
+
+
+def curve_of(rows, name, across, key):
+    """The Curve of row[key] against row[across], with row[key + SPREAD], where they are numbers."""
+    rows = [row for row in rows if row.get(key) is not None and np.isfinite(row[key])]
+    return Curve(name, [row[across] for row in rows], [row[key] for row in rows],
+                 [row.get(key + SPREAD, 0) for row in rows],
+                 [row.get(key + OVER, "") for row in rows])
+
+
+def plot_table(plots):
+    """A heading, and rows of all numbers that plots show; baselines have no x."""
+    heading = ["plot", "curve", plots[0].x_name, "value", "deviation", "deviation over"]
+    rows = []
+    for plot in plots:
+        for curve in plot.curves:
+            for x, y, deviation, over in zip(*curve[1:]):
+                rows.append([plot.y_name, curve.name, x, y, deviation if over else "", over])
+        for name, y in plot.levels.items():
+            rows.append([plot.y_name, name, "", y, "", ""])
+    return heading, rows
+
+
+def draw_plots(plots, columns=2):
+    """A Drawing of plots, side by side in so many columns."""
+    columns = min(columns, len(plots))
+    height = max(Frame.BOTTOM + Frame.BELOW + Frame.ENTRY * len(legend_of(plot)) for plot in plots)
+    drawing = Drawing(columns * Frame.WIDTH, -(-len(plots) // columns) * height)
+    for i, plot in enumerate(plots):
+        Frame(drawing, plot, i % columns * Frame.WIDTH, i // columns * height).draw_all()
+    return drawing
+
+
+def legend_of(plot):
+    """What the legend of a plot explains: (kind, colour, name) of each line of it."""
+    entries = []
+    curves = [curve for curve in plot.curves if curve.x]
+    for i, curve in enumerate(curves):
+        entries.append(("curve", COLOURS[i % len(COLOURS)], curve.name))
+    for i, name in enumerate(plot.levels):
+        entries.append((DASHES[i % len(DASHES)], INK, name))
+    over = list(filter(None, itertools.chain(*(curve.over for curve in curves))))
+    if over:
+        names = " or ".join(dict.fromkeys(over))
+        entries.append(("bar", INK, f"± 1 standard deviation over {names}"))
+    if plot.mark:
+        entries.append(("mark", INK, plot.mark[1]))
+    return entries
+
+
+class Frame:
+    """Draws a plot into a drawing, its top left corner at (left, top)."""
+
+    WIDTH = 480
+    LEFT = 70                                   # of the axes, from the corner
+    RIGHT = 455
+    TOP = 45
+    BOTTOM = 265
+    BELOW = 58                                  # what the x axis takes
+    ENTRY = 20                                  # what a line of the legend takes
+    FITTING = 56                                # letters that fit into it
+
+    def __init__(self, drawing, plot, left, top):
+        self.drawing = drawing
+        self.plot = plot
+        self.curves = [curve for curve in plot.curves if curve.x]
+        self.left = left + self.LEFT
+        self.right = left + self.RIGHT
+        self.top = top + self.TOP
+        self.bottom = top + self.BOTTOM
+        self.title_height = top + 17
+
+    def draw_all(self):
+        if not self.curves:
+            self.drawing.text((self.left, self.title_height),
+                              f"{self.plot.y_name}: nothing to show")
+            return
+        self.drawing.text((self.left, self.title_height), self.plot.y_name)
+        self.set_axes()
+        self.draw_heights()
+        self.draw_levels()
+        self.draw_places()
+        for curve, colour in zip(self.curves, itertools.cycle(COLOURS)):
+            self.draw_curve(curve, colour)
+        self.draw_legend()
+
+    def set_axes(self):
+        """What is at the frame's edges."""
+        ys = [*self.plot.levels.values()]
+        xs = [self.plot.mark[0]] if self.plot.mark else []
+        for curve in self.curves:
+            deviations = np.array(curve.deviations)
+            ys += [*(curve.y - deviations), *(curve.y + deviations)]
+            xs += curve.x
+        below = 0.02 * (max(ys) - min(ys))      # so that no line lies on the axis
+        self.ticks = round_ticks(min(ys) - below, max(ys))
+        self.xs = np.array([min(xs), max(xs)], float)               # the curves' ends
+        ends = self.scale(self.xs)
+        margin = 0.04 * (ends[1] - ends[0]) or 0.5
+        self.ends = ends + [-margin, margin]                        # the frame's
+
+    def scale(self, x):
+        """x as the axis measures it."""
+        return np.log10(x) if self.plot.log else np.asarray(x, float)
+
+    def across(self, x):
+        """The distance of x from the page's left."""
+        return np.interp(self.scale(x), self.ends, [self.left, self.right])
+
+    def down(self, y):
+        """The distance of y from the page's top."""
+        return np.interp(y, self.ticks[[0, -1]], [self.bottom, self.top])
+
+    def draw_heights(self):
+        """The axes; a pale line for each of the ticks of y, and its number."""
+        for tick in self.ticks:
+            height = self.down(tick)
+            self.drawing.line([(self.left, height), (self.right, height)], PALE)
+            self.drawing.text((self.left - 6, height), f"{tick:.6g}", "rm")
+        self.drawing.line([(self.left, self.top), (self.left, self.bottom),
+                           (self.right, self.bottom)])
+
+    def draw_levels(self):
+        """A broken line for each baseline, and a pale upright one at the mark."""
+        for height, dash in zip(self.plot.levels.values(), itertools.cycle(DASHES)):
+            ends = [(self.left, self.down(height)), (self.right, self.down(height))]
+            self.drawing.line(ends, INK, dash=dash)
+        if self.plot.mark:
+            x = self.across(self.plot.mark[0])
+            self.drawing.line([(x, self.top), (x, self.bottom)], MARKED, 2)
+
+    def draw_places(self):
+        """Whole numbers under the x axis, and its name."""
+        for x in self.places():
+            self.drawing.line([(self.across(x), self.bottom), (self.across(x), self.bottom + 4)])
+            self.drawing.text((self.across(x), self.bottom + 7), f"{x:,.0f}", "ma")
+        name = self.plot.x_name + (" (log scale)" if self.plot.log else "")
+        self.drawing.text(((self.left + self.right) / 2, self.bottom + 26), name, "ma")
+
+    def places(self):
+        """Where the x axis has numbers."""
+        low, high = self.xs
+        if self.plot.log:
+            powers = 10.0 ** np.arange(0, 15)
+            ticks = np.sort(np.outer(powers, LOG_TICKS).ravel())
+        else:
+            ticks = round_ticks(low, high)
+        inside = [x for x in ticks if low <= x <= high and x % 1 == 0]
+        return inside if len(inside) > 1 else sorted({low, high})
+
+    def draw_curve(self, curve, colour):
+        """A line through points, with error bars."""
+        xs = self.across(curve.x)
+        points = list(zip(xs, self.down(curve.y)))
+        self.drawing.line(points, colour, 2)
+        for (x, y), value, deviation, over in zip(points, curve.y, curve.deviations, curve.over):
+            self.drawing.dot((x, y), 3, colour)
+            if over:
+                self.draw_bar(x, self.down(value - deviation), self.down(value + deviation), colour)
+
+    def draw_bar(self, x, low, high, colour):
+        """An error bar."""
+        self.drawing.line([(x, low), (x, high)], colour)
+        for end in low, high:
+            self.drawing.line([(x - 4, end), (x + 4, end)], colour)
+
+    def draw_legend(self):
+        """Under the axes, what each line is."""
+        for i, (kind, colour, name) in enumerate(legend_of(self.plot)):
+            height = self.bottom + self.BELOW + self.ENTRY * i
+            start = self.left
+            ends = [(start, height), (start + 30, height)]
+            if kind == "curve":
+                self.drawing.line(ends, colour, 2)
+                self.drawing.dot((start + 15, height), 3, colour)
+            elif kind == "bar":
+                self.draw_bar(start + 15, height - 7, height + 7, colour)
+            elif kind == "mark":
+                self.drawing.line([(start + 15, height - 8), (start + 15, height + 8)], MARKED, 2)
+            else:
+                self.drawing.line(ends, colour, dash=kind)
+            size = min(TEXT, TEXT * self.FITTING / len(name))
+            self.drawing.text((start + 40, height), name, "lm", size)
 
 
 def round_ticks(low, high):
@@ -931,117 +1264,57 @@ def round_ticks(low, high):
             return step * np.arange(first, last + 1) + 0.0          # no -0
 
 
-class Plot:
-    """A picture of a curve: a frame with a title, into which ticks, lines and points are drawn."""
-
-    SIZE = (480, 310)
-    LEFT = 70                                   # of the frame, in pixels
-    RIGHT = 450
-    TOP = 45
-    BOTTOM = 265
-
-    def __init__(self, title):
-        self.image = Image.new("RGB", self.SIZE, "white")
-        self.draw = ImageDraw.Draw(self.image)
-        self.font = ImageFont.load_default(14)
-        corners = [(self.LEFT, self.TOP), (self.LEFT, self.BOTTOM), (self.RIGHT, self.BOTTOM)]
-        self.draw.line(corners, INK)
-        self.write((self.LEFT, 17), title, "la")
-
-    def write(self, point, text, anchor):
-        """A text; the anchor says, as in Pillow, which of its corners is at the point."""
-        self.draw.text(point, text, INK, self.font, anchor=anchor)
-
-    def set_axes(self, xs, ticks, scale):
-        """What is at the frame's edges; x is shown at scale(x)."""
-        self.scale = scale
-        self.xs = xs[[0, -1]]
-        self.ys = ticks[[0, -1]]
-
-    def across(self, x):
-        """Pixels from the left."""
-        return np.interp(self.scale(x), self.scale(self.xs), [self.LEFT, self.RIGHT])
-
-    def down(self, y):
-        """Pixels from the top."""
-        return np.interp(y, self.ys, [self.BOTTOM, self.TOP])
-
-    def draw_heights(self, ticks):
-        """A pale line for each of the ticks, and its number."""
-        for tick in ticks:
-            height = self.down(tick)
-            self.draw.line([(self.LEFT + 1, height), (self.RIGHT, height)], PALE)
-            self.write((self.LEFT - 6, height), f"{tick:.6g}", "rm")
-
-    def draw_chance(self, chance):
-        """A broken line, and its name."""
-        height = self.down(chance)
-        for left in range(self.LEFT, self.RIGHT, 8):
-            self.draw.line([(left, height), (left + 4, height)], INK)
-        self.write((self.RIGHT, height - 2), "chance", "rd")
-
-    def draw_steps(self, xs, name):
-        """Whole numbers under the frame, and what they count."""
-        for x in xs if len(xs) < 7 else round_ticks(xs[0], xs[-1]):
-            if xs[0] <= x <= xs[-1] and x % 1 == 0:
-                self.write((self.across(x), self.BOTTOM + 6), f"{x:,.0f}", "ma")
-        self.write((self.RIGHT, self.BOTTOM + 24), name, "ra")
-
-    def draw_curve(self, xs, ys, spreads, colour):
-        """A line through points with error bars, of twice the spread."""
-        points = list(zip(self.across(xs), self.down(ys)))
-        self.draw.line(points, colour, 2)
-        for (x, y), low, high in zip(points, self.down(ys - spreads), self.down(ys + spreads)):
-            self.draw.ellipse([x - 2, y - 2, x + 2, y + 2], colour)
-            self.draw.line([(x, low), (x, high)], colour)
+def logged_level(log, key):
+    """The baseline of a score that a run's log has, {name: value}, empty if it has none."""
+    last = log[-1] if log else {}
+    levels = {"precision@10": ("most frequent words", last.get("precision@10_frequent_words")),
+              "auc": ("chance", 0.5), "map": ("chance", last.get("map_chance"))}
+    name, level = levels[key]
+    return {} if level is None else {name: level}
 
 
-def plot_picture(rows, across, key, title, chance=None, scale=np.asarray, colour=COLOURS[0]):
-    """A curve of row[key] against scale(row[across]), with a broken line at `chance`.
+def curves_plots(log, loss="softmax", mark=()):
+    """The learning curves of a run's log, over the epochs, a list of Plots.
 
-    row[key + SPREAD], if there, is half the length of an error bar.
+    loss: its option; mark: an epoch, and what is said of it.
     """
-    rows = [row for row in rows if row.get(key) is not None and np.isfinite(row[key])]
-    if not rows:
-        return Plot(title + ": nothing to show").image
-    xs = np.array([row[across] for row in rows], float)
-    ys = np.array([row[key] for row in rows], float)
-    spreads = np.array([row.get(key + SPREAD, 0) for row in rows], float)
-    low = min(ys - spreads)
-    high = max(ys + spreads)
-    if chance is not None:
-        low = min(low, chance)
-        high = max(high, chance)
-    ticks = round_ticks(low, high)
-    plot = Plot(title)
-    plot.set_axes(xs, ticks, scale)
-    plot.draw_heights(ticks)
-    if chance is not None:
-        plot.draw_chance(chance)
-    plot.draw_steps(xs, across.replace("_", " "))
-    plot.draw_curve(xs, ys, spreads, colour)
-    return plot.image
+    losses = [curve_of(log, "held-out photos", "epoch", "validation_loss"),
+              curve_of(log, "training photos", "epoch", "training_loss")]
+    plots = [Plot("epoch", LOSS_NAMES[loss], losses, {}, mark=mark)]
+    if not losses[1].x:                         # of an older run, or nothing is held out
+        objective = curve_of(log, "objective", "epoch", "loss")
+        plots.insert(0, Plot("epoch", "objective of training", [objective], {}, mark=mark))
+    for key, name in SCORES.items():
+        curve = curve_of(log, "held-out photos", "epoch", key)
+        plots.append(Plot("epoch", name, [curve], logged_level(log, key), mark=mark))
+    shown = [plot for plot in plots if any(curve.x for curve in plot.curves)]
+    return shown or plots[:1]
 
 
-def grid_picture(rankings, find, fonts, side=150):
+def grid_picture(rankings, find, fonts, width=None):
     """Words above their photos, {word: {name: score}}; find(name) is a photo's path (Fig. 3).
 
-    A text may stand in the place of a score.
+    A text may stand in the place of a score; width: in pixels.
     """
     columns = max(len(photos) for photos in rankings.values())
-    width = columns * (side + 6) + 6
-    height = len(rankings) * (side + 56) + 6
-    image = Image.new("RGB", (width, height), "white")
+    scale = 1 if width is None else width / (columns * 156 + 6)
+    side = round(150 * scale)
+    gap = round(6 * scale)
+    row_height = round(206 * scale)
+    size = (columns * (side + gap) + gap, len(rankings) * row_height + gap)
+    image = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(image)
     for row, (word, photos) in enumerate(rankings.items()):
-        top = 6 + row * (side + 56)
-        draw.text((8, top + 20), word, INK, fonts.find(word, 20), "ls")
+        top = gap + row * row_height
+        draw.text((gap, top + 20 * scale), word, INK, fonts.find(word, 20 * scale), "ls")
+        bottom = round(top + 28 * scale) + side
         for column, (name, score) in enumerate(photos.items()):
-            left = 6 + column * (side + 6)
+            left = gap + column * (side + gap)
             photo = thumbnail(find(name), side)
-            image.paste(photo, (left, top + 28 + side - photo.height))
+            image.paste(photo, (left, bottom - photo.height))
             label = score if isinstance(score, str) else f"{score:.2f}"
-            draw.text((left + 2, top + side + 31), label, INK, fonts.find(label, 13))
+            font = fonts.find(label, 13 * scale)
+            draw.text((left, bottom + 3 * scale), label, INK, font)
     return image
 
 
@@ -1061,17 +1334,15 @@ def mosaic_picture(paths, y, size):
 
 
 def words_picture(names, y, weights, size, fonts):
-    """Words at points (N, 2) in [0, 1]², without overlaps (Fig. 6): an image, and SVG <text>s.
+    """A Drawing of words at points (N, 2) in [0, 1]², without overlaps (Fig. 6).
 
     The heaviest words come first and are largest; a word that finds no room is left out.
     """
-    image = Image.new("RGB", (size, size), "white")
-    draw = ImageDraw.Draw(image)
+    drawing = Drawing(size, size, fonts)
     centres = (0.05 + 0.9 * y) * size                               # (N, 2)
     spiral = spiral_from_centre(size)
     largest = 0.65 * size / (6 + len(names) ** 0.5)
     boxes = np.zeros((0, 4))                                        # of the words that are there
-    texts = []
     for rank, i in enumerate(np.argsort(-weights, kind="stable")):
         height = max(9, largest * (1 - 0.6 * rank / len(names)))
         font = fonts.find(names[i], height)
@@ -1080,10 +1351,9 @@ def words_picture(names, y, weights, size, fonts):
         if point is None:
             continue
         boxes = np.vstack([boxes, np.tile(point, 2) + box + MARGIN])
-        colour = COLOURS[len(texts) % len(COLOURS)]
-        draw.text(tuple(point), names[i], colour, font, "mm")
-        texts.append(svg_text(names[i], point, height, box[2] - box[0], colour))
-    return image, texts
+        colour = COLOURS[len(drawing.shapes) % len(COLOURS)]
+        drawing.text(tuple(point), names[i], "mm", height, colour, box[2] - box[0])
+    return drawing
 
 
 def spiral_from_centre(size, steps=300):
@@ -1107,14 +1377,12 @@ def find_room(points, box, boxes, size):
     return points[good[0]] if len(good) else None
 
 
-def svg_text(word, centre, height, width, colour):
-    """An SVG element of a word, height and width in pixels."""
-    x, y = centre
-    return (f'<text x="{x:.0f}" y="{y:.0f}" font-size="{height:.1f}" textLength="{width:.0f}" '
-            f'fill="rgb{colour}">{escape(word)}</text>')
-
-
 # ----------------------------------------------------------------------------- trained runs
+
+PLACES = ("seed", "out", "resume", "workers", "threads", "device", "images")
+DATA = ("captions", "format", "image_column", "text_column", "valid", "drawn")
+LENGTH = ("epochs", "epoch_size", "lr")         # which one may fit to the number of photos
+
 
 class Trained:
     """A run's model: its best weights, or those of a given checkpoint.
@@ -1122,7 +1390,8 @@ class Trained:
     net, and recipe, of model.NETWORKS; loss; words, and classes, {word: class}; counts (K,), the
     training photos of each word, and training, all of them; options and log of the run.
     net's scores are those of photos as they are: the prior, shift (K,) of model.prior_shift, is in
-    the biases of its output layer. learned_b are these without it; shift is None for nothing.
+    the biases of its output layer. learned_b are these without it; shift is None for nothing; prior
+    says how frequent the words are, then, as a text.
     """
 
     def __init__(self, run, prior="real"):
@@ -1135,6 +1404,7 @@ class Trained:
         facts = checkpoint.facts
         self.name = run
         self.folder = os.path.dirname(path) or "."
+        self.file = os.path.basename(path)
         self.log = whole_log(path, facts)
         print(describe_checkpoint(path, facts), file=sys.stderr, flush=True)
         self.words = checkpoint.words
@@ -1143,6 +1413,7 @@ class Trained:
         if self.options["drawn"]:               # wherever the run's folder is now
             self.options.update(data.drawn_sources(self.folder))
         self.step = facts["step"]
+        self.epoch = facts["epoch"]
         self.training = facts["training"]       # photos
         self.counts = np.array(facts["counts"])
         self.loss = self.make_loss(self.counts)
@@ -1154,23 +1425,40 @@ class Trained:
         if self.label_frequency is None:
             self.label_frequency = self.find_label_frequency()
         self.shift = None
+        self.prior = "words are as frequent as training drew them"
         if prior == "real":
             self.add_prior()
 
     def add_prior(self):
-        """Add the prior of real photos to the biases, and say on stderr how good it is."""
+        """Add the prior of real photos to the biases, and say how good it is."""
         if self.label_frequency is None:
             print(f"prior: not known, {self.folder}/index is not that of the training captions; "
                   "probabilities are those of the words as training drew them", file=sys.stderr,
                   flush=True)
             return
+        self.prior = "words are as frequent as in photos"
         self.shift = self.real_prior()
         if self.shift is None:
             return
         self.net.output.b = self.learned_b + kernels.to_device(self.shift)
         how = "an exact" if model.prior_is_exact(self.options) else "an approximate"
-        print(f"prior: words are as frequent as in photos, by {how} correction of how training "
-              "drew them", file=sys.stderr, flush=True)
+        self.prior += f", by {how} correction of how training drew them"
+        print(f"prior: {self.prior}", file=sys.stderr, flush=True)
+
+    def describe_weights(self):
+        """Which of the run's weights these are, as a sentence."""
+        kinds = {"best.npz": "the best epoch's, by its scores on held-out photos",
+                 "model.npz": "the last ones"}
+        kind = kinds.get(self.file, "those of another checkpoint")
+        return (f"The weights are {kind} ({self.file}): step {self.step:,}, epoch {self.epoch} of "
+                f"{len(self.log)}.")
+
+    def curves(self):
+        """The Plots of the run's learning curves, with a mark at the epoch of these weights."""
+        mark = ()
+        if self.epoch in [row["epoch"] for row in self.log]:        # else it ended within the first
+            mark = (self.epoch, f"these weights, of epoch {self.epoch}")
+        return curves_plots(self.log, self.options["loss"], mark)
 
     def real_prior(self):
         """As model.prior_shift, (K,) or None for nothing."""
@@ -1228,10 +1516,18 @@ class Trained:
         return model.LOSSES[self.options["loss"]](counts / self.training)
 
     def settings(self):
-        """All options that training depends on but the seed: runs that share them are one."""
-        apart = ("seed", "out", "resume", "workers", "threads", "device", "images")
-        settings = {key: value for key, value in self.options.items() if key not in apart}
-        return json.dumps([self.training, settings], sort_keys=True)
+        """All that training depends on but the seed, as text: runs that share it are one.
+
+        A drawn set's pictures, and how many have words, are the seed's.
+        """
+        apart = PLACES + ("captions",) if self.options["drawn"] else PLACES
+        settings = {}
+        for key, value in self.options.items():
+            if key not in apart and value is not None:              # older runs lack newer options
+                settings[key] = value
+        count = None if self.options["drawn"] else self.training
+        epochs = len(self.log) if self.options["epochs"] else None  # fewer if it was interrupted
+        return json.dumps([count, epochs, settings], sort_keys=True)
 
     def index(self, captions, words, valid):
         """The index of the captions under a dictionary of these words; the run's own if it fits.
@@ -1497,18 +1793,30 @@ class Output:
             cells += [cell.rjust(width) for cell, width in zip(rest, widths[1:])]
             print("  ".join(cells).rstrip())
         body = [html_row(line, "td") for line in lines[1:]]
-        self.html.append('<div class="wide"><table>' + html_row(lines[0], "th") + "".join(body)
-                         + "</table></div>")
+        table = "<table>" + html_row(lines[0], "th") + "".join(body) + "</table>"
+        self.html.append(wide_html(table, table_width(lines)))
 
-    def picture(self, image, what, kind="png", html=None):
-        """An image, into the file, or on the page: of that kind, or as this HTML."""
+    def plots(self, plots, what, width=None):
+        """Plots, into the file, so many pixels wide, or on the page, each of its own."""
         if self.out:
-            save_image(image, self.out)
-            print(f"{self.out}: {what}")
+            self.save(draw_plots(plots), what, plot_table(plots), width)
             return
-        if html is None:
-            html = image_html(image, what, kind)
-        self.html.append(f'<div class="wide">{html}</div>')
+        panels = [f"<figure>{draw_plots([plot]).svg()}</figure>" for plot in plots]
+        self.html.append(f'<div class="plots">{"".join(panels)}</div>')
+
+    def picture(self, picture, what, table):
+        """A Drawing or a picture of photos, and its numbers: into the file, or on the page."""
+        if self.out:
+            self.save(picture, what, table)
+        elif isinstance(picture, Drawing):
+            self.html.append(wide_html(picture.svg(), picture.width))
+        else:
+            self.html.append(image_html(picture, what, "jpeg"))
+
+    def save(self, picture, what, table, width=None):
+        """Write the picture file, a Drawing so many pixels wide, and beside it its numbers."""
+        save_picture(self.out, picture, table, width)
+        print(f"{self.out}: {what}; its numbers are in {numbers_file(self.out)}")
 
     def photos(self, photos):
         """Photos beside each other on the page: (path, what it shows, HTML to stand under it)."""
@@ -1517,6 +1825,53 @@ class Output:
             image = image_html(thumbnail(path, 200), what, "jpeg")
             self.html.append(f"<figure>{image}<figcaption>{below}</figcaption></figure>")
         self.html.append("</div>")
+
+
+def table_width(lines):
+    """How many pixels a table of these rows takes on a page, about, where its heading may wrap."""
+    heading, *rows = lines
+    longest = [max(name.split(), key=len, default="") for name in heading]
+    letters = [max(map(len, column)) for column in zip(longest, *rows)]
+    return LETTER * sum(letters) + CELL * len(letters)
+
+
+def wide_html(html, width):
+    """HTML that is so many pixels wide: where the page is less, one can scroll, and is told so."""
+    hint = '<p class="hint">wider than the page: scroll sideways →</p>'
+    return (f'<div class="wide" style="--width: {width:.0f}px">{hint}'
+            f'<div class="scroll">{html}</div></div>')
+
+
+def numbers_file(path):
+    """The file with the numbers of a picture, beside it."""
+    return os.path.splitext(path)[0] + ".csv"
+
+
+def save_picture(path, picture, table, width=None):
+    """Write a Drawing, so many pixels wide, or a picture of photos, and beside it its numbers."""
+    if path.lower().endswith(".svg"):
+        with console.whole_file(path, "w", encoding="utf-8", errors="replace") as file:
+            file.write(picture.svg())
+    else:
+        save_image(picture.image(width) if isinstance(picture, Drawing) else picture, path)
+    heading, rows = table
+    with write_table(numbers_file(path), heading) as file:
+        file.writerows(rows)
+
+
+def save_plots(path, plots, width=None):
+    """Write a picture of plots, so many pixels wide, and beside it their numbers."""
+    save_picture(path, draw_plots(plots), plot_table(plots), width)
+
+
+@contextmanager
+def write_table(path, heading, encoding="utf-8"):
+    """A csv.writer into a file of that name, which is there, whole, at the end of the block."""
+    how = {"encoding": encoding, "errors": "surrogateescape", "newline": ""}    # any photo's name
+    with console.whole_file(path, "w", **how) as file:
+        table = csv.writer(file)
+        table.writerow(heading)
+        yield table
 
 
 def best_of(names, scores, others, top, least=-np.inf):
@@ -1583,26 +1938,52 @@ def option(flag, **settings):
 
 
 RUN_FILES = {"run.lock", "model.npz", "best.npz", "words.txt", "log.jsonl", "skipped.txt",
-             "curves.png", "filters.png", "thresholds.csv"}
+             "curves.png", "curves.csv", "filters.png", "thresholds.csv"}
 
 
 def output_option(flag, *endings, required=True, **settings):
     """An option that names a file to write: its name ends so, and its folder takes files."""
     def check(path):
         if endings and not path.lower().endswith(endings):
-            raise argparse.ArgumentTypeError(f"{path}: its name must end in {' or '.join(endings)}")
-        folder = os.path.dirname(path) or "."
-        if path != "-" and not os.path.isdir(folder):
-            raise argparse.ArgumentTypeError(f"{path}: there is no folder {folder}; make it first")
-        if path != "-" and (os.path.isdir(path) or not os.access(folder, os.W_OK)):
-            raise argparse.ArgumentTypeError(f"cannot write {path}; choose another place")
-        in_run = os.path.exists(os.path.join(folder, "model.npz"))
-        if in_run and os.path.basename(path) in RUN_FILES:
-            raise argparse.ArgumentTypeError(f"{path} is a run's own file; choose another name")
+            raise argparse.ArgumentTypeError(f"{path}: its name must end in "
+                                             f"{' or '.join(endings)}")
+        check_writable(path)
         return path
 
     settings = {"help": "the file to write", "metavar": "FILE" + "|".join(endings), **settings}
     return option(flag, type=check, required=required, **settings)
+
+
+def check_writable(path):
+    """ArgumentTypeError unless this file can be written, and is no run's own."""
+    folder = os.path.dirname(path) or "."
+    if path != "-" and not os.path.isdir(folder):
+        raise argparse.ArgumentTypeError(f"{path}: there is no folder {folder}; make it first")
+    if path != "-" and (os.path.isdir(path) or not os.access(folder, os.W_OK)):
+        raise argparse.ArgumentTypeError(f"cannot write {path}; choose another place")
+    in_run = os.path.exists(os.path.join(folder, "model.npz"))
+    if in_run and os.path.basename(path) in RUN_FILES:
+        raise argparse.ArgumentTypeError(f"{path} is a run's own file; choose another name")
+
+
+def picture_option(*endings, required=False):
+    """--out of a command that draws: the picture, with its numbers beside it as a CSV file."""
+    flag, settings = output_option("--out", *endings)
+    check_picture = settings["type"]
+
+    def check(path):
+        check_picture(path)
+        numbers = numbers_file(path)
+        check_writable(numbers)
+        stem = os.path.splitext(path)[0]
+        pictures = [stem + ending for ending in PLOTS]
+        if os.path.exists(numbers) and not any(map(os.path.exists, pictures)):  # not of one
+            raise argparse.ArgumentTypeError(f"{numbers} is there already, where the numbers of "
+                                             f"{path} would be; choose another name")
+        return path
+
+    says = "the picture to write, and beside it its numbers as .csv"
+    return option(flag, **{**settings, "type": check, "required": required, "help": says})
 
 
 COMMON = (
@@ -1625,11 +2006,15 @@ SPLITTING = (
     option("--train-share", type=number(float, 0, 1), default=0.5, help="of each class"),
     option("--train-per-class", type=number(int, 1), help="instead: so many photos"),
     option("--seed", type=number(int, 0, below=2**63), default=0, help="of the splits"))
+PLOTS = (".png", ".svg")        # what pictures without photos can be
+SIZE = option("--size", type=number(int, 100, 20_000), metavar="PIXELS",
+              help="width of a .png, for print about twice what it has if this is not given")
 MAPPING = (
     option("--limit", type=number(int, 10, 100_000), default=2000, help="points at most"),
     option("--perplexity", type=number(float, 1), default=30, help="how many are near, about"),
     option("--steps", type=number(int, 1), default=1000, help="of gradient descent"),
-    option("--size", type=number(int, 100, 20_000), default=1600, help="pixels of a side"))
+    option("--size", type=number(int, 100, 20_000), default=1600, metavar="PIXELS",
+           help="width of the map; larger ones have room for more words"))
 
 
 def change(options, **changes):
@@ -1639,8 +2024,7 @@ def change(options, **changes):
 
 # --------------------------------------------------------------------------- words (Table 1)
 
-@command("words", IMAGES, CAPTIONS, PRIOR, *SPLITTING,
-         output_option("--out", ".png", required=False),
+@command("words", IMAGES, CAPTIONS, PRIOR, *SPLITTING, picture_option(*PLOTS), SIZE,
          option("--deciles", action="store_true", help="AUC and AP by frequency of the words, too"),
          option("--transfer", nargs="+", metavar="DIR",
                 help="accuracy of features, as `transfer`, too"),
@@ -1656,9 +2040,9 @@ def predict_words(options, show, *runs):
     if options.per_word and (len(runs) > 1 or show.out):
         raise ValueError("--per-word is of one run, and goes without --out")
     runs = sorted(runs, key=lambda run: run.training)
+    check_different(runs)
     words = common_words(runs)
-    valid = min(run.options["valid"] for run in runs)
-    index = runs[-1].index(options.captions, words, valid)
+    index = common_index(options, runs, words)
     counts = runs[-1].counts[runs[-1].find_words(words)]            # one order of words for all
     folder = options.images or runs[-1].options["images"]
     count = len(index) if options.all else index.held_out
@@ -1677,16 +2061,30 @@ def predict_words(options, show, *runs):
         warn_about_duplicates(index, folder, reader.names, show)
     if options.deciles:
         show_deciles(results, show)
-    if len(runs) > 1 or show.out:
-        show_curve(runs, results, options.transfer or (), show)
-        return {"runs": results, "words": len(words)}
-    result = results[run.name]
     is_own = not (options.all or options.captions or options.images)
+    baselines = None
     if is_own and not options.no_baselines:
-        result["baselines"] = score_baselines(run, index, reader.names, targets, options)
+        baselines = score_baselines(run, index, reader.names, targets, counts, options)
+    if len(runs) > 1 or show.out:
+        show_curve(runs, results, baselines, options, show)
+        return add_baselines({"runs": results, "words": len(words)}, baselines)
+    result = add_baselines(results[run.name], baselines)
     print_words(result, show)
     write_words(run, scorer, targets, counts, is_own, options)
     return result
+
+
+def add_baselines(result, baselines):
+    """A result with those of baselines, if they are there."""
+    return result if baselines is None else {**result, "baselines": baselines}
+
+
+def check_different(runs):
+    """ValueError where a run is given twice."""
+    names = [os.path.realpath(run.name) for run in runs]
+    for run, name in zip(runs, names):
+        if names.count(name) > 1:
+            raise ValueError(f"--model: {run.name} is given twice; name each run once")
 
 
 def common_words(runs):
@@ -1695,6 +2093,12 @@ def common_words(runs):
     if not words:
         raise ValueError("the runs' dictionaries have no word in common")
     return words
+
+
+def common_index(options, runs, words):
+    """The index of these words, whose held-out photos are held out by all runs."""
+    valid = min(run.options["valid"] for run in runs)
+    return runs[-1].index(options.captions, words, valid)
 
 
 def score_run(scorer, targets, counts):
@@ -1723,11 +2127,11 @@ def write_words(run, scorer, targets, counts, is_own, options):
             table.writerows(rows)
 
 
-def score_baselines(run, index, names, targets, options):
+def score_baselines(run, index, names, targets, counts, options):
     """rank_metrics of words by the nearest training photos, in each of VIEWS, of held-out photos.
 
-    names, and targets, their classes: of the held-out photos. The photos of an index are in random
-    order, so the first training photos are a random choice.
+    names, and targets, their classes: of the held-out photos; counts (K,), of the index's words.
+    The photos of an index are in random order, so the first training photos are a random choice.
     """
     folder = run.options["images"]
     count = min(index.training, MOST_NEIGHBOURS)
@@ -1735,13 +2139,13 @@ def score_baselines(run, index, names, targets, options):
     views = extract_views(run, run.read(folder, names, options.workers))
     reader = run.read(folder, list(training), options.workers)
     training_views = extract_views(run, reader)
-    k = len(run.words)
+    k = len(counts)
     labels = mark_words([index.words(training[name]) for name in reader.names], k)  # (M, K)
     carried = mark_words(targets, k)                                # (N, K)
     results = {"training_photos": len(reader.names)}
     for view in VIEWS:
         scorer = NearestScores(views[view], training_views[view], labels)
-        results[view] = rank_metrics(scorer, carried, run.counts)
+        results[view] = rank_metrics(scorer, carried, counts)
     return results
 
 
@@ -1756,9 +2160,14 @@ def score_transfer(run, images, options, show):
     show.line(f"{run.name}: {key}")
     result = transfer_features(change(options, images=images, layer=None), show, run)
     rows = result["rows"]
-    deviations = rows.get(f"± over {result['over']}", [0, 0])
-    return {key: rows["mean"][1], key + SPREAD: deviations[1],      # after that of chance
-            key + OVER: result["over"]}
+    means = dict(zip(result["columns"], rows["mean"]))
+    scores = {key: means[VIEWS[0]], key + LEVELS: means}
+    deviations = rows.get(f"± over {result['over']}")
+    if deviations:                              # of more than one split
+        own = result["columns"].index(VIEWS[0])
+        scores[key + SPREAD] = deviations[own]
+        scores[key + OVER] = result["over"]
+    return scores
 
 
 def warn_about_duplicates(index, folder, held_out, show):
@@ -1793,40 +2202,109 @@ def show_deciles(results, show):
     show.table(heading, rows)
 
 
-def show_curve(runs, results, folders, show):
-    """The runs' numbers as a table, and curves of some against their training photos (Fig. 2).
-
-    folders: of photos that features were transferred to.
-    """
-    transfers = [transfer_key(images) for images in folders]
-    keys = ["training_photos", *name_precisions(KS), "auc", *transfers]
+def show_curve(runs, results, baselines, options, show):
+    """The runs' numbers as a table, and curves of some against their training photos (Fig. 2)."""
+    largest = list(results.values())[-1]
+    transfers = [transfer_key(images) for images in options.transfer or ()]
+    keys = [*name_precisions(KS), "auc", "map", *transfers]
+    show.line(describe_sample(largest, options))
     rows = {}
     for name, result in results.items():
-        rows[name] = [result[key] for key in keys]
-    show.table(["run", *keys], rows)
-    curve = join_seeds(runs, list(results.values()), keys)
-    largest = list(results.values())[-1]
-    drawn = ["precision@10", "auc", *transfers]
-    panels = []
-    for key in drawn:
-        over = list(dict.fromkeys(row[key + OVER] for row in curve))
-        title = f"{NAMES.get(key, key)}, ± over {', '.join(over)}"
-        chance = None if key == "auc" else largest["chance"].get(key)
-        panels.append(plot_picture(curve, "training_photos", key, title, chance, np.log10))
-        show.line(title)
-    image = Image.fromarray(np.hstack(panels))
-    show.picture(image, "against training photos: " + ", ".join(drawn))
+        rows[name] = [result[key] for key in ("training_photos", *keys)]
+    levels = {key: find_levels(key, largest, baselines) for key in keys}
+    for name in dict.fromkeys(itertools.chain(*levels.values())):
+        rows[name] = ["", *(levels[key].get(name, "") for key in keys)]
+    show.table(["", "training photos", *(SHORT.get(key, key) for key in keys)], rows)
+    if baselines:
+        show.line(describe_neighbours(baselines["training_photos"]))
+    points = join_seeds(runs, list(results.values()), keys)
+    plots = []
+    for key in ("precision@10", "auc", "map", *transfers):
+        name = SCORES.get(key, f"{key}, accuracy (fraction)")
+        curves = [curve_of(rows, curve, "training_photos", key) for curve, rows in points.items()]
+        plots.append(Plot("training photos", name, curves, levels[key], log=True))
+    show.plots(plots, "scores against training photos", options.size)
+
+
+def describe_sample(result, options):
+    """Over which photos and words the scores of several runs are."""
+    which = "" if options.all else " that no run trained on"
+    return (f"{result['photos']:,} photos{which}; of the {result['dictionary']:,} words that all "
+            f"runs know {result['words']:,} occur in them")
+
+
+def describe_neighbours(count):
+    """What the baselines of nearest photos are."""
+    return (f"{NEAREST} nearest: a photo gets the words of the nearest of {count:,} training "
+            "photos, by the features or pixels that are named")
+
+
+def find_levels(key, result, baselines):
+    """What baselines have of a score, {name: value}; those of score_baselines, or of transfer."""
+    if key + LEVELS in result:
+        means = result[key + LEVELS]
+        names = {VIEWS[1]: VIEWS[1], VIEWS[2]: f"{RAW}x{RAW} pixels", "chance": "chance"}
+        return {names[view]: means[view] for view in names}
+    levels = {}
+    if baselines:
+        levels[f"untrained network, {NEAREST} nearest photos"] = baselines[VIEWS[1]][key]
+        levels[f"{RAW}x{RAW} pixels, {NEAREST} nearest photos"] = baselines[VIEWS[2]][key]
+    if key in result["baseline"]:
+        levels["most frequent words"] = result["baseline"][key]
+    else:
+        levels["chance"] = result["chance"][key]
+    return levels
 
 
 def join_seeds(runs, results, keys):
-    """The results of runs that differ in nothing but the seed as one row: means, deviations.
+    """{name of a curve: its points}, a dictionary each, the fewest training photos first.
 
+    Results of runs that differ in nothing but the seed are one point: means, deviations.
     row[key + SPREAD] is one deviation, and row[key + OVER] says over what.
     """
     groups = {}
-    for run, result in zip(runs, results):
-        groups.setdefault(run.settings(), []).append(result)
-    return [join_rows(group, keys) for group in groups.values()]
+    for i, run in enumerate(runs):
+        earlier = [other.settings() for other in runs[:i]
+                   if other.options["seed"] == run.options["seed"]]
+        again = earlier.count(run.settings())   # the same seed is no other sample
+        groups.setdefault((run.settings(), again), []).append(i)
+    curves = {}
+    names = name_curves(runs)
+    for places in groups.values():
+        point = join_rows([results[i] for i in places], keys)
+        point["training_photos"] = round(np.mean([runs[i].training for i in places]))
+        curves.setdefault(names[places[0]], []).append(point)
+    for points in curves.values():
+        points.sort(key=lambda point: point["training_photos"])
+    return curves
+
+
+def name_curves(runs):
+    """Of each run the name of its curve: those of its options in which the runs differ.
+
+    Neither seed nor data part curves, nor does the length of training, unless two runs would be
+    different points at one place.
+    """
+    for apart in (PLACES + DATA + LENGTH, PLACES + DATA):
+        names = name_differences(runs, apart)
+        points = {(name, run.training, run.settings()) for name, run in zip(names, runs)}
+        if len(points) == len({point[:2] for point in points}):
+            break
+    return names
+
+
+def name_differences(runs, apart):
+    """Of each run those of its options in which the runs differ, but those apart, as a text."""
+    differing = []
+    for key in runs[-1].options:
+        values = {json.dumps(run.options.get(key)) for run in runs}
+        if len(values) > 1 and key not in apart:
+            differing.append(key)
+    names = []
+    for run in runs:
+        values = [f"--{key.replace('_', '-')} {run.options.get(key)}" for key in differing]
+        names.append(", ".join(values) or "trained network")
+    return names
 
 
 def join_rows(rows, keys):
@@ -1834,15 +2312,22 @@ def join_rows(rows, keys):
     joined = {}
     for key in keys:
         values = [row[key] for row in rows]
-        joined[key] = np.mean(values)
+        joined[key] = float(np.mean(values))
         if len(rows) > 1:
-            joined[key + SPREAD] = np.std(values, ddof=1)
+            joined[key + SPREAD] = float(np.std(values, ddof=1))
             joined[key + OVER] = f"{len(rows)} seeds"
         else:
-            deviation = rows[0].get("deviations", {}).get(key, 0)
-            joined[key + SPREAD] = rows[0].get(key + SPREAD, deviation)
-            joined[key + OVER] = rows[0].get(key + OVER, "photos")
+            joined.update(deviation_of(rows[0], key))
     return joined
+
+
+def deviation_of(row, key):
+    """{} or how much a result's score deviates, and over what: splits, classes or photos."""
+    if key + SPREAD in row:
+        return {key + SPREAD: row[key + SPREAD], key + OVER: row[key + OVER]}
+    if key in row.get("deviations", {}):
+        return {key + SPREAD: row["deviations"][key], key + OVER: f"{row['photos']:,} photos"}
+    return {}
 
 
 def print_words(result, show=Output()):
@@ -1870,8 +2355,7 @@ def print_words(result, show=Output()):
     if "retrieval" in result:
         show_retrieval(result["retrieval"], show)
     if baselines:
-        show.line(f"{NEAREST} nearest: by the words of the nearest of {count:,} training photos, "
-                  "by features of this model, of an untrained one, and pixels")
+        show.line(describe_neighbours(count))
 
 
 def show_retrieval(result, show):
@@ -1964,16 +2448,6 @@ def write_tags(path, reader, tags):
             table.writerow(row)
 
 
-@contextmanager
-def write_table(path, heading, encoding="utf-8"):
-    """A csv.writer into a file of that name, which is there, whole, at the end of the block."""
-    how = {"encoding": encoding, "errors": "surrogateescape", "newline": ""}    # any photo's name
-    with console.whole_file(path, "w", **how) as file:
-        table = csv.writer(file)
-        table.writerow(heading)
-        yield table
-
-
 def expand_folders(paths):
     """The paths, with those of all photos in place of a folder's."""
     files = []
@@ -1985,10 +2459,18 @@ def expand_folders(paths):
     return files
 
 
-@command("search", WORDS, IMAGES, TOP, PRIOR, FONT, output_option("--out", ".png"),
+@command("curves", picture_option(*PLOTS, required=True), SIZE,
+         example="--model runs/photos --out curves.png")
+def draw_curves(options, show, run):
+    """Loss and scores after each epoch of training."""
+    show.plots(run.curves(), "learning curves", options.size)
+    return {"log": run.log}
+
+
+@command("search", WORDS, IMAGES, TOP, PRIOR, FONT, picture_option(".png", required=True), SIZE,
          example="--model runs/photos sea boat --out search.png")
 def search_photos(options, show, run):
-    """The most probable photos for a word, with log p, or log-odds after one-vs-all (Fig. 3)."""
+    """The most probable photos for a word, with the probability of the word (Fig. 3)."""
     classes = run.find_words(options.words)
     folder, names = run.photos(options)
     reader = run.read(folder, names, options.workers)
@@ -2003,18 +2485,39 @@ def search_photos(options, show, run):
     find = data.Folder(folder).find
     if show.out:
         fonts = options.font or Fonts()
-        show.picture(grid_picture(rankings, find, fonts), "photos for words")
+        image = grid_picture(label_photos(rankings, run.loss), find, fonts, options.size)
+        show.picture(image, "photos for words", ranking_table(rankings, run.loss))
     else:
-        show_photos(rankings, find, show)
+        show_photos(label_photos(rankings, run.loss), find, show)
     return {"words": rankings, "photos": len(reader.names), "skipped": reader.skipped}
 
 
-def show_photos(rankings, find, show):
-    """Words above their photos, {word: {name: score}}, on the page."""
+def ranking_table(rankings, loss):
+    """A heading, and rows of all scores of {word: {name: score}}, the best first."""
+    rows = []
     for word, photos in rankings.items():
+        for rank, (name, score) in enumerate(photos.items(), 1):
+            rows.append([word, rank, name, score, float(np.exp(loss.log_probability(score)))])
+    return ["word", "rank", "photo", "score", "probability"], rows
+
+
+def label_photos(rankings, loss):
+    """{word: {name: its probability as a text}} from the scores."""
+    labels = {}
+    for word, photos in rankings.items():
+        labels[word] = {}
+        for name, score in photos.items():
+            p = np.exp(loss.log_probability(score))
+            labels[word][name] = f"p {format_probability(p)}"
+    return labels
+
+
+def show_photos(labels, find, show):
+    """Words above their photos, {word: {name: text under the photo}}, on the page."""
+    for word, photos in labels.items():
         show.html.append(f"<h3>{escape(word)}</h3>")
-        show.photos([(find(name), f"{word}: {name}", f"{score:.2f}")
-                     for name, score in photos.items()])
+        show.photos([(find(name), f"{word}: {name}", escape(label))
+                     for name, label in photos.items()])
 
 
 class Features(NamedTuple):
@@ -2123,7 +2626,7 @@ def mean_features(net, crops, layer):
          option("--images", metavar="DIR", help="folder of photos to look among; with --features "
                 "where its photos are now"),
          option("--features", metavar="FILE.npz", help="that `features` wrote, to look among"),
-         output_option("--out", ".png", required=False, help="a picture of the photos to write"),
+         picture_option(".png"), SIZE,
          example="--model runs/photos --images photos one.jpg --out near.png")
 def find_nearest_photos(options, show, run):
     """The photos nearest to a photo, by the cosine of their features (about the mean of these)."""
@@ -2143,7 +2646,7 @@ def find_nearest_photos(options, show, run):
     nearest = rank_photos(queries, others, options.top)
     show.best(nearest, "there is no other photo")
     if show.out:
-        draw_nearest(nearest, others.folder, options.font or Fonts(), show)
+        draw_nearest(nearest, others.folder, options, show)
     return {"nearest": nearest, "photos": len(others.names), "skipped": skipped,
             "failed": asked.skipped}
 
@@ -2184,7 +2687,7 @@ def centred_cosines(x, others):
     return cosines
 
 
-def draw_nearest(nearest, folder, fonts, show):
+def draw_nearest(nearest, folder, options, show):
     """A row for each photo: itself, and its nearest with their cosines and names."""
     if folder and not os.path.isdir(folder):
         raise ValueError(f"there is no folder {folder} to take the photos from; give its new place "
@@ -2196,9 +2699,19 @@ def draw_nearest(nearest, folder, fonts, show):
             file = os.path.basename(name)
             label = file if len(file) < 17 else "…" + file[-15:]    # which is all that has room
             rows[query][os.path.join(folder, name)] = f"{cosine:.2f} {label}"
-    show.picture(grid_picture(rows, str, fonts), f"the photos nearest to {len(rows):,} photos")
+    image = grid_picture(rows, str, options.font or Fonts(), options.size)
+    table = ["photo", "nearest", "cosine"], list_pairs(nearest)
+    show.picture(image, f"the photos nearest to {len(rows):,} photos", table)
     if len(rows) < len(nearest):
         show.line(f"the picture has the first {len(rows)} of {len(nearest):,}")
+
+
+def list_pairs(scores):
+    """[name, other, score] of each of {name: {other: score}}."""
+    rows = []
+    for name, others in scores.items():
+        rows += [[name, other, score] for other, score in others.items()]
+    return rows
 
 
 # ----------------------------------------------------------- transfer (Fig. 5, Tables 2 to 4)
@@ -2690,17 +3203,23 @@ def show_best_pairs(run, pairs, by_csls, show):
 
 # ------------------------------------------------------------------------ maps (Figs. 4 and 6)
 
-@command("map", IMAGES, *MAPPING, FONT, output_option("--out", ".png"),
+@command("map", IMAGES, *MAPPING, FONT, picture_option(*PLOTS, required=True),
          option("--words", action="store_true", help="a map of words, not of photos"),
          example="--model runs/photos --words --out map.png")
 def draw_map(options, show, run):
     """A map by t-SNE: photos by their features (Fig. 4), or words by their vectors (Fig. 6)."""
-    draw = map_words if options.words else map_photos
-    return draw(options, show, run)
+    if options.words:
+        return map_words(options, show, run)
+    if show.out and not show.out.lower().endswith(".png"):
+        raise ValueError("--out: a map of photos is a .png; choose such a name, or add --words")
+    return map_photos(options, show, run)
 
 
 def map_photos(options, show, run):
-    """A map of photos, of which --limit are taken evenly from all."""
+    """Photos with features alike lie near each other, by t-SNE (Fig. 4).
+
+    Of all photos --limit are taken, evenly.
+    """
     folder, names = run.photos(options)
     count = min(len(names), options.limit)
     names = [names[int(i)] for i in np.linspace(0, len(names) - 1, count)]
@@ -2708,22 +3227,28 @@ def map_photos(options, show, run):
     y, result = place_points(kernels.to_host(features), "photos", options, show)
     find = data.Folder(folder).find
     paths = [find(name) for name in reader.names]
-    show.picture(mosaic_picture(paths, y, options.size), "a map of photos", "jpeg")
+    table = ["photo", "x", "y"], [[name, *point] for name, point in zip(reader.names, y.tolist())]
+    show.picture(mosaic_picture(paths, y, options.size), "a map of photos", table)
     return {**result, "skipped": reader.skipped}
 
 
 def map_words(options, show, run):
-    """A map of the --limit most frequent words."""
+    """Words with vectors alike lie near each other, by t-SNE; the frequent ones are large (Fig. 6).
+
+    They are the --limit most frequent ones.
+    """
     most = np.argsort(-run.counts, kind="stable")[:options.limit]
     y, result = place_points(run.vectors()[most], "words", options, show)
-    size = options.size if show.out else min(options.size, 800)
+    size = options.size if show.out else min(options.size, PAGE)
     fonts = options.font or Fonts()
     names = [run.words[i] for i in most]
-    image, texts = words_picture(names, y, run.counts[most], size, fonts)
-    if len(texts) < len(names):
-        show.line(f"{len(names) - len(texts):,} words have no room; --size has more")
-    svg = f'<svg viewBox="0 0 {size} {size}">{"".join(texts)}</svg>'
-    show.picture(image, "a map of words", html=svg)
+    drawing = words_picture(names, y, run.counts[most], size, fonts)
+    drawn = {text.text for text in drawing.shapes}
+    if len(drawn) < len(names):
+        show.line(f"{len(names) - len(drawn):,} words have no room; --size has more")
+    rows = [[name, int(run.counts[i]), *point, "yes" if name in drawn else "no"]
+            for name, i, point in zip(names, most, y.tolist())]
+    show.picture(drawing, "a map of words", (["word", "training photos", "x", "y", "drawn"], rows))
     return {**result, "skipped": {}}
 
 
@@ -2743,20 +3268,41 @@ def place_points(x, what, options, show):
 STYLE = """
 :root { color-scheme: light dark } h1 { line-height: 1.2 } h1, p { overflow-wrap: anywhere }
 body { font: 17px/1.5 Georgia, serif; max-width: 46rem; margin: 0 auto; padding: 1rem }
-h2 { margin: 2.2rem 0 .4rem } h3, p { margin: .5rem 0 } .note { font-size: .9rem }
-.note, s { opacity: .75 } table, figure { font: 14px/1.4 sans-serif; margin: 0 }
-.wide { overflow-x: auto } table { border-collapse: collapse } td { white-space: nowrap }
+h2 { margin: 2.2rem 0 .4rem } h3, p { margin: .5rem 0 } .note, footer { font-size: .9rem }
+.note, footer, s { opacity: .75 } s { text-decoration: none } footer { margin-top: 2.5rem }
+table, figure { font: 14px/1.4 sans-serif; margin: 0 }
+img, svg { display: block; max-width: 100%; height: auto; margin: .5rem auto }
+.photos, .plots { display: grid; gap: .8rem }
+.photos { grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr)) }
+.plots { grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)) }
+.settings span { font: 13px monospace; white-space: nowrap; margin-right: .6rem }
+.number { opacity: .75; font-variant-numeric: tabular-nums }
+/* What is wider than the page is scrolled, and only there the hint has a height. */
+.wide { container-type: inline-size } .scroll { overflow-x: auto }
+.scroll > * { min-width: var(--width) }
+.hint { font: 13px/1.5 sans-serif; margin: 0; overflow: hidden; white-space: nowrap;
+  height: clamp(0px, (var(--width) - 100cqw) * 999, 1.5em) }
+table { border-collapse: collapse } td { white-space: nowrap; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #8886 }
 th:first-child, td:first-child { text-align: left; padding-left: 0 }
-img, svg { display: block; max-width: 100%; height: auto; margin: .5rem auto }
-svg { font-family: sans-serif; text-anchor: middle; dominant-baseline: central }
-.photos { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr)); gap: .8rem }
-.png, svg { min-width: 40rem } td { font-variant-numeric: tabular-nums }
-@media (prefers-color-scheme: dark) { .png, svg { filter: invert(.93) hue-rotate(180deg) } }
+td:first-child, th:first-child { position: sticky; left: 0; background: Canvas }
+@media (max-width: 35rem) { td:first-child { white-space: normal; max-width: 7rem } }
+@media (prefers-color-scheme: dark) { svg { filter: invert(.93) hue-rotate(180deg) } }
 @media print { body { font-size: 10.5pt; max-width: none } h2, h3, .note { break-after: avoid }
-  img, svg { max-height: 17cm; min-width: 0 } img, svg, table, figure { break-inside: avoid }
-  .wide { overflow: visible } td { white-space: normal } }
+  img, svg { max-height: 17cm } img, svg, table, figure { break-inside: avoid }
+  .hint { display: none } .scroll { overflow: visible } .scroll > * { min-width: 0 }
+  .photos { grid-template-columns: repeat(6, 1fr) } .plots { grid-template-columns: 1fr 1fr }
+  td { white-space: normal } }
 """
+
+
+WORDS_SECTION = "Word prediction"
+MEANINGS = {"softmax": "of one word among all", "one-vs-all": "of each word by itself"}
+CLOSING = """<footer><p>precision@k: the part of a photo's k most probable words that its captions
+have. AUC: how often a photo with a word ranks before one without it. AP: the mean of the precision
+at the ranks of all photos with the word. <i>Held-out</i> photos were not trained on.</p>
+<p>Method: A. Joulin, L. van der Maaten, A. Jabri and N. Vasilache, Learning Visual Features from
+Large Weakly Supervised Data, ECCV 2016. Made by <code>eval.py report</code>.</p></footer>"""
 
 
 @command("report", CAPTIONS, IMAGES, PRIOR, BASELINES, *SPLITTING, *MAPPING, FONT,
@@ -2787,7 +3333,7 @@ def write_report(options, show, run):
             failed[title] = str(error)
             page.html.append(f'<p class="wrong">{escape(str(error))}</p>')
             print(f"{title}: {error}", file=sys.stderr)
-    write_page(options.out, os.path.basename(os.path.abspath(run.name)), page.html)
+    write_page(options.out, run, results.get(WORDS_SECTION), page.html)
     show.line(f"\n{options.out}: {os.path.getsize(options.out) / 1e6:.1f} MB")
     return {"parts": results, "failed": failed}
 
@@ -2796,13 +3342,13 @@ def list_sections(options, run):
     """(title, function of a command, its options that differ) of each section of the report."""
     few = {"words": options.words or run.words[:8], "top": 6}
     sections = [("The model at work", show_examples, {}),
-                ("The run", show_run, {}),
-                ("Word prediction", predict_words, {"transfer": ()})]
+                (WORDS_SECTION, predict_words, {"transfer": ()}),
+                ("The run", show_run, {})]
     if options.series:
         sections.append(("More photos", predict_words, {"model": options.series}))
     sections += [("Photos for words", search_photos, few),
-                 ("A map of photos", draw_map, {"words": False}),
-                 ("A map of words", draw_map, {"words": True}),
+                 ("A map of photos", map_photos, {}),
+                 ("A map of words", map_words, {}),
                  ("Nearest words", find_neighbors, few)]
     if options.pairs_similar:
         sections.append(("Similar words", compare_similarity, {"pairs": options.pairs_similar}))
@@ -2811,53 +3357,99 @@ def list_sections(options, run):
         sections += [("Translation", translate_words, {**pairs, "csls": False}),
                      ("Translation, corrected for hubs", translate_words, {**pairs, "csls": True})]
     for path in options.transfer or ():
-        title = f"Transfer to {os.path.normpath(path)}"
+        title = f"Transfer to {short_path(path)}"
         sections.append((title, transfer_features, {"images": path}))
     return sections
 
 
-def write_page(path, name, html):
-    """Write an HTML file about a run of that name."""
-    name = escape(name)
+def write_page(path, run, result, html):
+    """Write an HTML file about a run, of which result is what `words` found, or None."""
+    name = os.path.basename(os.path.abspath(run.folder))
+    photos = "drawn pictures"
+    if not run.options["drawn"]:
+        photos = f"photos of {short_path(run.options['images'])}"
+    title = escape(f"{name}: {len(run.words):,} words learned from {run.training:,} {photos}")
     head = ('<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
-            f'content="width=device-width"><title>{name}</title><style>{STYLE}</style>')
+            f'content="width=device-width"><title>{title}</title><style>{STYLE}</style>')
+    opening = [f"<h1>{title}</h1>", f"<p>{escape(describe_data(run))}</p>"]
+    if result:
+        opening.append(f"<p>{escape(describe_scores(result))}</p>")
+    opening.append(f'<p class="note">{escape(run.describe_weights())}</p>')
     with console.whole_file(path, "w", encoding="utf-8", errors="replace") as file:
-        file.write(f"{head}<h1>What {name} learned from captions</h1>")
-        file.write("\n".join(html) + "\n")
+        file.write("\n".join([head, *opening, *html, CLOSING]) + "\n")
+
+
+def describe_data(run):
+    """What a run was trained on, as a sentence for its report."""
+    images = run.options["images"]
+    captions = run.options["captions"]
+    words = "their captions" if run.options["drawn"] else f"the captions in {short_path(captions)}"
+    if captions == images:                      # the folder is its own captions
+        words = "what is written beside them"
+    return ("A network was shown these photos and learned to predict the words that go with them, "
+            f"from {words}; nobody labelled a photo for it.")
+
+
+def describe_scores(result):
+    """What `words` found, with baselines, as two sentences for the report."""
+    baselines = [f"the most frequent words: {result['baseline']['precision@10']:.2f}"]
+    if "baselines" in result:
+        pixels = result["baselines"][VIEWS[2]]["precision@10"]
+        baselines.append(f"the words of the photos with the nearest pixels: {pixels:.2f}")
+    return (f"Scored on {result['photos']:,} photos that it was not trained on: of the ten words "
+            f"that it finds most probable for a photo {result['precision@10']:.2f} are in the "
+            f"captions, on average ({'; '.join(baselines)}); and of a photo with a word and one "
+            f"without, it ranks the one with it first in {result['auc']:.2f} of all cases (chance: "
+            "0.50).")
+
+
+def short_path(path):
+    """The end of a path, which names it without telling where it lies."""
+    return "/".join(os.path.abspath(path).split(os.sep)[-2:])
 
 
 def show_examples(options, show, run):
-    """Held-out photos with the model's words, ✓ where their captions have them, ✗ where not."""
+    """Held-out photos with probable words, ✓ where their captions have them, ✗ where not."""
     index = run.index(options.captions, run.words, run.options["valid"])
     numbers = {index.name(i): i for i in range(min(100, index.held_out))}
     folder = options.images or run.options["images"]
     reader = run.read(folder, list(numbers), options.workers)
     scores = [kernels.to_host(run.net.forward(x)) for _, x, _ in reader]
-    best = top_words(np.concatenate(scores), 5)                     # (N, 5)
+    p = run.loss.probabilities(np.concatenate(scores))              # (N, K)
     find = data.Folder(folder).find
     result = {}
     figures = []
-    for name, classes in zip(reader.names[:12], best):
-        guessed = [run.words[i] for i in classes]
+    for name, row, best in zip(reader.names[:12], p, top_words(p, 5)):
+        guessed = {run.words[i]: float(row[i]) for i in best}
         carried = [run.words[i] for i in index.words(numbers[name])]
         result[name] = {"best": guessed, "words": carried}
         caption = ", ".join(carried)
-        print(f"{name}: {', '.join(guessed)}; its words are {caption}")
+        items = [f"{word} {format_probability(value)}" for word, value in guessed.items()]
+        print(f"{name}: {', '.join(items)}; its words are {caption}")
         html = mark_guesses(guessed, carried)
         figures.append((find(name), f"a photo of: {caption}",
                         f"{html}<p>Its words: {escape(caption)}</p>"))
+    show.line(f"The numbers are probabilities {MEANINGS[run.options['loss']]}; {run.prior}.")
     show.photos(figures)
     return result
 
 
+def format_probability(p):
+    """A probability, with two decimals, or two digits of a small one."""
+    if p < 1e-4:
+        return "<0.0001"
+    return f"{p:.2f}" if p >= 0.1 else f"{p:.2g}"
+
+
 def mark_guesses(guessed, carried):
-    """Lines of HTML: ✓ before the words that a photo carries, ✗ before the others."""
+    """Lines of HTML of {word: p}: ✓ before the words that a photo carries, ✗ before the others."""
     lines = []
-    for word in guessed:
+    for word, p in guessed.items():
+        number = f'<span class="number">{escape(format_probability(p))}</span>'
         if word in carried:
-            lines.append(f"<b>✓ {escape(word)}</b>")
+            lines.append(f"<b>✓ {escape(word)}</b> {number}")
         else:
-            lines.append(f"<s>✗ {escape(word)}</s>")
+            lines.append(f"<s>✗ {escape(word)}</s> {number}")
     return "<br>".join(lines)
 
 
@@ -2873,9 +3465,10 @@ def show_run(options, show, run):
     for key, value in run.options.items():
         if value is not None and key not in hidden:
             settings.append(f"--{key.replace('_', '-')} {value}")
-    show.line(", ".join(settings))
-    image = curves_picture(run.log)
-    show.picture(image, "learning curves: loss, precision and AUC after each epoch")
+    print(" ".join(settings))
+    items = [f"<span>{escape(setting)}</span>" for setting in settings]
+    show.html.append(f'<p class="note settings">{" ".join(items)}</p>')
+    show.plots(run.curves(), "learning curves")
     return {"epochs": len(run.log), "photos": int(photos.sum()), "seconds": seconds}
 
 
@@ -2891,6 +3484,8 @@ def check_outputs(options, runs):
     """ValueError where a file to write is named twice, or is one that the command reads."""
     given = vars(options)
     outputs = [given.get(name) for name in ("out", "json", "per_word") if given.get(name)]
+    if options.out and options.out.lower().endswith(PLOTS):
+        outputs.append(numbers_file(options.out))
     outputs = [os.path.realpath(path) for path in outputs if path != "-"]
     inputs = [run.options["captions"] for run in runs]
     for name in ("captions", "features", "pairs", "photos"):

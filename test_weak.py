@@ -31,6 +31,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -3361,7 +3362,8 @@ def test_bad_input_is_one_line_with_the_remedy(name, tmp_path, photos, train):
     (["features", "--images", "photos", "--out", "r/model.npz"], "is a run's own file; choose"),
     (["words", "--json", "r/log.jsonl"], "is a run's own file; choose another name"),
     (["words", "--out", "r/../r/curves.png"], "is a run's own file; choose another name"),
-    (["words", "--out", "o.png", "--json", "./o.png"], "both name o.png; choose two files")])
+    (["words", "--out", "o.png", "--json", "./o.png"], "two options name .*/o.png to be"),
+    (["curves", "--out", "o.png", "--json", "o.csv"], "two options name .*/o.csv to be")])
 def test_output_is_never_written_over_a_runs_own_files(arguments, remedy, start):
     weak.save(start())
     with pytest.raises(ValueError, match=remedy):
@@ -4686,24 +4688,90 @@ def dark(image):
 @pytest.mark.parametrize("losses", [[3.0, 1.0], [5e35, 5e35], [2.0], [float("nan")], [None], []])
 def test_curves_are_drawn_of_any_log(losses):
     log = [{"epoch": i, "loss": loss} for i, loss in enumerate(losses, 1)]
-    image = evaluation.curves_picture(log)
-    empty = evaluation.curves_picture([])
-    assert image.size == empty.size == (960, 620)
+    image = evaluation.draw_plots(evaluation.curves_plots(log)).image()
+    empty = evaluation.draw_plots(evaluation.curves_plots([])).image()
+    assert image.width == empty.width == 480
     has_numbers = len(losses) > 0 and losses[0] is not None and math.isfinite(losses[0])
     assert (dark(image) != dark(empty)) == has_numbers
+
+
+def example_plot(**changes):
+    """Two curves, one with error bars, over a log scale, with two baselines."""
+    first = evaluation.Curve("first", [100, 1000], [0.2, 0.3], [0.01, 0.0], ["3 seeds", ""])
+    second = evaluation.Curve("second", [10, 1000], [0.1, 0.4], [0, 0], ["", ""])
+    plot = evaluation.Plot("photos", "precision (fraction)", [first, second],
+                           {"pixels": 0.15, "chance": 0.05}, log=True)
+    return plot._replace(**changes)
+
+
+def texts_of(drawing):
+    return [shape.text for shape in drawing.shapes if isinstance(shape, evaluation.Text)]
+
+
+def test_plot_names_axes_curves_baselines_and_error_bars():
+    texts = texts_of(evaluation.draw_plots([example_plot()]))
+    for text in ("photos (log scale)", "precision (fraction)", "first", "second", "pixels",
+                 "chance", "± 1 standard deviation over 3 seeds"):
+        assert texts.count(text) == 1
+    assert {"10", "100", "1,000"} <= set(texts)                     # under the axis
+    plain = texts_of(evaluation.draw_plots([example_plot(log=False)]))
+    assert "photos" in plain
+
+
+def test_table_of_a_plot_has_the_numbers_that_are_drawn():
+    plot = example_plot()
+    heading, rows = evaluation.plot_table([plot])
+    assert heading == ["plot", "curve", "photos", "value", "deviation", "deviation over"]
+    assert rows[0] == ["precision (fraction)", "first", 100, 0.2, 0.01, "3 seeds"]
+    assert rows[-1] == ["precision (fraction)", "chance", "", 0.05, "", ""]
+    drawing = evaluation.draw_plots([plot])
+    frame = evaluation.Frame(drawing, plot, 0, 0)
+    frame.set_axes()
+    dots = [shape.centre for shape in drawing.shapes if isinstance(shape, evaluation.Dot)]
+    points = [(frame.across(row[2]), frame.down(row[3])) for row in rows[:4]]
+    assert np.allclose(dots[:2] + dots[2:4], points)
+    heights = [shape.points[0][1] for shape in drawing.shapes
+               if isinstance(shape, evaluation.Stroke) and shape.dash]
+    assert np.allclose(heights[:2], [frame.down(row[3]) for row in rows[4:]])
+
+
+def test_training_and_held_out_loss_share_a_plot_and_the_kept_epoch_is_marked():
+    log = [{"epoch": epoch, "loss": 9.0, "training_loss": 3.0 - epoch, "validation_loss": 3.5,
+            "precision@10": 0.1, "auc": 0.7, "map": 0.2, "map_chance": 0.05,
+            "precision@10_frequent_words": 0.08} for epoch in (1, 2)]
+    plots = evaluation.curves_plots(log, "softmax", (1, "best"))
+    assert [curve.name for curve in plots[0].curves] == ["held-out photos", "training photos"]
+    assert [plot.levels for plot in plots] == [
+        {}, {"most frequent words": 0.08}, {"chance": 0.5}, {"chance": 0.05}]
+    assert "best" in texts_of(evaluation.draw_plots(plots[:1]))
+    assert "nats" in plots[0].y_name
+    assert "nats" not in evaluation.curves_plots(log, "one-vs-all")[0].y_name
+
+
+def test_drawing_has_as_many_pixels_as_asked_and_the_same_shapes_as_svg():
+    drawing = evaluation.draw_plots([example_plot(y_name="a < b"), example_plot()])
+    assert drawing.image().width == 960
+    large = drawing.image(1920)
+    assert large.size == (1920, 2 * drawing.height)
+    assert 3 < dark(large) / dark(drawing.image()) < 5              # lines and letters grow, too
+    root = ElementTree.fromstring(drawing.svg())
+    assert root.get("viewBox") == f"0 0 960 {drawing.height}"
+    assert len(root) == len(drawing.shapes)
+    assert "a < b" in [element.text for element in root]
 
 
 def test_words_of_a_map_lie_inside_and_those_without_room_are_left_out(rng):
     names = [f"word{i}" for i in range(30)]
     y = rng.random((30, 2))
     y[20:] = 0.5                                # ten of them in one place
-    image, texts = evaluation.words_picture(names, y, np.arange(30), 300, evaluation.Fonts())
+    drawing = evaluation.words_picture(names, y, np.arange(30), 300, evaluation.Fonts())
+    texts = texts_of(drawing)
     assert 10 < len(texts) < 30
-    pixels = np.asarray(image)
+    pixels = np.asarray(drawing.image())
     assert pixels.shape == (300, 300, 3)
     edges = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     assert (edges == 255).all()
-    assert ">word29<" in texts[0]               # the heaviest is first
+    assert texts[0] == "word29"                 # the heaviest is first
 
 
 def test_word_goes_where_there_is_room_first():
@@ -4892,7 +4960,16 @@ def test_words_of_several_runs_make_a_curve(tiny, ask):
         assert small["deciles"][decile]["photos"] == numbers["photos"]
     assert 0 <= small["transfer to classes"] <= 1 and "transfer to classes ±" in small
     assert "AUC, r" in said.out and "10 of 10" in said.out
-    assert Image.open("w.png").size == (3 * 480, 310)
+    assert Image.open("w.png").width == 2 * 480
+    assert f"{small['photos']} photos that no run trained on" in said.out
+    with open("w.csv", newline="") as file:
+        table = list(csv.reader(file))
+    assert table[0][2] == "training photos"
+    for plot, key in (("precision@10 (fraction)", "precision@10"),
+                      ("transfer to classes, accuracy (fraction)", "transfer to classes")):
+        drawn = [row for row in table if row[0] == plot]
+        assert [float(row[3]) for row in drawn[:2]] == [small[key], large[key]]
+        assert any("16x16 pixels" in row[1] for row in drawn[2:])
 
 
 def test_runs_that_differ_in_the_seed_alone_are_joined(tiny, monkeypatch):
@@ -4901,12 +4978,49 @@ def test_runs_that_differ_in_the_seed_alone_are_joined(tiny, monkeypatch):
     runs[1].options.update(seed=5, out="elsewhere", workers=9)
     runs[2].options.update(epochs=20)           # has as many photos, and is another training
     rows = [{"training_photos": 10, "auc": 0.5}, {"training_photos": 10, "auc": 0.7},
-            {"training_photos": 10, "auc": 0.9, "deviations": {"auc": 0.01}}]
-    joined, alone = evaluation.join_seeds(runs, rows, ["auc"])
+            {"training_photos": 10, "auc": 0.9, "photos": 1200, "deviations": {"auc": 0.01}}]
+    curves = evaluation.join_seeds(runs, rows, ["auc"])
+    assert list(curves) == ["--epochs 2", "--epochs 20"]
+    (joined,), (alone,) = curves.values()
     assert joined["auc"] == pytest.approx(0.6)
     assert joined["auc ±"] == pytest.approx(0.2 / math.sqrt(2))
     assert joined["auc ± over"] == "2 seeds"
-    assert alone == {"auc": 0.9, "auc ±": 0.01, "auc ± over": "photos"}
+    assert (alone["auc"], alone["auc ±"], alone["auc ± over"]) == (0.9, 0.01, "1,200 photos")
+
+
+def test_runs_of_one_seed_or_one_cut_short_are_not_joined(tiny, monkeypatch):
+    monkeypatch.chdir(tiny[0])
+    runs = [evaluation.Trained("r") for _ in range(3)]
+    runs[1].options.update(seed=5)
+    runs[1].log = runs[1].log[:1]               # was interrupted
+    rows = [{"training_photos": 10, "auc": value} for value in (0.5, 0.7, 0.9)]
+    (points,) = evaluation.join_seeds(runs, rows, ["auc"]).values()
+    assert [point["auc"] for point in points] == [0.5, 0.7, 0.9]
+
+
+def test_curves_part_by_options_but_not_by_data(tiny, monkeypatch):
+    monkeypatch.chdir(tiny[0])
+    runs = [evaluation.Trained("r") for _ in range(4)]
+    for i, run in enumerate(runs):
+        run.training = 100 * (1 + i // 2)
+        run.options.update(captions=f"{i // 2}.tsv", lr=0.1 / (1 + i // 2),
+                           network=("small", "alexnet")[i % 2])
+    rows = [{"training_photos": run.training, "auc": 0.5 + i / 10} for i, run in enumerate(runs)]
+    curves = evaluation.join_seeds(runs, rows, ["auc"])
+    assert list(curves) == ["--network small", "--network alexnet"]
+    for points in curves.values():
+        assert [point["training_photos"] for point in points] == [100, 200]
+
+
+def test_drawn_sets_of_other_seeds_are_joined(tiny, monkeypatch):
+    monkeypatch.chdir(tiny[0])
+    first, second = [evaluation.Trained("r") for _ in range(2)]
+    for i, run in enumerate((first, second)):
+        run.options.update(drawn=True, captions=f"{i}/captions.tsv", seed=i)
+        run.training += i
+    assert first.settings() == second.settings()
+    second.options.update(pictures=1000)
+    assert first.settings() != second.settings()
 
 
 def test_held_out_photos_that_were_trained_on_are_said_once(tiny, ask, tmp_path, monkeypatch):
@@ -5231,6 +5345,10 @@ def test_nearest_photos_in_a_folder_are_those_in_its_features(alike, ask):
     picture = Image.open("n.png")
     assert picture.size == (7 * 156 + 6, 2 * 206 + 6)
     assert np.array_equal(np.asarray(picture), np.asarray(Image.open("s.png")))
+    with open("n.csv", newline="") as file:
+        table = [row for row in csv.DictReader(file) if row["photo"] == queries[0]]
+    drawn = {row["nearest"]: float(row["cosine"]) for row in table}
+    assert drawn == found["nearest"][queries[0]]
     green = np.asarray(picture)[100, 80]        # the photo that was asked for comes first
     assert abs(green.astype(int) - [0, 90, 0]).max() < 9
 
@@ -5376,11 +5494,11 @@ def test_report_is_one_file_with_its_pictures(tiny, ask):
     assert len(result["parts"]) == page.count("<h2>") == 11
     assert result["parts"]["The run"]["epochs"] == 2
     assert page.count("<table>") == 6
-    # 12 photos with words and 6 of a word, all JPEG, as is the mosaic; the curves are PNG
+    # 12 photos with words and 6 of a word, all JPEG, as is the mosaic; 4 curves and a map of words
     assert page.count("data:image/jpeg;base64") == 19
-    assert page.count("data:image/png;base64") == 1
-    assert page.count("<img ") == page.count(' alt="') == 20
-    for outside in ("<script", 'src="http', "href="):
+    assert page.count("<img ") == page.count(' alt="') == 19
+    assert page.count("<svg ") == 5
+    for outside in ("<script", 'src="http', "href=", "url("):
         assert outside not in page
 
 
@@ -5389,7 +5507,7 @@ def test_report_draws_all_words_or_says_how_many_it_left_out(tiny, ask):
     page = open("r.html").read()
     left_out = re.search(r"(\d+) words have no room", page)         # how many hangs on rounding
     count = int(left_out[1]) if left_out else 0
-    assert page.count("<text ") == 30 - count > 10
+    assert page.count(" textLength=") == 30 - count > 10
 
 
 def test_report_marks_the_words_that_are_right(ask):
@@ -5403,6 +5521,89 @@ def test_report_marks_the_words_that_are_right(ask):
         right += len(set(photo["best"]) & set(photo["words"]))
     assert page.count("<b>✓ ") == right
     assert page.count("<s>✗ ") == 12 * 5 - right
+    trained = evaluation.Trained("r")           # with the prior, as the report
+    name = list(photos)[0]
+    features, _ = trained.features("photos", [name], 0)
+    p = softmax(trained.net.output.scores(features)[0])
+    assert max(photos[name]["best"].values()) == pytest.approx(p.max(), rel=1e-4)
+    assert f">{evaluation.format_probability(p.max())}</span>" in page
+
+
+def test_report_begins_with_its_run_data_scores_and_weights(tiny, ask):
+    result, _ = ask("report", tiny[1][0], "--steps", 40, "--size", 300, "--out", "r.html")
+    page = open("r.html").read()
+    opening = page[:page.index("<h2>")]
+    trained = evaluation.Trained("r/model.npz")
+    folder = "/".join(os.path.abspath("photos").split("/")[-2:])
+    title = f"r: 30 words learned from {trained.training:,} photos of {folder}"
+    assert f"<title>{title}</title>" in opening and f"<h1>{title}</h1>" in opening
+    scores = result["parts"]["Word prediction"]
+    pixels = scores["baselines"]["raw pixels, 16 × 16"]["precision@10"]
+    for value in (scores["precision@10"], scores["baseline"]["precision@10"], pixels):
+        assert f"{value:.2f}" in opening
+    assert "The weights are the best epoch" in opening and "(best.npz)" in opening
+    assert trained.describe_weights().startswith("The weights are the last ones (model.npz)")
+    assert os.getcwd() not in page              # names of places stay here
+
+
+@pytest.mark.parametrize("p, text", [
+    (0.5, "0.50"), (0.0312, "0.031"), (0.00871, "0.0087"), (0.00009, "<0.0001")])
+def test_probability_is_shown_with_two_digits(p, text):
+    assert evaluation.format_probability(p) == text
+
+
+def test_page_tells_where_it_scrolls():
+    page = evaluation.Output()
+    page.table(["", "a"], {"x" * 60: [0.5]})
+    width = int(re.search(r"--width: (\d+)px", page.html[0])[1])
+    assert 60 * 6 < width < 80 * 8
+    assert page.html[0].index("scroll sideways") < page.html[0].index("<table>")
+    assert "(var(--width) - 100cqw)" in evaluation.STYLE            # the hint's height
+
+
+def test_numbers_of_a_search_and_of_maps_lie_beside_the_picture(tiny, ask, capsys):
+    first, second = tiny[1][:2]
+    result, said = ask("search", first, second, "--out", "s.png", "--top", 3, "--size", 1000)
+    assert "s.png: photos for words; its numbers are in s.csv" in said.out
+    assert abs(Image.open("s.png").width - 1000) < 10
+    with open("s.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["word"] for row in rows] == [first] * 3 + [second] * 3
+    assert {row["photo"]: float(row["score"]) for row in rows[:3]} == result["words"][first]
+    assert float(rows[0]["probability"]) == pytest.approx(np.exp(float(rows[0]["score"])))
+    ask("map", "--words", "--steps", 30, "--size", 300, "--out", "m.svg")
+    drawn = [element.text for element in ElementTree.parse("m.svg").getroot()]
+    with open("m.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 30
+    assert {row["word"] for row in rows if row["drawn"] == "yes"} == set(drawn)
+    with pytest.raises(ValueError, match="a map of photos is a .png"):
+        ask("map", "--steps", 30, "--out", "photos.svg")
+
+
+def test_numbers_of_a_picture_never_take_the_place_of_another_file(ask):
+    Path("mine.csv").write_text("mine")
+    with pytest.raises(ValueError, match="mine.csv is there already"):
+        ask("curves", "--out", "mine.png")
+    with pytest.raises(ValueError, match="is a run's own file"):
+        ask("curves", "--out", "r/curves.svg")
+    with pytest.raises(ValueError, match="must end in .png or .svg"):
+        ask("curves", "--out", "mine.jpg")
+    assert Path("mine.csv").read_text() == "mine"
+    for name in "c.png", "c.svg", "c.png":      # again, too
+        result, _ = ask("curves", "--out", name)
+    with open("c.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    held_out = [float(row["value"]) for row in rows if row["curve"] == "held-out photos"]
+    assert held_out[:2] == [row["validation_loss"] for row in result["log"]]
+    assert Path("r/curves.csv").read_text() == Path("c.csv").read_text()
+    svg = Path("c.svg").read_text()
+    assert "these weights, of epoch 2" in svg
+
+
+def test_run_that_is_given_twice_is_refused(ask):
+    with pytest.raises(ValueError, match="given twice"):
+        ask("words", "r", "--out", "twice.png")
 
 
 def test_report_goes_on_after_an_experiment_that_fails(ask):

@@ -8,7 +8,7 @@
 Joulin, van der Maaten, Jabri, Vasilache: Learning Visual Features from Large Weakly Supervised
 Data (2016). `main` is the table of contents, `train` and `train_step` the method. A run's folder
 holds model.npz (all of the run), best.npz (the weights of the best epoch), words.txt,
-log.jsonl, skipped.txt, curves.png and filters.png.
+log.jsonl, skipped.txt, curves.png and .csv, and filters.png.
 """
 import argparse
 import errno
@@ -874,6 +874,8 @@ def end_epoch(run, progress):
         row["scored_words"] = scores["words"]
         for key in ("precision@10", "auc", "map"):
             row[key] = scores[key]
+        row["precision@10_frequent_words"] = scores["baseline"]["precision@10"]
+        row["map_chance"] = scores["chance"]["map"]
     run.log.append(row)
     run.schedule.update(scores["loss"] if scores else row["loss"])
     run.current = new_epoch(run.rows)
@@ -1244,9 +1246,12 @@ def write_lines(path, lines):
 
 
 def draw_pictures(run):
-    """curves.png, once there is an epoch, and filters.png."""
+    """curves.png with curves.csv, once there is an epoch, and filters.png."""
     if run.log:
-        evaluation.save_image(evaluation.curves_picture(run.log), run.path("curves.png"))
+        best = best_epoch(run.log)
+        mark = (best["epoch"], f"best weights, of epoch {best['epoch']}") if best else ()
+        plots = evaluation.curves_plots(run.log, run.options.loss, mark)
+        evaluation.save_plots(run.path("curves.png"), plots)
     filters = evaluation.filters_picture(kernels.to_host(run.net.first.w))
     evaluation.save_image(filters, run.path("filters.png"))
 
@@ -1266,7 +1271,7 @@ def finish(run, finished):
               f"all: {run.path('skipped.txt')}")
     if not saved:
         raise RuntimeError(f"not all of step {run.step:,} could be saved: {describe_saved(run)}")
-    kinds = ("best.npz", ".jsonl", ".png", ".txt")
+    kinds = ("best.npz", ".jsonl", ".png", ".csv", ".txt")
     files = [name for name in sorted(os.listdir(run.options.out)) if name.endswith(kinds)]
     print(f"{describe_saved(run)}; beside it: {', '.join(files)}")
     print(f"next: {next_command(run)}")
