@@ -2362,10 +2362,12 @@ def thin(k, dropout=0.0, seed=0):
 def mine(tmp_path, photos, monkeypatch):
     """The options of a tiny run on photos of one's own, in whose folder the test goes on.
 
-    In this process its network is `thin`; commands that a test starts have `small` as it is.
+    In this process its network is `thin`, and it draws no pictures after each epoch; a command that
+    a test starts has `small` as it is, with pictures.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(model.NETWORKS, "small", SMALL._replace(build=thin))
+    monkeypatch.setattr(weak, "draw_pictures", Mock())
     write_captions(tmp_path / "captions.tsv")
     return ["--images", photos, "--captions", tmp_path / "captions.tsv", *TINY]
 
@@ -4186,7 +4188,7 @@ def on_device(mine, train, monkeypatch):
     tiny = model.NETWORKS["small"]._replace(build=tiny_googlenet)
     monkeypatch.setitem(model.NETWORKS, "small", tiny)
     monkeypatch.setattr(weak, "VALIDATED", 4)
-    mine += ["--epoch-size", 24, "--batch", 4, "--epochs", 1]
+    mine += ["--epoch-size", 8, "--batch", 2, "--epochs", 1]
 
     def on_device(*options, **limits):
         with emulated(**limits):
@@ -4203,14 +4205,14 @@ def test_training_on_a_gpu_is_that_on_the_cpu_and_goes_on_there(options, mine, o
     train(*mine, *options, "--out", "cpu")
     assert not differing("cpu", "gpu", 1e-3)
     again = "--resume", "--out", "gpu", "--epochs"
-    assert "going on at step 6" in on_device(*again, 2, "--precision", "tf32")
-    assert "going on at step 12" in train(*again, 3)
+    assert "going on at step 4" in on_device(*again, 2, "--precision", "tf32")
+    assert "going on at step 8" in train(*again, 3)
 
 
 def test_gpu_with_too_little_memory_or_too_old_is_refused(on_device):
     for free, remedy in ((700 << 10, "--batch [1-3] or less"), (30 << 10, "--device cpu")):
         with pytest.raises(ValueError, match=f"--batch 4 does not fit .* use {remedy}"):
-            on_device("--out", f"r{free}", free=free)
+            on_device("--batch", 4, "--out", f"r{free}", free=free)
     with pytest.raises(RuntimeError, match="no GPU can be used .*too old"):
         on_device("--out", "old", "--device", "gpu", shared=48 << 10)
 
@@ -4245,7 +4247,7 @@ def test_experiments_run_on_a_gpu(on_device, photos, tmp_path):
         shutil.copy(photos / name, folder)
     few = ["--images", "classes"]
     commands = [
-        ["words"], ["tag", "classes"], ["search", words[0], *few, "--out", "s.png"],
+        ["words", *few], ["tag", "classes"], ["search", words[0], *few, "--out", "s.png"],
         ["features", *few, "--crops", "10", "--out", "f.npz"],
         ["nearest-photos", "classes/0/" + os.listdir("classes/0")[0], *few],
         ["transfer", *few, "--splits", "1"], ["similar", "--pairs", "pairs.txt"],
