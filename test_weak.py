@@ -2996,7 +2996,7 @@ def test_full_disk_costs_a_run_only_what_it_cannot_save(
     held_out_losses(3.0, 2.5, 2.0, 2.0)         # so every epoch is the best
     failing = [1, 2, 7, 8] if lost else [1, 2, 6, 7]
     tries = fail_writes(monkeypatch, *failing)
-    monkeypatch.setattr(evaluation, "save_image", no_space)
+    monkeypatch.setattr(weak, "draw_pictures", no_space)
     assert weak.train(training, weak.Interrupt())
     if lost:
         os.remove("r/model.npz")                # somebody needs the space
@@ -3489,7 +3489,7 @@ def test_missing_photos_leave_the_loss_a_mean_over_the_others(mine, train, monke
 
     monkeypatch.setattr(weak, "train_step", train_step)
     train(*mine, "--sampling", "image", "--lr", 1e-6, "--min-lr", 1e-9, "--epochs", 1, "--out", "r")
-    assert losses_of("r") == pytest.approx([math.log(30) * np.mean(sizes)], rel=1e-3)
+    assert losses_of("r") == pytest.approx([math.log(30) * np.mean(sizes)], rel=5e-3)
 
 
 def test_folder_of_hidden_files_is_an_empty_one(tmp_path):
@@ -4763,6 +4763,25 @@ def test_map_gradient_is_numerical_in_blocks_of_any_size(rng, monkeypatch):
         monkeypatch.setattr(evaluation, "CPU_TILE", tile)
         gradient = evaluation.tsne_gradient(p, y)
         check_numerically(lambda: evaluation.divergence(p, y), y, gradient, name="y")
+
+
+def test_map_gradient_in_float32_is_that_in_float64(rng):
+    """On a map as wide as one of 5,000 points, about: distances are differences of large numbers."""
+    p = evaluation.affinities(rng.standard_normal((300, 4)), 10)
+    y = rng.uniform(-100, 100, (300, 2))
+    y[1::2] = y[::2] + rng.uniform(-0.1, 0.1, (150, 2))             # pairs that are close
+    exact = evaluation.tsne_gradient(p, y)
+    rounded = evaluation.tsne_gradient(p.astype(np.float32), y.astype(np.float32))
+    assert rounded.dtype == np.float32
+    assert np.linalg.norm(rounded - exact) < 2e-3 * np.linalg.norm(exact)
+
+
+def test_map_closeness_follows_its_formula_where_rounding_bites(rng):
+    y = np.concatenate([rng.uniform(-300, 300, (50, 2)), np.full((2, 2), 299)]).astype(np.float32)
+    near = evaluation.closeness(evaluation.with_squares(y), slice(10, 52))          # (42, 52)
+    exact = 1 / (1 + squared_distances(y.astype(np.float64)))[10:52]
+    np.testing.assert_allclose(near, exact, rtol=0.1)
+    assert near.max() <= 1 and near.dtype == np.float32
 
 
 def test_map_gradient_pulls_more_with_exaggeration(rng):
