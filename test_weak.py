@@ -4773,7 +4773,7 @@ def test_map_gradient_in_float32_is_that_in_float64(rng):
     exact = evaluation.tsne_gradient(p, y)
     rounded = evaluation.tsne_gradient(p.astype(np.float32), y.astype(np.float32))
     assert rounded.dtype == np.float32
-    assert np.linalg.norm(rounded - exact) < 2e-3 * np.linalg.norm(exact)
+    assert np.linalg.norm(rounded - exact) < 5e-3 * np.linalg.norm(exact)
 
 
 def test_map_closeness_follows_its_formula_where_rounding_bites(rng):
