@@ -282,7 +282,7 @@ def test_network_gradient_is_numerical(name, rng):
     _, gradients = model.training_losses(softmax, net.forward_training(x, TRAINING), labels)
     net.backward(gradients)
     wrong = wrong_modules(net, loss, rng, [net])
-    assert not wrong, wrong_modules(net, loss, rng, net.layers.values())
+    assert not wrong, wrong + wrong_modules(net, loss, rng, net.layers.values())
 
 
 def wrong_modules(net, loss, rng, modules):
@@ -4763,7 +4763,7 @@ def test_map_gradient_is_numerical_in_blocks_of_any_size(rng, monkeypatch):
 
 
 def test_map_gradient_in_float32_is_that_in_float64(rng):
-    """On a map as wide as one of 5,000 points, about: distances are differences of large numbers."""
+    """On a map as wide as one of 5,000 points: distances are differences of large numbers."""
     p = evaluation.affinities(rng.standard_normal((300, 4)), 10)
     y = rng.uniform(-100, 100, (300, 2))
     y[1::2] = y[::2] + rng.uniform(-0.1, 0.1, (150, 2))             # pairs that are close
