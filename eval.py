@@ -717,11 +717,22 @@ def affinities(x, perplexity):
     return (p + p.T) / (2 * n)
 
 
-def closeness(y, rows):
-    """n_ij = 1 / (1 + |y_i - y_j|²) of some rows i and all points j: (B, N)."""
-    across = y[rows, 0, None] - y[:, 0].copy()                      # (B, N)
-    down = y[rows, 1, None] - y[:, 1].copy()
-    return 1 / (1 + across * across + down * down)
+def with_squares(y):
+    """[1, y_j, |y_j|²] of the points y of a map (N, 2): (N, 4), of which products are made."""
+    squares = (y * y).sum(axis=1, keepdims=True)                    # (N, 1)
+    return np.concatenate([np.ones_like(squares), y, squares], axis=1)
+
+
+def closeness(points, rows):
+    """n_ij = 1 / (1 + |y_i - y_j|²) of some rows i and all points j, as `with_squares` has them.
+
+    1 + |y_i - y_j|² = [1 + |y_i|², -2 y_i, 1]·[1, y_j, |y_j|²], so one product gives all: (B, N).
+    """
+    one = points[rows, :1]
+    left = np.concatenate([one + points[rows, 3:], -2 * points[rows, 1:3], one], axis=1)  # (B, 4)
+    near = left @ points.T                                          # (B, N)
+    np.maximum(near, 1, out=near)               # where rounding made less of it
+    return np.divide(1, near, out=near)
 
 
 def tsne_gradient(p, y, exaggeration=1):
@@ -731,34 +742,38 @@ def tsne_gradient(p, y, exaggeration=1):
     (2008, eq. 5). As Z is known at the end only, the sums of p n and of n² are apart.
     """
     n = len(y)
+    points = with_squares(y)
     pull = np.empty_like(y)
     push = np.empty_like(y)
     sums = np.empty_like(y[:, 0])
 
     def work(rows):
-        near = closeness(y, rows)                                   # (B, N)
-        sums[rows] = near.sum(axis=1)
-        pull[rows] = add_forces(p[rows] * near, y, rows)
-        push[rows] = add_forces(near * near, y, rows)
+        near = closeness(points, rows)                              # (B, N)
+        sums[rows] = near @ points[:, 0]                            # whose numbers are ones
+        pull[rows] = add_forces(p[rows] * near, points, rows)
+        near *= near                                                # in the cache still
+        push[rows] = add_forces(near, points, rows)
 
     work_on_rows(n, work)
     z = sums.sum(dtype=np.float64) - n                              # n_ii is 1
     return 4 * (exaggeration * pull - push / z).astype(y.dtype)
 
 
-def add_forces(weights, y, rows):
+def add_forces(weights, points, rows):
     """Σ_j w_ij (y_i - y_j) of some rows i, (B, 2): y_i Σ_j w_ij - Σ_j w_ij y_j."""
-    return y[rows] * weights.sum(axis=1, keepdims=True) - weights @ y
+    sums = weights @ points                     # (B, 4): of w_ij, of w_ij y_j, and of w_ij |y_j|²
+    return points[rows, 1:3] * sums[:, :1] - sums[:, 1:3]
 
 
 def divergence(p, y):
     """KL(P‖Q) = log Z + Σ p log (p / n) of a map y (N, 2), where 0 log 0 is 0."""
     n = len(y)
+    points = with_squares(y)
     sums = np.empty_like(y[:, 0])
     losses = np.empty_like(sums)
 
     def work(rows):
-        near = closeness(y, rows)                                   # (B, N)
+        near = closeness(points, rows)                              # (B, N)
         sums[rows] = near.sum(axis=1)
         losses[rows] = (p[rows] * np.log(np.maximum(p[rows], 1e-30) / near)).sum(axis=1)
 
