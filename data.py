@@ -2190,11 +2190,6 @@ def _is_below(file, place):
     return folder == place or folder.endswith("/" + place)
 
 
-def drawn_sources(run):
-    """Where a run keeps the photos and captions that it drew."""
-    return {"images": f"{run}/drawn/photos", "captions": f"{run}/drawn/captions.tsv"}
-
-
 class Lookup(NamedTuple):
     """What to say of a photo whose name does not lead to a file of its own."""
     what: str

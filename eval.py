@@ -38,6 +38,7 @@ from scipy.special import log_softmax, logsumexp
 from scipy.stats import hypergeom, rankdata, spearmanr
 
 import data
+import drawn
 import kernels
 import model
 from kernels import console
@@ -1426,7 +1427,7 @@ class Trained:
         self.classes = {word: i for i, word in enumerate(self.words)}
         self.options = facts["options"]
         if self.options["drawn"]:               # wherever the run's folder is now
-            self.options.update(data.drawn_sources(self.folder))
+            self.options.update(drawn.sources(self.folder))
         self.step = facts["step"]
         self.epoch = facts["epoch"]
         self.training = facts["training"]       # photos
@@ -1544,17 +1545,18 @@ class Trained:
         epochs = len(self.log) if self.options["epochs"] else None  # fewer if it was interrupted
         return json.dumps([count, epochs, settings], sort_keys=True)
 
-    def index(self, captions, words, valid):
+    def index(self, captions, words, valid, place="index-eval"):
         """The index of the captions under a dictionary of these words; the run's own if it fits.
 
-        captions: a file, or None for the run's; valid: the fraction of the photos held out.
+        captions: a file, or None for the run's; valid: the fraction of the photos held out; place:
+        the folder of the run that another index than its own is kept in.
         """
         text = data.Text(self.options["words"], self.options["stop_words"], valid)
         source = self.source(captions)
         index = data.cached_index(source, os.path.join(self.folder, "index"), text)
         if index is not None and index.dictionary == words:
             return index
-        folder = os.path.join(self.writable_folder(), "index-eval")
+        folder = os.path.join(self.writable_folder(), place)
         return data.build_index(source, folder, text, words)
 
     def writable_folder(self):
@@ -2039,7 +2041,11 @@ def change(options, **changes):
 
 # --------------------------------------------------------------------------- words (Table 1)
 
-@command("words", IMAGES, CAPTIONS, PRIOR, *SPLITTING, picture_option(*PLOTS), SIZE,
+TRUTH = option("--truth", metavar="FILE", help="also score against this captions file of what "
+               "photos truly show; if not given, what a drawn run drew")
+
+
+@command("words", IMAGES, CAPTIONS, TRUTH, PRIOR, *SPLITTING, picture_option(*PLOTS), SIZE,
          option("--deciles", action="store_true", help="AUC and AP by frequency of the words, too"),
          option("--transfer", nargs="+", metavar="DIR",
                 help="accuracy of features, as `transfer`, too"),
@@ -2067,9 +2073,9 @@ def predict_words(options, show, *runs):
         features, reader = run.features(folder, list(photos), options.workers)
         targets = [index.words(photos[name]) for name in reader.names]
         scorer = run.scorer(words, features)
-        results[run.name] = {"training_photos": run.training,
+        results[run.name] = {"training_photos": run.training, "skipped": len(reader.skipped),
                              **score_run(scorer, targets, counts),
-                             "skipped": len(reader.skipped)}
+                             **score_by_truth(run, features, reader.names, options)}
         for images in options.transfer or ():
             results[run.name].update(score_transfer(run, images, options, show))
     if not options.all:
@@ -2164,6 +2170,80 @@ def score_baselines(run, index, names, targets, counts, options):
     return results
 
 
+def score_by_truth(run, features, names, options):
+    """{"truth": truth_metrics} of photos with features (N, E) and these names; {} without a truth.
+
+    Photos that --truth does not have, or of which it has no word that the run knows, are left out.
+    """
+    path = options.truth or drawn.truth_file(run.folder)
+    is_own = run.options["drawn"] and not options.images and os.path.exists(path)
+    if not options.truth and not is_own:
+        return {}
+    index = run.index(path, run.words, run.options["valid"], "index-truth")
+    rows, targets = match_photos(index, names)
+    if rows:
+        return {"truth": truth_metrics(run.scorer(run.words, features[rows]), targets, run.words)}
+    if not options.truth:                       # none of its words is in the dictionary
+        return {}
+    raise ValueError(f"--truth {path} has no word of the {len(names):,} photos, e.g. {names[0]}, "
+                     "that the run knows; it must name them as the captions do")
+
+
+def match_photos(index, names):
+    """Rows of the names that an index has, a list, and the classes of the words of each."""
+    photos = {index.name(i): i for i in range(len(index))}
+    rows = [row for row, name in enumerate(names) if name in photos]
+    return rows, [index.words(photos[names[row]]) for row in rows]
+
+
+def truth_metrics(scorer, targets, words):
+    """How well each kind of words is told, against what photos truly show: {kind: numbers}.
+
+    scorer: of N photos for the K words; targets: N arrays, the classes of what each photo shows.
+    Words that no photo shows, as names, are not scored. Kinds are those of drawn.KINDS if all words
+    are of them, otherwise there is one, "words". "precision@1": the part of the photos that show
+    the best of the words of that kind.
+    """
+    carried = mark_words(targets, len(words))                       # (N, K)
+    auc, ap = score_words(scorer, carried)                          # (K,) each
+    chance = chance_of_words(carried)
+    shown = np.flatnonzero(carried.sum(axis=0))                     # words of any photo
+    metrics = {}
+    for kind, classes in group_words(words, shown).items():
+        best = classes[scorer.of_words(classes).argmax(axis=1)]     # (N,)
+        metrics[kind] = {
+            "photos": len(targets), "words": len(classes),
+            "precision@1": float(carried[np.arange(len(targets)), best].mean()),
+            "auc": mean_of_finite(auc[classes]), "map": mean_of_finite(ap[classes]),
+            "chance": {"map": mean_of_finite(chance[classes])}}
+    return metrics
+
+
+def group_words(words, classes):
+    """{kind: an array of classes}: of the drawn set's kinds of words, or all of one kind."""
+    kinds = drawn.kinds_of_words()
+    if any(words[k] not in kinds for k in classes):
+        return {"words": classes}
+    groups = {}
+    for k in classes:
+        groups.setdefault(kinds[words[k]], []).append(k)
+    return {kind: np.array(groups[kind]) for kind in drawn.KINDS if kind in groups}
+
+
+def show_truth(result, show, title=""):
+    """Show the numbers of truth_metrics, if a result has them."""
+    if "truth" not in result:
+        return
+    rows = {}
+    for kind, numbers in result["truth"].items():
+        rows[kind] = [numbers["words"], numbers["precision@1"], numbers["auc"], numbers["map"],
+                      numbers["chance"]["map"]]
+    photos = max(numbers["photos"] for numbers in result["truth"].values())
+    show.line(f"{title}against what {photos:,} photos truly show; precision@1 is of the likeliest "
+              "word of each kind")
+    show.table(["", "words", "precision@1", "AUC", "AP", "AP by chance"], rows)
+
+
 def transfer_key(images):
     """The name of the accuracy on a folder of photos."""
     return f"transfer to {os.path.basename(os.path.normpath(images))}"
@@ -2232,6 +2312,8 @@ def show_curve(runs, results, baselines, options, show):
     show.table(["", "training photos", *(SHORT.get(key, key) for key in keys)], rows)
     if baselines:
         show.line(describe_neighbours(baselines["training_photos"]))
+    for name, result in results.items():
+        show_truth(result, show, f"{name}: ")
     points = join_seeds(runs, list(results.values()), keys)
     plots = []
     for key in ("precision@10", "auc", "map", *transfers):
@@ -2346,7 +2428,7 @@ def deviation_of(row, key):
 
 
 def print_words(result, show=Output()):
-    """Show the numbers of `words` (Table 1), and under them those of baselines, if there are."""
+    """Show the numbers of `words` (Table 1), and those of baselines and truth, if there are."""
     show.line(f"{result['photos']:,} photos, {result['words']:,} of {result['dictionary']:,} words "
               "occur in them")
     baselines = dict(result.get("baselines", {}))
@@ -2371,6 +2453,7 @@ def print_words(result, show=Output()):
         show_retrieval(result["retrieval"], show)
     if baselines:
         show.line(describe_neighbours(count))
+    show_truth(result, show)
 
 
 def show_retrieval(result, show):
@@ -3337,7 +3420,7 @@ def write_report(options, show, run):
         print(f"\n{title}", flush=True)
         note = console.summary(function.__doc__)
         page.html.append(f'<h2>{escape(title)}</h2><p class="note">{escape(note)}</p>')
-        changed = change(options, all=False, deciles=False, layer=None, per_word=None)
+        changed = change(options, all=False, deciles=False, layer=None, per_word=None, truth=None)
         changed = change(changed, **changes)
         try:
             runs = []

@@ -44,12 +44,13 @@ from scipy.special import log_expit, log_softmax, softmax
 from scipy.stats import chisquare
 
 import data
+import drawn
 import eval as evaluation
 import kernels
 import model
 import weak
 from kernels import console, cpu, gpu, philox, ranks, reference
-from kernels.dev import bench, captions, emulate, emulate_cupy
+from kernels.dev import bench, captions, emulate, emulate_cupy, experiments
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 IMPORTING = f"import sys; sys.path.insert(0, {HERE!r})\n"
@@ -2600,9 +2601,8 @@ def test_run_that_was_copied_goes_on(start, train):
     assert "going on at step 0," in train("--resume", "--out", "r")
 
 
-def test_drawn_run_keeps_its_photos(train, monkeypatch):
-    monkeypatch.setattr(weak, "PHOTOS", 100)
-    train("--epochs", 1, "--epoch-size", 64, "--stop-words", 0)
+def test_drawn_run_keeps_its_photos(train):
+    train("--pictures", 100, "--epochs", 1, "--epoch-size", 64, "--stop-words", 0)
     with pytest.raises(ValueError, match="drew its own photos; leave out --images"):
         train("--resume", "--images", ".", "--out", "runs/drawn")
 
@@ -3348,14 +3348,45 @@ def test_epoch_without_photos_ends_the_run(start):
         weak.train(training, weak.Interrupt())
 
 
-def test_drawn_set_is_drawn_trained_and_evaluated(train, monkeypatch):
-    monkeypatch.setattr(weak, "PHOTOS", 300)
-    out = train("--epochs", 1, "--epoch-size", 256)
-    assert "precision@10" in out
-    lines = open("runs/drawn/drawn/captions.tsv").read()
-    assert len(lines.splitlines()) == 300
-    assert "#" in lines
+def test_drawn_set_is_drawn_trained_and_evaluated(train, capsys):
+    said = train("--pictures", 300, "--epochs", 1, "--epoch-size", 256)
+    assert "precision@10" in said
+    assert re.search(r"things +\d+ +0\.\d+ ", said)
+    captions = open("runs/drawn/drawn/captions.tsv").read()
+    assert len(captions.splitlines()) == 300
+    assert "#" in captions
     assert "is finished" in train("--resume")
+    assert evaluation.main(["words", "--model", "runs/drawn", "--json", "w.json"]) == 0
+    result = json.load(open("w.json"))
+    assert list(result["truth"]) == list(drawn.KINDS)
+    table = capsys.readouterr().out.partition("truly show")[2]
+    assert table and table in said              # training said the same at its end
+
+
+def test_suggested_photo_is_shown_with_its_caption_and_the_truth(train):
+    said = train("--pictures", 100, "--epochs", 1, "--epoch-size", 64, "--stop-words", 0)
+    name, words = re.search(r"for example, (\S+) has the words (.*)", said).groups()
+    captions = dict(line.rstrip().split("\t") for line in open("runs/drawn/drawn/captions.tsv"))
+    truth = dict(line.rstrip().split("\t") for line in open("runs/drawn/drawn/truth.tsv"))
+    assert set(words.split(", ")) <= set(data.words_of(captions[name]))
+    shown = re.search("what it shows is (.*)", said).group(1)
+    assert set(shown.split(", ")) <= set(data.words_of(truth[name]))
+
+
+def test_drawn_run_that_knows_no_word_of_the_truth_is_scored_by_captions(train, capsys):
+    said = train("--pictures", 60, "--epochs", 1, "--epoch-size", 64, "--stop-words", 0,
+                 "--words", 2, "--lr", 0.001)
+    assert "precision@10" in said
+    assert "truly show" not in said
+    assert evaluation.main(["words", "--model", "runs/drawn", "--no-baselines"]) == 0
+    assert "truly show" not in capsys.readouterr().out
+
+
+def test_drawn_run_of_before_the_truth_goes_on(train):
+    train("--pictures", 100, "--epochs", 1, "--epoch-size", 64, "--stop-words", 0)
+    os.remove("runs/drawn/drawn/truth.tsv")
+    assert "truly show" not in train("--resume", "--epochs", 2)
+    assert evaluation.main(["words", "--model", "runs/drawn", "--no-baselines"]) == 0
 
 
 @pytest.mark.parametrize("arguments, positives", [
@@ -3369,15 +3400,54 @@ def test_drawn_set_takes_every_loss_and_sampling(arguments, positives, tmp_path,
 
 
 def test_drawn_scene_is_always_the_same():
-    image, caption = weak.draw_scene(0, 5)
-    same_image, same_caption = weak.draw_scene(0, 5)
+    image, caption, truth = drawn.draw_scene(0, 5)
+    same_image, same_caption, same_truth = drawn.draw_scene(0, 5)
     assert caption == same_caption
+    assert truth == same_truth
     assert np.array_equal(np.asarray(image), np.asarray(same_image))
-    assert weak.draw_scene(0, 6)[1] != caption
+    assert drawn.draw_scene(0, 6)[1] != caption
+
+
+def test_truth_is_what_is_drawn(monkeypatch):
+    """Its things are those whose shapes are drawn, in its colours, before its place."""
+    shapes = []
+    monkeypatch.setattr(drawn, "draw_shape", lambda draw, shape, corner, width, colour:
+                        shapes.append((shape, colour, width)))
+    monkeypatch.setattr(drawn, "shade", lambda colour, rng: colour)
+    thing_of = {drawn.THINGS[thing].split("; ")[0]: thing for thing in drawn.THINGS}
+    name_of = {colour: name for name, colour in drawn.COLOURS.items()}
+    several = 0
+    for n in range(200):
+        shapes.clear()
+        image, _, truth = drawn.draw_scene(3, n)
+        sky, ground = image.getpixel((0, 0)), image.getpixel((0, 95))
+        expected = [place for place, colours in drawn.PLACES.items() if colours == (sky, ground)]
+        drawn_things = [row for row in shapes if row[0] in thing_of]
+        for shape, colour, width in drawn_things:
+            expected += [thing_of[shape], name_of[colour]]
+            assert 0.3 * 96 < width <= 0.75 * 96
+        assert truth == " ".join(expected)
+        several += len(drawn_things) > 1
+    assert 50 < several < 90                    # a third has two things or more
+
+
+def test_captions_are_true_in_the_main_and_name_what_no_picture_shows():
+    kinds = drawn.kinds_of_words()
+    counts = Counter()
+    for n in range(1000):
+        _, caption, truth = drawn.draw_scene(0, n)
+        told = set(data.words_of(caption)) & set(kinds)
+        true = set(data.words_of(truth))
+        counts.update(told=len(told), wrong=len(told - true), true=len(true))
+        assert true <= set(kinds)
+        assert not set(data.words_of(" ".join(drawn.NAMES + drawn.FILLERS))) & true
+    assert 0.01 < counts["wrong"] / counts["told"] < 0.1
+    assert counts["told"] < 0.6 * counts["true"]
 
 
 GIVEN = ["--images", "photos", "--captions"]
 BAD = {
+    "pictures of given photos": ([*GIVEN, "captions.tsv", "--pictures", 9], "are drawn without"),
     "no such images": (["--images", "none", "--captions", "captions.tsv"], "no folder"),
     "no such captions": ([*GIVEN, "none"], "there is no file"),
     "captions in a pipe": ([*GIVEN, "photos/model.npz"], "save a pipe to one first"),
@@ -5105,6 +5175,102 @@ def test_words_of_several_runs_make_a_curve(tiny, ask):
         drawn = [row for row in table if row[0] == plot]
         assert [float(row[3]) for row in drawn[:2]] == [small[key], large[key]]
         assert any("16x16 pixels" in row[1] for row in drawn[2:])
+
+
+@pytest.fixture(scope="module")
+def told_apart():
+    """A Scorer of 200 photos for 8 words, which tells most, the words, and what photos show."""
+    rng = np.random.default_rng(4)
+    words = ["tree", "arbre", "red", "rouge", "sea", "mer", "emma", "tom"]
+    shown = rng.random((200, 8)) < 0.3
+    shown[:, 6:] = False                        # no photo shows a name
+    features = (shown + 0.4 * rng.standard_normal((200, 8))).astype(np.float32)
+    output = model.Output(8, 8)
+    output.w = 5 * np.eye(8, dtype=np.float32)
+    output.b = np.zeros(8, np.float32)
+    scorer = evaluation.Scorer(features, output, model.Softmax())
+    return scorer, words, [np.flatnonzero(row) for row in shown]
+
+
+def test_truth_is_scored_by_kinds_and_without_names(told_apart):
+    scorer, words, targets = told_apart
+    result = evaluation.truth_metrics(scorer, targets, words)
+    assert [result[kind]["words"] for kind in ("things", "colours", "places")] == [2, 2, 2]
+    auc, ap = evaluation.score_words(scorer, evaluation.mark_words(targets, 8))
+    for kind, classes in {"things": [0, 1], "colours": [2, 3], "places": [4, 5]}.items():
+        assert result[kind]["auc"] == pytest.approx(auc[classes].mean())
+        assert result[kind]["map"] == pytest.approx(ap[classes].mean())
+        best = scorer.features[:, classes].argmax(axis=1)
+        right = np.mean([classes[b] in target for b, target in zip(best, targets)])
+        assert result[kind]["precision@1"] == pytest.approx(right)
+    others = evaluation.truth_metrics(scorer, targets, ["dog", *words[1:]])
+    assert list(others) == ["words"]            # not all are words of the drawn set
+    assert others["words"]["words"] == 6
+
+
+def test_truth_of_other_photos_scores_like_chance(told_apart):
+    """Shuffled, the truth must not be met."""
+    scorer, words, targets = told_apart
+    right = evaluation.truth_metrics(scorer, targets, words)
+    order = np.random.default_rng(0).permutation(len(targets))
+    shuffled = evaluation.truth_metrics(scorer, [targets[i] for i in order], words)
+    for kind in drawn.KINDS:
+        assert right[kind]["auc"] > 0.8
+        assert abs(shuffled[kind]["auc"] - 0.5) < 0.1
+        assert shuffled[kind]["map"] == pytest.approx(shuffled[kind]["chance"]["map"], abs=0.1)
+
+
+def test_words_are_scored_against_a_file_of_truth(tiny, ask):
+    """Over those photos that it names; a word that it does not have is not scored."""
+    folder, words = tiny
+    lines = [line.split("\t") for line in open(folder / "captions.tsv")]
+    kept = [f"{name}\t{caption.replace(words[0], '')}" for name, caption in lines[:300]]
+    (folder / "truth.tsv").write_text("".join(kept))
+    result, said = ask("words", "--truth", "truth.tsv", "--no-baselines")
+    truth = result["truth"]["words"]
+    assert truth["photos"] < result["photos"]
+    assert 0 < truth["words"] < result["words"]
+    assert f"against what {truth['photos']} photos truly show" in said.out
+    (folder / "other.tsv").write_text(f"elsewhere.jpg\t{words[0]}\n")
+    with pytest.raises(ValueError, match="other.tsv has no word of the .* it must name them as"):
+        ask("words", "--truth", "other.tsv", "--no-baselines")
+
+
+def test_own_captions_as_truth_score_as_captions_do(tiny, ask):
+    result, _ = ask("words", "--truth", "captions.tsv", "--no-baselines")
+    assert result["truth"]["words"]["auc"] == pytest.approx(result["auc"])
+    assert result["truth"]["words"]["map"] == pytest.approx(result["map"])
+    assert result["truth"]["words"]["precision@1"] == pytest.approx(result["precision@1"])
+
+
+def test_experiment_trains_scores_and_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(experiments, "TIMES", (1, 2))
+    given = ["clean", "--out", str(tmp_path / "e"), "--base", "60", "--seeds", "1", "--training",
+             "--epochs 1 --epoch-size 16 --batch 16"]
+    assert experiments.main(given) == 0
+    said = capsys.readouterr().out
+    assert said.count(" s\n") == 4              # runs
+    assert re.search(r"things, pictures +captions +truth\n60 +0\.\d+ +0\.\d+\n120 +0\.", said)
+    assert (tmp_path / "e" / "clean.png").exists()
+    trained = (tmp_path / "e" / "truth-120-seed0" / "model.npz").stat().st_mtime_ns
+    (tmp_path / "e" / "captions-60-seed0.json").unlink()            # as if it had been stopped
+    assert experiments.main(given) == 0
+    assert capsys.readouterr().out.count(" s\n") == 1
+    assert (tmp_path / "e" / "truth-120-seed0" / "model.npz").stat().st_mtime_ns == trained
+    with pytest.raises(ValueError, match="is of other options; choose another --out"):
+        experiments.main([*given[:-1], "--epochs 2"])
+
+
+def test_experiment_says_how_much_seeds_vary():
+    assert experiments.describe([0.5, 0.7]) == "0.600 ± 0.141"
+    assert experiments.describe([0.5]) == "0.500"
+
+
+def test_pictures_worth_one_are_not_continued_beyond_what_was_trained():
+    curves = {"captions": np.array([[0.5], [0.6], [0.7]]),
+              "truth": np.array([[0.6], [0.65], [0.8]])}
+    worth = experiments.pictures_worth_one(curves, [100, 200, 400])
+    assert worth == {100: "2.0", 200: "1.4", 400: "more than 1"}
 
 
 def test_runs_that_differ_in_the_seed_alone_are_joined(tiny, monkeypatch):

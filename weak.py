@@ -33,16 +33,15 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)        # while the rest is imported
 
 import numpy as np
-from PIL import Image, ImageDraw
 
 import data
+import drawn
 import eval as evaluation
 import kernels
 import model
 from kernels import console
 from kernels import ranks as several
 from kernels.console import number
-from kernels.philox import SCENES, philox
 
 EPOCH = 1_000_000               # training images between two validations
 LEAST_EPOCH = 10_000            # … for collections smaller than that
@@ -66,7 +65,8 @@ LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS, 
 EXAMPLES = 100                  # held-out photos, of which one is named at the end
 EMPTY_STEPS = 100               # steps in a row without a photo that can be read: give up
 ORDER = 3                       # version of what steps draw, and of how their rows weigh
-DRAWN = {"words": 80, "stop_words": 10, "epochs": 3, "epoch_size": 9_000}      # without --images
+DRAWN = {"pictures": drawn.PICTURES, "words": 80, "stop_words": 10, "epochs": 3,
+         "epoch_size": 11_000, "batch": 32}     # defaults without --images
 CHANGEABLE = {"resume", "out", "images", "captions", "epochs", "final", "min_lr", "patience",
               "workers", "threads", "device", "precision"}      # options a resumed run may change
 
@@ -81,7 +81,7 @@ def main(arguments=None):
     print(kernels.use(options.device, options.precision, ranks.local_rank), flush=True)
     with hold_folder(options.out, ranks):
         if options.drawn and ranks.rank == 0:
-            draw_set(options.images, options.captions, options.seed)
+            drawn.draw_set(options.out, options.seed, options.pictures)
         index = read_captions(options, ranks)
         run = begin_run(options, index, checkpoint, ranks)
         finished = train_and_finish(run)
@@ -118,7 +118,10 @@ def make_parser():
 
 def add_data_options(add):
     """Where photos and captions are, and how they are drawn."""
-    add("--images", type=os.path.abspath, metavar="DIR", help="photos' folder; else a set is drawn")
+    recipe = [f"--{name.replace('_', '-')} {value}" for name, value in DRAWN.items()]
+    add("--images", type=os.path.abspath, metavar="DIR", help="photos' folder; if not given a set "
+        f"is drawn, and the defaults are {' '.join(recipe)} --positives balanced")
+    add("--pictures", type=number(int, 1), metavar="N", help="how many are drawn without --images")
     add("--captions", type=os.path.abspath, metavar="FILE", help="also .gz or .bz2; if not given "
         "metadata.csv, texts beside the photos, or the folders' names")
     add("--format", choices=data.FORMATS, help="of the captions; recognised if not given")
@@ -204,7 +207,7 @@ def read_options(arguments=None):
         options = new_options(parser.defaults(), given)
     options.out = out
     if options.drawn:
-        vars(options).update(data.drawn_sources(out))
+        vars(options).update(drawn.sources(out))
     check_options(options)
     return options, checkpoint
 
@@ -246,13 +249,15 @@ def resumed_options(defaults, stored, given, out):
 
 def new_options(defaults, given):
     """The options of a new run, with the defaults that depend on other options."""
-    drawn = "images" not in given
-    if drawn and "captions" in given:
+    is_drawn = "images" not in given
+    if is_drawn and "captions" in given:
         raise ValueError("--captions goes with --images, the folder that its photos are in")
-    if drawn:
+    if not is_drawn and "pictures" in given:
+        raise ValueError("--pictures are drawn without --images; leave out one of the two")
+    if is_drawn:
         defaults = {**defaults, **DRAWN}
     options = argparse.Namespace(**{**defaults, **given})
-    options.drawn = drawn
+    options.drawn = is_drawn
     options.captions = options.captions or options.images
     recipe = model.NETWORKS[options.network]    # --lr depends on the captions, too
     if options.positives is None:
@@ -924,7 +929,11 @@ def describe_epoch(row, targets, waiting):
 
 def validate(run):
     """Metrics on held-out photos; None without any."""
-    features, photos = read_features(run, validation_photos(run.index))
+    return score_photos(run, *read_features(run, validation_photos(run.index)))
+
+
+def score_photos(run, features, photos):
+    """Metrics of photos with features (N, E), both as of read_features; None without any."""
     scores = None
     if photos:                                  # on the first rank
         targets = [run.index.words(photo) for photo in photos]
@@ -1311,9 +1320,34 @@ def show_scores(run, saved):
         best = best_epoch(run.log)
         if best and best["step"] != checkpoint.facts["step"]:
             print(f"epoch {best['epoch']} was better, but its weights could not be saved")
-    scores = validate(run)
+    features, photos = read_features(run, validation_photos(run.index))
+    scores = score_photos(run, features, photos)
+    if photos:                                  # on the first rank
+        scores.update(score_by_truth(run, features, photos))
     if scores:
         evaluation.print_words(scores)
+
+
+def score_by_truth(run, features, photos):
+    """{"truth": evaluation.truth_metrics} of pictures that were drawn; {} of others."""
+    names = [run.index.name(photo) for photo in photos]
+    rows, targets = evaluation.match_photos(read_truth(run), names)
+    if not rows:
+        return {}
+    scorer = evaluation.Scorer(features[rows], run.net.output, run.held_out_loss, run.shift)
+    return {"truth": evaluation.truth_metrics(scorer, targets, run.index.dictionary)}
+
+
+def read_truth(run):
+    """The index of what a run truly drew, in the words of its dictionary; () of other runs."""
+    options = run.options
+    path = drawn.truth_file(options.out)
+    if not options.drawn or not os.path.exists(path):               # older runs have none
+        return ()
+    source = data.Source(path, images=options.images)
+    text = data.Text(options.words, options.stop_words, options.valid)
+    folder = os.path.join(options.out, "index-truth")
+    return data.build_index(source, folder, text, run.index.dictionary)
 
 
 def next_command(run):
@@ -1322,9 +1356,12 @@ def next_command(run):
     if not stop_reason(run):
         return f"python {script_path('weak.py')} --resume --out {out}"
     photo = example_photo(run)
-    words = [run.index.dictionary[word] for word in run.index.words(photo)]
-    path = run.loader.folder.find(run.index.name(photo))
-    print(f"for example, {run.index.name(photo)} has the words {', '.join(words)}")
+    name = run.index.name(photo)
+    path = run.loader.folder.find(name)
+    print(f"for example, {name} has the words {name_words(run, run.index.words(photo))}")
+    _, targets = evaluation.match_photos(read_truth(run), [name])
+    for classes in targets:                     # of a drawn run
+        print(f"what it shows is {name_words(run, classes)}")
     return f"python {script_path('eval.py')} tag --model {out} {shlex.quote(path)}"
 
 
@@ -1334,8 +1371,16 @@ def script_path(name):
     return shlex.quote(min(os.path.relpath(path), path, key=len))
 
 
+def name_words(run, classes):
+    """The words of these classes, as a person reads them."""
+    return ", ".join(run.index.dictionary[k] for k in classes)
+
+
 def example_photo(run):
-    """The held-out photo of whose words the weights are surest of one; photo 0 without any."""
+    """The held-out photo of whose words the weights are surest together; photo 0 without any.
+
+    So it is one that the weights and its caption agree on, whoever is right.
+    """
     features, photos = read_features(run, validation_photos(run.index)[:EXAMPLES])
     best = 0
     if photos:                                  # on the first rank
@@ -1343,159 +1388,9 @@ def example_photo(run):
         if run.shift is not None:
             scores = scores + run.shift
         p = run.held_out_loss.probabilities(scores)
-        sureness = [p[i, run.index.words(photo)].max() for i, photo in enumerate(photos)]
+        sureness = [p[i, run.index.words(photo)].sum() for i, photo in enumerate(photos)]
         best = photos[int(np.argmax(sureness))]
     return run.ranks.broadcast(best)
-
-
-# --------------------------------------------------------------------------- the drawn set
-
-COLOURS = {                     # English and French: RGB
-    "red rouge": (214, 40, 40), "blue bleu": (40, 80, 210), "yellow jaune": (245, 215, 50),
-    "green vert": (50, 160, 60), "white blanc": (245, 245, 245), "black noir": (25, 25, 25),
-    "orange orange": (245, 140, 30), "purple violet": (130, 50, 170)}
-PLACES = {                      # English and French: sky, ground
-    "sea mer": ((150, 205, 240), (30, 90, 160)),
-    "meadow prairie": ((170, 215, 250), (90, 170, 70)),
-    "night nuit": ((20, 20, 60), (35, 40, 50)),
-    "desert désert": ((250, 225, 170), (225, 180, 100)),
-    "snow neige": ((200, 215, 230), (240, 245, 250)),
-    "sunset crépuscule": ((250, 150, 90), (90, 60, 80))}
-SHAPES = {                      # English and French, most frequent first (Zipf): see `draw_shape`
-    "tree arbre": "box .42 .5 .58 1 #6e4628; oval .1 0 .9 .7",
-    "house maison": "box .1 .45 .9 1; poly 0 .45 .5 0 1 .45; box .42 .65 .58 1 #5a3c28",
-    "car voiture": "box 0 .45 1 .8; box .2 .2 .75 .5; oval .1 .65 .35 .95 #141414; "
-                   "oval .65 .65 .9 .95 #141414",
-    "ball ballon": "oval .1 .1 .9 .9; oval .3 .25 .45 .4 #ffffff",
-    "boat bateau": "poly 0 .65 1 .65 .8 1 .2 1; poly .5 0 .5 .6 .95 .6",
-    "flower fleur": "box .47 .5 .53 1 #287828; oval .3 0 .7 .3; oval .1 .15 .45 .5; "
-                    "oval .55 .15 .9 .5; oval .3 .3 .7 .6; oval .4 .2 .6 .4 #fadc3c",
-    "fish poisson": "oval .0 .25 .75 .75; poly .7 .5 1 .2 1 .8; oval .12 .4 .2 .48 #000000",
-    "bird oiseau": "oval .2 .35 .8 .75; oval .65 .15 .95 .45; poly .95 .25 1 .3 .95 .35 .8 .3; "
-                   "poly .3 .5 0 .2 .5 .4",
-    "cat chat": "oval .2 .4 .9 1; oval .1 .1 .6 .55; poly .12 .25 .15 0 .32 .15; "
-                "poly .4 .15 .55 0 .58 .25; oval .22 .28 .28 .36 #fafa78; "
-                "oval .42 .28 .48 .36 #fafa78",
-    "star étoile": "poly .5 0 .62 .38 1 .38 .7 .6 .8 1 .5 .75 .2 1 .3 .6 0 .38 .38 .38",
-    "balloon montgolfière": "oval .1 0 .9 .75; box .4 .82 .6 1 #785028; "
-                            "poly .25 .65 .75 .65 .6 .85 .4 .85",
-    "umbrella parapluie": "arc 0 .1 1 1; box .48 .5 .52 1 #3c3c3c",
-    "mushroom champignon": "box .38 .5 .62 1 #ebe1cd; arc .05 .05 .95 1",
-    "mountain montagne": "poly 0 1 .4 0 .65 .5 .75 .35 1 1; poly .4 0 .28 .3 .52 .27 #ffffff",
-    "moon lune": "oval .1 .1 .9 .9 #faf5c8",
-    "flag drapeau": "box .1 0 .16 1 #5a3c28; box .16 .05 .95 .5"}
-FILLERS = "lovely nice summer holiday canon photo été vacances".split()
-NAMES = "Emma Hugo Léa Paris Lyon Oslo Nina Tom Berlin Rome Max Zoé Lima Kyoto Anna Paul".split()
-PHOTOS = 5000
-PHRASES = ("a", "and", "in the", "with"), ("un", "et", "dans la", "avec")      # English, French
-
-
-def draw_set(folder, captions, seed):
-    """The picture set that `python weak.py` trains on, unless it is already there."""
-    if os.path.exists(captions):
-        return
-    os.makedirs(folder, exist_ok=True)
-    print(f"drawing {PHOTOS:,} captioned pictures into {os.path.dirname(captions)}", flush=True)
-    with console.whole_file(captions, "w", encoding="utf-8") as file:
-        for n in range(PHOTOS):
-            image, caption = draw_scene(seed, n)
-            image.save(os.path.join(folder, f"{n:05}.jpg"), quality=90)
-            file.write(f"{n:05}.jpg\t{caption}\n")
-
-
-def draw_scene(seed, n, size=96):
-    """Scene n of the drawn set, always the same: a picture, and its caption."""
-    rng = np.random.Generator(philox(seed, (0, n, 0, SCENES)))
-    place = choose(rng, PLACES)
-    sky, ground = PLACES[place]
-    image = Image.new("RGB", (size, size), shade(sky, rng))
-    draw = ImageDraw.Draw(image)
-    draw.rectangle([0, size * rng.uniform(.55, .75), size, size], shade(ground, rng))
-    things = []
-    for _ in range(1 + int(rng.uniform(0, 2.6))):
-        thing = choose(rng, SHAPES, zipf=4)
-        colour = choose(rng, COLOURS)
-        width = size * rng.uniform(.3, .6)
-        corner = rng.uniform(0, size - width, 2)                    # left, top
-        for shape in SHAPES[thing].split("; "):
-            draw_shape(draw, shape, corner, width, COLOURS[colour], rng)
-        things.append((thing, colour))
-    return image, write_caption(rng, things, place)
-
-
-def choose(rng, things, zipf=0):
-    """One of the things: all alike, or the i-th with a chance of 1/(i + zipf), i from 0."""
-    weights = np.ones(len(things))
-    if zipf:
-        weights = 1 / (np.arange(len(things)) + zipf)
-    return list(things)[rng.choice(len(things), p=weights / weights.sum())]
-
-
-def draw_shape(draw, shape, corner, width, colour, rng):
-    """A box, oval, arc or polygon with points in a unit box, in its own colour or in a shade."""
-    kind, *fields = shape.split()
-    if fields[-1].startswith("#"):
-        fill = fields.pop()
-    else:
-        fill = shade(colour, rng)
-    unit_points = np.array(fields, float).reshape(-1, 2)            # (points, 2)
-    points = unit_points * width + corner
-    coordinates = points.ravel().tolist()       # x, y, x, y, …
-    if kind == "box":
-        draw.rectangle(coordinates, fill)
-    elif kind == "oval":
-        draw.ellipse(coordinates, fill)
-    elif kind == "poly":
-        draw.polygon(coordinates, fill)
-    else:                                       # an arc: the upper half of an oval
-        draw.pieslice(coordinates, 180, 360, fill)
-
-
-def shade(colour, rng):
-    """The colour, a little lighter or darker."""
-    channels = np.array(colour) + rng.uniform(-22, 22)
-    return tuple(channels.clip(0, 255).astype(int).tolist())
-
-
-def write_caption(rng, things, place):
-    """A caption as people write them: true in the main, and with everything else they write."""
-    language = 1 if rng.random() < 0.35 else 0  # English, French
-    article, conjunction, preposition, along = PHRASES[language]
-    texts = describe_things(rng, things, article, language)
-    words = [f" {conjunction} ".join(texts)]
-    if rng.random() < 0.6:
-        words += [preposition, place.split()[language]]
-    if rng.random() < 0.3:
-        words += [along, choose(rng, NAMES, zipf=1)]
-    if rng.random() < 0.12:                     # not in the picture at all
-        words.append(choose(rng, SHAPES, zipf=4).split()[language])
-    for _ in range(int(rng.uniform(0, 2))):
-        mark = "#" if rng.random() < 0.4 else ""
-        words.append(mark + choose(rng, FILLERS, zipf=1))
-    if rng.random() < 0.25:
-        words.append(str(int(rng.uniform(1, 2016))))
-    text = " ".join(words).strip()
-    if not text:
-        text = f"IMG {int(rng.uniform(1, 9999))}"
-    end = "!" if rng.random() < 0.1 else ""
-    return text.capitalize() + end
-
-
-def describe_things(rng, things, article, language):
-    """A text for each thing, with its colour or without; some are left out, as people do."""
-    texts = []
-    for thing, colour in things:
-        if rng.random() < 0.15:
-            continue
-        thing = thing.split()[language]
-        colour = colour.split()[language]
-        if rng.random() < 0.25:
-            texts.append(f"{article} {thing}")
-        elif language == 0:
-            texts.append(f"{article} {colour} {thing}")
-        else:                                   # in French, the colour follows
-            texts.append(f"{article} {thing} {colour}")
-    return texts
 
 
 if __name__ == "__main__":

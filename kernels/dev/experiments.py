@@ -1,0 +1,240 @@
+"""Experiments of several runs: trains them, scores them, and makes a table and a picture of it.
+
+    python kernels/dev/experiments.py clean     weak against clean labels, on the drawn set
+    python kernels/dev/experiments.py --help    all experiments, and what may be changed
+
+An experiment is a function under EXPERIMENTS that names its runs: a Row is arguments of weak.py,
+and those of the eval.py command that scores it. `score_rows` trains and scores each with each seed,
+and what is there already is not made again: an experiment that was stopped goes on.
+Numbers are means over the seeds ± one standard deviation.
+"""
+import json
+import os
+import shlex
+import sys
+import time
+from contextlib import redirect_stdout
+from typing import NamedTuple
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+
+import numpy as np
+
+import drawn
+import eval as evaluation
+import weak
+from kernels import console
+from kernels.console import number
+
+TIMES = (1, 2, 4, 8)            # as many pictures as --base
+LABELS = ("captions", "truth")  # that the drawn pictures are trained with
+
+
+class Row(NamedTuple):
+    """A row of a table: a training, which is repeated with several seeds, and its score."""
+
+    name: str                   # of the folder of its runs, too
+    training: list              # arguments of weak.py, without --out and --seed
+    scoring: list               # of eval.py, without --model and --json: the command comes first
+
+
+# ----------------------------------------------------------------------------------- running
+
+def score_rows(rows, options, seed):
+    """{name of a row: what its scoring wrote as JSON}, of one seed, trained where it is not yet."""
+    results = {}
+    for row in rows:
+        name = f"{row.name}, seed {seed}"
+        out = os.path.join(options.out, f"{row.name.replace(' ', '-')}-seed{seed}")
+        training = [*row.training, "--seed", str(seed), *options.training]
+        results[row.name] = score_run(name, out, training, row.scoring, options)
+    return results
+
+
+def score_run(name, out, training, scoring, options):
+    """Train the run in the folder `out`, and score it; what either prints goes to `out`.txt."""
+    path = out + ".json"
+    arguments = [training, scoring]
+    done = read_result(path, arguments)
+    if done is not None:
+        return done
+    started = time.monotonic()
+    machine = ["--threads", str(options.threads)] if options.threads else []
+    how = ["--resume"] if os.path.exists(os.path.join(out, "model.npz")) else training
+    with open(out + ".txt", "a", encoding="utf-8") as said, redirect_stdout(said):
+        if weak.main([*how, "--out", out, *machine]):
+            raise KeyboardInterrupt
+        evaluation.main([*scoring, *machine, "--model", out, "--json", path])
+    with open(path, encoding="utf-8") as file:
+        result = json.load(file)
+    console.write_json(path, {"arguments": arguments, "result": result})
+    print(f"{name}: {console.duration(time.monotonic() - started)}", flush=True)
+    return result
+
+
+def read_result(path, arguments):
+    """What was scored before, None if nothing was; ValueError if it was with other arguments."""
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        done = json.load(file)
+    if "arguments" not in done:                 # it was stopped between the two writes
+        return None
+    if done["arguments"] != arguments:
+        raise ValueError(f"{path} is of other options; choose another --out, or remove it and its "
+                         "run")
+    return done["result"]
+
+
+# ------------------------------------------------------------------------------------ showing
+
+def mean_and_deviation(values):
+    """The mean, and the standard deviation, NaN of one value."""
+    deviation = np.std(values, ddof=1) if len(values) > 1 else np.nan
+    return float(np.mean(values)), float(deviation)
+
+
+def describe(values):
+    """Mean ± deviation, as text."""
+    mean, deviation = mean_and_deviation(values)
+    return f"{mean:.3f}" if np.isnan(deviation) else f"{mean:.3f} ± {deviation:.3f}"
+
+
+def make_curve(name, xs, values):
+    """A Curve of means over seeds, values (points, seeds), with deviations of several seeds."""
+    rows = [mean_and_deviation(of_seeds) for of_seeds in values]
+    count = values.shape[1]
+    over = f"{count} seeds" if count > 1 else ""
+    return evaluation.Curve(name, list(xs), [mean for mean, _ in rows],
+                            [np.nan_to_num(deviation) for _, deviation in rows],
+                            [over] * len(rows))
+
+
+# ----------------------------------------------------------------- weak against clean labels
+
+def compare_weak_and_clean(options):
+    """The paper's central comparison: captions against the truth, by the number of pictures.
+
+    Each seed draws a set of pictures of its own, of which a part is trained on, by their captions
+    or by what they truly show. All runs of a seed are scored against the truth of the same held-out
+    pictures. Every run makes as many steps.
+    """
+    counts = [options.base * times for times in TIMES]
+    curves = {}                                 # {kind: {labels: AUC (counts, seeds)}}
+    for kind in drawn.KINDS:
+        curves[kind] = {labels: np.full((len(counts), options.seeds), np.nan) for labels in LABELS}
+    for seed in range(options.seeds):
+        results = score_rows(weak_and_clean_rows(options, seed, counts), options, seed)
+        for kind, of_kind in curves.items():
+            for labels, auc in of_kind.items():
+                for i, count in enumerate(counts):
+                    metrics = results[f"{labels} {count}"]["truth"]
+                    if kind in metrics:         # very few pictures may show none of its words
+                        auc[i, seed] = metrics[kind]["auc"]
+    show_weak_and_clean(curves, counts, options)
+    result = {"pictures": counts}
+    for kind, of_kind in curves.items():
+        result[kind] = {labels: auc.tolist() for labels, auc in of_kind.items()}
+    return result
+
+
+def weak_and_clean_rows(options, seed, counts):
+    """The rows of one seed, whose pictures are drawn first, with captions files of each count."""
+    folder = os.path.join(options.out, f"pictures-seed{seed}")
+    drawn.draw_set(folder, seed, counts[-1])
+    captions = drawn.sources(folder)["captions"]
+    truth = drawn.truth_file(folder)
+    scoring = ["words", "--captions", captions, "--truth", truth, "--no-baselines"]
+    recipe = {**weak.DRAWN, "positives": "balanced", "images": drawn.sources(folder)["images"]}
+    del recipe["pictures"]
+    rows = []
+    for labels, path in zip(LABELS, (captions, truth)):
+        if path == truth:
+            recipe["stop_words"] = 0            # it has words of what is drawn alone
+        for count in counts:
+            recipe["captions"] = write_first_lines(path, count)
+            rows.append(Row(f"{labels} {count}", list_options(recipe), scoring))
+    return rows
+
+
+def list_options(values):
+    """{option: value} as arguments of a command."""
+    arguments = []
+    for name, value in values.items():
+        arguments += [f"--{name.replace('_', '-')}", str(value)]
+    return arguments
+
+
+def write_first_lines(path, count):
+    """The path of a file of the first lines of another, beside it."""
+    part = f"{os.path.splitext(path)[0]}-{count}.tsv"
+    with open(path, encoding="utf-8") as file:
+        lines = [next(file) for _ in range(count)]
+    with console.whole_file(part, "w", encoding="utf-8") as file:
+        file.writelines(lines)
+    return part
+
+
+def show_weak_and_clean(curves, counts, options):
+    """Tables and a picture of compare_weak_and_clean."""
+    show = evaluation.Output(os.path.join(options.out, "clean.png"))
+    plots = []
+    for kind, of_kind in curves.items():
+        rows = {}
+        for i, count in enumerate(counts):
+            rows[f"{count:,}"] = [describe(values[i]) for values in of_kind.values()]
+        show.table([f"AUC of {kind}, pictures", *of_kind], rows)
+        lines = [make_curve(f"trained on {labels}", counts, values)
+                 for labels, values in of_kind.items()]
+        plots.append(evaluation.Plot("pictures", f"AUC of {kind}, against the truth", lines, {},
+                                     log=True))
+    worth = pictures_worth_one(curves["things"], counts)
+    show.line("captioned pictures that teach things as well as one that is labelled: "
+              + "; ".join(f"{text} at {count:,}" for count, text in worth.items()))
+    show.plots(plots, "weak against clean labels")
+
+
+def pictures_worth_one(curves, counts):
+    """{labelled pictures: how many captioned ones stand for each}, as text, by the mean AUC.
+
+    Where the curve of captions passes the AUC of so many labelled pictures, between two counts by
+    the logarithm; it is not continued beyond the counts that were trained on.
+    """
+    weak_auc = np.maximum.accumulate(curves["captions"].mean(axis=1))
+    worth = {}
+    for count, auc in zip(counts, curves["truth"].mean(axis=1)):
+        if auc > weak_auc[-1]:
+            worth[count] = f"more than {counts[-1] / count:g}"
+        elif auc < weak_auc[0]:
+            worth[count] = f"less than {counts[0] / count:g}"
+        else:
+            needed = 2 ** np.interp(auc, weak_auc, np.log2(counts))
+            worth[count] = f"{needed / count:.1f}"
+    return worth
+
+
+EXPERIMENTS = {"clean": compare_weak_and_clean}
+
+
+def main(arguments=None):
+    parser = console.Parser(description=console.summary(__doc__))
+    parser.add_argument("experiment", choices=tuple(EXPERIMENTS), help="what to compare")
+    parser.add_argument("--out", metavar="DIR", help="folder of its runs; if not given "
+                        "runs/experiments and its name")
+    parser.add_argument("--seeds", type=number(int, 1), default=3, help="of each training")
+    parser.add_argument("--base", type=number(int, 1), default=1250, metavar="N",
+                        help="pictures of the smallest set of `clean`")
+    parser.add_argument("--training", type=shlex.split, default=[], metavar="'OPTION …'",
+                        help="more options of weak.py, for all runs")
+    parser.add_argument("--threads", type=number(int, 1, console.MOST_THREADS),
+                        help="that compute, on the CPU")
+    options = parser.parse_args(arguments)
+    options.out = options.out or os.path.join("runs", "experiments", options.experiment)
+    os.makedirs(options.out, exist_ok=True)
+    result = EXPERIMENTS[options.experiment](options)
+    console.write_json(os.path.join(options.out, f"{options.experiment}.json"), result)
+    return 0
+
+
+if __name__ == "__main__":
+    console.run_command(main)
