@@ -13,7 +13,7 @@ import os
 import shlex
 import sys
 import time
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from typing import NamedTuple
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
@@ -60,9 +60,10 @@ def score_run(name, out, training, scoring, options):
         return done
     started = time.monotonic()
     machine = ["--threads", str(options.threads)] if options.threads else []
-    how = ["--resume"] if os.path.exists(os.path.join(out, "model.npz")) else training
-    with open(out + ".txt", "a", encoding="utf-8") as said, redirect_stdout(said):
-        if weak.main([*how, "--out", out, *machine]):
+    going_on = ["--resume"] if os.path.exists(os.path.join(out, "model.npz")) else []
+    with (open(out + ".txt", "a", encoding="utf-8") as said, redirect_stdout(said),
+          redirect_stderr(said)):
+        if weak.main([*training, "--out", out, *machine, *going_on]):
             raise KeyboardInterrupt
         evaluation.main([*scoring, *machine, "--model", out, "--json", path])
     with open(path, encoding="utf-8") as file:
@@ -127,10 +128,7 @@ def compare_weak_and_clean(options):
         results = score_rows(weak_and_clean_rows(options, seed, counts), options, seed)
         for kind, of_kind in curves.items():
             for labels, auc in of_kind.items():
-                for i, count in enumerate(counts):
-                    metrics = results[f"{labels} {count}"]["truth"]
-                    if kind in metrics:         # very few pictures may show none of its words
-                        auc[i, seed] = metrics[kind]["auc"]
+                auc[:, seed] = [find_auc(results[f"{labels} {count}"], kind) for count in counts]
     show_weak_and_clean(curves, counts, options)
     result = {"pictures": counts}
     for kind, of_kind in curves.items():
@@ -138,9 +136,14 @@ def compare_weak_and_clean(options):
     return result
 
 
+def find_auc(result, kind):
+    """A kind's AUC against the truth; NaN where very few pictures show none of its words."""
+    return result["truth"].get(kind, {"auc": np.nan})["auc"]
+
+
 def weak_and_clean_rows(options, seed, counts):
     """The rows of one seed, whose pictures are drawn first, with captions files of each count."""
-    folder = os.path.join(options.out, f"pictures-seed{seed}")
+    folder = os.path.join(options.out, f"{counts[-1]}-pictures-seed{seed}")
     drawn.draw_set(folder, seed, counts[-1])
     captions = drawn.sources(folder)["captions"]
     truth = drawn.truth_file(folder)
