@@ -5,6 +5,7 @@ Gradients in float64 against central differences; the plain operations against S
 ones; the text, the index, sampling, the loader, training, resuming, bad input, and the experiments.
 No test depends on a processor's rounding.
 """
+import argparse
 import bz2
 import csv
 import errno
@@ -5259,6 +5260,17 @@ def test_experiment_trains_scores_and_goes_on(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "e" / "truth-120-seed0" / "model.npz").stat().st_mtime_ns == trained
     with pytest.raises(ValueError, match="is of other options; choose another --out"):
         experiments.main([*given[:-1], "--epochs 2"])
+
+
+def test_experiment_may_be_a_list_of_commands(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tiny[0])
+    training = ["--images", "photos", "--captions", "captions.tsv", *map(str, TINY)]
+    rows = [experiments.Row("one", [*training, "--epochs", "1"], ["words", "--no-baselines"])]
+    options = argparse.Namespace(out=str(tmp_path), seeds=2, training=[], threads=None)
+    results = experiments.compare_rows(rows, ["auc", "map"], options)
+    assert [len(of_seeds) for of_seeds in results.values()] == [2]
+    expected = experiments.describe([result["map"] for result in results["one"]])
+    assert re.search(f"2 seeds +auc +map\none +.*{expected}\n", capsys.readouterr().out)
 
 
 def test_experiment_says_how_much_seeds_vary():

@@ -1,7 +1,8 @@
 """Experiments of several runs: trains them, scores them, and makes a table and a picture of it.
 
-    python kernels/dev/experiments.py clean     weak against clean labels, on the drawn set
-    python kernels/dev/experiments.py --help    all experiments, and what may be changed
+    python kernels/dev/experiments.py clean         weak against clean labels, on the drawn set
+    python kernels/dev/experiments.py samplings     by class or by image, on the drawn set
+    python kernels/dev/experiments.py --help        what may be changed
 
 An experiment is a function under EXPERIMENTS that names its runs: a Row is arguments of weak.py,
 and those of the eval.py command that scores it. `score_rows` trains and scores each with each seed,
@@ -216,7 +217,33 @@ def pictures_worth_one(curves, counts):
     return worth
 
 
-EXPERIMENTS = {"clean": compare_weak_and_clean}
+# ----------------------------------------------------------------------- lists of commands
+
+def compare_samplings(options):
+    """How the drawn set is sampled: by class with each kind of targets, or by image."""
+    scoring = ["words", "--no-baselines"]
+    rows = [Row("class drawn", ["--positives", "drawn"], scoring),
+            Row("class all", ["--positives", "all"], scoring),
+            Row("class balanced", ["--positives", "balanced"], scoring),
+            Row("image all", ["--sampling", "image"], scoring),
+            Row("image idf", ["--sampling", "image", "--positives", "idf"], scoring)]
+    return compare_rows(rows, ("precision@1", "precision@10", "auc", "map"), options)
+
+
+def compare_rows(rows, keys, options):
+    """Score rows with all seeds, and show these numbers of what their commands wrote as JSON."""
+    results = {row.name: [] for row in rows}
+    for seed in range(options.seeds):
+        for name, result in score_rows(rows, options, seed).items():
+            results[name].append(result)
+    table = {}
+    for name, of_seeds in results.items():
+        table[name] = [describe([result[key] for result in of_seeds]) for key in keys]
+    evaluation.Output().table([f"{options.seeds} seeds", *keys], table)
+    return results
+
+
+EXPERIMENTS = {"clean": compare_weak_and_clean, "samplings": compare_samplings}
 
 
 def main(arguments=None):
