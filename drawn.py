@@ -19,8 +19,8 @@ from kernels import console
 from kernels.philox import SCENES, philox
 
 COLOURS = {                     # English and French: RGB; white and dark parts are of all things
-    "red rouge": (205, 30, 30), "blue bleu": (40, 80, 210), "yellow jaune": (250, 220, 40),
-    "green vert": (20, 140, 60), "purple violet": (130, 40, 170)}
+    "red rouge": (205, 30, 30), "blue bleu": (30, 80, 215), "yellow jaune": (250, 220, 40),
+    "green vert": (20, 140, 60), "purple violet": (160, 50, 180)}
 PLACES = {                      # English and French: sky, ground
     "sea mer": ((150, 205, 240), (30, 90, 160)),
     "meadow prairie": ((170, 215, 250), (90, 170, 70)),
@@ -225,7 +225,7 @@ def describe_things(rng, things, article, language):
             continue
         thing = thing.split()[language]
         colour = colour.split()[language]
-        if rng.random() < 0.2:
+        if rng.random() < 0.15:
             texts.append(f"{article} {thing}")
         elif language == 0:
             texts.append(f"{article} {colour} {thing}")
