@@ -211,8 +211,8 @@ def write_caption(rng, things, place):
     if rng.random() < 0.25:
         words.append(str(int(rng.uniform(1, 2016))))
     text = " ".join(words).strip()
-    if not text:
-        text = f"IMG {int(rng.uniform(1, 9999))}"
+    if not text:                                # only a camera's number
+        text = str(int(rng.uniform(1, 9999)))
     end = "!" if rng.random() < 0.1 else ""
     return text.capitalize() + end
 
