@@ -38,10 +38,9 @@ from scipy.special import log_softmax, logsumexp
 from scipy.stats import hypergeom, rankdata, spearmanr
 
 import data
-import drawn
 import kernels
 import model
-from kernels import console
+from kernels import console, drawn
 from kernels.console import MOST_THREADS, number
 from kernels.philox import SPLITS, philox
 
@@ -2219,9 +2218,18 @@ def truth_metrics(scorer, targets, words):
     return metrics
 
 
+def kinds_of_words():
+    """{word: its kind}, of drawn.KINDS, of all words as captions are read."""
+    kinds = {}
+    for kind, table in drawn.KINDS.items():
+        for word in data.words_of(" ".join(table)):
+            kinds[word] = kind
+    return kinds
+
+
 def group_words(words, classes):
     """{kind: an array of classes}: of the drawn set's kinds of words, or all of one kind."""
-    kinds = drawn.kinds_of_words()
+    kinds = kinds_of_words()
     if any(words[k] not in kinds for k in classes):
         return {"words": classes}
     groups = {}

@@ -45,12 +45,11 @@ from scipy.special import log_expit, log_softmax, softmax
 from scipy.stats import chisquare
 
 import data
-import drawn
 import eval as evaluation
 import kernels
 import model
 import weak
-from kernels import console, cpu, gpu, philox, ranks, reference
+from kernels import console, cpu, drawn, gpu, philox, ranks, reference
 from kernels.dev import bench, captions, emulate, emulate_cupy, experiments
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -3433,7 +3432,7 @@ def test_truth_is_what_is_drawn(monkeypatch):
 
 
 def test_captions_are_true_in_the_main_and_name_what_no_picture_shows():
-    kinds = drawn.kinds_of_words()
+    kinds = evaluation.kinds_of_words()
     counts = Counter()
     for n in range(1000):
         _, caption, truth = drawn.draw_scene(0, n)

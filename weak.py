@@ -35,11 +35,10 @@ if __name__ == "__main__":
 import numpy as np
 
 import data
-import drawn
 import eval as evaluation
 import kernels
 import model
-from kernels import console
+from kernels import console, drawn
 from kernels import ranks as several
 from kernels.console import number
 

@@ -21,10 +21,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 
 import numpy as np
 
-import drawn
 import eval as evaluation
 import weak
-from kernels import console
+from kernels import console, drawn
 from kernels.console import number
 
 TIMES = (1, 2, 4, 8)            # as many pictures as --base

@@ -7,16 +7,16 @@ captions.tsv has the captions and truth.tsv, a captions file as well, all words 
 
     python eval.py words --model runs/drawn             scores the words against both
 
-Everything is drawn by random numbers from counters: scene n of a seed is always the same.
+Everything is drawn by random numbers from counters: scene n of a seed is always the same. (No
+operation, like console.py: both are here since the top level is for the paper's own parts.)
 """
 import os
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-import data
-from kernels import console
-from kernels.philox import SCENES, philox
+from . import console
+from .philox import SCENES, philox
 
 COLOURS = {                     # English and French: RGB; white and dark parts are of all things
     "red rouge": (205, 30, 30), "blue bleu": (30, 80, 215), "yellow jaune": (250, 220, 40),
@@ -94,15 +94,6 @@ def sources(run):
 def truth_file(run):
     """Where a run keeps the words of what it drew."""
     return f"{run}/drawn/truth.tsv"
-
-
-def kinds_of_words():
-    """{word: its kind}, of KINDS, of all words as captions are read."""
-    kinds = {}
-    for kind, table in KINDS.items():
-        for word in data.words_of(" ".join(table)):
-            kinds[word] = kind
-    return kinds
 
 
 def draw_set(run, seed, count):
