@@ -204,40 +204,49 @@ def _column_sums(dy):
 
 
 # --------------------------------------------------------- convolution by Winograd's algorithm
-# F(m×m, r×r), m = 7 - r (Lavin and Gray 2016, §4): m×m numbers of y = x * w come from 6×6 numbers
-# d of x by 36 products instead of m²r²: a quarter for r = 3, 9/25 for r = 5. It multiplies
-# polynomials by their values at 0, ±1, ±2 and ∞: y = Aᵀ [(G w Gᵀ) ⊙ (Bᵀ d B)] A. The
-# transformations are products, too: Bᵀ d B is (Bᵀ ⊗ Bᵀ) d with the numbers of d in a column.
+# F(4×4, r×r) (Lavin and Gray 2016, §4): 4×4 numbers of y = x * w come from a tile d of s×s numbers
+# of x, s = r + 3, by s² products instead of 16 r²: a quarter for r = 3, 4/25 for r = 5. It
+# multiplies polynomials by their values at s points, of which the last is ∞:
+# y = Aᵀ [(G w Gᵀ) ⊙ (Bᵀ d B)] A. The transformations are products, too: Bᵀ d B is (Bᵀ ⊗ Bᵀ) d
+# with the numbers of d in a column.
 
-SIDE = 6                                        # pixels of a tile of x
-POINTS = [0, 1, -1, 2, -2]
-SCALES = np.array([6, -4, -4, 1, 1, 24]) / 24   # the last one belongs to ∞
-B_TRANSPOSED = [[4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0],
-                [0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1]]
-FEWEST_CHANNELS = {3: 16, 5: 64}                # by r: fewer do not pay for the transformations
+TILE = 4                                        # pixels of a tile of y, along a side
+POINTS = {3: (0, 1, -1, 2, -2),                 # the finite ones, by r
+          5: (0, 1, -1, 2, -2, 0.5, -0.5)}
+FEWEST_CHANNELS = {3: 16, 5: 24}                # by r: fewer do not pay for the transformations
 
 
-def _powers(count):
-    """The points' powers 0 … count - 1, a row each; ∞ has only the last: (6, count)."""
-    finite = np.vander(POINTS, count, increasing=True)
+def _powers(points, count):
+    """The points' powers 0 … count - 1, a row each; ∞ has only the last: (s, count)."""
+    finite = np.vander(points, count, increasing=True)
     return np.vstack([finite, np.eye(count)[-1]])
 
 
-def _filter_matrix(r):
-    """G ⊗ G, (36, r²)."""
-    g = _powers(r) * SCALES[:, None]
+def _input_matrix(points):
+    """Bᵀ ⊗ Bᵀ, (s², s²). Row i of Bᵀ has the coefficients of Π_{j≠i} (t - point_j)."""
+    rows = [np.poly(np.delete(points, i))[::-1] for i in range(len(points))]
+    rows = np.pad(rows, [(0, 0), (0, 1)])                           # the highest power is ∞'s alone
+    b_transposed = np.vstack([rows, np.poly(points)[::-1]])         # (s, s)
+    return np.kron(b_transposed, b_transposed)
+
+
+def _filter_matrix(points, r):
+    """G ⊗ G, (s², r²). Row i of G has the powers of point i, over Π_{j≠i} (point_i - point_j)."""
+    g = _powers(points, r).astype(float)
+    for i, point in enumerate(points):
+        g[i] /= np.prod(point - np.delete(points, i))
     return np.kron(g, g)
 
 
-def _output_matrix(r):
-    """Aᵀ ⊗ Aᵀ, (m², 36)."""
-    a = _powers(7 - r).T
-    return np.kron(a, a)
+def _output_matrix(points):
+    """Aᵀ ⊗ Aᵀ, (16, s²)."""
+    a_transposed = _powers(points, TILE).T
+    return np.kron(a_transposed, a_transposed)
 
 
-INPUT_MATRIX = np.kron(B_TRANSPOSED, B_TRANSPOSED)                  # (36, 36)
-FILTER_MATRIX = {r: _filter_matrix(r) for r in FEWEST_CHANNELS}
-OUTPUT_MATRIX = {r: _output_matrix(r) for r in FEWEST_CHANNELS}
+INPUT_MATRIX = {r: _input_matrix(points) for r, points in POINTS.items()}
+FILTER_MATRIX = {r: _filter_matrix(points, r) for r, points in POINTS.items()}
+OUTPUT_MATRIX = {r: _output_matrix(points) for r, points in POINTS.items()}
 
 
 def _is_winograd(w_shape, stride, pad):
@@ -251,41 +260,42 @@ def _tiles_chunk(w_shape, y_shape, itemsize):
     """Images a chunk: their tiles are as large as the filters that it reads, up to 8 MB."""
     r, _, c, f = w_shape
     n, oh, ow, _ = y_shape
-    tiles = ceil_div(oh, 7 - r) * ceil_div(ow, 7 - r)                   # of an image
-    filters = SIDE**2 * c * f * itemsize
+    tiles = ceil_div(oh, TILE) * ceil_div(ow, TILE)                     # of an image
+    products = len(INPUT_MATRIX[r])                                     # of a tile
+    filters = products * c * f * itemsize
     limit = np.clip(filters, TILE_BYTES, 8 * TILE_BYTES)
-    return _chunk_size(n, SIDE**2 * tiles * max(c, f) * itemsize, limit)
+    return _chunk_size(n, products * tiles * max(c, f) * itemsize, limit)
 
 
-def _transform(matrix, x, size, step, pad):
-    """Tiles of size×size pixels of x, `step` apart, by a matrix (36, size²): (36, n·tiles, C)."""
+def _transform(matrix, x, size, pad):
+    """Tiles of size×size pixels of x, TILE apart, by a matrix (s², size²): (s², n·tiles, C)."""
     n, h, w, c = x.shape
-    rows = ceil_div(h, step)
-    columns = ceil_div(w, step)
-    x = _embed(x, pad, pad, (step * (rows - 1) + size, step * (columns - 1) + size))
+    rows = ceil_div(h, TILE)
+    columns = ceil_div(w, TILE)
+    x = _embed(x, pad, pad, (TILE * (rows - 1) + size, TILE * (columns - 1) + size))
     sn, sh, sw, item = x.strides
     tiles = as_strided(x, (size, size, n, rows, columns, c),
-                       (sh, sw, sn, step * sh, step * sw, item))
-    return (matrix.astype(x.dtype) @ tiles.reshape(size * size, -1)).reshape(SIDE**2, -1, c)
+                       (sh, sw, sn, TILE * sh, TILE * sw, item))
+    transformed = matrix.astype(x.dtype) @ tiles.reshape(size * size, -1)
+    return transformed.reshape(len(matrix), -1, c)
 
 
 def _tile_product(w, y_shape, pad):
     """As _patch_product."""
     r, _, c, f = w.shape
     _, oh, ow, _ = y_shape
-    m = 7 - r
-    rows = ceil_div(oh, m)
-    columns = ceil_div(ow, m)
+    rows = ceil_div(oh, TILE)
+    columns = ceil_div(ow, TILE)
     filters = FILTER_MATRIX[r].astype(w.dtype) @ w.reshape(r * r, -1)
-    filters = filters.reshape(SIDE**2, c, f)
-    output = OUTPUT_MATRIX[r].astype(w.dtype)                       # (m², 36)
+    filters = filters.reshape(-1, c, f)                             # (s², C, F)
+    output = OUTPUT_MATRIX[r].astype(w.dtype)                       # (16, s²)
 
     def multiply(x, y):
-        products = np.matmul(_transform(INPUT_MATRIX, x, SIDE, m, pad), filters)
-        tiles = output @ products.reshape(SIDE**2, -1)              # (m², n·tiles·F)
-        tiles = tiles.reshape(m, m, len(x), rows, columns, f)
-        pixels = tiles.transpose(2, 3, 0, 4, 1, 5)                  # (n, rows, m, columns, m, F)
-        y[:] = pixels.reshape(len(x), m * rows, m * columns, f)[:, :oh, :ow]
+        products = np.matmul(_transform(INPUT_MATRIX[r], x, r + TILE - 1, pad), filters)
+        tiles = output @ products.reshape(len(products), -1)        # (16, n·tiles·F)
+        tiles = tiles.reshape(TILE, TILE, len(x), rows, columns, f)
+        pixels = tiles.transpose(2, 3, 0, 4, 1, 5)                  # (n, rows, 4, columns, 4, F)
+        y[:] = pixels.reshape(len(x), TILE * rows, TILE * columns, f)[:, :oh, :ow]
 
     return multiply, _tiles_chunk(w.shape, y_shape, w.itemsize)
 
@@ -293,16 +303,15 @@ def _tile_product(w, y_shape, pad):
 def _filter_by_tiles(x, dy, w_shape, pad):
     """dw = Gᵀ [(Bᵀ x B) ⊙ (A dy Aᵀ)] G, summed over the tiles."""
     r, _, c, f = w_shape
-    m = 7 - r
 
     def operands(start, stop):
-        left = _transform(INPUT_MATRIX, x[start:stop], SIDE, m, pad)
-        right = _transform(OUTPUT_MATRIX[r].T, dy[start:stop], m, m, 0)
-        return left, right                                          # (36, n·tiles, C), (…, F)
+        left = _transform(INPUT_MATRIX[r], x[start:stop], r + TILE - 1, pad)
+        right = _transform(OUTPUT_MATRIX[r].T, dy[start:stop], TILE, 0)
+        return left, right                                          # (s², n·tiles, C), (…, F)
 
     size = _tiles_chunk(w_shape, dy.shape, x.itemsize)
-    total = _sum_of_products(len(x), size, operands)                # (36, C, F)
-    return FILTER_MATRIX[r].T.astype(x.dtype) @ total.reshape(SIDE**2, c * f)
+    total = _sum_of_products(len(x), size, operands)                # (s², C, F)
+    return FILTER_MATRIX[r].T.astype(x.dtype) @ total.reshape(-1, c * f)
 
 
 # ------------------------------------------------------------------- convolution, by either
