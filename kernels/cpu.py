@@ -13,7 +13,7 @@ import ctypes
 import functools
 import glob
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -92,9 +92,13 @@ class Threads:
         """[work(items of a thread)] of all threads in order; the t-th takes items[t::count]."""
         first, *others = [items[t::self.count] for t in range(self.count)]
         futures = [self._executor.submit(work, share) for share in others]
-        # this thread works, too: to wake one thread costs 0.1 ms, and to wait for it as much again
-        result = work(first)
-        return [result] + [future.result() for future in futures]
+        try:
+            # this thread works, too: to wake one costs 0.1 ms, and to wait for it as much again
+            result = work(first)
+            return [result] + [future.result() for future in futures]
+        except BaseException:
+            wait(futures)                       # who catches it finds no array still written to
+            raise
 
     def chunks(self, n, size, work):
         """work(start, stop) on chunks of range(n), shared among the threads."""
