@@ -1627,7 +1627,9 @@ def test_captions_for_controls_change_only_what_they_say(tmp_path):
 
     assert make("noise", 0, path) == pairs
     noisy = make("noise", 0.5, path)
-    moved = np.mean([a != b for x, y in zip(pairs, noisy) for a, b in zip(x[1].split(), y[1].split())])
+    before = " ".join(caption for _, caption in pairs).split()
+    after = " ".join(caption for _, caption in noisy).split()
+    moved = np.mean([a != b for a, b in zip(before, after)])
     assert count(noisy) == count(pairs)
     assert 0.35 < moved < 0.55                  # a tenth of the moved words meet themselves
     shuffled = dict(make("shuffle", path))
@@ -3530,7 +3532,7 @@ def test_bad_input_is_one_line_with_the_remedy(name, tmp_path, photos, train):
     (["words", "--json", "r/log.jsonl"], "is a run's own file; choose another name"),
     (["words", "--out", "r/../r/curves.png"], "is a run's own file; choose another name"),
     (["words", "--out", "o.png", "--json", "./o.png"], "two options name .*/o.png to be"),
-    (["words", "--truth", "t.csv", "--per-word", "t.csv"], "t.csv is read, it is no place to write"),
+    (["words", "--truth", "t.csv", "--per-word", "t.csv"], "t.csv is read, it is no place to"),
     (["curves", "--out", "o.png", "--json", "o.csv"], "two options name .*/o.csv to be")])
 def test_output_is_never_written_over_a_runs_own_files(arguments, remedy, start):
     weak.save(start())

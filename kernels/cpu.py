@@ -377,9 +377,9 @@ def conv_backward_filter(x, dy, w_shape, stride=1, pad=0):
 
 # ---------------------------------------------------------------------------------- pooling
 
-# A tap (p, q) is one of the kernel×kernel places of a window; its number is p·kernel + q. A tap sees
-# every stride-th row and column of the image. So the image is parted into stride×stride grids of
-# such pixels: in the memory of its own grid, the pixels of a tap's windows lie side by side.
+# A tap (p, q) is one of the kernel×kernel places of a window; its number is p·kernel + q. A tap
+# sees every stride-th row and column of the image. So the image is parted into stride×stride grids
+# of such pixels: in the memory of its own grid, the pixels of a tap's windows lie side by side.
 
 def _along(size, out, k, stride, pad):
     """Along one axis: the windows whose pixel k lies inside the image, and those pixels' grid."""
@@ -390,7 +390,7 @@ def _along(size, out, k, stride, pad):
 
 
 def _taps(shape, out_shape, kernel, stride, pad):
-    """For each tap: its grid, its windows inside the image, their pixels in the grid, its number."""
+    """For each tap: its grid, the windows where it is inside, their pixels in the grid, its number."""
     taps = []
     for p, q in np.ndindex(kernel, kernel):
         windows_i, pixels_i, grid_i = _along(shape[0], out_shape[0], p, stride, pad)
