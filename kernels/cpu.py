@@ -390,7 +390,7 @@ def _along(size, out, k, stride, pad):
 
 
 def _taps(shape, out_shape, kernel, stride, pad):
-    """For each tap: its grid, the windows where it is inside, their pixels in the grid, its number."""
+    """Of each tap: its grid, its windows inside the image, their pixels in the grid, its number."""
     taps = []
     for p, q in np.ndindex(kernel, kernel):
         windows_i, pixels_i, grid_i = _along(shape[0], out_shape[0], p, stride, pad)
