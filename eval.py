@@ -276,8 +276,8 @@ def deviations(scorer, carried):
     """
     n = len(scorer)
     raw = philox(0, (0, 1, 0, SPLITS)).random_raw(RESAMPLES * n)
-    drawn = (raw % n).astype(np.int64).reshape(RESAMPLES, n)
-    counts = [np.bincount(photos, minlength=n) for photos in drawn]
+    choices = (raw % n).astype(np.int64).reshape(RESAMPLES, n)
+    counts = [np.bincount(photos, minlength=n) for photos in choices]
     weights = np.stack(counts, axis=1).astype(np.float32)           # (N, R) how often each is drawn
     means = weights.T @ photo_hits(scorer, carried) / (n * np.array(KS))        # (R, len(KS))
     values = np.full((scorer.words, 2, RESAMPLES), np.nan, np.float32)
@@ -913,11 +913,11 @@ def has_letter(path, letter):
     """Whether a font draws the letter otherwise than a character that no font has."""
     try:
         font = open_font(path, 20)
-        drawn = font.getmask(letter)
+        mask = font.getmask(letter)
         missing = font.getmask("\uffff")
     except OSError:                             # a broken file, or one of coloured pictures
         return False
-    return (drawn.size, bytes(drawn)) != (missing.size, bytes(missing))
+    return (mask.size, bytes(mask)) != (missing.size, bytes(missing))
 
 
 def filters_picture(w, zoom=6):
@@ -1395,7 +1395,7 @@ def find_room(points, box, boxes, size):
 # ----------------------------------------------------------------------------- trained runs
 
 PLACES = ("seed", "out", "resume", "workers", "threads", "device", "images")
-DATA = ("captions", "format", "image_column", "text_column", "valid", "drawn")
+DATA = ("captions", "format", "image_column", "text_column", "valid", "drawn", "pictures")
 LENGTH = ("epochs", "epoch_size", "lr")         # which one may fit to the number of photos
 
 
@@ -2074,7 +2074,7 @@ def predict_words(options, show, *runs):
         scorer = run.scorer(words, features)
         results[run.name] = {"training_photos": run.training, "skipped": len(reader.skipped),
                              **score_run(scorer, targets, counts),
-                             **score_by_truth(run, features, reader.names, options)}
+                             **score_by_truth(run, features, reader.names, runs[-1], options)}
         for images in options.transfer or ():
             results[run.name].update(score_transfer(run, images, options, show))
     if not options.all:
@@ -2169,13 +2169,14 @@ def score_baselines(run, index, names, targets, counts, options):
     return results
 
 
-def score_by_truth(run, features, names, options):
+def score_by_truth(run, features, names, owner, options):
     """{"truth": truth_metrics} of photos with features (N, E) and these names; {} without a truth.
 
-    Photos that --truth does not have, or of which it has no word that the run knows, are left out.
+    It is --truth, or what the owner of the photos, a run, drew. Photos that it does not have, or of
+    which it has no word that the run knows, are left out.
     """
-    path = options.truth or drawn.truth_file(run.folder)
-    is_own = run.options["drawn"] and not options.images and os.path.exists(path)
+    path = options.truth or drawn.truth_file(owner.folder)
+    is_own = owner.options["drawn"] and not options.images and os.path.exists(path)
     if not options.truth and not is_own:
         return {}
     index = run.index(path, run.words, run.options["valid"], "index-truth")
@@ -3349,10 +3350,10 @@ def map_words(options, show, run):
     fonts = options.font or Fonts()
     names = [run.words[i] for i in most]
     drawing = words_picture(names, y, run.counts[most], size, fonts)
-    drawn = {text.text for text in drawing.shapes}
-    if len(drawn) < len(names):
-        show.line(f"{len(names) - len(drawn):,} words have no room; --size has more")
-    rows = [[name, int(run.counts[i]), *point, "yes" if name in drawn else "no"]
+    placed = {text.text for text in drawing.shapes}
+    if len(placed) < len(names):
+        show.line(f"{len(names) - len(placed):,} words have no room; --size has more")
+    rows = [[name, int(run.counts[i]), *point, "yes" if name in placed else "no"]
             for name, i, point in zip(names, most, y.tolist())]
     show.picture(drawing, "a map of words", (["word", "training photos", "x", "y", "drawn"], rows))
     return {**result, "skipped": {}}
@@ -3594,7 +3595,7 @@ def check_outputs(options, runs):
         outputs.append(numbers_file(options.out))
     outputs = [os.path.realpath(path) for path in outputs if path != "-"]
     inputs = [run.options["captions"] for run in runs]
-    for name in ("captions", "features", "pairs", "photos"):
+    for name in ("captions", "truth", "features", "pairs", "photos"):
         value = given.get(name)
         inputs += value if isinstance(value, list) else [value]
     inputs = [os.path.realpath(path) for path in inputs if path]

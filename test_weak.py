@@ -563,6 +563,23 @@ def test_results_do_not_depend_on_the_number_of_threads(rng):
             np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
+def test_no_thread_works_on_after_an_error():
+    before = kernels.threads.count
+    kernels.threads.start(3)
+    finished = []
+
+    def work(items):
+        if 0 in items:
+            raise MemoryError
+        time.sleep(0.05)
+        finished.append(items)
+
+    with pytest.raises(MemoryError):
+        kernels.threads.share(work, range(3))
+    assert len(finished) == kernels.threads.count - 1
+    kernels.threads.start(before)
+
+
 def test_imports_set_nothing_and_need_no_cupy():
     """Neither the number of BLAS threads nor a handler of signals: whoever computes first does."""
     done = run(code="import signal; before = signal.getsignal(2)\n"
@@ -1610,7 +1627,9 @@ def test_captions_for_controls_change_only_what_they_say(tmp_path):
 
     assert make("noise", 0, path) == pairs
     noisy = make("noise", 0.5, path)
-    moved = np.mean([a != b for x, y in zip(pairs, noisy) for a, b in zip(x[1].split(), y[1].split())])
+    before = " ".join(caption for _, caption in pairs).split()
+    after = " ".join(caption for _, caption in noisy).split()
+    moved = np.mean([a != b for a, b in zip(before, after)])
     assert count(noisy) == count(pairs)
     assert 0.35 < moved < 0.55                  # a tenth of the moved words meet themselves
     shuffled = dict(make("shuffle", path))
@@ -3382,6 +3401,19 @@ def test_drawn_run_that_knows_no_word_of_the_truth_is_scored_by_captions(train, 
     assert "truly show" not in capsys.readouterr().out
 
 
+def test_drawn_runs_are_scored_by_the_truth_of_the_photos_that_are_read(train):
+    """Those of the run with the most training photos; other runs drew other scenes of that name."""
+    for seed in (0, 1):
+        train("--pictures", 60 + 40 * seed, "--seed", seed, "--out", f"runs/{seed}", "--epochs", 1,
+              "--epoch-size", 64, "--stop-words", 0)
+    command = ["words", "--model", "runs/0", "runs/1", "--no-baselines", "--json", "w.json"]
+    numbers = []
+    for truth in ([], ["--truth", "runs/1/drawn/truth.tsv"]):
+        assert evaluation.main(command + truth) == 0
+        numbers.append([result["truth"] for result in json.load(open("w.json"))["runs"].values()])
+    assert numbers[0] == numbers[1]
+
+
 def test_drawn_run_of_before_the_truth_goes_on(train):
     train("--pictures", 100, "--epochs", 1, "--epoch-size", 64, "--stop-words", 0)
     os.remove("runs/drawn/drawn/truth.tsv")
@@ -3500,6 +3532,7 @@ def test_bad_input_is_one_line_with_the_remedy(name, tmp_path, photos, train):
     (["words", "--json", "r/log.jsonl"], "is a run's own file; choose another name"),
     (["words", "--out", "r/../r/curves.png"], "is a run's own file; choose another name"),
     (["words", "--out", "o.png", "--json", "./o.png"], "two options name .*/o.png to be"),
+    (["words", "--truth", "t.csv", "--per-word", "t.csv"], "t.csv is read, it is no place to"),
     (["curves", "--out", "o.png", "--json", "o.csv"], "two options name .*/o.csv to be")])
 def test_output_is_never_written_over_a_runs_own_files(arguments, remedy, start):
     weak.save(start())
@@ -5315,7 +5348,7 @@ def test_curves_part_by_options_but_not_by_data(tiny, monkeypatch):
     runs = [evaluation.Trained("r") for _ in range(4)]
     for i, run in enumerate(runs):
         run.training = 100 * (1 + i // 2)
-        run.options.update(captions=f"{i // 2}.tsv", lr=0.1 / (1 + i // 2),
+        run.options.update(captions=f"{i // 2}.tsv", lr=0.1 / (1 + i // 2), pictures=100 + i // 2,
                            network=("small", "alexnet")[i % 2])
     rows = [{"training_photos": run.training, "auc": 0.5 + i / 10} for i, run in enumerate(runs)]
     curves = evaluation.join_seeds(runs, rows, ["auc"])

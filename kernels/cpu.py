@@ -13,7 +13,7 @@ import ctypes
 import functools
 import glob
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -92,9 +92,13 @@ class Threads:
         """[work(items of a thread)] of all threads in order; the t-th takes items[t::count]."""
         first, *others = [items[t::self.count] for t in range(self.count)]
         futures = [self._executor.submit(work, share) for share in others]
-        # this thread works, too: to wake one thread costs 0.1 ms, and to wait for it as much again
-        result = work(first)
-        return [result] + [future.result() for future in futures]
+        try:
+            # this thread works, too: to wake one costs 0.1 ms, and to wait for it as much again
+            result = work(first)
+            return [result] + [future.result() for future in futures]
+        except BaseException:
+            wait(futures)                       # who catches it finds no array still written to
+            raise
 
     def chunks(self, n, size, work):
         """work(start, stop) on chunks of range(n), shared among the threads."""
@@ -373,9 +377,9 @@ def conv_backward_filter(x, dy, w_shape, stride=1, pad=0):
 
 # ---------------------------------------------------------------------------------- pooling
 
-# A tap (p, q) is one of the kernel×kernel places of a window; its number is p·kernel + q. A tap sees
-# every stride-th row and column of the image. So the image is parted into stride×stride grids of
-# such pixels: in the memory of its own grid, the pixels of a tap's windows lie side by side.
+# A tap (p, q) is one of the kernel×kernel places of a window; its number is p·kernel + q. A tap
+# sees every stride-th row and column of the image. So the image is parted into stride×stride grids
+# of such pixels: in the memory of its own grid, the pixels of a tap's windows lie side by side.
 
 def _along(size, out, k, stride, pad):
     """Along one axis: the windows whose pixel k lies inside the image, and those pixels' grid."""
@@ -386,7 +390,7 @@ def _along(size, out, k, stride, pad):
 
 
 def _taps(shape, out_shape, kernel, stride, pad):
-    """For each tap: its grid, its windows inside the image, their pixels in the grid, its number."""
+    """Of each tap: its grid, its windows inside the image, their pixels in the grid, its number."""
     taps = []
     for p, q in np.ndindex(kernel, kernel):
         windows_i, pixels_i, grid_i = _along(shape[0], out_shape[0], p, stride, pad)

@@ -1,8 +1,9 @@
 """The picture set that `python weak.py` draws: captions as people write them, and the truth.
 
-A scene is a place (sky and ground), and one to three things on it, each in one of five colours,
-of any size and at any position. Its caption is weak supervision: in English or French, it leaves
-things out, tells of some that are not there, and has words that no picture shows (names, fillers).
+A scene is a place (sky and ground), and on it one to three things beside each other, each in one
+of five colours, of many sizes and at any height. Its caption is weak supervision: in English or
+French, it leaves things out, tells of some that are not there, and has words that no picture shows
+(names, fillers).
 captions.tsv has the captions and truth.tsv, a captions file as well, all words of what was drawn:
 
     python eval.py words --model runs/drawn             scores the words against both
@@ -18,7 +19,7 @@ from PIL import Image, ImageDraw
 from . import console
 from .philox import SCENES, philox
 
-COLOURS = {                     # English and French: RGB; white and dark parts are of all things
+COLOURS = {                     # English and French: RGB; no white, no black: all things have them
     "red rouge": (205, 30, 30), "blue bleu": (30, 80, 215), "yellow jaune": (250, 220, 40),
     "green vert": (20, 140, 60), "purple violet": (160, 50, 180)}
 PLACES = {                      # English and French: sky, ground
@@ -184,6 +185,8 @@ def shade(colour, rng):
     """The colour, a little lighter or darker."""
     channels = np.array(colour) + rng.uniform(-22, 22)
     return tuple(channels.clip(0, 255).astype(int).tolist())
+
+
 def write_caption(rng, things, place):
     """A caption as people write them: true in the main, and with everything else they write."""
     language = 1 if rng.random() < 0.5 else 0   # English, French
@@ -223,5 +226,3 @@ def describe_things(rng, things, article, language):
         else:                                   # in French, the colour follows
             texts.append(f"{article} {thing} {colour}")
     return texts
-
-

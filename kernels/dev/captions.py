@@ -9,6 +9,7 @@ The files that are read may be of any kind that weak.py reads; what is written a
 depends on their names alone, so a run on any of these files holds out the same photos.
 """
 import argparse
+import itertools
 import os
 import sys
 
@@ -18,6 +19,7 @@ import numpy as np
 
 import data
 from kernels import console
+from kernels.console import number
 
 
 def read_pairs(path):
@@ -35,11 +37,12 @@ def fractions(names, seed):
 def add_noise(pairs, part, seed):
     """That part of all words, at random places, change places with each other.
 
-    So every word stays as frequent as it was, and the dictionary does not change.
+    So every word stays as frequent as it was among all captions. As words also change between
+    training and held-out photos, a rare one may leave the dictionary, or come into it.
     """
     rng = np.random.default_rng(seed)
     captions = [caption.split() for _, caption in pairs]
-    words = np.array([word for caption in captions for word in caption], object)
+    words = np.array(list(itertools.chain.from_iterable(captions)), object)
     noisy = np.flatnonzero(rng.random(len(words)) < part)
     words[noisy] = words[rng.permutation(noisy)]
     ends = np.cumsum([len(caption) for caption in captions])
@@ -48,7 +51,7 @@ def add_noise(pairs, part, seed):
 
 
 def shuffle_photos(pairs, seed):
-    """Each photo gets all captions of another one, drawn at random."""
+    """All captions of a photo go to one drawn at random; on average, one photo keeps its own."""
     names = sorted({name for name, _ in pairs})
     other = dict(zip(names, np.random.default_rng(seed).permutation(names)))
     return [(other[name], caption) for name, caption in pairs]
@@ -90,11 +93,11 @@ def parse(arguments):
     for what in ("noise", "shuffle", "apart"):
         command = commands.add_parser(what)
         if what == "noise":
-            command.add_argument("part", type=float, help="of the words, from 0 to 1")
+            command.add_argument("part", type=number(float, 0, 1), help="of the words, from 0 to 1")
         for name in ("first", "second") if what == "apart" else ("captions",):
             command.add_argument(name, help="a captions file")
         command.add_argument("out", help="where to write")
-        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--seed", type=number(int, 0), default=0)
     return parser.parse_args(arguments)
 
 

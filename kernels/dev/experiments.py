@@ -26,8 +26,8 @@ import weak
 from kernels import console, drawn
 from kernels.console import number
 
-TIMES = (1, 2, 4, 8)            # as many pictures as --base
-LABELS = ("captions", "truth")  # that the drawn pictures are trained with
+TIMES = (1, 2, 4, 8)            # how many times --base pictures each set has
+LABELS = ("captions", "truth")  # what the drawn pictures are trained with
 
 
 class Row(NamedTuple):
@@ -137,7 +137,7 @@ def compare_weak_and_clean(options):
 
 
 def find_auc(result, kind):
-    """A kind's AUC against the truth; NaN where very few pictures show none of its words."""
+    """A kind's AUC against the truth; NaN if so few pictures show no word of it."""
     return result["truth"].get(kind, {"auc": np.nan})["auc"]
 
 
@@ -246,6 +246,7 @@ EXPERIMENTS = {"clean": compare_weak_and_clean, "samplings": compare_samplings}
 
 
 def main(arguments=None):
+    """Make the experiment that the command line names."""
     parser = console.Parser(description=console.summary(__doc__))
     parser.add_argument("experiment", choices=tuple(EXPERIMENTS), help="what to compare")
     parser.add_argument("--out", metavar="DIR", help="folder of its runs; if not given "
