@@ -354,7 +354,8 @@ def table_of_words(scorer, carried, words, counts, step):
         marks = columns[:, block].toarray()                         # (N, B)
         auc, ap = auc_and_ap(scores, marks)
         for i, k in enumerate(range(block.start, block.stop)):
-            threshold = f1 = np.nan
+            threshold = np.nan
+            f1 = np.nan
             photos = int(marks[:, i].sum())
             if LEAST_PHOTOS <= photos < len(marks):
                 score, f1 = best_f1(scores[:, i], marks[:, i])
@@ -1992,7 +1993,7 @@ def picture_option(*endings, required=False):
         numbers = numbers_file(path)
         check_writable(numbers)
         stem = os.path.splitext(path)[0]
-        pictures = [stem + ending for ending in PLOTS]
+        pictures = [path] + [stem + ending for ending in PLOTS]
         if os.path.exists(numbers) and not any(map(os.path.exists, pictures)):  # not of one
             raise argparse.ArgumentTypeError(f"{numbers} is there already, where the numbers of "
                                              f"{path} would be; choose another name")
@@ -3262,10 +3263,12 @@ def find_translations(vectors, pairs, by_csls):
 
 def score_translations(vectors, sources, targets, by_csls):
     """How near the vectors (K, D) of some words are to others': classes (S,), (T,) -> (S, T)."""
+    is_itself = np.equal.outer(sources, targets)                    # (S, T)
     scores = cosines_of(vectors, sources, targets)
+    scores[is_itself] = -1                      # so that no word counts as near to itself
     if by_csls:
         scores = csls(scores)
-    scores[np.equal.outer(sources, targets)] = -np.inf              # a word is not its translation
+    scores[is_itself] = -np.inf                 # a word is not its translation
     return scores
 
 

@@ -2626,6 +2626,22 @@ def test_drawn_run_keeps_its_photos(train):
         train("--resume", "--images", ".", "--out", "runs/drawn")
 
 
+def test_drawn_set_is_drawn_anew_where_another_one_lies(tmp_path):
+    def draw(seed, count):
+        drawn.draw_set(str(tmp_path), seed, count)
+        return Path(drawn.sources(tmp_path)["captions"]).read_text().splitlines()
+
+    first = draw(0, 3)
+    assert len(first) == 3
+    assert draw(None, None) == first            # a run of before goes on with what it has
+    assert draw(0, 4)[:3] == first
+    assert draw(1, 4)[:3] != first
+    photo = tmp_path / "drawn" / "photos" / "00000.jpg"
+    photo.write_bytes(b"")
+    draw(1, 4)                                  # nothing is drawn where the set is there
+    assert photo.read_bytes() == b""
+
+
 def test_refused_run_leaves_nothing(mine, train):
     os.mkdir("mine")
     Path("none").write_text("a.jpg\t\n")
@@ -5578,6 +5594,15 @@ def test_word_is_not_its_own_translation():
     vectors = np.array([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
     scores = evaluation.score_translations(vectors, np.array([0, 1]), np.array([1, 2]), False)
     np.testing.assert_allclose(scores, [[0.6, 0.0], [-np.inf, 0.8]])
+    many = np.arange(12)
+    rng = np.random.default_rng(0)
+    vectors = evaluation.units(rng.standard_normal((30, 5)))
+    scores = evaluation.score_translations(vectors, many, np.arange(30), True)
+    cosines = vectors @ vectors.T
+    np.fill_diagonal(cosines, -1)               # which no word is near enough to see
+    expected = evaluation.csls(cosines[many])
+    expected[many, many] = -np.inf
+    np.testing.assert_allclose(scores, expected)
 
 
 @pytest.mark.parametrize("kind", [["--words"], ["--images", "classes"]])

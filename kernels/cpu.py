@@ -434,7 +434,7 @@ def max_pool_forward(x, kernel, stride, pad=0, ceil=False):
 
 
 def max_pool_backward(dy, argmax, x_shape, kernel, stride, pad=0):
-    """Grid by grid, and tap by tap, all windows at once."""
+    """Grid by grid, and tap by tap; an infinite dy becomes NaN where its window has no maximum."""
     dx = np.empty(x_shape, dy.dtype)
     taps = _taps(x_shape[1:3], dy.shape[1:3], kernel, stride, pad)
 

@@ -98,12 +98,15 @@ def truth_file(run):
 
 
 def draw_set(run, seed, count):
-    """Draw a run's pictures, with captions and truth beside them, unless they are there."""
-    folder = sources(run)["images"]
-    captions = sources(run)["captions"]
-    truth = truth_file(run)
-    if os.path.exists(captions):                # which is written last
+    """Draw a run's pictures, with captions and truth beside them, unless they are there.
+
+    count None is that of a run of an older version, which goes on with what it drew.
+    """
+    if count is None or has_set(run, seed, count):
         return
+    folder = sources(run)["images"]
+    captions = sources(run)["captions"]         # which is written last
+    truth = truth_file(run)
     os.makedirs(folder, exist_ok=True)
     print(f"drawing {count:,} captioned pictures into {os.path.dirname(captions)}", flush=True)
     with (console.whole_file(captions, "w", encoding="utf-8") as file,
@@ -113,6 +116,17 @@ def draw_set(run, seed, count):
             image.save(os.path.join(folder, f"{n:05}.jpg"), quality=90)
             file.write(f"{n:05}.jpg\t{caption}\n")
             true_file.write(f"{n:05}.jpg\t{true_words}\n")
+
+
+def has_set(run, seed, count):
+    """Whether a run's folder has these pictures: as many captions, of which the last is the same."""
+    captions = sources(run)["captions"]
+    if not os.path.exists(captions):
+        return False
+    with open(captions, encoding="utf-8") as file:
+        lines = file.readlines()
+    _, caption, _ = draw_scene(seed, count - 1)
+    return len(lines) == count and lines[-1] == f"{count - 1:05}.jpg\t{caption}\n"
 
 
 def draw_scene(seed, n, size=96):

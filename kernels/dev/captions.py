@@ -8,7 +8,6 @@ The files that are read may be of any kind that weak.py reads; what is written a
 `photo<TAB>caption`. The same command writes the same file (`--seed`). Which photos a run holds out
 depends on their names alone, so a run on any of these files holds out the same photos.
 """
-import argparse
 import itertools
 import os
 import sys
@@ -87,8 +86,7 @@ def make(options):
 
 def parse(arguments):
     """The options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = console.Parser(description=console.summary(__doc__))
     commands = parser.add_subparsers(dest="what", required=True)
     for what in ("noise", "shuffle", "apart"):
         command = commands.add_parser(what)
