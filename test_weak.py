@@ -5301,6 +5301,8 @@ def test_experiment_trains_scores_and_goes_on(tmp_path, monkeypatch, capsys):
     assert said.count(" s\n") == 4              # runs
     assert re.search(r"things, pictures +captions +truth\n60 +0\.\d+ +0\.\d+\n120 +0\.", said)
     assert (tmp_path / "e" / "clean.png").exists()
+    scored = [json.load(open(path))["result"] for path in (tmp_path / "e").glob("*-seed0.json")]
+    assert len({result["truth"]["things"]["photos"] for result in scored}) == 1     # the same ones
     trained = (tmp_path / "e" / "truth-120-seed0" / "model.npz").stat().st_mtime_ns
     (tmp_path / "e" / "captions-60-seed0.json").unlink()            # as if it had been stopped
     assert experiments.main(given) == 0

@@ -36,6 +36,7 @@ class Row(NamedTuple):
     name: str                   # of the folder of its runs, too
     training: list              # arguments of weak.py, without --out and --seed
     scoring: list               # of eval.py, without --model and --json: the command comes first
+    weights: str = ""           # of which file of the run; if not given those of its best epoch
 
 
 # ----------------------------------------------------------------------------------- running
@@ -47,7 +48,8 @@ def score_rows(rows, options, seed):
         name = f"{row.name}, seed {seed}"
         out = os.path.join(options.out, f"{row.name.replace(' ', '-')}-seed{seed}")
         training = [*row.training, "--seed", str(seed), *options.training]
-        results[row.name] = score_run(name, out, training, row.scoring, options)
+        scoring = [*row.scoring, "--model", os.path.join(out, row.weights)]
+        results[row.name] = score_run(name, out, training, scoring, options)
     return results
 
 
@@ -65,7 +67,7 @@ def score_run(name, out, training, scoring, options):
           redirect_stderr(said)):
         if weak.main([*training, "--out", out, *machine, *going_on]):
             raise KeyboardInterrupt
-        evaluation.main([*scoring, *machine, "--model", out, "--json", path])
+        evaluation.main([*scoring, *machine, "--json", path])
     with open(path, encoding="utf-8") as file:
         result = json.load(file)
     console.write_json(path, {"arguments": arguments, "result": result})
@@ -118,7 +120,8 @@ def compare_weak_and_clean(options):
 
     Each seed draws a set of pictures of its own, of which a part is trained on, by their captions
     or by what they truly show. All runs of a seed are scored against the truth of the same held-out
-    pictures. Every run makes as many steps.
+    pictures. Every run makes as many steps, and its last weights are scored: with few pictures the
+    held-out loss is lowest long before anything else is best.
     """
     counts = [options.base * times for times in TIMES]
     curves = {}                                 # {kind: {labels: AUC (counts, seeds)}}
@@ -147,7 +150,8 @@ def weak_and_clean_rows(options, seed, counts):
     drawn.draw_set(folder, seed, counts[-1])
     captions = drawn.sources(folder)["captions"]
     truth = drawn.truth_file(folder)
-    scoring = ["words", "--captions", captions, "--truth", truth, "--no-baselines"]
+    # by the truth as captions, which has words of all pictures: a caption may have none
+    scoring = ["words", "--captions", truth, "--truth", truth, "--no-baselines"]
     recipe = {**weak.DRAWN, "positives": "balanced", "images": drawn.sources(folder)["images"]}
     del recipe["pictures"]
     rows = []
@@ -156,7 +160,7 @@ def weak_and_clean_rows(options, seed, counts):
             recipe["stop_words"] = 0            # it has words of what is drawn alone
         for count in counts:
             recipe["captions"] = write_first_lines(path, count)
-            rows.append(Row(f"{labels} {count}", list_options(recipe), scoring))
+            rows.append(Row(f"{labels} {count}", list_options(recipe), scoring, "model.npz"))
     return rows
 
 
