@@ -5293,14 +5293,16 @@ def test_own_captions_as_truth_score_as_captions_do(tiny, ask):
 
 
 def test_experiment_trains_scores_and_goes_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(experiments, "TIMES", (1, 2))
+    monkeypatch.setattr(experiments, "TIMES", {"captions": (1, 2), "truth": (0.5, 2)})
     given = ["clean", "--out", str(tmp_path / "e"), "--base", "60", "--seeds", "1", "--training",
              "--epochs 1 --epoch-size 16 --batch 16"]
     assert experiments.main(given) == 0
     said = capsys.readouterr().out
     assert said.count(" s\n") == 4              # runs
-    assert re.search(r"things, pictures +captions +truth\n60 +0\.\d+ +0\.\d+\n120 +0\.", said)
+    assert re.search(r"things, pictures +captions +truth\n30 +0\.\d+\n60 +0\.", said)
     assert (tmp_path / "e" / "clean.png").exists()
+    scored = [json.load(open(path))["result"] for path in (tmp_path / "e").glob("*-seed0.json")]
+    assert len({result["truth"]["things"]["photos"] for result in scored}) == 1     # the same ones
     trained = (tmp_path / "e" / "truth-120-seed0" / "model.npz").stat().st_mtime_ns
     (tmp_path / "e" / "captions-60-seed0.json").unlink()            # as if it had been stopped
     assert experiments.main(given) == 0
@@ -5326,11 +5328,15 @@ def test_experiment_says_how_much_seeds_vary():
     assert experiments.describe([0.5]) == "0.500"
 
 
-def test_pictures_worth_one_are_not_continued_beyond_what_was_trained():
-    curves = {"captions": np.array([[0.5], [0.6], [0.7]]),
-              "truth": np.array([[0.6], [0.65], [0.8]])}
-    worth = experiments.pictures_worth_one(curves, [100, 200, 400])
-    assert worth == {100: "2.0", 200: "1.4", 400: "more than 1"}
+def test_labelled_pictures_are_not_counted_beyond_those_that_were_tried():
+    assert experiments.count_for(0.5, [100, 200, 400], [0.5, 0.6, 0.7]) == pytest.approx(100)
+    assert experiments.count_for(0.65, [100, 200, 400], [0.5, 0.6, 0.7]) == pytest.approx(283, 0.01)
+    assert np.isnan(experiments.count_for(0.8, [100, 200, 400], [0.5, 0.6, 0.7]))
+    assert np.isnan(experiments.count_for(0.4, [100, 200, 400], [0.5, 0.6, 0.7]))
+    curves = {"captions": np.array([[0.5, 0.7], [0.9, 0.9]]), "truth": np.array([[0.5], [0.7]])}
+    counts = {"captions": [200, 400], "truth": [50, 100]}
+    assert experiments.describe_worth(curves, counts) == (
+        "71 for 200 (each worth 2.8); beyond those that were tried for 400")
 
 
 def test_runs_that_differ_in_the_seed_alone_are_joined(tiny, monkeypatch):

@@ -26,8 +26,9 @@ import weak
 from kernels import console, drawn
 from kernels.console import number
 
-TIMES = (1, 2, 4, 8)            # how many times --base pictures each set has
-LABELS = ("captions", "truth")  # what the drawn pictures are trained with
+TIMES = {                       # how many times --base pictures each set has, by its labels
+    "captions": (1, 2, 4, 8),
+    "truth": (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)}     # it takes few to be as good as all captions
 
 
 class Row(NamedTuple):
@@ -36,6 +37,7 @@ class Row(NamedTuple):
     name: str                   # of the folder of its runs, too
     training: list              # arguments of weak.py, without --out and --seed
     scoring: list               # of eval.py, without --model and --json: the command comes first
+    weights: str = ""           # of which file of the run; if not given those of its best epoch
 
 
 # ----------------------------------------------------------------------------------- running
@@ -47,7 +49,8 @@ def score_rows(rows, options, seed):
         name = f"{row.name}, seed {seed}"
         out = os.path.join(options.out, f"{row.name.replace(' ', '-')}-seed{seed}")
         training = [*row.training, "--seed", str(seed), *options.training]
-        results[row.name] = score_run(name, out, training, row.scoring, options)
+        scoring = [*row.scoring, "--model", os.path.join(out, row.weights)]
+        results[row.name] = score_run(name, out, training, scoring, options)
     return results
 
 
@@ -65,7 +68,7 @@ def score_run(name, out, training, scoring, options):
           redirect_stderr(said)):
         if weak.main([*training, "--out", out, *machine, *going_on]):
             raise KeyboardInterrupt
-        evaluation.main([*scoring, *machine, "--model", out, "--json", path])
+        evaluation.main([*scoring, *machine, "--json", path])
     with open(path, encoding="utf-8") as file:
         result = json.load(file)
     console.write_json(path, {"arguments": arguments, "result": result})
@@ -118,17 +121,22 @@ def compare_weak_and_clean(options):
 
     Each seed draws a set of pictures of its own, of which a part is trained on, by their captions
     or by what they truly show. All runs of a seed are scored against the truth of the same held-out
-    pictures. Every run makes as many steps.
+    pictures. Every run makes as many steps, and its last weights are scored: with few pictures the
+    held-out loss is lowest long before anything else is best.
     """
-    counts = [options.base * times for times in TIMES]
+    counts = {}
+    for labels, all_times in TIMES.items():
+        counts[labels] = [int(options.base * times) for times in all_times]
     curves = {}                                 # {kind: {labels: AUC (counts, seeds)}}
     for kind in drawn.KINDS:
-        curves[kind] = {labels: np.full((len(counts), options.seeds), np.nan) for labels in LABELS}
+        curves[kind] = {labels: np.full((len(counts[labels]), options.seeds), np.nan)
+                        for labels in counts}
     for seed in range(options.seeds):
         results = score_rows(weak_and_clean_rows(options, seed, counts), options, seed)
         for kind, of_kind in curves.items():
             for labels, auc in of_kind.items():
-                auc[:, seed] = [find_auc(results[f"{labels} {count}"], kind) for count in counts]
+                auc[:, seed] = [find_auc(results[f"{labels} {count}"], kind)
+                                for count in counts[labels]]
     show_weak_and_clean(curves, counts, options)
     result = {"pictures": counts}
     for kind, of_kind in curves.items():
@@ -143,20 +151,22 @@ def find_auc(result, kind):
 
 def weak_and_clean_rows(options, seed, counts):
     """The rows of one seed, whose pictures are drawn first, with captions files of each count."""
-    folder = os.path.join(options.out, f"{counts[-1]}-pictures-seed{seed}")
-    drawn.draw_set(folder, seed, counts[-1])
+    most = max(max(counts_of_labels) for counts_of_labels in counts.values())
+    folder = os.path.join(options.out, f"{most}-pictures-seed{seed}")
+    drawn.draw_set(folder, seed, most)
     captions = drawn.sources(folder)["captions"]
     truth = drawn.truth_file(folder)
-    scoring = ["words", "--captions", captions, "--truth", truth, "--no-baselines"]
+    # by the truth as captions, which has words of all pictures: a caption may have none
+    scoring = ["words", "--captions", truth, "--truth", truth, "--no-baselines"]
     recipe = {**weak.DRAWN, "positives": "balanced", "images": drawn.sources(folder)["images"]}
     del recipe["pictures"]
     rows = []
-    for labels, path in zip(LABELS, (captions, truth)):
-        if path == truth:
+    for labels, path in {"captions": captions, "truth": truth}.items():
+        if labels == "truth":
             recipe["stop_words"] = 0            # it has words of what is drawn alone
-        for count in counts:
+        for count in counts[labels]:
             recipe["captions"] = write_first_lines(path, count)
-            rows.append(Row(f"{labels} {count}", list_options(recipe), scoring))
+            rows.append(Row(f"{labels} {count}", list_options(recipe), scoring, "model.npz"))
     return rows
 
 
@@ -183,37 +193,42 @@ def show_weak_and_clean(curves, counts, options):
     show = evaluation.Output(os.path.join(options.out, "clean.png"))
     plots = []
     for kind, of_kind in curves.items():
-        rows = {}
-        for i, count in enumerate(counts):
-            rows[f"{count:,}"] = [describe(values[i]) for values in of_kind.values()]
+        rows = {f"{count:,}": [] for count in sorted({*counts["captions"], *counts["truth"]})}
+        for labels, values in of_kind.items():
+            texts = {f"{count:,}": describe(auc) for count, auc in zip(counts[labels], values)}
+            for name, row in rows.items():
+                row.append(texts.get(name, ""))
         show.table([f"AUC of {kind}, pictures", *of_kind], rows)
-        lines = [make_curve(f"trained on {labels}", counts, values)
+        lines = [make_curve(f"trained on {labels}", counts[labels], values)
                  for labels, values in of_kind.items()]
         plots.append(evaluation.Plot("pictures", f"AUC of {kind}, against the truth", lines, {},
                                      log=True))
-    worth = pictures_worth_one(curves["things"], counts)
-    show.line("captioned pictures that teach things as well as one that is labelled: "
-              + "; ".join(f"{text} at {count:,}" for count, text in worth.items()))
+    show.line("labelled pictures that teach things as well as so many captioned ones: "
+              + describe_worth(curves["things"], counts))
     show.plots(plots, "weak against clean labels")
 
 
-def pictures_worth_one(curves, counts):
-    """{labelled pictures: how many captioned ones stand for each}, as text, by the mean AUC.
+def describe_worth(curves, counts):
+    """How many labelled pictures are as good as each number of captioned ones, by the mean AUC."""
+    texts = []
+    for count, auc in zip(counts["captions"], curves["captions"].mean(axis=1)):
+        needed = count_for(auc, counts["truth"], curves["truth"].mean(axis=1))
+        text = f"{needed:.0f} for {count:,} (each worth {count / needed:.1f})"
+        if np.isnan(needed):
+            text = f"beyond those that were tried for {count:,}"
+        texts.append(text)
+    return "; ".join(texts)
 
-    Where the curve of captions passes the AUC of so many labelled pictures, between two counts by
-    the logarithm; it is not continued beyond the counts that were trained on.
+
+def count_for(auc, counts, reached):
+    """At how many pictures a curve passes an AUC, between two counts by the logarithm.
+
+    counts ascend, reached is the AUC of each. NaN below and above them: no curve is continued.
     """
-    weak_auc = np.maximum.accumulate(curves["captions"].mean(axis=1))
-    worth = {}
-    for count, auc in zip(counts, curves["truth"].mean(axis=1)):
-        if auc > weak_auc[-1]:
-            worth[count] = f"more than {counts[-1] / count:g}"
-        elif auc < weak_auc[0]:
-            worth[count] = f"less than {counts[0] / count:g}"
-        else:
-            needed = 2 ** np.interp(auc, weak_auc, np.log2(counts))
-            worth[count] = f"{needed / count:.1f}"
-    return worth
+    reached = np.maximum.accumulate(reached)
+    if not reached[0] <= auc <= reached[-1]:
+        return np.nan
+    return float(2 ** np.interp(auc, reached, np.log2(counts)))
 
 
 # ----------------------------------------------------------------------- lists of commands
