@@ -668,7 +668,7 @@ FIRST_MOMENTUM = 0.5                            # for so many steps:
 SLOW = 250
 COMPONENTS = 50                                 # principal components that distances are taken of
 FAR = 1e20                                      # the squared distance of a point from itself
-CPU_TILE = 1 << 18                              # numbers at a time that stay in a core's cache
+CPU_TILE = 1 << 20                              # numbers at a time: with fewer, Python is the limit
 GPU_TILE = 1 << 25
 
 
