@@ -119,7 +119,7 @@ def draw_set(run, seed, count):
 
 
 def has_set(run, seed, count):
-    """Whether a run's folder has these pictures: as many captions, of which the last is the same."""
+    """Whether a run's folder has these pictures: as many captions, and the last one is the same."""
     captions = sources(run)["captions"]
     if not os.path.exists(captions):
         return False
