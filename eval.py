@@ -2076,8 +2076,8 @@ def predict_words(options, show, *runs):
         results[run.name] = {"training_photos": run.training, "skipped": len(reader.skipped),
                              **score_run(scorer, targets, counts),
                              **score_by_truth(run, features, reader.names, runs[-1], options)}
-        for images in options.transfer or ():
-            results[run.name].update(score_transfer(run, images, options, show))
+        for images, key in transfer_keys(options).items():
+            results[run.name].update(score_transfer(run, images, key, options, show))
     if not options.all:
         warn_about_duplicates(index, folder, reader.names, show)
     if options.deciles:
@@ -2254,14 +2254,24 @@ def show_truth(result, show, title=""):
     show.table(["", "words", "precision@1", "AUC", "AP", "AP by chance"], rows)
 
 
-def transfer_key(images):
-    """The name of the accuracy on a folder of photos."""
-    return f"transfer to {os.path.basename(os.path.normpath(images))}"
+def transfer_keys(options):
+    """{folder of photos: the name of the accuracy on it}, of --transfer."""
+    names = short_names(options.transfer or ())
+    return {images: f"transfer to {name}" for images, name in names.items()}
 
 
-def score_transfer(run, images, options, show):
-    """The run's mean accuracy on a folder's photos, and its standard deviation over the splits."""
-    key = transfer_key(images)
+def short_names(paths):
+    """{path: the last of its parts}, as many of them as tell the paths from each other."""
+    parts = {path: os.path.abspath(path).split(os.sep) for path in paths}
+    for count in range(1, max(map(len, parts.values()), default=0) + 1):
+        names = {path: os.sep.join(of_path[-count:]) for path, of_path in parts.items()}
+        if len(set(names.values())) == len(names):
+            return names
+    return {path: path for path in paths}       # of two that are the same
+
+
+def score_transfer(run, images, key, options, show):
+    """{key: the run's mean accuracy on a folder's photos, …: its deviation over the splits}."""
     show.line(f"{run.name}: {key}")
     result = transfer_features(change(options, images=images, layer=None), show, run)
     rows = result["rows"]
@@ -2310,7 +2320,7 @@ def show_deciles(results, show):
 def show_curve(runs, results, baselines, options, show):
     """The runs' numbers as a table, and curves of some against their training photos (Fig. 2)."""
     largest = list(results.values())[-1]
-    transfers = [transfer_key(images) for images in options.transfer or ()]
+    transfers = list(transfer_keys(options).values())
     keys = [*name_precisions(KS), "auc", "map", *transfers]
     show.line(describe_sample(largest, options))
     rows = {}
@@ -2589,34 +2599,33 @@ def search_photos(options, show, run):
         scores.append(kernels.to_host(comparable[:, classes]))      # (n, C)
     s = np.concatenate(scores)                                      # (N, C)
     rankings = best_of(options.words, s.T, reader.names, options.top)
+    for photos in rankings.values():            # the same order, but numbers that a reader knows
+        for name, score in photos.items():
+            photos[name] = float(np.exp(run.loss.log_probability(score)))
     Output().best(rankings)
     find = data.Folder(folder).find
     if show.out:
-        fonts = options.font or Fonts()
-        image = grid_picture(label_photos(rankings, run.loss), find, fonts, options.size)
-        show.picture(image, "photos for words", ranking_table(rankings, run.loss))
+        image = grid_picture(label_photos(rankings), find, options.font or Fonts(), options.size)
+        show.picture(image, "photos for words", ranking_table(rankings))
     else:
-        show_photos(label_photos(rankings, run.loss), find, show)
+        show_photos(label_photos(rankings), find, show)
     return {"words": rankings, "photos": len(reader.names), "skipped": reader.skipped}
 
 
-def ranking_table(rankings, loss):
-    """A heading, and rows of all scores of {word: {name: score}}, the best first."""
+def ranking_table(rankings):
+    """A heading, and rows of {word: {name: probability}}, the best first."""
     rows = []
     for word, photos in rankings.items():
-        for rank, (name, score) in enumerate(photos.items(), 1):
-            rows.append([word, rank, name, score, float(np.exp(loss.log_probability(score)))])
-    return ["word", "rank", "photo", "score", "probability"], rows
+        for rank, (name, p) in enumerate(photos.items(), 1):
+            rows.append([word, rank, name, p])
+    return ["word", "rank", "photo", "probability"], rows
 
 
-def label_photos(rankings, loss):
-    """{word: {name: its probability as a text}} from the scores."""
+def label_photos(rankings):
+    """{word: {name: its probability as a text}}."""
     labels = {}
     for word, photos in rankings.items():
-        labels[word] = {}
-        for name, score in photos.items():
-            p = np.exp(loss.log_probability(score))
-            labels[word][name] = f"p {format_probability(p)}"
+        labels[word] = {name: f"p {format_probability(p)}" for name, p in photos.items()}
     return labels
 
 
@@ -3134,8 +3143,7 @@ def compare_similarity(options, show, run):
     """Spearman's ρ of the cosines of the words' vectors with human scores (Table 5)."""
     pairs = {}
     result = {}
-    for path in options.pairs:
-        name = os.path.basename(path)
+    for path, name in short_names(options.pairs).items():
         pairs[name], count = read_pairs(path, run, scored=True)
         rho, p = correlate(units(run.vectors()), pairs[name])
         result[name] = {"rho": rho, "p": p, "covered": len(pairs[name]), "of": count}

@@ -343,6 +343,9 @@ class Network(Layer):
 
     def __init__(self, rows, seed=0):
         """seed: of the first weights; None for none, where `load` brings them."""
+        if isinstance(rows, str):
+            raise ValueError(f"Network takes rows of (name, layer), not {rows!r}; one of NETWORKS "
+                             "is made by a function of its name: model.small(k=80)")
         self.layers = dict(rows)
         self.chain = [layer for layer in self.layers.values() if not isinstance(layer, Head)]
         self.first = self.chain[0]
@@ -471,20 +474,20 @@ def alexnet(k, dropout=0.0, seed=0):
     ], seed)
 
 
-def small(k, dropout=0.0, seed=0):
-    """A small AlexNet for 64 x 64 pixels that two CPU cores train in minutes."""
+def small(k, dropout=0.0, seed=0, width=32):
+    """A small AlexNet for 64 x 64 pixels that two CPU cores train in minutes; width: of conv1."""
     return Network([                                                        # 64 x 64 x 3
-        ("conv1", Conv(3, 32, 5, stride=2, pad=2)),                         # 32
+        ("conv1", Conv(3, width, 5, stride=2, pad=2)),                      # 32
         ("pool1", MaxPool(3, 2, pad=1)),                                    # 16
-        ("conv2", Conv(32, 96, 3, pad=1)),                                  # 16
+        ("conv2", Conv(width, 3 * width, 3, pad=1)),                        # 16
         ("pool2", MaxPool(3, 2, pad=1)),                                    # 8
-        ("conv3", Conv(96, 128, 3, pad=1)),                                 # 8
-        ("conv4", Conv(128, 128, 3, pad=1)),                                # 8
+        ("conv3", Conv(3 * width, 4 * width, 3, pad=1)),                    # 8
+        ("conv4", Conv(4 * width, 4 * width, 3, pad=1)),                    # 8
         ("pool4", MaxPool(3, 2, pad=1)),                                    # 4
         ("flat", Flatten()),                                                # 2048
         ("drop5", Dropout(dropout)),
-        ("fc5", Linear(2048, 512)),                                         # the feature e
-        ("output", Output(512, k)),
+        ("fc5", Linear(4 * 4 * 4 * width, 16 * width)),                     # the feature e, 512
+        ("output", Output(16 * width, k)),
     ], seed)
 
 

@@ -436,6 +436,11 @@ def test_lrn_follows_its_formula(reference_device, rng):
         np.testing.assert_allclose(y[..., c], x[..., c] / (2 + 0.1 * (near**2).sum(-1)) ** 0.75)
 
 
+def test_network_by_name_says_how_one_is_made():
+    with pytest.raises(ValueError, match=r"not 'small'; .* model.small\(k=80\)"):
+        model.Network("small", 80)
+
+
 @pytest.mark.parametrize("name", model.NETWORKS)
 def test_networks_agree_with_pytorch(name, rng):
     torch = pytest.importorskip("torch")
@@ -2362,17 +2367,7 @@ TINY = ("--words", 30, "--stop-words", 5, "--valid", 0.2, "--batch", 16, "--epoc
 
 
 SMALL = model.NETWORKS["small"]
-
-
-def thin(k, dropout=0.0, seed=0):
-    """`small` with an eighth of its channels, for tests of training, not of what is learned."""
-    return model.Network([
-        ("conv1", model.Conv(3, 4, 5, stride=2, pad=2)), ("pool1", model.MaxPool(3, 2, pad=1)),
-        ("conv2", model.Conv(4, 12, 3, pad=1)), ("pool2", model.MaxPool(3, 2, pad=1)),
-        ("conv3", model.Conv(12, 16, 3, pad=1)), ("conv4", model.Conv(16, 16, 3, pad=1)),
-        ("pool4", model.MaxPool(3, 2, pad=1)), ("flat", model.Flatten()),
-        ("drop5", model.Dropout(dropout)), ("fc5", model.Linear(256, 64)),
-        ("output", model.Output(64, k))], seed)
+thin = partial(model.small, width=4)        # for tests of training, not of what is learned
 
 
 @pytest.fixture
@@ -5312,6 +5307,24 @@ def test_experiment_trains_scores_and_goes_on(tmp_path, monkeypatch, capsys):
         experiments.main([*given[:-1], "--epochs 2"])
 
 
+def test_experiment_of_more_photos_scores_all_runs_together(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tiny[0])
+    monkeypatch.setattr(model, "NETWORKS", dict(model.NETWORKS))
+    monkeypatch.setattr(experiments, "HELD_OUT", (0.2, 0.6))
+    monkeypatch.setattr(experiments, "WIDTHS", {"small": 4, "narrow": 2})
+    training = f"--images photos --captions captions.tsv {' '.join(map(str, TINY))} --epochs 1"
+    given = ["photos", "--out", str(tmp_path), "--seeds", "2", "--training", training]
+    assert experiments.main(given) == 0
+    said = capsys.readouterr().out
+    assert said.count(" s\n") == 8              # runs
+    runs = json.load(open(tmp_path / "photos.json"))["runs"]
+    assert len({result["photos"] for result in runs.values()}) == 1         # the same ones
+    assert len({result["training_photos"] for result in runs.values()}) == 2
+    curves = {line.split(",")[1] for line in open(tmp_path / "photos.csv")}
+    assert {"--network small", "--network narrow"} <= curves
+    assert (tmp_path / "photos.png").exists()
+
+
 def test_experiment_may_be_a_list_of_commands(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tiny[0])
     training = ["--images", "photos", "--captions", "captions.tsv", *map(str, TINY)]
@@ -5516,7 +5529,7 @@ def test_search_finds_the_photos_of_the_highest_scores(tiny, ask):
     for column, word in zip(scores.T, words):
         best = [reader.names[i] for i in np.argsort(-column, kind="stable")[:3]]
         assert list(result["words"][word]) == best
-        assert result["words"][word][best[0]] == pytest.approx(column.max(), rel=1e-4)
+        assert result["words"][word][best[0]] == pytest.approx(np.exp(column.max()), rel=1e-4)
 
 
 def test_neighbors_are_by_cosine(tiny, ask):
@@ -5525,6 +5538,17 @@ def test_neighbors_are_by_cosine(tiny, ask):
     cosines = list(result["neighbors"][word].values())
     assert len(cosines) == 4
     assert cosines == sorted(cosines, reverse=True) and cosines[0] < 1
+
+
+def test_files_of_one_name_in_two_folders_are_told_apart(ask):
+    Path("other").mkdir()
+    shutil.copy("similar.txt", "other/similar.txt")
+    result, _ = ask("similar", "--pairs", "similar.txt", "other/similar.txt")
+    assert len(result) == 2 and "other/similar.txt" in result
+    assert evaluation.short_names(["a/x/", "b/y"]) == {"a/x/": "x", "b/y": "y"}
+    assert evaluation.short_names(["a/x", "b/x"]) == {"a/x": "a/x", "b/x": "b/x"}
+    assert evaluation.short_names(["a/x", "a/x"]) == {"a/x": "x"}
+    assert evaluation.short_names(()) == {}
 
 
 def test_similar_compares_pairs_that_the_model_knows(ask):
@@ -5945,8 +5969,7 @@ def test_numbers_of_a_search_and_of_maps_lie_beside_the_picture(tiny, ask, capsy
     with open("s.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["word"] for row in rows] == [first] * 3 + [second] * 3
-    assert {row["photo"]: float(row["score"]) for row in rows[:3]} == result["words"][first]
-    assert float(rows[0]["probability"]) == pytest.approx(np.exp(float(rows[0]["score"])))
+    assert {row["photo"]: float(row["probability"]) for row in rows[:3]} == result["words"][first]
     ask("map", "--words", "--steps", 30, "--size", 300, "--out", "m.svg")
     drawn = [element.text for element in ElementTree.parse("m.svg").getroot()]
     with open("m.csv", newline="") as file:

@@ -2,6 +2,8 @@
 
     python kernels/dev/experiments.py clean         weak against clean labels, on the drawn set
     python kernels/dev/experiments.py samplings     by class or by image, on the drawn set
+    python kernels/dev/experiments.py photos --training '--images DIR --captions FILE …'
+                                                    more photos, by two networks (Fig. 2)
     python kernels/dev/experiments.py --help        what may be changed
 
 An experiment is a function under EXPERIMENTS that names its runs: a Row is arguments of weak.py,
@@ -15,6 +17,7 @@ import shlex
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from typing import NamedTuple
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
@@ -22,6 +25,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 import numpy as np
 
 import eval as evaluation
+import model
 import weak
 from kernels import console, drawn
 from kernels.console import number
@@ -29,6 +33,9 @@ from kernels.console import number
 TIMES = {                       # how many times --base pictures each set has, by its labels
     "captions": (1, 2, 4, 8),
     "truth": (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)}     # it takes few to be as good as all captions
+
+HELD_OUT = (0.1, 0.55, 0.775, 0.8875)   # parts of the photos; the rest halves from one to the next
+WIDTHS = {"small": 32, "narrow": 16}    # of conv1; the other layers are wide in proportion
 
 
 class Row(NamedTuple):
@@ -62,18 +69,33 @@ def score_run(name, out, training, scoring, options):
     if done is not None:
         return done
     started = time.monotonic()
-    machine = ["--threads", str(options.threads)] if options.threads else []
-    going_on = ["--resume"] if os.path.exists(os.path.join(out, "model.npz")) else []
-    with (open(out + ".txt", "a", encoding="utf-8") as said, redirect_stdout(said),
-          redirect_stderr(said)):
-        if weak.main([*training, "--out", out, *machine, *going_on]):
-            raise KeyboardInterrupt
-        evaluation.main([*scoring, *machine, "--json", path])
+    train_run(out, training, options)
+    with open_notes(out) as notes, redirect_stdout(notes), redirect_stderr(notes):
+        evaluation.main([*scoring, *of_machine(options), "--json", path])
     with open(path, encoding="utf-8") as file:
         result = json.load(file)
     console.write_json(path, {"arguments": arguments, "result": result})
     print(f"{name}: {console.duration(time.monotonic() - started)}", flush=True)
     return result
+
+
+def train_run(out, training, options):
+    """Train the run in the folder `out` to its end, if it is not there; what it says is in `out`.txt.
+    """
+    going_on = ["--resume"] if os.path.exists(os.path.join(out, "model.npz")) else []
+    with open_notes(out) as notes, redirect_stdout(notes), redirect_stderr(notes):
+        if weak.main([*training, "--out", out, *of_machine(options), *going_on]):
+            raise KeyboardInterrupt
+
+
+def open_notes(out):
+    """The file beside a run's folder of what its commands print, to write on."""
+    return open(out + ".txt", "a", encoding="utf-8")
+
+
+def of_machine(options):
+    """The arguments of every command that say how it computes, not what."""
+    return ["--threads", str(options.threads)] if options.threads else []
 
 
 def read_result(path, arguments):
@@ -231,6 +253,36 @@ def count_for(auc, counts, reached):
     return float(2 ** np.interp(auc, reached, np.log2(counts)))
 
 
+# ------------------------------------------------------------------------------ more photos
+
+def compare_photos(options):
+    """Scores by the number of photos that networks of two widths learned from (Fig. 2).
+
+    A smaller collection is the same one with more of it held out. All runs make as many steps, so
+    they see a smaller collection more often. They are scored together, on the photos that none of
+    them saw.
+    """
+    small = model.NETWORKS["small"]
+    for name, width in WIDTHS.items():
+        model.NETWORKS[name] = small._replace(build=partial(model.small, width=width))
+    runs = []
+    for seed in range(options.seeds):
+        for name in WIDTHS:
+            for valid in HELD_OUT:
+                out = os.path.join(options.out, f"{name}-valid{valid}-seed{seed}")
+                training = ["--epochs", "5", "--epoch-size", "35000", *options.training,
+                            "--network", name, "--valid", str(valid), "--seed", str(seed)]
+                started = time.monotonic()
+                train_run(out, training, options)
+                print(f"{out}: {console.duration(time.monotonic() - started)}", flush=True)
+                runs.append(out)
+    path = os.path.join(options.out, "words.json")
+    evaluation.main(["words", "--model", *runs, "--out", os.path.join(options.out, "photos.png"),
+                     *of_machine(options), "--json", path])
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
 # ----------------------------------------------------------------------- lists of commands
 
 def compare_samplings(options):
@@ -257,7 +309,8 @@ def compare_rows(rows, keys, options):
     return results
 
 
-EXPERIMENTS = {"clean": compare_weak_and_clean, "samplings": compare_samplings}
+EXPERIMENTS = {"clean": compare_weak_and_clean, "photos": compare_photos,
+               "samplings": compare_samplings}
 
 
 def main(arguments=None):
