@@ -297,10 +297,10 @@ def deviations(scorer, carried):
 
 
 def weighted_auc_and_ap(scores, carried, weights):
-    """AUC and AP (2, R) of one word where photo n counts weights (N, R) times; NaN without one.
+    """AUC and AP (2, R) of one word where photo n counts weights (N, R) times.
 
-    scores, carried (N,). Sums of weights down to each photo that carries the word take the place of
-    numbers of photos in auc_and_ap.
+    scores, carried (N,). NaN without a photo with the word, or without one that lacks it. Sums of
+    weights down to each photo that carries the word take the place of numbers of photos in auc_and_ap.
     """
     order = np.argsort(-scores, kind="stable")
     hits = np.flatnonzero(carried[order])                           # (m,) their ranks
@@ -312,7 +312,8 @@ def weighted_auc_and_ap(scores, carried, weights):
     with np.errstate(divide="ignore", invalid="ignore"):            # 0 / 0: no such photo is drawn
         wrong = (own * (above[hits] - positives)).sum(axis=0) / (total * negatives)
         precision = positives / np.maximum(1, above[hits])
-        return np.stack([1 - wrong, (own * precision).sum(axis=0) / total])
+        ap = (own * precision).sum(axis=0) / total
+    return np.stack([1 - wrong, np.where(negatives > 0, ap, np.nan)])
 
 
 def retrieve_photos(scorer, carried):
@@ -652,9 +653,11 @@ def class_accuracy(scores, y):
 
 def voc_ap(scores, y):
     """Average precision of scores (N, 2) as in Pascal VOC 2007; y (N,) is 1 where the class is."""
+    if not y.any():
+        return 0.0                              # a fold without the class says nothing of λ
     hits = np.cumsum(y[np.argsort(scores[:, 0] - scores[:, 1], kind="stable")])
     precision = hits / np.arange(1, len(hits) + 1)
-    recall = hits / max(1, hits[-1])
+    recall = hits / hits[-1]
     highest = np.maximum.accumulate(precision[::-1])[::-1]          # at that recall or a greater
     return float(highest[np.searchsorted(recall, np.arange(11) / 10 - 1e-12)].mean())
 
@@ -1728,24 +1731,25 @@ class PhotoReader:
 
 
 def read_pairs(path, run, scored=False):
-    """[(class, class, score)] of a file's lines whose two words the run knows; how many it has.
+    """[(class, class, score)] of a file's pairs whose two words the run knows; how many it has.
 
-    Lines are word<TAB>word, and <TAB>score if `scored`, else the score is 0. The first may be a
-    heading.
+    Lines are word<TAB>word, and <TAB>score if `scored`, else the score is 0. The first of those
+    with scores may be a heading.
     """
     kind = "word<TAB>word<TAB>score" if scored else "word<TAB>word"
-    lines = read_lines(path, kind)
+    count = 0
     pairs = []
-    for i, line in lines.items():
+    for i, line in read_lines(path, kind).items():
         first, second, score = split_pair(line)
         if scored and score is None:
             if i > 1:
                 raise ValueError(f"--pairs: line {i} of {path} is not {kind}: {line[:60]!r}")
             continue
+        count += 1
         classes = [run.classes.get(" ".join(data.words_of(word))) for word in (first, second)]
         if None not in classes:
             pairs.append((*classes, score if scored else 0))
-    return pairs, len(lines)
+    return pairs, count
 
 
 def read_lines(path, kind):
@@ -3474,9 +3478,8 @@ def list_sections(options, run):
         pairs = {"pairs": options.translate}
         sections += [("Translation", translate_words, {**pairs, "csls": False}),
                      ("Translation, corrected for hubs", translate_words, {**pairs, "csls": True})]
-    for path in options.transfer or ():
-        title = f"Transfer to {short_path(path)}"
-        sections.append((title, transfer_features, {"images": path}))
+    for path, name in short_names(options.transfer or ()).items():
+        sections.append((f"Transfer to {name}", transfer_features, {"images": path}))
     return sections
 
 

@@ -4617,10 +4617,19 @@ def test_counted_photos_have_the_auc_of_their_copies(rng):
     for (auc, _), count in zip(values.T, counts.T):
         copies = np.repeat(np.arange(12), count)
         expected, _ = evaluation.auc_and_ap(scores[copies, None], carried[copies, None])
-        np.testing.assert_allclose(auc, expected[0], rtol=1e-5)     # NaN if no such photo is there
+        np.testing.assert_allclose(auc, expected[0], rtol=1e-5)
     plain = evaluation.weighted_auc_and_ap(scores, carried, np.ones((12, 1), np.float32))
     auc, ap = evaluation.auc_and_ap(scores[:, None], carried[:, None])
     assert plain[:, 0] == pytest.approx([auc[0], ap[0]])
+
+
+def test_sample_without_a_photo_of_either_kind_has_neither_auc_nor_ap():
+    scores = np.array([0.3, 0.2, 0.1])
+    carried = np.array([True, True, False])
+    weights = np.array([[1, 1, 0], [2, 0, 0], [0, 2, 3]], np.float32)
+    auc, ap = evaluation.weighted_auc_and_ap(scores, carried, weights)
+    assert np.isnan(auc).tolist() == np.isnan(ap).tolist() == [True, False, True]
+    assert auc[1] == ap[1] == 1
 
 
 def perfect_scorer(carried, noise=0.0):
@@ -4824,6 +4833,17 @@ def test_voc_average_precision_is_worked_out_by_hand():
     # recalls up to 0.5 have precision 1, the others 2/3: points 0 to 0.5 are six, five follow
     ap = evaluation.voc_ap(scores, np.array([1, 0, 1, 0, 0]))
     assert ap == pytest.approx((6 + 5 * 2 / 3) / 11)
+    assert evaluation.voc_ap(scores, np.zeros(5, int)) == 0
+
+
+@pytest.mark.parametrize("positives", [2, 3, 4])
+def test_class_of_few_photos_has_folds_without_it(positives, rng):
+    y = (np.arange(30) < positives).astype(int)
+    x = rng.standard_normal((30, 4)) + y[:, None]
+    everything = np.ones(30, bool)
+    task = evaluation.Task("cat", y, everything, everything)
+    scores = evaluation.regress(x, task, evaluation.voc_ap, 0, 1)
+    assert evaluation.voc_ap(scores, y) > positives / 30
 
 
 def test_chance_of_vocs_average_precision_is_the_mean_over_all_orders():
@@ -5554,7 +5574,7 @@ def test_files_of_one_name_in_two_folders_are_told_apart(ask):
 def test_similar_compares_pairs_that_the_model_knows(ask):
     result, _ = ask("similar", "--pairs", "similar.txt")
     assert result["similar.txt"]["covered"] == 29
-    assert result["similar.txt"]["of"] == 31    # with the heading
+    assert result["similar.txt"]["of"] == 30    # without the heading
     assert -1 <= result["similar.txt"]["rho"] <= 1
 
 
