@@ -5329,9 +5329,10 @@ def test_experiment_trains_scores_and_goes_on(tmp_path, monkeypatch, capsys):
 
 def test_experiment_of_more_photos_scores_all_runs_together(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tiny[0])
-    monkeypatch.setattr(model, "NETWORKS", dict(model.NETWORKS))
+    for name, width in {"small": 4, "narrow": 2}.items():
+        build = partial(model.small, width=width)
+        monkeypatch.setitem(model.NETWORKS, name, SMALL._replace(build=build))
     monkeypatch.setattr(experiments, "HELD_OUT", (0.2, 0.6))
-    monkeypatch.setattr(experiments, "WIDTHS", {"small": 4, "narrow": 2})
     training = f"--images photos --captions captions.tsv {' '.join(map(str, TINY))} --epochs 1"
     given = ["photos", "--out", str(tmp_path), "--seeds", "2", "--training", training]
     assert experiments.main(given) == 0
@@ -5364,12 +5365,24 @@ def test_experiment_says_how_much_seeds_vary():
 def test_labelled_pictures_are_not_counted_beyond_those_that_were_tried():
     assert experiments.count_for(0.5, [100, 200, 400], [0.5, 0.6, 0.7]) == pytest.approx(100)
     assert experiments.count_for(0.65, [100, 200, 400], [0.5, 0.6, 0.7]) == pytest.approx(283, 0.01)
-    assert np.isnan(experiments.count_for(0.8, [100, 200, 400], [0.5, 0.6, 0.7]))
-    assert np.isnan(experiments.count_for(0.4, [100, 200, 400], [0.5, 0.6, 0.7]))
-    curves = {"captions": np.array([[0.5, 0.7], [0.9, 0.9]]), "truth": np.array([[0.5], [0.7]])}
-    counts = {"captions": [200, 400], "truth": [50, 100]}
+    assert experiments.count_for(0.8, [100, 200, 400], [0.5, 0.6, 0.7]) == np.inf
+    assert experiments.count_for(0.4, [100, 200, 400], [0.5, 0.6, 0.7]) == 0
+    curves = {"captions": np.array([[0.3], [np.nan], [0.6], [0.9]]),
+              "truth": np.array([[np.nan], [0.5], [0.7]])}
+    counts = {"captions": [100, 150, 200, 400], "truth": [25, 50, 100]}
     assert experiments.describe_worth(curves, counts) == (
-        "71 for 200 (each worth 2.8); beyond those that were tried for 400")
+        "fewer than 50 for 100; 71 for 200 (each worth 2.8); beyond those that were tried for 400")
+    curves["truth"][:] = np.nan
+    assert experiments.describe_worth(curves, counts) == "not known"
+
+
+def test_curve_over_seeds_leaves_out_what_is_no_number():
+    values = np.array([[np.nan, 0.5], [0.5, 0.7], [0.6, 0.6]])
+    curve = experiments.make_curve("a", [1, 2, 4], values)
+    assert curve.x == [2, 4] and curve.y == pytest.approx([0.6, 0.6])
+    assert curve.deviations == pytest.approx([0.2 / math.sqrt(2), 0])
+    assert curve.over == ["2 seeds"] * 2
+    assert experiments.make_curve("a", [1], np.array([[0.5]])).over == [""]
 
 
 def test_runs_that_differ_in_the_seed_alone_are_joined(tiny, monkeypatch):

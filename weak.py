@@ -142,7 +142,8 @@ def add_data_options(add):
 
 def add_model_options(add):
     """The network, its loss, and its first weights."""
-    add("--network", choices=model.NETWORKS, default="small", help="small: 64x64 pixels, for CPUs")
+    add("--network", choices=model.NETWORKS, default="small",
+        help="small, and narrow, half as wide: 64x64 pixels, for CPUs")
     add("--loss", choices=model.LOSSES, default="softmax", help="the paper's equation 2, or 1")
     add("--targets", choices=("all", "batch", "sampled"), default="all",
         help="words that a step scores: all, those of its batch, or those and --negatives others")
