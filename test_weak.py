@@ -4491,8 +4491,8 @@ def scored(rng):
 def metrics_of(scored, loss="softmax", shift=None):
     features, output, carried, counts = scored
     targets = [np.flatnonzero(row) for row in carried]
-    return evaluation.word_metrics(features, output, targets, counts,
-                                   model.LOSSES[loss](counts / 30), shift)
+    scorer = evaluation.Scorer(features, output, model.LOSSES[loss](counts / 30), shift)
+    return evaluation.word_metrics(scorer, targets, csr_array(carried), counts)
 
 
 BLOCKS = pytest.mark.parametrize("block", [evaluation.BLOCK, 60])   # 60: 5 photos, or a word
@@ -4689,22 +4689,79 @@ def test_nearest_photos_lend_their_words_by_rank():
     training = np.array([[1.0, 0], [0.9, 0.1], [-1, 0], [0, -1]])   # with a mean near 0
     labels = csr_array(np.array([[1, 0, 0], [0, 1, 0], [0, 0, 0], [1, 0, 0]], bool))
     x = np.array([[2.0, 0.0], [-3.0, 0.1]])
-    nearest = evaluation.NearestScores(x, training, labels)
+    nearest = evaluation.score_by_nearest(x, training, labels)
     (_, scores), = nearest.word_blocks()
     # photo 0 is nearest, then 1, 3 and 2; from the other side, 2, 3, 1 and 0 are
     np.testing.assert_allclose(scores, [[1 + 1 / 3, 1 / 2, 0], [1 / 2 + 1 / 4, 1 / 3, 0]])
     (_, blocks), = nearest.photo_blocks()
     assert np.argsort(-blocks[0]).tolist() == [0, 1, 2]
     assert len(nearest) == 2 and nearest.words == 3
+    np.testing.assert_allclose(nearest.of_words([2, 0]), scores[:, [2, 0]], atol=1e-5)
+    (_, second), = nearest.take([1]).photo_blocks()
+    assert np.array_equal(second, blocks[1:])
 
 
 def test_words_that_no_near_photo_has_are_ordered_by_frequency(monkeypatch):
     monkeypatch.setattr(evaluation, "NEAREST", 1)
     training = np.array([[1.0, 0], [-1, 0], [0, 1], [0, -1]])
     labels = csr_array(np.array([[1, 0, 0], [0, 0, 1], [0, 1, 1], [0, 0, 1]], bool))
-    nearest = evaluation.NearestScores(np.array([[5.0, 1.0]]), training, labels)
+    nearest = evaluation.score_by_nearest(np.array([[5.0, 1.0]]), training, labels)
     (_, scores), = nearest.photo_blocks()
     assert np.argsort(-scores[0]).tolist() == [0, 2, 1]
+    assert np.argsort(-nearest.of_words([0, 1, 2])[0]).tolist() == [0, 2, 1]
+
+
+@pytest.fixture
+def told_by_photos(rng):
+    """5 photos (5, 6), 80 of the training, and the words of these, (80, 7), which x tells."""
+    training = rng.standard_normal((80, 6)) + 3
+    labels = training @ rng.standard_normal((6, 7)) + rng.standard_normal((80, 7)) > 4
+    return rng.standard_normal((5, 6)) + 3, training, labels
+
+
+def plain_ridge(x, y, penalty):
+    """w (D, K) and b (K,) of the least |x w + b - y|² + λ |w|², as equations of all unknowns."""
+    d = x.shape[1]
+    ones = np.hstack([x, np.ones((len(x), 1))])                     # (N, D+1)
+    variance = ((x - x.mean(axis=0)) ** 2).sum() / d
+    penalties = np.diag([penalty * variance] * d + [0])             # not of b
+    table = np.linalg.solve(ones.T @ ones + penalties, ones.T @ y)
+    return table[:-1], table[-1]
+
+
+@pytest.mark.parametrize("block", [evaluation.BLOCK, 12])           # 12: 2 words at a time
+def test_regression_of_words_is_that_of_a_plain_computation(block, told_by_photos, monkeypatch):
+    monkeypatch.setattr(evaluation, "BLOCK", block)
+    x, training, labels = told_by_photos
+    centred, others = evaluation.directions(x, training)
+    np.testing.assert_allclose(np.linalg.norm(others, axis=1), 1, rtol=1e-5)
+    errors = []
+    for penalty in evaluation.RIDGE:                                # 8 of 80 photos are held back
+        w, b = plain_ridge(others[8:].astype(np.float64), labels[8:], penalty)
+        errors.append(((others[:8] @ w + b - labels[:8]) ** 2).sum())
+    best = evaluation.RIDGE[np.argmin(errors)]
+    assert min(evaluation.RIDGE) < best < max(evaluation.RIDGE)
+    assert evaluation.choose_ridge(others, csr_array(labels.astype(np.float32))) == best
+    w, b = plain_ridge(others.astype(np.float64), labels, best)
+    scorer = evaluation.score_by_regression(x, training, csr_array(labels))
+    scores = scorer.of_words(np.arange(7))
+    np.testing.assert_allclose(scores, centred @ w + b, atol=1e-4)
+    for photos, raw in scorer.take([3, 1]).photo_blocks():
+        np.testing.assert_allclose(raw, scores[[3, 1]][photos], atol=1e-5)
+
+
+def test_regression_of_words_takes_very_few_photos(told_by_photos):
+    x, training, labels = told_by_photos
+    for count in (2, 11):                       # without one to choose λ by, and with one
+        scorer = evaluation.score_by_regression(x, training[:count], csr_array(labels[:count]))
+        assert np.isfinite(scorer.of_words(np.arange(7))).all()
+
+
+def test_better_readout_is_named():
+    names = list(evaluation.READOUTS)
+    scores = {f"{name}: a": {"auc": i, "map": -i} for i, name in enumerate(names)}
+    assert evaluation.best_readout(scores, "a", "auc") == (names[-1], len(names) - 1)
+    assert evaluation.best_readout(scores, "a", "map") == (names[0], 0)
 
 
 def test_csls_is_worked_out_by_hand():
@@ -5182,12 +5239,15 @@ def test_words_have_baselines_of_the_same_photos(tiny, ask):
     index = data.Index("r/index")
     training = [index.name(i) for i in range(index.held_out, len(index))]
     readable = [name for name in training if is_whole(Path("photos", name))]
-    assert baselines.pop("training_photos") == len(readable) > 200
-    assert list(baselines) == list(evaluation.VIEWS)
-    for view, numbers in baselines.items():
+    assert baselines["training_photos"] == len(readable) > 200
+    assert baselines["truth"] == {}
+    names = [f"{readout}: {view}" for readout in ("50 nearest", "linear regression")
+             for view in evaluation.VIEWS]
+    assert list(baselines["scores"]) == names
+    for name, numbers in baselines["scores"].items():
         assert numbers["words"] == result["words"]
         assert 0.3 < numbers["auc"] < 0.7       # of captions made up
-        assert f"50 nearest: {view} " in said.out
+        assert f"\n{name} " in said.out
     assert "baselines" not in ask("words", "--no-baselines")[0]
     assert "baselines" not in ask("words", "--all")[0]
 
@@ -5202,7 +5262,8 @@ def test_run_may_be_scored_over_some_of_its_words(loss, tiny, rng, monkeypatch):
     targets = [np.array([i % 4]) for i in range(6)]
     words = [trained.words[i] for i in classes]
     scorer = trained.scorer(words, features)
-    result = evaluation.score_run(scorer, targets, trained.counts[classes])
+    carried = evaluation.mark_words(targets, 4)
+    result = evaluation.score_photos(scorer, targets, carried, trained.counts[classes])
     s = trained.net.output.scores(features)[:, classes]             # (6, 4)
     first = s.argmax(axis=1) == np.concatenate(targets)
     assert result["precision@1"] == pytest.approx(first.mean())
@@ -5305,6 +5366,22 @@ def test_own_captions_as_truth_score_as_captions_do(tiny, ask):
     assert result["truth"]["words"]["auc"] == pytest.approx(result["auc"])
     assert result["truth"]["words"]["map"] == pytest.approx(result["map"])
     assert result["truth"]["words"]["precision@1"] == pytest.approx(result["precision@1"])
+
+
+def test_baselines_are_scored_against_the_truth(tiny, ask):
+    """Of these, too, own captions as truth score as captions do."""
+    result, said = ask("words", "--truth", "captions.tsv")
+    baselines = result["baselines"]
+    assert list(baselines["truth"]) == list(baselines["scores"])
+    for name, numbers in baselines["scores"].items():
+        truth = baselines["truth"][name]["words"]
+        assert truth["auc"] == pytest.approx(numbers["auc"])
+        assert truth["map"] == pytest.approx(numbers["map"])
+        assert truth["precision@1"] == pytest.approx(numbers["precision@1"])
+    table = said.out[said.out.index("AUC against the truth"):].splitlines()
+    assert table[0].split()[-1] == "words"
+    assert table[1].split() == ["model", f"{result['auc']:.4f}"]
+    assert [line.rsplit(None, 1)[0] for line in table[2:8]] == list(baselines["scores"])
 
 
 def test_experiment_trains_scores_and_goes_on(tmp_path, monkeypatch, capsys):
@@ -5971,7 +6048,8 @@ def test_report_begins_with_its_run_data_scores_and_weights(tiny, ask):
     title = f"r: 30 words learned from {trained.training:,} photos of {folder}"
     assert f"<title>{title}</title>" in opening and f"<h1>{title}</h1>" in opening
     scores = result["parts"]["Word prediction"]
-    pixels = scores["baselines"]["raw pixels, 16 × 16"]["precision@10"]
+    _, pixels = evaluation.best_readout(scores["baselines"]["scores"], "raw pixels, 16 × 16",
+                                        "precision@10")
     for value in (scores["precision@10"], scores["baseline"]["precision@10"], pixels):
         assert f"{value:.2f}" in opening
     assert "The weights are the best epoch" in opening and "(best.npz)" in opening

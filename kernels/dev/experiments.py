@@ -78,7 +78,7 @@ def score_run(name, out, training, scoring, options):
 
 
 def train_run(out, training, options):
-    """Train the run in the folder `out` to its end, if it is not there; what it says is in `out`.txt.
+    """Train the run in the folder `out` to its end, if it is not there; `out`.txt has what it says.
     """
     going_on = ["--resume"] if os.path.exists(os.path.join(out, "model.npz")) else []
     with open_notes(out) as notes, redirect_stdout(notes), redirect_stderr(notes):
