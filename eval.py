@@ -2305,9 +2305,9 @@ def score_baselines(test, scored, options):
     index = test.index
     count = min(index.training, MOST_NEIGHBOURS)
     training = {index.name(i): i for i in range(index.held_out, index.held_out + count)}
-    _, views = extract_views(run, run.read(test.folder, scored.names, options.workers))
+    views = extract_views(run, run.read(test.folder, scored.names, options.workers))[1]
     reader = run.read(test.folder, list(training), options.workers)
-    _, training_views = extract_views(run, reader)
+    training_views = extract_views(run, reader)[1]
     labels = mark_words([index.words(training[name]) for name in reader.names], len(test.words))
     rows, shown = find_truth(test, run, test.words, scored.names, options)
     scores = {}
