@@ -6057,6 +6057,25 @@ def test_report_begins_with_its_run_data_scores_and_weights(tiny, ask):
     assert os.getcwd() not in page              # names of places stay here
 
 
+def test_sections_of_a_report_are_named_apart_and_have_all_options(tiny, monkeypatch):
+    monkeypatch.chdir(tiny[0])
+    given = ["report", "--model", "r", "--out", "r.html", "--transfer", "x/a/photos", "y/a/photos",
+             "--translate", "pairs.txt"]
+    options = evaluation.PARSER.parse_args(given)
+    sections = evaluation.list_sections(options, evaluation.Trained("r"))
+    titles = [title for title, _, _ in sections]
+    assert titles[-2:] == ["Transfer to x/a/photos", "Transfer to y/a/photos"]
+    assert len(set(titles)) == len(titles)
+    for title, function, changes in sections:
+        own = evaluation.options_of(function, options, **changes)
+        assert set(getattr(function, "defaults", ())) <= set(vars(own))
+        assert own.steps == 1000                # the report's
+        if function is evaluation.translate_words:
+            assert own.csls == title.endswith("corrected for hubs")
+        if function is evaluation.transfer_features:
+            assert own.layer is None and own.images.endswith("a/photos")
+
+
 @pytest.mark.parametrize("p, text", [
     (0.5, "0.50"), (0.0312, "0.031"), (0.00871, "0.0087"), (0.00009, "<0.0001")])
 def test_probability_is_shown_with_two_digits(p, text):
