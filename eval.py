@@ -3,8 +3,8 @@
     python eval.py                              lists the commands, with an example of each
     python eval.py COMMAND --model RUN …        RUN is a run's folder
 
-Metrics are fractions, not percent. In this order: metrics, features, regression, maps by t-SNE,
-pictures, trained runs, what the commands share, and the commands themselves.
+Metrics are fractions, not percent. In this order: metrics, baselines, features, regression, maps by
+t-SNE, pictures, trained runs, what the commands share, and the commands themselves.
 """
 import argparse
 import base64
@@ -20,6 +20,7 @@ import os
 import signal
 import sys
 import tempfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout
 from html import escape
@@ -30,7 +31,7 @@ if __name__ == "__main__":
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from scipy.linalg import eigh
+from scipy.linalg import cho_factor, cho_solve, eigh
 from scipy.optimize import minimize
 from scipy.sparse import csr_array, issparse, vstack
 from scipy.sparse.linalg import norm as sparse_norm
@@ -48,7 +49,8 @@ BLOCK = 20_000_000              # scores held at a time
 PAGE = 730                      # pixels across a report's page, on a screen that has room
 LETTER = 7.2                    # pixels of a table's letter on a page, about …
 CELL = 18                       # … and of the space around a cell
-KS = (1, 5, 10)                 # precision@k
+KS = (1, 5, 10)                 # precision@k …
+PRECISIONS = tuple(f"precision@{k}" for k in KS)        # … and its keys
 SPREAD = " ±"                   # ends the key of a value's standard deviation
 OVER = " ± over"                # … and of what that is taken over
 LEVELS = " baselines"           # … and of what baselines have
@@ -61,6 +63,7 @@ LEAST_PHOTOS = 5                # that carry a word, to choose its threshold on
 MOST_TOGETHER = 500_000_000     # pairs of words on a photo that are counted, for a control
 NEAREST = 50                    # training photos whose words a baseline takes …
 MOST_NEIGHBOURS = 50_000        # … of so many at most
+RIDGE = 10.0 ** np.arange(2, -3.5, -0.5)        # λ to choose from, of the mean eigenvalue of xᵀx
 
 
 def slices(n, size):
@@ -109,23 +112,20 @@ def chance_of_ap(positives, n):
     return q + (1 - q) * harmonic / n
 
 
-def word_metrics(features, output, targets, counts, loss, shift=None):
+def word_metrics(scorer, targets, carried, counts):
     """What `words` reports of N photos, as a plain dictionary.
 
-    features (N, E); output: the layer of the K words; targets: N arrays, the classes of each
-    photo's words; counts (K,): the training photos of each word, for baseline, thirds and tenths;
-    loss: one of model.LOSSES, made with the frequencies of the words among the training photos;
-    shift (K,): as of model.prior_shift, to add to the scores; None for nothing.
+    scorer: of these photos for K words; targets: N arrays, the classes of each photo's words, which
+    mark_words makes carried (N, K) of; counts (K,): the training photos of each word, for baseline,
+    thirds and tenths.
     """
-    n = len(targets)
-    k = len(counts)
-    carried = mark_words(targets, k)                                # (N, K)
+    n, k = carried.shape
     sizes = carried.sum(axis=1)                                     # (N,) words of a photo
     positives = carried.sum(axis=0)                                 # (K,) photos of a word
     most = np.argsort(-counts, kind="stable")                       # (K,) the most frequent first
     return {
-        **rank_metrics(Scorer(features, output, loss, shift), carried, counts),
-        "loss": mean_loss(features, output, targets, loss, shift),
+        **rank_metrics(scorer, carried, counts),
+        "loss": mean_loss(scorer, targets),
         "photos": n,
         "dictionary": k,
         "ceiling": name_precisions(np.minimum.outer(sizes, KS).mean(axis=0) / KS),
@@ -174,11 +174,15 @@ def mark_words(targets, k):
 class Scorer:
     """The scores of N photos for K words, a block of photos or of words at a time.
 
-    They compare between words and between photos: they hold the prior (shift (K,), or None), and
-    the loss's normaliser is taken off. After softmax that is log p, else the log-odds of a word.
+    They compare between words and between photos: they hold the prior, and the loss's normaliser is
+    taken off. After softmax that is log p, else the log-odds of a word.
     """
 
     def __init__(self, features, output, loss, shift=None):
+        """features (N, E); output: the layer of the K words; loss: one of model.LOSSES, made with
+        the frequencies of the words among the training photos; shift (K,): as of model.prior_shift,
+        to add to the scores; None for nothing.
+        """
         self.features = features                                    # (N, E)
         self.output = output
         self.loss = loss
@@ -188,6 +192,10 @@ class Scorer:
 
     def __len__(self):
         return len(self.features)
+
+    def take(self, photos):
+        """The Scorer of some of the photos, by a slice or their numbers."""
+        return Scorer(self.features[photos], self.output, self.loss, self.shift)
 
     def photo_blocks(self):
         """Yield (slice, raw scores with the prior (B, K)) of all photos, on the device."""
@@ -237,16 +245,17 @@ def score_words(scorer, carried):
     return auc, ap
 
 
-def mean_loss(features, output, targets, loss, shift=None):
+def mean_loss(scorer, targets):
     """The loss of N photos, one definition for training and held-out ones; see word_metrics.
 
     Softmax: the mean over photos of the mean over its words of -log p, with the prior. One-versus-
     all: eq. 1, a photo's mean, whose class weights stand in the place of the prior.
     """
+    loss = scorer.loss
     if not loss.measured_with_prior:
-        shift = None
+        scorer = Scorer(scorer.features, scorer.output, loss)
     total = 0.0
-    for photos, scores in Scorer(features, output, loss, shift).photo_blocks():
+    for photos, scores in scorer.photo_blocks():
         weights = loss.photo_weights(targets[photos])               # (B,)
         losses, _ = loss(scores, data.Labels(data.pad_rows(targets[photos]), weights))
         total += float(kernels.to_host(losses).sum())
@@ -297,10 +306,11 @@ def deviations(scorer, carried):
 
 
 def weighted_auc_and_ap(scores, carried, weights):
-    """AUC and AP (2, R) of one word where photo n counts weights (N, R) times; NaN without one.
+    """AUC and AP (2, R) of one word where photo n counts weights (N, R) times.
 
-    scores, carried (N,). Sums of weights down to each photo that carries the word take the place of
-    numbers of photos in auc_and_ap.
+    scores, carried (N,). NaN without a photo with the word, or without one that lacks it. Sums of
+    weights down to each photo that carries the word take the place of numbers of photos in
+    auc_and_ap.
     """
     order = np.argsort(-scores, kind="stable")
     hits = np.flatnonzero(carried[order])                           # (m,) their ranks
@@ -312,7 +322,8 @@ def weighted_auc_and_ap(scores, carried, weights):
     with np.errstate(divide="ignore", invalid="ignore"):            # 0 / 0: no such photo is drawn
         wrong = (own * (above[hits] - positives)).sum(axis=0) / (total * negatives)
         precision = positives / np.maximum(1, above[hits])
-        return np.stack([1 - wrong, (own * precision).sum(axis=0) / total])
+        ap = (own * precision).sum(axis=0) / total
+    return np.stack([1 - wrong, np.where(negatives > 0, ap, np.nan)])
 
 
 def retrieve_photos(scorer, carried):
@@ -325,7 +336,7 @@ def retrieve_photos(scorer, carried):
     """
     count = min(len(scorer), CANDIDATES)
     carried = carried[:count].astype(np.float32)                    # (C, K)
-    first = Scorer(scorer.features[:count], scorer.output, scorer.loss, scorer.shift)
+    first = scorer.take(slice(count))
     scores = np.zeros((count, count), np.float32)                   # (sets, photos)
     columns = carried.tocsc()
     for words, s in first.word_blocks():
@@ -381,53 +392,6 @@ def best_f1(scores, carried):
     return (ranked[last] + lower) / 2, float(f1[last])              # halfway to the next photo
 
 
-class NearestScores:
-    """Scores of N photos for K words by the words of their nearest training photos.
-
-    Of the NEAREST photos by cosine, about the mean of the training photos, the r-th nearest adds
-    1 / r to each of its words. (Of equal weights, 1 / distance, exp of the distance, by cosine or
-    Euclidean, this was best on pixels and on features, in every number.) Words that none of them
-    has are ordered by frequency.
-    """
-
-    def __init__(self, x, training_x, training_labels):
-        """x (N, D), training_x (M, D), training_labels a sparse boolean (M, K)."""
-        mean = training_x.mean(axis=0, dtype=np.float64)
-        others = kernels.to_device(units((training_x - mean).astype(np.float32)))   # (M, D)
-        labels = training_labels.astype(np.float32)
-        parts = []
-        for photos in slices(len(x), BLOCK // len(others)):
-            centred = kernels.to_device(units((x[photos] - mean).astype(np.float32)))
-            cosines = kernels.to_host(kernels.matmul(centred, others.T))            # (B, M)
-            nearest = top_words(cosines, NEAREST)
-            parts.append(rank_weights(nearest, len(others)) @ labels)               # (B, K)
-        self.scores = vstack(parts).tocsr()                         # (N, K), sparse
-        self.frequency = labels.mean(axis=0)                        # (K,)
-        self.words = len(self.frequency)
-
-    def __len__(self):
-        return self.scores.shape[0]
-
-    def photo_blocks(self):
-        """Yield (slice, scores (B, K)) of all photos."""
-        for photos in slices(len(self), BLOCK // self.words):
-            yield photos, self.scores[photos].toarray() + 1e-6 * self.frequency
-
-    def word_blocks(self):
-        """Yield (slice, scores (N, B)) of all words."""
-        columns = self.scores.tocsc()
-        for words in slices(self.words, BLOCK // 4 // len(self)):
-            yield words, columns[:, words].toarray()
-
-
-def rank_weights(nearest, count):
-    """Of each row of `nearest` (B, k), numbers of `count` photos, the r-th weighs 1 / r: sparse."""
-    b, k = nearest.shape
-    weights = np.tile(1 / np.arange(1, k + 1, dtype=np.float32), b)
-    rows = np.repeat(np.arange(b), k)
-    return csr_array((weights, (rows, nearest.ravel())), (b, count))
-
-
 def name_precisions(values, ks=KS):
     """{"precision@1": value, …}."""
     return {f"precision@{k}": float(value) for k, value in zip(ks, values)}
@@ -469,6 +433,147 @@ def retrieval(scores, right, ks=KS):
     good = right.sum(axis=1)                                        # (S,)
     chance = [hypergeom.sf(0, columns, good, min(k, columns)).mean() for k in ks]
     return {**name_precisions(precision, ks), "chance": name_precisions(chance, ks)}
+
+
+# ------------------------------------- baselines: words of photos by those of training photos
+
+class NearestScores:
+    """What score_by_nearest makes of N photos for K words, a block at a time, as a Scorer does.
+
+    Words that no near photo has are ordered by frequency.
+    """
+
+    def __init__(self, scores, frequency):
+        self.scores = scores                                        # (N, K), sparse
+        self.frequency = frequency                                  # (K,)
+        self.words = len(frequency)
+
+    def __len__(self):
+        return self.scores.shape[0]
+
+    def take(self, photos):
+        """The NearestScores of some of the photos, by their numbers."""
+        return NearestScores(self.scores[photos], self.frequency)
+
+    def photo_blocks(self):
+        """Yield (slice, scores (B, K)) of all photos."""
+        for photos in slices(len(self), BLOCK // self.words):
+            yield photos, self.scores[photos].toarray() + 1e-6 * self.frequency
+
+    def of_words(self, classes):
+        """The scores of some words (C,), (N, C)."""
+        return self.scores[:, classes].toarray() + 1e-6 * self.frequency[classes]
+
+    def word_blocks(self):
+        """Yield (slice, scores (N, B)) of all words."""
+        columns = self.scores.tocsc()
+        for words in slices(self.words, BLOCK // 4 // len(self)):
+            yield words, columns[:, words].toarray()
+
+
+def score_by_nearest(x, training_x, labels):
+    """NearestScores of N photos: the words of their nearest training photos.
+
+    Of the NEAREST photos by cosine, about the mean of the training photos, the r-th nearest adds
+    1 / r to each of its words. (Of equal weights, 1 / distance, exp of the distance, by cosine or
+    Euclidean, this was best on pixels and on features, in every number.) x (N, D), training_x
+    (M, D), labels a sparse boolean (M, K).
+    """
+    x, training_x = directions(x, training_x)
+    others = kernels.to_device(training_x)
+    labels = labels.astype(np.float32)
+    parts = []
+    for photos in slices(len(x), BLOCK // len(others)):
+        some = kernels.to_device(x[photos])
+        cosines = kernels.to_host(kernels.matmul(some, others.T))   # (B, M)
+        nearest = top_words(cosines, NEAREST)
+        parts.append(rank_weights(nearest, len(others)) @ labels)   # (B, K)
+    return NearestScores(vstack(parts).tocsr(), labels.mean(axis=0))
+
+
+def directions(x, training_x):
+    """Rows of x (N, D) and training_x (M, D), of length 1 about the mean of the latter, float32."""
+    mean = training_x.mean(axis=0, dtype=np.float64)
+    return units((x - mean).astype(np.float32)), units((training_x - mean).astype(np.float32))
+
+
+def rank_weights(nearest, count):
+    """Of each row of `nearest` (B, k), numbers of `count` photos, the r-th weighs 1 / r: sparse."""
+    b, k = nearest.shape
+    weights = np.tile(1 / np.arange(1, k + 1, dtype=np.float32), b)
+    rows = np.repeat(np.arange(b), k)
+    return csr_array((weights, (rows, nearest.ravel())), (b, count))
+
+
+def score_by_regression(x, training_x, labels):
+    """A Scorer of N photos by a linear regression of the training photos' words (ridge).
+
+    w and b minimise |X wᵀ + b - Y|² + λ |w|² for the labels Y of 0 and 1: with the columns of X
+    about their means, w (XᵀX + λ I) = YᵀX. Rows of X are those that score_by_nearest compares
+    (columns of variance 1, or as they are, did about as well), λ is that of choose_ridge. The score
+    of a word is its estimated label.
+    x (N, D), training_x (M, D), labels a sparse boolean (M, K).
+    """
+    x, training_x = directions(x, training_x)
+    labels = labels.astype(np.float32)
+    frequency = labels.mean(axis=0)                                 # (K,)
+    mean = training_x.mean(axis=0)                                  # (D,)
+    w = fit_ridge(training_x - mean, labels, choose_ridge(training_x, labels))
+    output = model.Output(len(mean), len(frequency))
+    output.w = kernels.to_device(w)
+    output.b = kernels.to_device(frequency - w @ mean)
+    return Scorer(kernels.to_device(x), output, model.OneVersusAll(frequency))
+
+
+def fit_ridge(x, labels, penalty):
+    """w (K, D) that minimises |x wᵀ - Y|² + λ |w|², λ = penalty · the mean eigenvalue of xᵀx.
+
+    x (M, D): about its mean, so that Y, the labels (M, K), need not be.
+    """
+    gram = (x.T @ x).astype(np.float64)                             # (D, D)
+    gram += penalty * gram.trace() / len(gram) * np.eye(len(gram))
+    factor = cho_factor(gram)
+    products = labels.T @ x                                         # (K, D)
+    w = np.empty_like(products)
+    for words in slices(len(w), BLOCK // len(gram)):
+        w[words] = cho_solve(factor, products[words].T).T
+    return w
+
+
+def choose_ridge(x, labels):
+    """The one of RIDGE whose fit to the other photos has the least error on a tenth of them, H.
+
+    x (M, D), labels (M, K). With xᵀx = V diag(l) Vᵀ all fits are w Vᵀ, w = Yᵀx V / (l + λ), and
+    |H V wᵀ - R|² = tr(w (H V)ᵀ(H V) wᵀ) - 2 tr(w (H V)ᵀR) + |R|²: nothing takes a number for each
+    photo and word.
+    """
+    held = len(x) // 10                         # the photos of an index are in random order
+    if not held:
+        return RIDGE[0]
+    mean = x[held:].mean(axis=0)
+    others = x[held:] - mean
+    values, vectors = eigh((others.T @ others).astype(np.float64))  # (D,), (D, D)
+    h = (x[:held] - mean) @ vectors                                 # (m, D)
+    hh = h.T @ h                                                    # (D, D)
+    errors = np.zeros(len(RIDGE))                                   # without |R|²
+    for words in slices(labels.shape[1], BLOCK // len(hh)):
+        known = labels[held:, words]                                # (M - m, B)
+        products = (known.T @ others) @ vectors                     # (B, D)
+        hr = labels[:held, words].T @ h - np.outer(known.mean(axis=0), h.sum(axis=0))
+        for i, penalty in enumerate(RIDGE):
+            w = products / (values + penalty * values.mean())
+            errors[i] += ((w @ hh) * w).sum() - 2 * (w * hr).sum()
+    return RIDGE[errors.argmin()]
+
+
+READOUTS = {f"{NEAREST} nearest": score_by_nearest, "linear regression": score_by_regression}
+
+
+def best_readout(scores, view, key):
+    """Which of READOUTS is better on one of VIEWS, and its score; scores: {name: rank_metrics}."""
+    values = {readout: scores[f"{readout}: {view}"][key] for readout in READOUTS}
+    best = max(values, key=values.get)
+    return best, values[best]
 
 
 # ------------------------------------------------------------ words by captions, without a pixel
@@ -554,6 +659,7 @@ ORDERS = 300                                    # random ones, whose mean is the
 RAW = 16                                        # raw pixels: that many rows and columns
 ZERO_SHOT = "class names as words"
 VIEWS = ("this model", "untrained network", f"raw pixels, {RAW} × {RAW}")
+VIEWS_OF_PLOTS = {VIEWS[1]: VIEWS[1], VIEWS[2]: f"{RAW}x{RAW} pixels"}      # names in a legend
 FIT = {"maxiter": 300, "maxcor": 10, "gtol": 1e-5, "ftol": 1e-8}
 
 
@@ -652,9 +758,11 @@ def class_accuracy(scores, y):
 
 def voc_ap(scores, y):
     """Average precision of scores (N, 2) as in Pascal VOC 2007; y (N,) is 1 where the class is."""
+    if not y.any():
+        return 0.0                              # a fold without the class says nothing of λ
     hits = np.cumsum(y[np.argsort(scores[:, 0] - scores[:, 1], kind="stable")])
     precision = hits / np.arange(1, len(hits) + 1)
-    recall = hits / max(1, hits[-1])
+    recall = hits / hits[-1]
     highest = np.maximum.accumulate(precision[::-1])[::-1]          # at that recall or a greater
     return float(highest[np.searchsorted(recall, np.arange(11) / 10 - 1e-12)].mean())
 
@@ -1308,9 +1416,9 @@ def curves_plots(log, loss="softmax", mark=()):
 
 
 def grid_picture(rankings, find, fonts, width=None):
-    """Words above their photos, {word: {name: score}}; find(name) is a photo's path (Fig. 3).
+    """Words above their photos, {word: {name: text under the photo}} (Fig. 3).
 
-    A text may stand in the place of a score; width: in pixels.
+    find(name) is a photo's path; width: in pixels.
     """
     columns = max(len(photos) for photos in rankings.values())
     scale = 1 if width is None else width / (columns * 156 + 6)
@@ -1324,11 +1432,10 @@ def grid_picture(rankings, find, fonts, width=None):
         top = gap + row * row_height
         draw.text((gap, top + 20 * scale), word, INK, fonts.find(word, 20 * scale), "ls")
         bottom = round(top + 28 * scale) + side
-        for column, (name, score) in enumerate(photos.items()):
+        for column, (name, label) in enumerate(photos.items()):
             left = gap + column * (side + gap)
             photo = thumbnail(find(name), side)
             image.paste(photo, (left, bottom - photo.height))
-            label = score if isinstance(score, str) else f"{score:.2f}"
             font = fonts.find(label, 13 * scale)
             draw.text((left, bottom + 3 * scale), label, INK, font)
     return image
@@ -1728,24 +1835,25 @@ class PhotoReader:
 
 
 def read_pairs(path, run, scored=False):
-    """[(class, class, score)] of a file's lines whose two words the run knows; how many it has.
+    """[(class, class, score)] of a file's pairs whose two words the run knows; how many it has.
 
-    Lines are word<TAB>word, and <TAB>score if `scored`, else the score is 0. The first may be a
-    heading.
+    Lines are word<TAB>word, and <TAB>score if `scored`, else the score is 0. The first of those
+    with scores may be a heading.
     """
     kind = "word<TAB>word<TAB>score" if scored else "word<TAB>word"
-    lines = read_lines(path, kind)
+    count = 0
     pairs = []
-    for i, line in lines.items():
+    for i, line in read_lines(path, kind).items():
         first, second, score = split_pair(line)
         if scored and score is None:
             if i > 1:
                 raise ValueError(f"--pairs: line {i} of {path} is not {kind}: {line[:60]!r}")
             continue
+        count += 1
         classes = [run.classes.get(" ".join(data.words_of(word))) for word in (first, second)]
         if None not in classes:
             pairs.append((*classes, score if scored else 0))
-    return pairs, len(lines)
+    return pairs, count
 
 
 def read_lines(path, kind):
@@ -1828,7 +1936,7 @@ class Output:
         elif isinstance(picture, Drawing):
             self.html.append(wide_html(picture.svg(), picture.width))
         else:
-            self.html.append(image_html(picture, what, "jpeg"))
+            self.html.append(image_html(picture, what))
 
     def save(self, picture, what, table, width=None):
         """Write the picture file, a Drawing so many pixels wide, and beside it its numbers."""
@@ -1839,7 +1947,7 @@ class Output:
         """Photos beside each other on the page: (path, what it shows, HTML to stand under it)."""
         self.html.append('<div class="photos">')
         for path, what, below in photos:
-            image = image_html(thumbnail(path, 200), what, "jpeg")
+            image = image_html(thumbnail(path, 200), what)
             self.html.append(f"<figure>{image}<figcaption>{below}</figcaption></figure>")
         self.html.append("</div>")
 
@@ -1915,12 +2023,12 @@ def html_row(cells, tag):
     return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
 
-def image_html(image, what, kind):
+def image_html(image, what):
     """An <img> that holds the image itself."""
     packed = io.BytesIO()
-    image.convert("RGB").save(packed, kind, quality=85, optimize=True)
+    image.convert("RGB").save(packed, "jpeg", quality=85, optimize=True)
     text = base64.b64encode(packed.getvalue()).decode()
-    return f'<img class="{kind}" alt="{escape(what)}" src="data:image/{kind};base64,{text}">'
+    return f'<img alt="{escape(what)}" src="data:image/jpeg;base64,{text}">'
 
 
 PARSER = console.Parser(description=console.summary(__doc__))
@@ -1943,8 +2051,10 @@ def command(name, *options, example, runs=1):
         parser.set_defaults(function=function, out=None, prior="none")
         parser.add_argument("--model", required=True, nargs=runs, metavar="RUN",
                             help="a run's folder, or an .npz")
+        function.defaults = {}                  # of its own options, for commands that call it
         for flag, settings in options + COMMON:
-            parser.add_argument(flag, **settings)
+            action = parser.add_argument(flag, **settings)
+            function.defaults[action.dest] = action.default
         return function
     return register
 
@@ -2016,7 +2126,8 @@ CAPTIONS = option("--captions", metavar="FILE", help="captions; the run's if not
 PRIOR = option("--prior", choices=("real", "none"), default="real",
                help="probabilities of photos as they are, or as training drew them")
 BASELINES = option("--no-baselines", action="store_true",
-                   help="without the words of the nearest training photos, which take minutes")
+                   help="without words by the nearest training photos and by linear regression, "
+                    "which take minutes")
 FONT = option("--font", type=Fonts, metavar="FILE", help="of words; else any with their letters")
 SPLITTING = (
     option("--splits", type=number(int, 1, 10_000), default=10, help="random splits"),
@@ -2034,9 +2145,11 @@ MAPPING = (
            help="width of the map; larger ones have room for more words"))
 
 
-def change(options, **changes):
-    """The options with some values changed."""
-    return argparse.Namespace(**{**vars(options), **changes})
+def options_of(function, options, **changes):
+    """The options of another command: these, its defaults for what is not among them, and changes.
+    """
+    defaults = getattr(function, "defaults", {})
+    return argparse.Namespace(**{**defaults, **vars(options), **changes})
 
 
 # --------------------------------------------------------------------------- words (Table 1)
@@ -2060,39 +2173,77 @@ def predict_words(options, show, *runs):
     """
     if options.per_word and (len(runs) > 1 or show.out):
         raise ValueError("--per-word is of one run, and goes without --out")
-    runs = sorted(runs, key=lambda run: run.training)
     check_different(runs)
-    words = common_words(runs)
-    index = common_index(options, runs, words)
-    counts = runs[-1].counts[runs[-1].find_words(words)]            # one order of words for all
-    folder = options.images or runs[-1].options["images"]
-    count = len(index) if options.all else index.held_out
-    photos = {index.name(i): i for i in range(count)}
-    results = {}
-    for run in runs:
-        features, reader = run.features(folder, list(photos), options.workers)
-        targets = [index.words(photos[name]) for name in reader.names]
-        scorer = run.scorer(words, features)
-        results[run.name] = {"training_photos": run.training, "skipped": len(reader.skipped),
-                             **score_run(scorer, targets, counts),
-                             **score_by_truth(run, features, reader.names, runs[-1], options)}
-        for images, key in transfer_keys(options).items():
-            results[run.name].update(score_transfer(run, images, key, options, show))
+    runs = sorted(runs, key=lambda run: run.training)
+    test = choose_test(options, runs)
+    scored = [score_run(test, run, options, show) for run in runs]
+    last = scored[-1]
     if not options.all:
-        warn_about_duplicates(index, folder, reader.names, show)
+        warn_about_duplicates(test.index, test.folder, last.names, show)
+    results = {each.run.name: each.result for each in scored}
     if options.deciles:
         show_deciles(results, show)
-    is_own = not (options.all or options.captions or options.images)
     baselines = None
-    if is_own and not options.no_baselines:
-        baselines = score_baselines(run, index, reader.names, targets, counts, options)
+    if test.is_own and not options.no_baselines:
+        baselines = score_baselines(test, last, options)
     if len(runs) > 1 or show.out:
-        show_curve(runs, results, baselines, options, show)
-        return add_baselines({"runs": results, "words": len(words)}, baselines)
-    result = add_baselines(results[run.name], baselines)
+        show_curve(scored, baselines, options, show)
+        return add_baselines({"runs": results, "words": len(test.words)}, baselines)
+    result = add_baselines(last.result, baselines)
     print_words(result, show)
-    write_words(run, scorer, targets, counts, is_own, options)
+    write_words(test, last, options)
     return result
+
+
+class Test(NamedTuple):
+    """The photos and words that runs are scored on."""
+
+    owner: Trained                  # the run with the most training photos, whose photos these are
+    index: data.Index               # which photos carry which words
+    folder: str                     # of the photos
+    photos: dict                    # {name: its number in the index}
+    words: list                     # those that all runs know
+    counts: np.ndarray              # (K,) how many of the owner's training photos carry each
+    is_own: bool                    # whether these are photos that the owner held out
+
+
+class ScoredRun(NamedTuple):
+    """A run, and how well it tells the words of a Test's photos."""
+
+    run: Trained
+    names: list                     # of the N photos that can be read
+    carried: csr_array              # (N, K), which of the words each carries
+    scorer: Scorer
+    result: dict                    # what `words` reports
+
+
+def choose_test(options, runs):
+    """The Test that the options name for some runs, the one with the most training photos last."""
+    owner = runs[-1]
+    words = common_words(runs)
+    index = common_index(options, runs, words)
+    count = len(index) if options.all else index.held_out
+    return Test(owner, index, options.images or owner.options["images"],
+                {index.name(i): i for i in range(count)}, words,
+                owner.counts[owner.find_words(words)],              # one order of words for all
+                not (options.all or options.captions or options.images))
+
+
+def score_run(test, run, options, show):
+    """The ScoredRun of a run: its numbers, those against the truth, and accuracies of transfer."""
+    features, reader = run.features(test.folder, list(test.photos), options.workers)
+    targets = [test.index.words(test.photos[name]) for name in reader.names]
+    carried = mark_words(targets, len(test.words))
+    scorer = run.scorer(test.words, features)
+    result = {"training_photos": run.training, "skipped": len(reader.skipped),
+              **score_photos(scorer, targets, carried, test.counts)}
+    rows, shown = find_truth(test, run, run.words, reader.names, options)
+    if rows:
+        own_scorer = run.scorer(run.words, features[rows])
+        result["truth"] = truth_metrics(own_scorer, shown, run.words)
+    for images, key in transfer_keys(options).items():
+        result.update(score_transfer(run, images, key, options, show))
+    return ScoredRun(run, reader.names, carried, scorer, result)
 
 
 def add_baselines(result, baselines):
@@ -2122,72 +2273,72 @@ def common_index(options, runs, words):
     return runs[-1].index(options.captions, words, valid)
 
 
-def score_run(scorer, targets, counts):
-    """word_metrics of photos of which targets are the classes, what they vary by, and retrieval."""
-    carried = mark_words(targets, len(counts))
-    return {**word_metrics(scorer.features, scorer.output, targets, counts, scorer.loss,
-                           scorer.shift),
+def score_photos(scorer, targets, carried, counts):
+    """word_metrics of photos, what they vary by, and retrieval."""
+    return {**word_metrics(scorer, targets, carried, counts),
             "deviations": deviations(scorer, carried),
             "retrieval": retrieve_photos(scorer, carried)}
 
 
-def write_words(run, scorer, targets, counts, is_own, options):
-    """Write the table of words: to --per-word, and for `tag` to the run's folder.
-
-    is_own: these are the run's own held-out photos.
-    """
+def write_words(test, scored, options):
+    """Write the table of words: to --per-word, and for `tag` to the run's folder."""
+    run = scored.run
     paths = [options.per_word] if options.per_word else []
-    if is_own and options.prior == "real" and os.access(run.folder, os.W_OK):
+    if test.is_own and options.prior == "real" and os.access(run.folder, os.W_OK):
         paths.append(run.thresholds_file())
     if not paths:
         return
-    carried = mark_words(targets, len(counts))
-    rows = table_of_words(scorer, carried, run.words, counts, run.step)
+    rows = table_of_words(scored.scorer, scored.carried, test.words, test.counts, run.step)
     for path in paths:
         with write_table(path, WORD_COLUMNS) as table:
             table.writerows(rows)
 
 
-def score_baselines(run, index, names, targets, counts, options):
-    """rank_metrics of words by the nearest training photos, in each of VIEWS, of held-out photos.
+def score_baselines(test, scored, options):
+    """What each of READOUTS makes of each of VIEWS of a run, for the same photos.
 
-    names, and targets, their classes: of the held-out photos; counts (K,), of the index's words.
-    The photos of an index are in random order, so the first training photos are a random choice.
+    {"training_photos": how many these know, "scores": {name: rank_metrics}, "truth": {name:
+    truth_metrics}, without a truth empty}. The photos of an index are in random order, so the first
+    training photos are a random choice.
     """
-    folder = run.options["images"]
+    run = scored.run
+    index = test.index
     count = min(index.training, MOST_NEIGHBOURS)
     training = {index.name(i): i for i in range(index.held_out, index.held_out + count)}
-    views = extract_views(run, run.read(folder, names, options.workers))
-    reader = run.read(folder, list(training), options.workers)
-    training_views = extract_views(run, reader)
-    k = len(counts)
-    labels = mark_words([index.words(training[name]) for name in reader.names], k)  # (M, K)
-    carried = mark_words(targets, k)                                # (N, K)
-    results = {"training_photos": len(reader.names)}
-    for view in VIEWS:
-        scorer = NearestScores(views[view], training_views[view], labels)
-        results[view] = rank_metrics(scorer, carried, counts)
-    return results
+    views = extract_views(run, run.read(test.folder, scored.names, options.workers))[1]
+    reader = run.read(test.folder, list(training), options.workers)
+    training_views = extract_views(run, reader)[1]
+    labels = mark_words([index.words(training[name]) for name in reader.names], len(test.words))
+    rows, shown = find_truth(test, run, test.words, scored.names, options)
+    scores = {}
+    truth = {}
+    for readout, score in READOUTS.items():
+        for view in VIEWS:
+            name = f"{readout}: {view}"
+            scorer = score(views[view], training_views[view], labels)
+            scores[name] = rank_metrics(scorer, scored.carried, test.counts)
+            if rows:
+                truth[name] = truth_metrics(scorer.take(rows), shown, test.words)
+    return {"training_photos": len(reader.names), "scores": scores, "truth": truth}
 
 
-def score_by_truth(run, features, names, owner, options):
-    """{"truth": truth_metrics} of photos with features (N, E) and these names; {} without a truth.
+def find_truth(test, run, words, names, options):
+    """Rows of photos with these names, a list, and the classes of what each one truly shows.
 
-    It is --truth, or what the owner of the photos, a run, drew. Photos that it does not have, or of
-    which it has no word that the run knows, are left out.
+    That is in --truth, or what the owner of the photos drew; without either both are empty. Photos
+    that it does not have, or of which it has none of the words, which the run knows, are left out.
     """
+    owner = test.owner
     path = options.truth or drawn.truth_file(owner.folder)
-    is_own = owner.options["drawn"] and not options.images and os.path.exists(path)
-    if not options.truth and not is_own:
-        return {}
-    index = run.index(path, run.words, run.options["valid"], "index-truth")
+    is_drawn = owner.options["drawn"] and not options.images and os.path.exists(path)
+    if not options.truth and not is_drawn:
+        return [], []
+    index = run.index(path, words, run.options["valid"], "index-truth")
     rows, targets = match_photos(index, names)
-    if rows:
-        return {"truth": truth_metrics(run.scorer(run.words, features[rows]), targets, run.words)}
-    if not options.truth:                       # none of its words is in the dictionary
-        return {}
-    raise ValueError(f"--truth {path} has no word of the {len(names):,} photos, e.g. {names[0]}, "
-                     "that the run knows; it must name them as the captions do")
+    if options.truth and not rows:
+        raise ValueError(f"--truth {path} has no word of the {len(names):,} photos, e.g. "
+                         f"{names[0]}, that the run knows; it must name them as the captions do")
+    return rows, targets
 
 
 def match_photos(index, names):
@@ -2254,6 +2405,19 @@ def show_truth(result, show, title=""):
     show.table(["", "words", "precision@1", "AUC", "AP", "AP by chance"], rows)
 
 
+def compare_by_truth(results, baselines, show):
+    """Show the AUC of results, {name: result}, and of baselines against the truth, if known."""
+    if not baselines or not baselines["truth"]:
+        return
+    truths = {name: result["truth"] for name, result in results.items()}
+    truths.update(baselines["truth"])
+    kinds = list(truths[next(iter(baselines["truth"]))])
+    rows = {}
+    for name, numbers in truths.items():
+        rows[name] = [numbers[kind]["auc"] if kind in numbers else "" for kind in kinds]
+    show.table(["AUC against the truth", *kinds], rows)
+
+
 def transfer_keys(options):
     """{folder of photos: the name of the accuracy on it}, of --transfer."""
     names = short_names(options.transfer or ())
@@ -2273,7 +2437,7 @@ def short_names(paths):
 def score_transfer(run, images, key, options, show):
     """{key: the run's mean accuracy on a folder's photos, …: its deviation over the splits}."""
     show.line(f"{run.name}: {key}")
-    result = transfer_features(change(options, images=images, layer=None), show, run)
+    result = transfer_features(options_of(transfer_features, options, images=images), show, run)
     rows = result["rows"]
     means = dict(zip(result["columns"], rows["mean"]))
     scores = {key: means[VIEWS[0]], key + LEVELS: means}
@@ -2317,30 +2481,43 @@ def show_deciles(results, show):
     show.table(heading, rows)
 
 
-def show_curve(runs, results, baselines, options, show):
+def show_curve(scored, baselines, options, show):
     """The runs' numbers as a table, and curves of some against their training photos (Fig. 2)."""
-    largest = list(results.values())[-1]
+    results = {each.run.name: each.result for each in scored}
+    largest = scored[-1].result
     transfers = list(transfer_keys(options).values())
-    keys = [*name_precisions(KS), "auc", "map", *transfers]
+    keys = [*PRECISIONS, "auc", "map", *transfers]
     show.line(describe_sample(largest, options))
-    rows = {}
-    for name, result in results.items():
-        rows[name] = [result[key] for key in ("training_photos", *keys)]
-    levels = {key: find_levels(key, largest, baselines) for key in keys}
-    for name in dict.fromkeys(itertools.chain(*levels.values())):
-        rows[name] = ["", *(levels[key].get(name, "") for key in keys)]
-    show.table(["", "training photos", *(SHORT.get(key, key) for key in keys)], rows)
+    show.table(["", "training photos", *(SHORT.get(key, key) for key in keys)],
+               curve_rows(results, baselines, keys))
     if baselines:
-        show.line(describe_neighbours(baselines["training_photos"]))
+        show.line(describe_baselines(baselines["training_photos"]))
     for name, result in results.items():
         show_truth(result, show, f"{name}: ")
-    points = join_seeds(runs, list(results.values()), keys)
+    compare_by_truth(results, baselines, show)
+    points = join_seeds([each.run for each in scored], list(results.values()), keys)
     plots = []
     for key in ("precision@10", "auc", "map", *transfers):
         name = SCORES.get(key, f"{key}, accuracy (fraction)")
         curves = [curve_of(rows, curve, "training_photos", key) for curve, rows in points.items()]
-        plots.append(Plot("training photos", name, curves, levels[key], log=True))
+        levels = find_levels(key, largest, baselines)
+        plots.append(Plot("training photos", name, curves, levels, log=True))
     show.plots(plots, "scores against training photos", options.size)
+
+
+def curve_rows(results, baselines, keys):
+    """Rows of a table: training photos and these numbers of runs, of baselines and of chance."""
+    rows = {}
+    for name, result in results.items():
+        rows[name] = [result[key] for key in ("training_photos", *keys)]
+    if baselines:
+        for name, numbers in baselines["scores"].items():
+            rows[name] = ["", *(numbers.get(key, "") for key in keys)]
+    largest = list(results.values())[-1]
+    levels = {key: simple_levels(key, largest) for key in keys}
+    for name in dict.fromkeys(itertools.chain(*levels.values())):
+        rows[name] = ["", *(levels[key].get(name, "") for key in keys)]
+    return rows
 
 
 def describe_sample(result, options):
@@ -2350,27 +2527,35 @@ def describe_sample(result, options):
             f"runs know {result['words']:,} occur in them")
 
 
-def describe_neighbours(count):
-    """What the baselines of nearest photos are."""
+def describe_baselines(count):
+    """What the baselines of score_baselines are, which know so many training photos."""
     return (f"{NEAREST} nearest: a photo gets the words of the nearest of {count:,} training "
-            "photos, by the features or pixels that are named")
+            "photos; linear regression: of their words, with an L2 penalty; both by the features "
+            "or pixels that are named")
 
 
 def find_levels(key, result, baselines):
-    """What baselines have of a score, {name: value}; those of score_baselines, or of transfer."""
+    """The horizontal lines in the plot of a score, {name: value}.
+
+    Of the untrained network and of pixels that is the better of READOUTS.
+    """
+    levels = {}
+    if baselines and key + LEVELS not in result:
+        for view, name in VIEWS_OF_PLOTS.items():
+            readout, value = best_readout(baselines["scores"], view, key)
+            levels[f"{name}, {readout}"] = value
+    return {**levels, **simple_levels(key, result)}
+
+
+def simple_levels(key, result):
+    """What chance or frequent words have of a score, {name: value}; of transfer all baselines."""
     if key + LEVELS in result:
         means = result[key + LEVELS]
-        names = {VIEWS[1]: VIEWS[1], VIEWS[2]: f"{RAW}x{RAW} pixels", "chance": "chance"}
+        names = {**VIEWS_OF_PLOTS, "chance": "chance"}
         return {names[view]: means[view] for view in names}
-    levels = {}
-    if baselines:
-        levels[f"untrained network, {NEAREST} nearest photos"] = baselines[VIEWS[1]][key]
-        levels[f"{RAW}x{RAW} pixels, {NEAREST} nearest photos"] = baselines[VIEWS[2]][key]
     if key in result["baseline"]:
-        levels["most frequent words"] = result["baseline"][key]
-    else:
-        levels["chance"] = result["chance"][key]
-    return levels
+        return {"most frequent words": result["baseline"][key]}
+    return {"chance": result["chance"][key]}
 
 
 def join_seeds(runs, results, keys):
@@ -2380,11 +2565,12 @@ def join_seeds(runs, results, keys):
     row[key + SPREAD] is one deviation, and row[key + OVER] says over what.
     """
     groups = {}
+    earlier = Counter()
     for i, run in enumerate(runs):
-        earlier = [other.settings() for other in runs[:i]
-                   if other.options["seed"] == run.options["seed"]]
-        again = earlier.count(run.settings())   # the same seed is no other sample
-        groups.setdefault((run.settings(), again), []).append(i)
+        settings = run.settings()
+        again = earlier[settings, run.options["seed"]]              # which is no other sample
+        earlier[settings, run.options["seed"]] += 1
+        groups.setdefault((settings, again), []).append(i)
     curves = {}
     names = name_curves(runs)
     for places in groups.values():
@@ -2447,33 +2633,33 @@ def deviation_of(row, key):
     return {}
 
 
-def print_words(result, show=Output()):
+def print_words(result, show):
     """Show the numbers of `words` (Table 1), and those of baselines and truth, if there are."""
     show.line(f"{result['photos']:,} photos, {result['words']:,} of {result['dictionary']:,} words "
               "occur in them")
-    baselines = dict(result.get("baselines", {}))
-    count = baselines.pop("training_photos", 0)
+    baselines = result.get("baselines")
     columns = {"model": result}
     if "deviations" in result:
         columns["± over photos"] = result["deviations"]
-    for view, numbers in baselines.items():
-        columns[f"{NEAREST} nearest: {view}"] = numbers
+    if baselines:
+        columns.update(baselines["scores"])
     columns["frequent words"] = {**result["chance"], **result["baseline"]}
     columns["chance"] = result["chance"]
     columns["ceiling"] = {**result["ceiling"], "auc": 1.0, "map": 1.0}
-    keys = [*name_precisions(KS), "auc", "map"]
+    keys = [*PRECISIONS, "auc", "map"]
     rows = {}
     for name, numbers in columns.items():
         rows[name] = [numbers[key] for key in keys]
-    show.table(["", *name_precisions(KS), "AUC", f"AP of {result['photos']:,}"], rows)
+    show.table(["", *PRECISIONS, "AUC", f"AP of {result['photos']:,}"], rows)
     show.line("AUC and AP (which more photos make smaller) are means over the words; AUC of the "
               f"most frequent third of them {result['auc_frequent']:.4f}, of the rarest third "
               f"{result['auc_rare']:.4f}")
     if "retrieval" in result:
         show_retrieval(result["retrieval"], show)
     if baselines:
-        show.line(describe_neighbours(count))
+        show.line(describe_baselines(baselines["training_photos"]))
     show_truth(result, show)
+    compare_by_truth({"model": result}, baselines, show)
 
 
 def show_retrieval(result, show):
@@ -2481,9 +2667,9 @@ def show_retrieval(result, show):
     ways = {name: numbers for name, numbers in result.items() if name != "candidates"}
     rows = {}
     for name, numbers in ways.items():
-        rows[name] = [numbers[key] for key in name_precisions(KS)]
+        rows[name] = [numbers[key] for key in PRECISIONS]
     chances = [numbers["chance"] for numbers in ways.values()]
-    rows["chance"] = [chances[0][key] for key in name_precisions(KS)]
+    rows["chance"] = [chances[0][key] for key in PRECISIONS]
     show.table([f"found among {result['candidates']:,}", *(f"R@{k}" for k in KS)], rows)
 
 
@@ -2856,16 +3042,18 @@ def transfer_features(options, show, run):
     collection = Voc(options) if is_voc else SubFolders(options)
     collection.tasks(list(collection.labels))                       # may fail: before the work
     reader = run.read(options.images, list(collection.labels), options.workers)
-    named = NamedClasses(run, collection.class_names)
-    views = extract_views(run, reader, options.layer, named)
+    hidden, views = extract_views(run, reader, options.layer)
     tasks = collection.tasks(reader.names)
     scores = run_regressions(tasks, views, collection, options.seed)
     columns = ["chance", *VIEWS]
-    if named.known():
-        named.report_unknown(show)
+    words = known_words(run, collection.class_names)
+    unknown = [name for name, classes in words.items() if not classes]
+    if len(unknown) < len(words):
+        report_unknown(unknown, len(words), show)
         columns.append(ZERO_SHOT)
+        by_names = score_by_names(run, words, hidden)               # (N, C)
         for task in tasks:
-            scores[task.name].append(named.scores[task.test])       # (n, C)
+            scores[task.name].append(by_names[task.test])
     rows = measure_tasks(tasks, scores, collection)
     count = len(reader.names)
     show.line(f"{count:,} photos; {tasks[-1].train.sum():,} to train and "
@@ -2874,74 +3062,62 @@ def transfer_features(options, show, run):
         show.line(f"classes: {data.listing(collection.class_names, 20)}")
     show.table([collection.measured, *columns], rows)
     return {"columns": columns, "rows": rows, "over": collection.describe(tasks), "photos": count,
-            "unknown_names": named.unknown(), "skipped": reader.skipped}
+            "unknown_names": unknown, "skipped": reader.skipped}
 
 
-class NamedClasses:
-    """Scores of photos for classes by their names: the mean of log p of the words of each.
+def known_words(run, names):
+    """{name of a class: those of its words that the run knows, as classes of the run}."""
+    known = {}
+    for name in names:
+        classes = [run.classes.get(word) for word in data.folder_words(name)]
+        known[name] = [k for k in classes if k is not None]
+    return known
 
-    p is that of words which are all equally frequent, whatever they were in the captions: a class
-    has as many photos if its name is a rare word. scores (N, C): -inf for a class of which the run
-    knows no word, so that its photos are missed.
+
+def report_unknown(unknown, count, show):
+    """Say which of so many classes are missed, whatever the model does, if there are any."""
+    if unknown:
+        show.line(f"{len(unknown)} of {count} classes have no word that the model knows, "
+                  f"{ZERO_SHOT} miss them: {', '.join(unknown)}")
+
+
+def score_by_names(run, words, features):
+    """Scores (N, C) of photos for classes by their names: the mean of log p of the words of each.
+
+    words: as of known_words, of C classes; features (N, E). p is that of words which are all
+    equally frequent, whatever they were in the captions: a class has as many photos if its name is
+    a rare word. A class of which the run knows no word has -inf, so that its photos are missed.
     """
-
-    def __init__(self, run, names):
-        self.loss = run.loss
-        self.output = run.equal_output()
-        self.words = {}                         # {class: those of its words that the run knows}
-        for name in names:
-            words = [run.classes.get(word) for word in data.folder_words(name)]
-            self.words[name] = [word for word in words if word is not None]
-        self.batches = []
-
-    def known(self):
-        """Whether some class can be told by its name."""
-        return any(self.words.values())
-
-    def unknown(self):
-        """The classes without a word that the run knows."""
-        return [name for name, words in self.words.items() if not words]
-
-    def report_unknown(self, show):
-        """Say which classes are missed, whatever the model does."""
-        unknown = self.unknown()
-        if unknown:
-            show.line(f"{len(unknown)} of {len(self.words)} classes have no word that the model "
-                      f"knows, {ZERO_SHOT} miss them: {', '.join(unknown)}")
-
-    def add(self, features):
-        """Take the last hidden layer (n, E) of the next photos."""
-        if self.known():
-            s = self.output.scores(features)                        # (n, K)
-            comparable = kernels.to_host(s - self.loss.normaliser(s))
-            log_p = self.loss.log_probability(comparable)           # (n, K)
-            scores = np.full((len(s), len(self.words)), -np.inf)
-            for i, words in enumerate(self.words.values()):
-                if words:
-                    scores[:, i] = log_p[:, words].mean(axis=1)
-            self.batches.append(scores)
-
-    @functools.cached_property
-    def scores(self):
-        return np.concatenate(self.batches)
+    output = run.equal_output()
+    scores = np.full((len(features), len(words)), -np.inf)
+    for photos in slices(len(features), BLOCK // len(run.words)):
+        s = output.scores(features[photos])                         # (B, K)
+        comparable = kernels.to_host(s - run.loss.normaliser(s))
+        log_p = run.loss.log_probability(comparable)                # (B, K)
+        for i, classes in enumerate(words.values()):
+            if classes:
+                scores[photos, i] = log_p[:, classes].mean(axis=1)
+    return scores
 
 
-def extract_views(run, reader, layer=None, named=None):
-    """{view: (N, D)} of the reader's photos by each of VIEWS; NamedClasses see them, too."""
+def extract_views(run, reader, layer=None):
+    """The last hidden layer (N, E) of the reader's photos, and {view: (N, D)}, each of VIEWS.
+
+    layer: the one that views are taken from, by its name; None for the last hidden one.
+    """
     untrained = run.recipe.build(len(run.words), 0, seed=run.options["seed"])
+    hidden = []
     batches = []
     for _, x, pixels in reader:
-        hidden = run.net.features(x)                                # (n, E)
-        if named:
-            named.add(hidden)
-        own = hidden if layer is None else run.net.features(x, layer)
+        hidden.append(run.net.features(x))                          # (n, E)
+        own = hidden[-1] if layer is None else run.net.features(x, layer)
         batches.append([mean_of_pixels(kernels.to_host(own)),
                         mean_of_pixels(kernels.to_host(untrained.features(x, layer))),
                         shrink(pixels)])
     views = {}
     for i, view in enumerate(VIEWS):
         views[view] = np.concatenate([batch[i] for batch in batches])
-    return views
+    return np.concatenate(hidden), views
 
 
 def measure_tasks(tasks, scores, collection):
@@ -3292,10 +3468,10 @@ def show_translations(results, by_csls, show):
                 name = way + among if view == "model" else f"{way}{among}: {view}"
                 numbers = ways[way]["all"] if among else ways[way]
                 rows[name] = [ways[way]["words"], numbers["candidates"]]
-                for key in name_precisions(KS):
+                for key in PRECISIONS:
                     rows[name] += [numbers[key], numbers["chance"][key]]
     heading = ["by CSLS" if by_csls else "by cosine", "words", "candidates"]
-    for key in name_precisions(KS):
+    for key in PRECISIONS:
         heading += [key, "chance"]
     show.table(heading, rows)
     if len(results) > 1:
@@ -3440,13 +3616,12 @@ def write_report(options, show, run):
         print(f"\n{title}", flush=True)
         note = console.summary(function.__doc__)
         page.html.append(f'<h2>{escape(title)}</h2><p class="note">{escape(note)}</p>')
-        changed = change(options, all=False, deciles=False, layer=None, per_word=None, truth=None)
-        changed = change(changed, **changes)
+        own = options_of(function, options, **changes)
         try:
             runs = []
-            for path in changed.model:
+            for path in own.model:
                 runs.append(run if path == run.name else Trained(path, options.prior))
-            results[title] = function(changed, page, *runs)
+            results[title] = function(own, page, *runs)
         except (ValueError, OSError) as error:
             failed[title] = str(error)
             page.html.append(f'<p class="wrong">{escape(str(error))}</p>')
@@ -3472,11 +3647,10 @@ def list_sections(options, run):
         sections.append(("Similar words", compare_similarity, {"pairs": options.pairs_similar}))
     if options.translate:
         pairs = {"pairs": options.translate}
-        sections += [("Translation", translate_words, {**pairs, "csls": False}),
+        sections += [("Translation", translate_words, pairs),
                      ("Translation, corrected for hubs", translate_words, {**pairs, "csls": True})]
-    for path in options.transfer or ():
-        title = f"Transfer to {short_path(path)}"
-        sections.append((title, transfer_features, {"images": path}))
+    for path, name in short_names(options.transfer or ()).items():
+        sections.append((f"Transfer to {name}", transfer_features, {"images": path}))
     return sections
 
 
@@ -3512,8 +3686,8 @@ def describe_scores(result):
     """What `words` found, with baselines, as two sentences for the report."""
     baselines = [f"the most frequent words: {result['baseline']['precision@10']:.2f}"]
     if "baselines" in result:
-        pixels = result["baselines"][VIEWS[2]]["precision@10"]
-        baselines.append(f"the words of the photos with the nearest pixels: {pixels:.2f}")
+        readout, pixels = best_readout(result["baselines"]["scores"], VIEWS[2], "precision@10")
+        baselines.append(f"raw pixels, by {readout}: {pixels:.2f}")
     return (f"Scored on {result['photos']:,} photos that it was not trained on: of the ten words "
             f"that it finds most probable for a photo {result['precision@10']:.2f} are in the "
             f"captions, on average ({'; '.join(baselines)}); and of a photo with a word and one "

@@ -14,6 +14,7 @@ gradient checks), NHWC.
 """
 import zlib
 from collections import namedtuple
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -547,6 +548,8 @@ NETWORKS = {
     "alexnet": Recipe(alexnet, size=256, crop=224, batch=64, dropout=0.2, lr=0.0025),
     "googlenet": Recipe(googlenet, size=256, crop=224, batch=32, dropout=0.4, lr=0.01),
     "small": Recipe(small, size=72, crop=64, batch=64, dropout=0.2, lr=0.02),
+    # half as wide, to compare with
+    "narrow": Recipe(partial(small, width=16), size=72, crop=64, batch=64, dropout=0.2, lr=0.02),
 }
 
 

@@ -4491,8 +4491,8 @@ def scored(rng):
 def metrics_of(scored, loss="softmax", shift=None):
     features, output, carried, counts = scored
     targets = [np.flatnonzero(row) for row in carried]
-    return evaluation.word_metrics(features, output, targets, counts,
-                                   model.LOSSES[loss](counts / 30), shift)
+    scorer = evaluation.Scorer(features, output, model.LOSSES[loss](counts / 30), shift)
+    return evaluation.word_metrics(scorer, targets, csr_array(carried), counts)
 
 
 BLOCKS = pytest.mark.parametrize("block", [evaluation.BLOCK, 60])   # 60: 5 photos, or a word
@@ -4617,10 +4617,19 @@ def test_counted_photos_have_the_auc_of_their_copies(rng):
     for (auc, _), count in zip(values.T, counts.T):
         copies = np.repeat(np.arange(12), count)
         expected, _ = evaluation.auc_and_ap(scores[copies, None], carried[copies, None])
-        np.testing.assert_allclose(auc, expected[0], rtol=1e-5)     # NaN if no such photo is there
+        np.testing.assert_allclose(auc, expected[0], rtol=1e-5)
     plain = evaluation.weighted_auc_and_ap(scores, carried, np.ones((12, 1), np.float32))
     auc, ap = evaluation.auc_and_ap(scores[:, None], carried[:, None])
     assert plain[:, 0] == pytest.approx([auc[0], ap[0]])
+
+
+def test_sample_without_a_photo_of_either_kind_has_neither_auc_nor_ap():
+    scores = np.array([0.3, 0.2, 0.1])
+    carried = np.array([True, True, False])
+    weights = np.array([[1, 1, 0], [2, 0, 0], [0, 2, 3]], np.float32)
+    auc, ap = evaluation.weighted_auc_and_ap(scores, carried, weights)
+    assert np.isnan(auc).tolist() == np.isnan(ap).tolist() == [True, False, True]
+    assert auc[1] == ap[1] == 1
 
 
 def perfect_scorer(carried, noise=0.0):
@@ -4680,22 +4689,79 @@ def test_nearest_photos_lend_their_words_by_rank():
     training = np.array([[1.0, 0], [0.9, 0.1], [-1, 0], [0, -1]])   # with a mean near 0
     labels = csr_array(np.array([[1, 0, 0], [0, 1, 0], [0, 0, 0], [1, 0, 0]], bool))
     x = np.array([[2.0, 0.0], [-3.0, 0.1]])
-    nearest = evaluation.NearestScores(x, training, labels)
+    nearest = evaluation.score_by_nearest(x, training, labels)
     (_, scores), = nearest.word_blocks()
     # photo 0 is nearest, then 1, 3 and 2; from the other side, 2, 3, 1 and 0 are
     np.testing.assert_allclose(scores, [[1 + 1 / 3, 1 / 2, 0], [1 / 2 + 1 / 4, 1 / 3, 0]])
     (_, blocks), = nearest.photo_blocks()
     assert np.argsort(-blocks[0]).tolist() == [0, 1, 2]
     assert len(nearest) == 2 and nearest.words == 3
+    np.testing.assert_allclose(nearest.of_words([2, 0]), scores[:, [2, 0]], atol=1e-5)
+    (_, second), = nearest.take([1]).photo_blocks()
+    assert np.array_equal(second, blocks[1:])
 
 
 def test_words_that_no_near_photo_has_are_ordered_by_frequency(monkeypatch):
     monkeypatch.setattr(evaluation, "NEAREST", 1)
     training = np.array([[1.0, 0], [-1, 0], [0, 1], [0, -1]])
     labels = csr_array(np.array([[1, 0, 0], [0, 0, 1], [0, 1, 1], [0, 0, 1]], bool))
-    nearest = evaluation.NearestScores(np.array([[5.0, 1.0]]), training, labels)
+    nearest = evaluation.score_by_nearest(np.array([[5.0, 1.0]]), training, labels)
     (_, scores), = nearest.photo_blocks()
     assert np.argsort(-scores[0]).tolist() == [0, 2, 1]
+    assert np.argsort(-nearest.of_words([0, 1, 2])[0]).tolist() == [0, 2, 1]
+
+
+@pytest.fixture
+def told_by_photos(rng):
+    """5 photos (5, 6), 80 of the training, and the words of these, (80, 7), which x tells."""
+    training = rng.standard_normal((80, 6)) + 3
+    labels = training @ rng.standard_normal((6, 7)) + rng.standard_normal((80, 7)) > 4
+    return rng.standard_normal((5, 6)) + 3, training, labels
+
+
+def plain_ridge(x, y, penalty):
+    """w (D, K) and b (K,) of the least |x w + b - y|² + λ |w|², as equations of all unknowns."""
+    d = x.shape[1]
+    ones = np.hstack([x, np.ones((len(x), 1))])                     # (N, D+1)
+    variance = ((x - x.mean(axis=0)) ** 2).sum() / d
+    penalties = np.diag([penalty * variance] * d + [0])             # not of b
+    table = np.linalg.solve(ones.T @ ones + penalties, ones.T @ y)
+    return table[:-1], table[-1]
+
+
+@pytest.mark.parametrize("block", [evaluation.BLOCK, 12])           # 12: 2 words at a time
+def test_regression_of_words_is_that_of_a_plain_computation(block, told_by_photos, monkeypatch):
+    monkeypatch.setattr(evaluation, "BLOCK", block)
+    x, training, labels = told_by_photos
+    centred, others = evaluation.directions(x, training)
+    np.testing.assert_allclose(np.linalg.norm(others, axis=1), 1, rtol=1e-5)
+    errors = []
+    for penalty in evaluation.RIDGE:                                # 8 of 80 photos are held back
+        w, b = plain_ridge(others[8:].astype(np.float64), labels[8:], penalty)
+        errors.append(((others[:8] @ w + b - labels[:8]) ** 2).sum())
+    best = evaluation.RIDGE[np.argmin(errors)]
+    assert min(evaluation.RIDGE) < best < max(evaluation.RIDGE)
+    assert evaluation.choose_ridge(others, csr_array(labels.astype(np.float32))) == best
+    w, b = plain_ridge(others.astype(np.float64), labels, best)
+    scorer = evaluation.score_by_regression(x, training, csr_array(labels))
+    scores = scorer.of_words(np.arange(7))
+    np.testing.assert_allclose(scores, centred @ w + b, atol=1e-4)
+    for photos, raw in scorer.take([3, 1]).photo_blocks():
+        np.testing.assert_allclose(raw, scores[[3, 1]][photos], atol=1e-5)
+
+
+def test_regression_of_words_takes_very_few_photos(told_by_photos):
+    x, training, labels = told_by_photos
+    for count in (2, 11):                       # without one to choose λ by, and with one
+        scorer = evaluation.score_by_regression(x, training[:count], csr_array(labels[:count]))
+        assert np.isfinite(scorer.of_words(np.arange(7))).all()
+
+
+def test_better_readout_is_named():
+    names = list(evaluation.READOUTS)
+    scores = {f"{name}: a": {"auc": i, "map": -i} for i, name in enumerate(names)}
+    assert evaluation.best_readout(scores, "a", "auc") == (names[-1], len(names) - 1)
+    assert evaluation.best_readout(scores, "a", "map") == (names[0], 0)
 
 
 def test_csls_is_worked_out_by_hand():
@@ -4824,6 +4890,17 @@ def test_voc_average_precision_is_worked_out_by_hand():
     # recalls up to 0.5 have precision 1, the others 2/3: points 0 to 0.5 are six, five follow
     ap = evaluation.voc_ap(scores, np.array([1, 0, 1, 0, 0]))
     assert ap == pytest.approx((6 + 5 * 2 / 3) / 11)
+    assert evaluation.voc_ap(scores, np.zeros(5, int)) == 0
+
+
+@pytest.mark.parametrize("positives", [2, 3, 4])
+def test_class_of_few_photos_has_folds_without_it(positives, rng):
+    y = (np.arange(30) < positives).astype(int)
+    x = rng.standard_normal((30, 4)) + y[:, None]
+    everything = np.ones(30, bool)
+    task = evaluation.Task("cat", y, everything, everything)
+    scores = evaluation.regress(x, task, evaluation.voc_ap, 0, 1)
+    assert evaluation.voc_ap(scores, y) > positives / 30
 
 
 def test_chance_of_vocs_average_precision_is_the_mean_over_all_orders():
@@ -5162,12 +5239,15 @@ def test_words_have_baselines_of_the_same_photos(tiny, ask):
     index = data.Index("r/index")
     training = [index.name(i) for i in range(index.held_out, len(index))]
     readable = [name for name in training if is_whole(Path("photos", name))]
-    assert baselines.pop("training_photos") == len(readable) > 200
-    assert list(baselines) == list(evaluation.VIEWS)
-    for view, numbers in baselines.items():
+    assert baselines["training_photos"] == len(readable) > 200
+    assert baselines["truth"] == {}
+    names = [f"{readout}: {view}" for readout in ("50 nearest", "linear regression")
+             for view in evaluation.VIEWS]
+    assert list(baselines["scores"]) == names
+    for name, numbers in baselines["scores"].items():
         assert numbers["words"] == result["words"]
         assert 0.3 < numbers["auc"] < 0.7       # of captions made up
-        assert f"50 nearest: {view} " in said.out
+        assert f"\n{name} " in said.out
     assert "baselines" not in ask("words", "--no-baselines")[0]
     assert "baselines" not in ask("words", "--all")[0]
 
@@ -5182,7 +5262,8 @@ def test_run_may_be_scored_over_some_of_its_words(loss, tiny, rng, monkeypatch):
     targets = [np.array([i % 4]) for i in range(6)]
     words = [trained.words[i] for i in classes]
     scorer = trained.scorer(words, features)
-    result = evaluation.score_run(scorer, targets, trained.counts[classes])
+    carried = evaluation.mark_words(targets, 4)
+    result = evaluation.score_photos(scorer, targets, carried, trained.counts[classes])
     s = trained.net.output.scores(features)[:, classes]             # (6, 4)
     first = s.argmax(axis=1) == np.concatenate(targets)
     assert result["precision@1"] == pytest.approx(first.mean())
@@ -5287,6 +5368,22 @@ def test_own_captions_as_truth_score_as_captions_do(tiny, ask):
     assert result["truth"]["words"]["precision@1"] == pytest.approx(result["precision@1"])
 
 
+def test_baselines_are_scored_against_the_truth(tiny, ask):
+    """Of these, too, own captions as truth score as captions do."""
+    result, said = ask("words", "--truth", "captions.tsv")
+    baselines = result["baselines"]
+    assert list(baselines["truth"]) == list(baselines["scores"])
+    for name, numbers in baselines["scores"].items():
+        truth = baselines["truth"][name]["words"]
+        assert truth["auc"] == pytest.approx(numbers["auc"])
+        assert truth["map"] == pytest.approx(numbers["map"])
+        assert truth["precision@1"] == pytest.approx(numbers["precision@1"])
+    table = said.out[said.out.index("AUC against the truth"):].splitlines()
+    assert table[0].split()[-1] == "words"
+    assert table[1].split() == ["model", f"{result['auc']:.4f}"]
+    assert [line.rsplit(None, 1)[0] for line in table[2:8]] == list(baselines["scores"])
+
+
 def test_experiment_trains_scores_and_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(experiments, "TIMES", {"captions": (1, 2), "truth": (0.5, 2)})
     given = ["clean", "--out", str(tmp_path / "e"), "--base", "60", "--seeds", "1", "--training",
@@ -5309,9 +5406,10 @@ def test_experiment_trains_scores_and_goes_on(tmp_path, monkeypatch, capsys):
 
 def test_experiment_of_more_photos_scores_all_runs_together(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tiny[0])
-    monkeypatch.setattr(model, "NETWORKS", dict(model.NETWORKS))
+    for name, width in {"small": 4, "narrow": 2}.items():
+        build = partial(model.small, width=width)
+        monkeypatch.setitem(model.NETWORKS, name, SMALL._replace(build=build))
     monkeypatch.setattr(experiments, "HELD_OUT", (0.2, 0.6))
-    monkeypatch.setattr(experiments, "WIDTHS", {"small": 4, "narrow": 2})
     training = f"--images photos --captions captions.tsv {' '.join(map(str, TINY))} --epochs 1"
     given = ["photos", "--out", str(tmp_path), "--seeds", "2", "--training", training]
     assert experiments.main(given) == 0
@@ -5344,12 +5442,24 @@ def test_experiment_says_how_much_seeds_vary():
 def test_labelled_pictures_are_not_counted_beyond_those_that_were_tried():
     assert experiments.count_for(0.5, [100, 200, 400], [0.5, 0.6, 0.7]) == pytest.approx(100)
     assert experiments.count_for(0.65, [100, 200, 400], [0.5, 0.6, 0.7]) == pytest.approx(283, 0.01)
-    assert np.isnan(experiments.count_for(0.8, [100, 200, 400], [0.5, 0.6, 0.7]))
-    assert np.isnan(experiments.count_for(0.4, [100, 200, 400], [0.5, 0.6, 0.7]))
-    curves = {"captions": np.array([[0.5, 0.7], [0.9, 0.9]]), "truth": np.array([[0.5], [0.7]])}
-    counts = {"captions": [200, 400], "truth": [50, 100]}
+    assert experiments.count_for(0.8, [100, 200, 400], [0.5, 0.6, 0.7]) == np.inf
+    assert experiments.count_for(0.4, [100, 200, 400], [0.5, 0.6, 0.7]) == 0
+    curves = {"captions": np.array([[0.3], [np.nan], [0.6], [0.9]]),
+              "truth": np.array([[np.nan], [0.5], [0.7]])}
+    counts = {"captions": [100, 150, 200, 400], "truth": [25, 50, 100]}
     assert experiments.describe_worth(curves, counts) == (
-        "71 for 200 (each worth 2.8); beyond those that were tried for 400")
+        "fewer than 50 for 100; 71 for 200 (each worth 2.8); beyond those that were tried for 400")
+    curves["truth"][:] = np.nan
+    assert experiments.describe_worth(curves, counts) == "not known"
+
+
+def test_curve_over_seeds_leaves_out_what_is_no_number():
+    values = np.array([[np.nan, 0.5], [0.5, 0.7], [0.6, 0.6]])
+    curve = experiments.make_curve("a", [1, 2, 4], values)
+    assert curve.x == [2, 4] and curve.y == pytest.approx([0.6, 0.6])
+    assert curve.deviations == pytest.approx([0.2 / math.sqrt(2), 0])
+    assert curve.over == ["2 seeds"] * 2
+    assert experiments.make_curve("a", [1], np.array([[0.5]])).over == [""]
 
 
 def test_runs_that_differ_in_the_seed_alone_are_joined(tiny, monkeypatch):
@@ -5554,7 +5664,7 @@ def test_files_of_one_name_in_two_folders_are_told_apart(ask):
 def test_similar_compares_pairs_that_the_model_knows(ask):
     result, _ = ask("similar", "--pairs", "similar.txt")
     assert result["similar.txt"]["covered"] == 29
-    assert result["similar.txt"]["of"] == 31    # with the heading
+    assert result["similar.txt"]["of"] == 30    # without the heading
     assert -1 <= result["similar.txt"]["rho"] <= 1
 
 
@@ -5938,12 +6048,32 @@ def test_report_begins_with_its_run_data_scores_and_weights(tiny, ask):
     title = f"r: 30 words learned from {trained.training:,} photos of {folder}"
     assert f"<title>{title}</title>" in opening and f"<h1>{title}</h1>" in opening
     scores = result["parts"]["Word prediction"]
-    pixels = scores["baselines"]["raw pixels, 16 × 16"]["precision@10"]
+    _, pixels = evaluation.best_readout(scores["baselines"]["scores"], "raw pixels, 16 × 16",
+                                        "precision@10")
     for value in (scores["precision@10"], scores["baseline"]["precision@10"], pixels):
         assert f"{value:.2f}" in opening
     assert "The weights are the best epoch" in opening and "(best.npz)" in opening
     assert trained.describe_weights().startswith("The weights are the last ones (model.npz)")
     assert os.getcwd() not in page              # names of places stay here
+
+
+def test_sections_of_a_report_are_named_apart_and_have_all_options(tiny, monkeypatch):
+    monkeypatch.chdir(tiny[0])
+    given = ["report", "--model", "r", "--out", "r.html", "--transfer", "x/a/photos", "y/a/photos",
+             "--translate", "pairs.txt"]
+    options = evaluation.PARSER.parse_args(given)
+    sections = evaluation.list_sections(options, evaluation.Trained("r"))
+    titles = [title for title, _, _ in sections]
+    assert titles[-2:] == ["Transfer to x/a/photos", "Transfer to y/a/photos"]
+    assert len(set(titles)) == len(titles)
+    for title, function, changes in sections:
+        own = evaluation.options_of(function, options, **changes)
+        assert set(getattr(function, "defaults", ())) <= set(vars(own))
+        assert own.steps == 1000                # the report's
+        if function is evaluation.translate_words:
+            assert own.csls == title.endswith("corrected for hubs")
+        if function is evaluation.transfer_features:
+            assert own.layer is None and own.images.endswith("a/photos")
 
 
 @pytest.mark.parametrize("p, text", [

@@ -142,7 +142,8 @@ def add_data_options(add):
 
 def add_model_options(add):
     """The network, its loss, and its first weights."""
-    add("--network", choices=model.NETWORKS, default="small", help="small: 64x64 pixels, for CPUs")
+    add("--network", choices=model.NETWORKS, default="small",
+        help="small, and narrow, half as wide: 64x64 pixels, for CPUs")
     add("--loss", choices=model.LOSSES, default="softmax", help="the paper's equation 2, or 1")
     add("--targets", choices=("all", "batch", "sampled"), default="all",
         help="words that a step scores: all, those of its batch, or those and --negatives others")
@@ -936,9 +937,15 @@ def score_photos(run, features, photos):
     scores = None
     if photos:                                  # on the first rank
         targets = [run.index.words(photo) for photo in photos]
-        scores = evaluation.word_metrics(features, run.net.output, targets, run.index.counts,
-                                         run.held_out_loss, run.shift)
+        carried = evaluation.mark_words(targets, len(run.index.counts))
+        scores = evaluation.word_metrics(make_scorer(run, features), targets, carried,
+                                         run.index.counts)
     return run.ranks.broadcast(scores)
+
+
+def make_scorer(run, features):
+    """The Scorer of photos with features (N, E) for all words, with the prior."""
+    return evaluation.Scorer(features, run.net.output, run.held_out_loss, run.shift)
 
 
 def measure_training_loss(run):
@@ -947,8 +954,7 @@ def measure_training_loss(run):
     loss = None
     if photos:                                  # on the first rank
         targets = [run.index.words(photo) for photo in photos]
-        loss = evaluation.mean_loss(features, run.net.output, targets, run.held_out_loss,
-                                    run.shift)
+        loss = evaluation.mean_loss(make_scorer(run, features), targets)
     return run.ranks.broadcast(loss)
 
 
@@ -1324,7 +1330,7 @@ def show_scores(run, saved):
     if photos:                                  # on the first rank
         scores.update(score_by_truth(run, features, photos))
     if scores:
-        evaluation.print_words(scores)
+        evaluation.print_words(scores, evaluation.Output())
 
 
 def score_by_truth(run, features, photos):
@@ -1333,7 +1339,7 @@ def score_by_truth(run, features, photos):
     rows, targets = evaluation.match_photos(read_truth(run), names)
     if not rows:
         return {}
-    scorer = evaluation.Scorer(features[rows], run.net.output, run.held_out_loss, run.shift)
+    scorer = make_scorer(run, features[rows])
     return {"truth": evaluation.truth_metrics(scorer, targets, run.index.dictionary)}
 
 

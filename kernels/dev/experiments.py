@@ -17,7 +17,6 @@ import shlex
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
-from functools import partial
 from typing import NamedTuple
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
@@ -25,7 +24,6 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 import numpy as np
 
 import eval as evaluation
-import model
 import weak
 from kernels import console, drawn
 from kernels.console import number
@@ -35,7 +33,7 @@ TIMES = {                       # how many times --base pictures each set has, b
     "truth": (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)}     # it takes few to be as good as all captions
 
 HELD_OUT = (0.1, 0.55, 0.775, 0.8875)   # parts of the photos; the rest halves from one to the next
-WIDTHS = {"small": 32, "narrow": 16}    # of conv1; the other layers are wide in proportion
+NETWORKS = ("small", "narrow")          # which differ in nothing but the width of their layers
 
 
 class Row(NamedTuple):
@@ -80,7 +78,7 @@ def score_run(name, out, training, scoring, options):
 
 
 def train_run(out, training, options):
-    """Train the run in the folder `out` to its end, if it is not there; what it says is in `out`.txt.
+    """Train the run in the folder `out` to its end, if it is not there; `out`.txt has what it says.
     """
     going_on = ["--resume"] if os.path.exists(os.path.join(out, "model.npz")) else []
     with open_notes(out) as notes, redirect_stdout(notes), redirect_stderr(notes):
@@ -114,26 +112,24 @@ def read_result(path, arguments):
 
 # ------------------------------------------------------------------------------------ showing
 
-def mean_and_deviation(values):
-    """The mean, and the standard deviation, NaN of one value."""
-    deviation = np.std(values, ddof=1) if len(values) > 1 else np.nan
-    return float(np.mean(values)), float(deviation)
+def join_seeds(values):
+    """{"value": the mean of the values of several seeds, …}, as evaluation.join_rows has it."""
+    return evaluation.join_rows([{"value": value} for value in values], ["value"])
 
 
 def describe(values):
-    """Mean ± deviation, as text."""
-    mean, deviation = mean_and_deviation(values)
-    return f"{mean:.3f}" if np.isnan(deviation) else f"{mean:.3f} ± {deviation:.3f}"
+    """Mean ± deviation, as text; of one value without a deviation."""
+    joined = join_seeds(values)
+    text = f"{joined['value']:.3f}"
+    if "value" + evaluation.SPREAD in joined:
+        text += f" ± {joined['value' + evaluation.SPREAD]:.3f}"
+    return text
 
 
 def make_curve(name, xs, values):
-    """A Curve of means over seeds, values (points, seeds), with deviations of several seeds."""
-    rows = [mean_and_deviation(of_seeds) for of_seeds in values]
-    count = values.shape[1]
-    over = f"{count} seeds" if count > 1 else ""
-    return evaluation.Curve(name, list(xs), [mean for mean, _ in rows],
-                            [np.nan_to_num(deviation) for _, deviation in rows],
-                            [over] * len(rows))
+    """A Curve of means over seeds, values (points, seeds), where they are numbers."""
+    rows = [{"x": x, **join_seeds(of_seeds)} for x, of_seeds in zip(xs, values)]
+    return evaluation.curve_of(rows, name, "x", "value")
 
 
 # ----------------------------------------------------------------- weak against clean labels
@@ -223,8 +219,8 @@ def show_weak_and_clean(curves, counts, options):
         show.table([f"AUC of {kind}, pictures", *of_kind], rows)
         lines = [make_curve(f"trained on {labels}", counts[labels], values)
                  for labels, values in of_kind.items()]
-        plots.append(evaluation.Plot("pictures", f"AUC of {kind}, against the truth", lines, {},
-                                     log=True))
+        plots.append(evaluation.Plot("pictures, of which nine tenths are trained on",
+                                     f"AUC of {kind}, against the truth", lines, {}, log=True))
     show.line("labelled pictures that teach things as well as so many captioned ones: "
               + describe_worth(curves["things"], counts))
     show.plots(plots, "weak against clean labels")
@@ -232,24 +228,38 @@ def show_weak_and_clean(curves, counts, options):
 
 def describe_worth(curves, counts):
     """How many labelled pictures are as good as each number of captioned ones, by the mean AUC."""
+    captions = finite_points(counts["captions"], curves["captions"].mean(axis=1))
+    truth = finite_points(counts["truth"], curves["truth"].mean(axis=1))
+    if not truth:
+        return "not known"
     texts = []
-    for count, auc in zip(counts["captions"], curves["captions"].mean(axis=1)):
-        needed = count_for(auc, counts["truth"], curves["truth"].mean(axis=1))
-        text = f"{needed:.0f} for {count:,} (each worth {count / needed:.1f})"
-        if np.isnan(needed):
-            text = f"beyond those that were tried for {count:,}"
-        texts.append(text)
+    for count, auc in captions.items():
+        needed = count_for(auc, list(truth), list(truth.values()))
+        if needed == 0:
+            texts.append(f"fewer than {min(truth):,} for {count:,}")
+        elif needed == np.inf:
+            texts.append(f"beyond those that were tried for {count:,}")
+        else:
+            texts.append(f"{needed:.0f} for {count:,} (each worth {count / needed:.1f})")
     return "; ".join(texts)
+
+
+def finite_points(counts, values):
+    """{count: its value} of the values that are numbers."""
+    return {count: value for count, value in zip(counts, values) if np.isfinite(value)}
 
 
 def count_for(auc, counts, reached):
     """At how many pictures a curve passes an AUC, between two counts by the logarithm.
 
-    counts ascend, reached is the AUC of each. NaN below and above them: no curve is continued.
+    counts ascend, reached is the AUC of each. 0 below all of them, infinity above: no curve is
+    continued.
     """
     reached = np.maximum.accumulate(reached)
-    if not reached[0] <= auc <= reached[-1]:
-        return np.nan
+    if auc < reached[0]:
+        return 0.0
+    if auc > reached[-1]:
+        return np.inf
     return float(2 ** np.interp(auc, reached, np.log2(counts)))
 
 
@@ -262,12 +272,9 @@ def compare_photos(options):
     they see a smaller collection more often. They are scored together, on the photos that none of
     them saw.
     """
-    small = model.NETWORKS["small"]
-    for name, width in WIDTHS.items():
-        model.NETWORKS[name] = small._replace(build=partial(model.small, width=width))
     runs = []
     for seed in range(options.seeds):
-        for name in WIDTHS:
+        for name in NETWORKS:
             for valid in HELD_OUT:
                 out = os.path.join(options.out, f"{name}-valid{valid}-seed{seed}")
                 training = ["--epochs", "5", "--epoch-size", "35000", *options.training,
