@@ -810,6 +810,26 @@ def test_sgd_follows_its_formula(module, rng):
     np.testing.assert_allclose(w, new_w)
 
 
+@pytest.mark.parametrize("device", ["reference", "cpu"])
+def test_weights_in_another_order_are_trained(device, reference_device, rng):
+    """As those of a transposed array are; those that `load` never saw are refused, not ignored."""
+    kernels.use(device)
+    net = model.small(k=5)
+    theirs = {path: np.asfortranarray(array) for path, array in net.state().items()}
+    assert not theirs["conv1.w"].flags.c_contiguous
+    net.load(theirs)
+    net.forward_training(rng.standard_normal((2, 64, 64, 3), np.float32), model.Context())
+    net.backward([np.ones((2, 5), np.float32)])
+    before = {path: array.copy() for path, array in theirs.items()}
+    model.SGD(net, 0.9, 0).step(0.1)
+    for path, layer, name in net.parameters():
+        assert np.allclose(getattr(layer, name), before[path] - 0.1 * getattr(layer, "d" + name))
+    if device == "cpu":
+        net.conv1.w = theirs["conv1.w"]
+        with pytest.raises(ValueError, match="contiguous"):
+            model.SGD(net, 0.9, 0).step(0.1)
+
+
 def test_networks_have_their_parameter_counts():
     def count(net, heads=True):
         total = 0
@@ -4391,6 +4411,14 @@ def test_photos_that_are_not_kept_until_they_are_there_are_noticed(
     on_device("--precision", "fp32", "--out", "gpu")
     train(*mine, "--out", "cpu")
     assert differing("cpu", "gpu", 1e-3)
+
+
+def test_arrays_in_another_order_are_brought_into_cs():
+    x = np.arange(12, dtype=np.float32).reshape(3, 4)
+    with emulated():
+        there = kernels.to_device(np.asfortranarray(x))
+        assert there.flags.c_contiguous
+        assert np.array_equal(kernels.to_host(there), x)
 
 
 def test_samples_wait_for_no_other_work():

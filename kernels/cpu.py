@@ -564,6 +564,8 @@ def matmul(a, b, bias=None, relu=False):
 
 def sgd(w, v, dw, rate, momentum, decay, rows=None):
     """Chunks of numbers, in one pass; rows are gathered, moved and put back."""
+    if not (w.flags.c_contiguous and v.flags.c_contiguous):         # a flat copy would be moved
+        raise ValueError("weights and velocities must be contiguous, as Network.load makes them")
     if rows is not None:
         w_rows = w[rows]                                            # copies, (R, …)
         v_rows = v[rows]
