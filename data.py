@@ -120,6 +120,11 @@ _ASCII_GONE = bytes(code for code in range(128) if _LETTERS[code] is None)
 
 def words_of(caption):
     """The words of one caption (paper, §3: text): lower-case, without accents, no digits alone."""
+    return [word for word in tokens_of(caption) if not word.isdecimal()]
+
+
+def tokens_of(caption):
+    """The words of one caption, and its numbers."""
     if "&" in caption or "<" in caption:
         caption = without_markup(caption)
     text = caption.lower()
@@ -129,7 +134,7 @@ def words_of(caption):
         text = text.encode().translate(_ASCII, _ASCII_GONE).decode()
     else:
         text = unicodedata.normalize("NFC", text).translate(_LETTERS)
-    return [word for word in text.split() if len(word) <= LONGEST_WORD and not word.isdecimal()]
+    return [word for word in text.split() if len(word) <= LONGEST_WORD]
 
 
 def without_markup(caption):
@@ -145,10 +150,13 @@ def _character(entity):
 
 
 def folder_words(path):
-    """The words of folders' names, which are classes: a number is one, too."""
+    """The words of folders' names, which are classes, and so their numbers are words, too.
+
+    A name without any other word, as 2014-05, is one word as it stands.
+    """
     words = []
     for name in path.split(os.sep):
-        words += words_of(name) or [name.strip().lower()]
+        words += tokens_of(name) if words_of(name) else [name.strip().lower()]
     return [word for word in words if word]
 
 
@@ -1075,7 +1083,7 @@ def captions_of(source):
 #        to stand beside each other, and the held-out photos, those of the smallest hashes, first
 # index: photo → words is written set after set, and then turned round into word → photos
 
-INDEX_VERSION = 8
+INDEX_VERSION = 9
 BATCH_CHARACTERS = 8 << 20      # captions hashed at a time
 MOST_COUNTED = 2_000_000        # distinct words counted at a time: rare ones are dropped beyond
 SET_BYTES = 32 << 20            # captions of a set, which is sorted in memory
