@@ -416,16 +416,21 @@ class Network(Layer):
             x = layer.forward(x)
         return x
 
-    def bytes_per_image(self, size, crop):
-        """Device memory that one image of a batch takes in a training step.
+    def bytes_per_image(self, size, crop, loss=None):
+        """Device memory that one image of a batch takes in a training step, at most.
 
         What layers keep stays for the backward pass, which holds up to three gradients as large as
-        the largest; the photo is there twice, on its way and in use.
+        the largest; the photo is there twice, on its way and in use. loss: where a step scores all
+        K words; None where they are so few that their scores do not count.
         """
         corner = np.zeros(1, int)
         photos = np.zeros((1, size, size, 3), np.uint8)
         x = kernels.prepare(photos, corner, corner, corner, crop)
-        self.forward_training(x, Context(classes=np.zeros(1, np.int32)))
+        *heads, _ = self.forward_training(x, Context(classes=np.zeros(1, np.int32)))
+        arrays_of_scores = 0
+        if loss:                        # each head's scores wait for the backward pass, as do ds
+            arrays_of_scores = loss.arrays_of_scores + 2 * len(heads)
+        scores = arrays_of_scores * self.output.b.nbytes
         sizes = {}                      # by identity, for a layer's y is the next one's x
         for _, layer in self.walk():
             for name in ("x", "y", "argmax"):
@@ -433,7 +438,7 @@ class Network(Layer):
                 if kept is not None:
                     whole = kept if kept.base is None else kept.base
                     sizes[id(whole)] = whole.nbytes
-        return sum(sizes.values()) + 3 * max(sizes.values()) + 2 * 3 * size**2
+        return sum(sizes.values()) + 3 * max(sizes.values()) + 2 * 3 * size**2 + scores
 
     def __getattr__(self, name):
         """A layer by its name, as in net.conv1."""
@@ -559,7 +564,8 @@ NETWORKS = {
 # Besides that a loss says how its scores are used: `normaliser`, `log_probability`, `probabilities`
 # and `prior_shift` turn them into what is reported (eval.py); `photo_weights` is how a photo's
 # words count in validation; `of_guessing` a loss that training should stay below (weak.py);
-# `balances` and `corrects_batch` say which options go with it.
+# `balances` and `corrects_batch` say which options go with it; `arrays_of_scores` what memory it
+# takes.
 
 def _as_labels(labels):
     if isinstance(labels, Labels):
@@ -574,6 +580,7 @@ class Softmax:
     balances = True                     # the targets of a photo may share its weight
     corrects_batch = False              # over a batch's own words it is eq. 2 as it stands (§3)
     measured_with_prior = True          # the loss of photos as they are takes prior_shift
+    arrays_of_scores = 4                # (N, K) of float32 that it holds at once, with s and ds
 
     def __init__(self, label_frequency=None):
         """The frequencies play no part in eq. 2."""
@@ -637,6 +644,7 @@ class OneVersusAll:
     balances = False
     corrects_batch = True
     measured_with_prior = False         # in eq. 1 the class weights stand in its place
+    arrays_of_scores = 9
 
     def __init__(self, label_frequency):
         self.label_frequency = np.asarray(label_frequency)

@@ -25,6 +25,7 @@ import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -3341,6 +3342,43 @@ def test_stopped_process_saves_and_ends(how, mine):
     assert process.wait(60) == 130
     assert process.stderr.read() == ""
     assert facts_of("r")["step"] > 0
+
+
+def test_memory_of_a_step_counts_the_scores_of_all_words(start, monkeypatch, capsys):
+    needed = {}
+    for options in (), ("--targets", "batch"), ("--loss", "one-vs-all"):
+        start(*options)
+        line = re.search(r"memory: .*, (\S+) MB an image", capsys.readouterr().out)
+        needed[options] = float(line.group(1))
+        shutil.rmtree("r")
+    assert len(set(needed.values())) == 1       # 30 words are few
+    net = model.small(k=10_000)
+    few, softmax, one_vs_all = [net.bytes_per_image(72, 64, loss)
+                                for loss in (None, model.Softmax, model.OneVersusAll)]
+    assert softmax - few == 4 * 40_000
+    assert one_vs_all - few == 9 * 40_000
+
+
+@pytest.mark.parametrize("name", model.LOSSES)
+def test_losses_hold_as_many_arrays_of_scores_as_they_say(name):
+    s = np.zeros((8, 50_000), np.float32)
+    labels = data.Labels(np.zeros((8, 1), np.int32), np.full(8, 1 / 8, np.float32))
+    loss = model.LOSSES[name](np.full(50_000, 0.1))
+    tracemalloc.start()
+    loss(s, labels)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert loss.arrays_of_scores - 1 < 1 + most / s.nbytes < loss.arrays_of_scores + 0.1
+
+
+def test_computer_with_too_little_memory_is_told_what_helps_there(start, monkeypatch):
+    monkeypatch.setattr(data, "MEMORY", 8 << 20)
+    with pytest.raises(ValueError, match="this machine's memory; use --batch [0-9]+ or less"):
+        start("--batch", 1000)
+    shutil.rmtree("r")
+    monkeypatch.setattr(data, "MEMORY", 1 << 10)
+    with pytest.raises(ValueError, match="this machine's memory; use a smaller --network or"):
+        start()
 
 
 def test_second_interrupt_ends_at_once_with_what_is_saved(start):

@@ -653,6 +653,15 @@ def weight_bytes(run):
     return sum(v.nbytes for v in run.sgd.v.values())
 
 
+def gradient_bytes(run):
+    """Bytes of all gradients; of an output layer only where a step scores all words."""
+    total = 0
+    for path, layer, _ in run.net.parameters():
+        if run.options.targets == "all" or not isinstance(layer, model.Output):
+            total += run.sgd.v[path].nbytes
+    return total
+
+
 def disk_bytes(run):
     """Bytes of the two checkpoints, and how many must be free to save them, again and again.
 
@@ -682,18 +691,21 @@ def check_disk(run):
 def check_memory(run):
     """Say what memory a step takes; ValueError if that is more than there is."""
     batch = run.options.batch
-    image = run.net.bytes_per_image(run.recipe.size, run.recipe.crop)
+    loss = run.loss if run.options.targets == "all" else None
+    image = run.net.bytes_per_image(run.recipe.size, run.recipe.crop, loss)
     needed = image * (run.rows.stop - run.rows.start)
     where = "the GPU"
     free = kernels.memory()
+    remedy = "--device cpu, or a smaller --network or --words"
     if free is None:
         where = "this machine"
-        free = data.MEMORY / run.ranks.local_size - 3 * weight_bytes(run)
+        free = data.MEMORY / run.ranks.local_size - 2 * weight_bytes(run)
+        remedy = "a smaller --network or --words"
+    free = max(0, free - gradient_bytes(run))   # which are not there yet
     print(f"memory: a step of --batch {batch} takes {needed / 1e9:,.2f} of {free / 1e9:,.1f} GB "
           f"that {where} has left for it, {image / 1e6:,.1f} MB an image", flush=True)
     if needed <= free:
         return
-    remedy = "--device cpu, or a smaller --network or --words"
     fitting = int(free / image) * run.ranks.size
     if fitting > 0:
         remedy = f"--batch {fitting} or less"
