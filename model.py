@@ -155,11 +155,16 @@ class Output(Layer):
         for rows in np.array_split(self.w, 1 + self.w.size // (1 << 24)):       # bounded memory
             rows[...] = rng.standard_normal(rows.shape) * OUTPUT_STD
 
+    def rows(self, classes=None):
+        """w (K, E) and b (K,), or copies of their rows of some classes, (C, E) and (C,)."""
+        if classes is None:
+            return self.w, self.b
+        return self.w[classes], self.b[classes]
+
     def scores(self, x, classes=None):
         """The scores of features x (N, E): (N, K), or (N, C) of some classes."""
-        if classes is None:
-            return kernels.matmul(x, self.w.T, self.b)
-        return kernels.matmul(x, self.w[classes].T, self.b[classes])
+        w, b = self.rows(classes)
+        return kernels.matmul(x, w.T, b)
 
     def forward(self, x):
         return self.forward_training(x, Context())
@@ -167,8 +172,8 @@ class Output(Layer):
     def forward_training(self, x, context):
         self.x = x                                                  # (N, E)
         self.classes = context.classes
-        self.used_w = self.w if self.classes is None else self.w[self.classes]
-        return self.scores(x, self.classes)                         # (N, K), or (N, C)
+        self.used_w, b = self.rows(self.classes)
+        return kernels.matmul(x, self.used_w.T, b)                  # (N, K), or (N, C)
 
     def backward(self, ds):
         # s = e wᵀ + b, so dw = dsᵀ e and de = ds w
