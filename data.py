@@ -55,7 +55,16 @@ from kernels.console import Progress, whole_file, write_json
 from kernels.philox import DRAWS, NEGATIVES, philox
 from kernels.reference import below, crops_of
 
-MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")   # of this machine, bytes
+
+def machine_memory(limit="/sys/fs/cgroup/memory.max"):
+    """Bytes of this machine's memory, or of its container's, whose limit is in a file, if less."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, ValueError):         # there is none, or it is "max"
+        memory = min(memory, int(Path(limit).read_text()))
+    return memory
+
+
+MEMORY = machine_memory()
 
 
 # === text =========================================================================================
@@ -949,6 +958,7 @@ class FolderCaptions(Captions):
         if self.has_classes:
             self.words_of = folder_words
         self.size = sum(_file_size(os.path.join(self.path, name)) for name in self._files_read())
+        self._bytes_read = 0
 
     def _find_texts(self):
         """{photo: the file beside it that holds its text}, {} if none holds any."""
@@ -977,22 +987,30 @@ class FolderCaptions(Captions):
         """The names of the files whose words are read."""
         return [*self.tables, *self.texts.values()]
 
-    def pairs(self):
-        """A pair for each photo that has a text, or for each row of the tables."""
+    def pairs(self, what="reading texts"):
+        """A pair for each photo that has a text, or for each row of the tables.
+
+        what: what is said to be done with the texts.
+        """
+        self._bytes_read = 0
         for name in self.tables:
             path = os.path.join(self.path, name)
             table = FileCaptions(self.source._replace(path=path, kind=None))
             for photo, caption in table.pairs():
                 yield photo and os.path.join(os.path.dirname(name), photo), caption
-        for photo, name in self.texts.items():
-            yield photo, self._text_beside(name)
+            self._bytes_read += table.size
+        with Progress(what, len(self.texts), "files") as progress:
+            for photo, name in self.texts.items():
+                yield photo, self._text_beside(name)
+                self._bytes_read += _file_size(os.path.join(self.path, name))
+                progress.tick()
         if self.has_classes:
             for photo, folders in self.folders.items():
                 yield photo, os.sep.join(folders)
 
     def bytes_read(self):
-        """All of them: nobody waits long."""
-        return self.size
+        """How much of the tables and texts was read."""
+        return self._bytes_read
 
     def unpacked_size(self):
         """About how many bytes of text there are."""
@@ -1001,7 +1019,7 @@ class FolderCaptions(Captions):
     def fingerprint(self):
         """A digest of all names and texts."""
         digest = hashlib.blake2b(digest_size=8)
-        for pair in self.pairs():
+        for pair in self.pairs("checking texts"):
             digest.update("\n".join(pair).encode("utf-8", "surrogatepass"))
         return {"content": digest.hexdigest()}
 
@@ -1170,8 +1188,8 @@ def fingerprint(captions, text, dictionary):
 
 
 def _index_files():
-    """The names of an index's files; words.json was one until version 5."""
-    return {"index.json", "words.json", *(f"{name}.npy" for name in COLUMNS)}
+    """The names of an index's files."""
+    return {"index.json", *(f"{name}.npy" for name in COLUMNS)}
 
 
 def _write_facts(work, facts):
