@@ -2570,7 +2570,7 @@ def test_run_of_another_order_of_photos_is_not_resumed(start, train):
     checkpoint = data.load_checkpoint("r/model.npz")
     del checkpoint.facts["order"]               # as in the versions before
     data.save_checkpoint("r/model.npz", checkpoint)
-    with pytest.raises(ValueError, match="weighed photos differently; begin .* by --from r$"):
+    with pytest.raises(ValueError, match="another version of weak.py, .*; begin .* by --from r$"):
         train("--resume", "--out", "r")
 
 
@@ -2653,13 +2653,15 @@ def test_drawn_set_is_drawn_anew_where_another_one_lies(tmp_path):
 
     first = draw(0, 3)
     assert len(first) == 3
-    assert draw(None, None) == first            # a run of before goes on with what it has
     assert draw(0, 4)[:3] == first
     assert draw(1, 4)[:3] != first
     photo = tmp_path / "drawn" / "photos" / "00000.jpg"
     photo.write_bytes(b"")
     draw(1, 4)                                  # nothing is drawn where the set is there
     assert photo.read_bytes() == b""
+    os.remove(drawn.truth_file(tmp_path))
+    draw(1, 4)
+    assert photo.read_bytes() != b""
 
 
 def test_refused_run_leaves_nothing(mine, train):
@@ -2678,11 +2680,10 @@ def test_next_command_may_be_pasted_whatever_the_names(mine, start, tmp_path, mo
     training.options.out = "a run; $(touch danger)"
     monkeypatch.setattr(weak, "__file__", str(tmp_path / "its code" / "weak.py"))
     monkeypatch.setattr(training.loader.folder, "find", lambda name: f"/x/$(touch danger) {name}")
-    command = weak.next_command(training)
+    command = weak.next_command(training, None)
     assert shlex.split(command) == ["python", "its code/weak.py", "--resume", "--out",
                                     training.options.out]
-    training.epoch = 1
-    *words, photo = shlex.split(weak.next_command(training))
+    *words, photo = shlex.split(weak.next_command(training, 0))
     assert words == ["python", "its code/eval.py", "tag", "--model", training.options.out]
     assert photo.startswith("/x/$(touch danger) p")
 
@@ -2699,7 +2700,7 @@ def test_example_is_the_photo_that_the_weights_are_surest_of(start, monkeypatch,
     monkeypatch.setattr(weak, "read_features", lambda run, photos: (scores, photos))
     monkeypatch.setattr(training.net.output, "scores", lambda features: features)
     assert weak.example_photo(training) == chosen
-    weak.next_command(training)
+    weak.show_example(training, chosen)
     words = [training.index.dictionary[i] for i in training.index.words(chosen)]
     assert f"{training.index.name(chosen)} has the words {', '.join(words)}\n" in (
         capsys.readouterr().out)
@@ -2711,15 +2712,16 @@ def test_progress_says_when_training_ends(start):
     training = start()
     progress = Mock(total=96, left=lambda: 10, rate=lambda: 4.8)    # 20 s an epoch
     best = "ends 20 epochs after the best"
-    assert weak.describe_end(training, progress) == f"{best}, in 6 min or more"     # 10 + 20 · 20 s
+    assert weak.describe_end(training, progress) == f"{best} (in 6 min or more)"    # 10 + 20 · 20
     training.epoch = 7
-    row = {"epoch": 7, "validation_loss": 1.0, "map": 0, "scored_photos": 1, "scored_words": 1}
+    row = {"epoch": 7, "validation_loss": 1.0, "map": 0, "scored_photos": 1, "scored_words": 1,
+           "scoring_seconds": 3}
     training.log.append(row)
-    assert weak.describe_end(training, progress) == f"{best}, in 6 min or more"
+    assert weak.describe_end(training, progress) == f"{best} (in 7 min or more)"    # 13 + 19 · 23
     training.epoch = 22
-    assert weak.describe_end(training, progress) == f"{best}, in 90 s or more"      # 10 + 4 · 20 s
+    assert weak.describe_end(training, progress) == f"{best} (in 105 s or more)"    # 13 + 4 · 23
     training.options.epochs = 25
-    assert weak.describe_end(training, progress) == "50 s for all epochs"
+    assert weak.describe_end(training, progress) == "59 s for all epochs"
     training.options.epochs = None
     training.options.patience = 0               # no end but by --min-lr
     assert weak.describe_end(training, progress) == ""
@@ -2849,7 +2851,7 @@ def test_two_ranks_are_one_and_one_goes_on(options, mine, train, monkeypatch):
     train(*mine, "--out", "one")
     done = run(*mine, "--out", "two", ranks=2)
     assert "ranks: 2" in done.stdout
-    assert "for other ranks" in done.stdout
+    assert "and for other ranks" in done.stdout
     assert done.stdout.count("device:") == 1    # one of them speaks
     assert not differing("one", "two", 1e-3)
     (one,) = log_of("one")
@@ -3311,7 +3313,7 @@ def test_progress_fits_the_terminal(monkeypatch):
     stream.fileno = lambda: 0
     with console.Progress("epoch 1", 1000, stream=stream) as progress:
         progress.done += 10
-        progress.show("loss 4, waited for photos 5%, 2 min for all epochs")
+        progress.show("2 min for all epochs, loss 4, waited for photos 5%")
     line = stream.getvalue().partition("\r")[0]
     assert len(line) < 40
     assert line.startswith("epoch 1: 10 of 1,000 photos")
@@ -3391,8 +3393,83 @@ def test_second_interrupt_ends_at_once_with_what_is_saved(start):
             signal.raise_signal(signal.SIGPIPE)                     # which the message may cause
             assert weak.train(training, interrupt) is False
             signal.raise_signal(signal.SIGTERM)
-    assert training.step == 1
+    assert training.step == 0
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_interrupt_while_photos_are_scored_ends_before_the_next_step(start, monkeypatch):
+    training = start("--epochs", 3)
+    interrupt = weak.Interrupt()
+    honest = weak.validate
+
+    def validate(run):
+        interrupt.handle(signal.SIGINT, None)
+        return honest(run)
+
+    monkeypatch.setattr(weak, "validate", validate)
+    assert weak.train(training, interrupt) is False
+    assert training.step == 6
+    assert [row["epoch"] for row in training.log] == [1]
+
+
+def test_epoch_that_was_stopped_in_its_last_step_has_its_own_rate(mine, train, monkeypatch):
+    """It is resumed where no step is left; what its steps took is in the checkpoint."""
+    after_step(5, monkeypatch, lambda run: signal.raise_signal(signal.SIGINT))
+    train(*mine, "--epochs", 1, "--out", "r", expect=130)
+    under_way = facts_of("r")["under_way"]
+    assert under_way["steps"] == 6
+    assert "epoch 1: training loss" in train("--resume", "--out", "r")
+    (row,) = log_of("r")
+    assert row["images_per_second"] == pytest.approx(96 / under_way["seconds"], rel=0.5)
+    assert row["loader_wait"] == pytest.approx(
+        under_way["photos_waited"] / under_way["seconds"], rel=0.5)
+
+
+def test_scoring_shows_how_far_it_is(start, monkeypatch, capsys):
+    monkeypatch.setattr(console, "FILE_SECONDS", 0)
+    training = start()
+    weak.validate(training)
+    count = len(weak.validation_photos(training.index))
+    assert f"scoring: {count} of {count} photos, 0 s left" in capsys.readouterr().out
+
+
+def test_number_of_workers_that_was_not_given_is_not_stored(start, monkeypatch):
+    monkeypatch.setattr(kernels, "cores", lambda: 24)
+    options = argparse.Namespace(workers=None)
+    assert weak.count_workers(options, Mock(local_size=1)) == 8
+    assert weak.count_workers(options, Mock(local_size=4)) == 6
+    assert options.workers is None
+    options.workers = 0
+    assert weak.count_workers(options, Mock(local_size=4)) == 0
+
+
+def test_memory_is_the_containers_if_that_is_less(tmp_path):
+    whole = data.machine_memory(tmp_path / "none")
+    for text, memory in (("max\n", whole), ("4096\n", 4096), (f"{2 * whole}\n", whole)):
+        (tmp_path / "memory.max").write_text(text)
+        assert data.machine_memory(tmp_path / "memory.max") == memory
+
+
+def test_run_that_nothing_would_end_is_refused(mine):
+    with pytest.raises(ValueError, match="nothing tells when to stop: give --epochs"):
+        weak.read_options([*mine, "--valid", 0, "--out", "r"])
+    weak.read_options([*mine, "--valid", 0, "--epochs", 1, "--out", "r"])
+
+
+def test_texts_beside_photos_are_counted_while_they_are_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(console, "FILE_SECONDS", 0)
+    write(tmp_path / "f", **{f"{i}.{ending}": "red ball" for i in range(3)
+                             for ending in ("jpg", "txt")})
+    build(tmp_path, data.Text(99, 0, 0), captions="f")
+    said = capsys.readouterr().err
+    assert "checking texts: 2 of 3 files" in said
+    assert "reading texts: 2 of 3 files" in said
+
+
+def test_drawing_shows_how_far_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(console, "FILE_SECONDS", 0)
+    drawn.draw_set(str(tmp_path), 0, 3)
+    assert "drawing: 2 of 3 pictures" in capsys.readouterr().err
 
 
 LINGERING = """
@@ -3487,10 +3564,9 @@ def test_drawn_runs_are_scored_by_the_truth_of_the_photos_that_are_read(train):
     assert numbers[0] == numbers[1]
 
 
-def test_drawn_run_of_before_the_truth_goes_on(train):
+def test_drawn_run_without_the_truth_is_evaluated(train):
     train("--pictures", 100, "--epochs", 1, "--epoch-size", 64, "--stop-words", 0)
     os.remove("runs/drawn/drawn/truth.tsv")
-    assert "truly show" not in train("--resume", "--epochs", 2)
     assert evaluation.main(["words", "--model", "runs/drawn", "--no-baselines"]) == 0
 
 

@@ -65,6 +65,13 @@ def _keep_freed_memory():
         library.mallopt(m_trim_threshold, largest_int)
 
 
+def cores():
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):        # not on every system
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 class Threads:
     """The worker threads, each with single-threaded BLAS; they start when first needed."""
 
@@ -84,8 +91,7 @@ class Threads:
     def count(self):
         """The number of threads in use."""
         if self._count is None:
-            may_choose = hasattr(os, "sched_getaffinity")           # not on every system
-            self.start(len(os.sched_getaffinity(0)) if may_choose else os.cpu_count())
+            self.start(cores())
         return self._count
 
     def share(self, work, items):
