@@ -297,6 +297,21 @@ class Index:
             return self.counts / self.training
         if positives == "drawn":
             return np.full(k, 1 / k)
+        return self._class_frequency
+
+    def label_weight(self, sampling, positives):
+        """What each word weighs in a training row as a target, the mean, (K,)."""
+        k = len(self.dictionary)
+        if positives == "balanced":             # as if it were drawn: the same expectation
+            return np.full(k, 1 / k)
+        if positives == "idf":
+            return self._idf_weight()
+        return self.label_frequency(sampling, positives)            # it weighs 1
+
+    @cached_property
+    def _class_frequency(self):
+        """The label_frequency of photos drawn by class, with all their words."""
+        k = len(self.dictionary)
         frequency = np.zeros(k)
         for words, photos in self._training_words():
             # a photo is drawn by any of its words j, with probability 1 / (K N_j)
@@ -304,8 +319,8 @@ class Index:
             frequency += np.bincount(words, drawn[photos], k)
         return frequency
 
-    def idf_frequency(self):
-        """What each word weighs in a training photo whose words share it by `idf`, a mean, (K,)."""
+    def _idf_weight(self):
+        """The label_weight where the words of a photo share its weight by `idf`."""
         weights = idf(self.counts, self.training)                   # (K,)
         total = np.zeros_like(weights)
         for words, photos in self._training_words():

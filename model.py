@@ -711,16 +711,16 @@ class OneVersusAll:
 LOSSES = {"softmax": Softmax, "one-vs-all": OneVersusAll}
 
 
-def prior_shift(options, counts, training, label_frequency):
+def prior_shift(options, counts, training, label_frequency, label_weight):
     """What makes scores those of photos as they are: to add to the biases, (K,); None for nothing.
 
     options: those of the run, a dictionary; counts (K,): N_k, of the `training` photos, that carry
-    word k; label_frequency (K,): of the rows that training draws, that have it as a target, or
-    after `idf` what it weighs among them.
+    word k; label_frequency (K,): of the rows that training draws, that have it as a target;
+    label_weight (K,): what it weighs there, the mean over all rows (both of data.Index).
 
     Training draws (photo, word) pairs otherwise than a collection has them, and scores learn that.
-    Softmax: of the collection's pairs a part ∝ N_k has word k, of those drawn a part ∝ q_k, and
-    among the photos of one word both draw alike. So by Bayes' rule
+    Softmax: of the collection's pairs a part ∝ N_k has word k, of those drawn a part ∝ q_k, its
+    label_weight, and among the photos of one word both draw alike. So by Bayes' rule
         p(k | x) ∝ N_k p(x | k) ∝ N_k / q_k · p_drawn(k | x), or s_k + log N_k - log q_k.
     Over a batch's own words k is in the sum with a probability a_k only, so s_k learns log p -
     log a_k: add log a_k. `sampled` words are corrected while training already.
@@ -734,16 +734,10 @@ def prior_shift(options, counts, training, label_frequency):
     counts = np.asarray(counts)
     label_frequency = np.asarray(label_frequency)
     loss = LOSSES[options["loss"]](label_frequency)
-    presence = np.ones(len(counts))
+    presence = np.ones(len(counts))             # (K,) a_k
     if options["targets"] == "batch":
-        carried = label_frequency               # how often a row has word k, whatever it weighs
-        if options["positives"] == "idf":
-            carried = counts / training
-        presence = 1 - (1 - carried) ** options["batch"]            # (K,) a_k
-    drawn = label_frequency                     # (K,) q_k
-    if options["positives"] == "balanced":      # which on average weighs as one drawn word does
-        drawn = np.ones(len(counts))
-    shift = loss.prior_shift(counts, training, drawn, presence)
+        presence = 1 - (1 - label_frequency) ** options["batch"]
+    shift = loss.prior_shift(counts, training, np.asarray(label_weight), presence)
     return shift.astype(np.float32) if abs(shift).max() > 1e-9 else None
 
 

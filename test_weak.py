@@ -724,10 +724,11 @@ def test_prior_makes_probabilities_those_of_photos_as_they_are(name, rng):
                "batch": 64, **given}
     kind, carried = toy_photos(rng)
     rows, targets = training_draws(carried, options)
-    frequency = targets.sum(axis=0)                                 # (K,)
-    if options["positives"] == "balanced":      # all words of a row are targets, of less weight
+    weight = targets.sum(axis=0)                                    # (K,)
+    frequency = weight
+    if options["positives"] in ("balanced", "idf"):     # all words of a row, of less weight
         frequency = (rows * carried).sum(axis=0)
-    shift = model.prior_shift(options, carried.sum(axis=0), len(carried), frequency)
+    shift = model.prior_shift(options, carried.sum(axis=0), len(carried), frequency, weight)
     positive = kind.T @ targets                                     # (3, K)
     real = kind.T @ carried
     if options["loss"] == "softmax":            # scores at which the training loss is least
@@ -772,7 +773,7 @@ def test_prior_holds_over_the_batchs_own_words(sampling, error):
         return total, gradient
 
     s = minimize(mean_loss, np.zeros(4), jac=True, method="L-BFGS-B", tol=1e-12).x
-    shift = model.prior_shift(options, counts, 100, q)
+    shift = model.prior_shift(options, counts, 100, q, q)
     after = abs(loss.probabilities((s + shift)[None]) - p).max()
     assert after < error
     assert model.prior_is_exact(options) == (sampling == "class")
@@ -1487,7 +1488,7 @@ def test_balanced_positives_have_the_gradient_of_the_drawn_word_on_average(index
 def test_label_frequency_is_how_often_a_word_is_a_target(
         index, sampling, positives, at_a_time, monkeypatch):
     monkeypatch.setattr(data, "ROWS_AT_A_TIME", at_a_time)
-    sampler = data.BatchSampler(index, 3, 64, sampling, positives)
+    sampler = data.BatchSampler(data.Index(index.folder), 3, 64, sampling, positives)
     targets = []
     for step in range(400):
         targets += sampler.batch(step).targets
@@ -1497,14 +1498,21 @@ def test_label_frequency_is_how_often_a_word_is_a_target(
 
 
 @pytest.mark.parametrize("at_a_time", [data.ROWS_AT_A_TIME, 7])
-def test_idf_frequency_is_what_a_word_weighs_in_a_photo(index, at_a_time, monkeypatch):
+def test_label_weight_is_what_a_word_weighs_in_a_row(index, at_a_time, monkeypatch):
     monkeypatch.setattr(data, "ROWS_AT_A_TIME", at_a_time)
     weights = np.log((index.training + 1) / index.counts)
-    expected = np.zeros(30)
+    by_idf = np.zeros(30)
+    balanced = np.zeros(30)
     for photo in range(index.held_out, len(index)):
         words = index.words(photo)
-        expected[words] += weights[words] / weights[words].sum() / index.training
-    assert index.idf_frequency() == pytest.approx(expected)
+        by_idf[words] += weights[words] / weights[words].sum() / index.training
+        shares = 1 / index.counts[words]        # the photo is drawn with a chance ∝ their sum
+        balanced[words] += shares.sum() / 30 * shares / shares.sum()
+    assert index.label_weight("image", "idf") == pytest.approx(by_idf)
+    assert index.label_weight("class", "balanced") == pytest.approx(balanced)
+    for sampling, positives in (("image", "all"), ("class", "all"), ("class", "drawn")):
+        frequency = index.label_frequency(sampling, positives)
+        assert np.array_equal(index.label_weight(sampling, positives), frequency)
 
 
 def test_idf_gives_a_photos_weight_to_its_rarest_words(index, monkeypatch):
@@ -2543,14 +2551,30 @@ def test_training_and_held_out_loss_are_one_function_of_as_many_photos(start, mo
 
 
 def test_checkpoint_knows_what_training_rows_have_of_each_word(start):
-    training = start("--positives", "all")
+    for sampling, positives in ("class", "all"), ("class", "balanced"), ("image", "idf"):
+        training = start("--sampling", sampling, "--positives", positives)
+        weak.save(training)
+        for name in "label_frequency", "label_weight":
+            expected = getattr(training.index, name)(sampling, positives).tolist()
+            assert facts_of("r")[name] == expected
+        shutil.rmtree("r")
+
+
+@pytest.mark.parametrize("positives", ["all", "balanced", "idf"])
+@pytest.mark.parametrize("targets", ["all", "batch"])
+def test_prior_of_a_checkpoint_with_one_frequency_is_the_same(positives, targets, start):
+    """Of the versions before, which wrote the weight of `idf` as the frequency."""
+    sampling = "image" if positives == "idf" else "class"
+    training = start("--sampling", sampling, "--positives", positives, "--targets", targets)
     weak.save(training)
-    expected = training.index.label_frequency("class", "all").tolist()
-    assert facts_of("r")["label_frequency"] == expected
-    shutil.rmtree("r")
-    training = start("--sampling", "image", "--positives", "idf")
-    weak.save(training)
-    assert facts_of("r")["label_frequency"] == training.index.idf_frequency().tolist()
+    checkpoint = data.load_checkpoint("r/model.npz")
+    weight = checkpoint.facts.pop("label_weight")
+    if positives == "idf":
+        checkpoint.facts["label_frequency"] = weight
+    new = evaluation.Trained("r").shift
+    data.save_checkpoint("r/model.npz", checkpoint)
+    np.testing.assert_allclose(evaluation.Trained("r").shift, new, rtol=1e-6)
+    np.testing.assert_allclose(training.shift, new, rtol=1e-6)
 
 
 def test_resumed_run_keeps_its_options(mine, start, train):
@@ -5281,7 +5305,8 @@ def test_prior_of_an_old_run_follows_from_its_options(options, said, tiny, tmp_p
                                                       capsys):
     monkeypatch.chdir(tiny[0])
     old = data.load_checkpoint("r/best.npz")
-    old.facts.pop("label_frequency", None)
+    del old.facts["label_frequency"]
+    del old.facts["label_weight"]
     old.facts["options"].update(options)
     if "index" not in options:
         shutil.copytree("r/index", tmp_path / "index")

@@ -474,7 +474,8 @@ class Run:
     index: data.Index
     ranks: several.Alone
     net: model.Network
-    label_frequency: np.ndarray         # (K,) of the rows that training draws
+    label_frequency: np.ndarray         # (K,) of the rows that training draws, of data.Index
+    label_weight: np.ndarray            # (K,) in these rows, likewise
     trained_on: dict                    # what its weights saw: see `read_history`
     loss: object                        # of model.LOSSES, for these rows
     held_out_loss: object               # … and for photos as they are
@@ -522,17 +523,18 @@ def begin_run(options, index, checkpoint, ranks):
     if checkpoint:
         check_captions(checkpoint, index, options.out)
     recipe = model.NETWORKS[options.network]
-    frequency = label_frequency(options, index)                     # (K,)
+    frequency = index.label_frequency(options.sampling, options.positives)      # (K,)
+    weight = index.label_weight(options.sampling, options.positives)            # (K,)
     loss = model.LOSSES[options.loss]
     rows = ranks.part(options.batch)
     source = None if checkpoint else read_source(options, index)
     net = make_network(options, index, checkpoint, source)
     run = Run(
-        options, index, ranks, net, frequency,
+        options, index, ranks, net, frequency, weight,
         trained_on=extend_history(options, index, read_history(checkpoint or source)),
         loss=loss(frequency),
         held_out_loss=loss(index.label_frequency("image", "all")),
-        shift=model.prior_shift(vars(options), index.counts, index.training, frequency),
+        shift=model.prior_shift(vars(options), index.counts, index.training, frequency, weight),
         sgd=model.SGD(net, options.momentum, options.weight_decay),
         schedule=model.Plateau(options.lr, options.epochs_per_lr),
         sampler=data.BatchSampler(
@@ -573,13 +575,6 @@ def describe_changes(checkpoint, index):
         if count != before[word]:
             return f"{word} is a word of {before[word]:,} training photos, now of {count:,}"
     return "photos have other names, or other words of the dictionary"
-
-
-def label_frequency(options, index):
-    """What the rows that training draws have of each word, (K,), as model.prior_shift takes it."""
-    if options.positives == "idf":
-        return index.idf_frequency()
-    return index.label_frequency(options.sampling, options.positives)
 
 
 def read_source(options, index):
@@ -1200,6 +1195,7 @@ def collect_facts(run):
         "counts": run.index.counts.tolist(),
         "training": run.index.training,
         "label_frequency": run.label_frequency.tolist(),
+        "label_weight": run.label_weight.tolist(),
         "trained_on": run.trained_on,
         "skipped": gather_skipped(run)}
 
