@@ -55,7 +55,16 @@ from kernels.console import Progress, whole_file, write_json
 from kernels.philox import DRAWS, NEGATIVES, philox
 from kernels.reference import below, crops_of
 
-MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")   # of this machine, bytes
+
+def machine_memory(limit="/sys/fs/cgroup/memory.max"):
+    """Bytes of this machine's memory, or of its container's, whose limit is in a file, if less."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, ValueError):         # there is none, or it is "max"
+        memory = min(memory, int(Path(limit).read_text()))
+    return memory
+
+
+MEMORY = machine_memory()
 
 
 # === text =========================================================================================
@@ -120,6 +129,11 @@ _ASCII_GONE = bytes(code for code in range(128) if _LETTERS[code] is None)
 
 def words_of(caption):
     """The words of one caption (paper, §3: text): lower-case, without accents, no digits alone."""
+    return [word for word in tokens_of(caption) if not word.isdecimal()]
+
+
+def tokens_of(caption):
+    """The words of one caption, and its numbers."""
     if "&" in caption or "<" in caption:
         caption = without_markup(caption)
     text = caption.lower()
@@ -129,7 +143,7 @@ def words_of(caption):
         text = text.encode().translate(_ASCII, _ASCII_GONE).decode()
     else:
         text = unicodedata.normalize("NFC", text).translate(_LETTERS)
-    return [word for word in text.split() if len(word) <= LONGEST_WORD and not word.isdecimal()]
+    return [word for word in text.split() if len(word) <= LONGEST_WORD]
 
 
 def without_markup(caption):
@@ -145,10 +159,13 @@ def _character(entity):
 
 
 def folder_words(path):
-    """The words of folders' names, which are classes: a number is one, too."""
+    """The words of folders' names, which are classes, and so their numbers are words, too.
+
+    A name without any other word, as 2014-05, is one word as it stands.
+    """
     words = []
     for name in path.split(os.sep):
-        words += words_of(name) or [name.strip().lower()]
+        words += tokens_of(name) if words_of(name) else [name.strip().lower()]
     return [word for word in words if word]
 
 
@@ -280,6 +297,21 @@ class Index:
             return self.counts / self.training
         if positives == "drawn":
             return np.full(k, 1 / k)
+        return self._class_frequency
+
+    def label_weight(self, sampling, positives):
+        """What each word weighs in a training row as a target, the mean, (K,)."""
+        k = len(self.dictionary)
+        if positives == "balanced":             # as if it were drawn: the same expectation
+            return np.full(k, 1 / k)
+        if positives == "idf":
+            return self._idf_weight()
+        return self.label_frequency(sampling, positives)            # it weighs 1
+
+    @cached_property
+    def _class_frequency(self):
+        """The label_frequency of photos drawn by class, with all their words."""
+        k = len(self.dictionary)
         frequency = np.zeros(k)
         for words, photos in self._training_words():
             # a photo is drawn by any of its words j, with probability 1 / (K N_j)
@@ -287,8 +319,8 @@ class Index:
             frequency += np.bincount(words, drawn[photos], k)
         return frequency
 
-    def idf_frequency(self):
-        """What each word weighs in a training photo whose words share it by `idf`, a mean, (K,)."""
+    def _idf_weight(self):
+        """The label_weight where the words of a photo share its weight by `idf`."""
         weights = idf(self.counts, self.training)                   # (K,)
         total = np.zeros_like(weights)
         for words, photos in self._training_words():
@@ -941,6 +973,7 @@ class FolderCaptions(Captions):
         if self.has_classes:
             self.words_of = folder_words
         self.size = sum(_file_size(os.path.join(self.path, name)) for name in self._files_read())
+        self._bytes_read = 0
 
     def _find_texts(self):
         """{photo: the file beside it that holds its text}, {} if none holds any."""
@@ -969,22 +1002,30 @@ class FolderCaptions(Captions):
         """The names of the files whose words are read."""
         return [*self.tables, *self.texts.values()]
 
-    def pairs(self):
-        """A pair for each photo that has a text, or for each row of the tables."""
+    def pairs(self, what="reading texts"):
+        """A pair for each photo that has a text, or for each row of the tables.
+
+        what: what is said to be done with the texts.
+        """
+        self._bytes_read = 0
         for name in self.tables:
             path = os.path.join(self.path, name)
             table = FileCaptions(self.source._replace(path=path, kind=None))
             for photo, caption in table.pairs():
                 yield photo and os.path.join(os.path.dirname(name), photo), caption
-        for photo, name in self.texts.items():
-            yield photo, self._text_beside(name)
+            self._bytes_read += table.size
+        with Progress(what, len(self.texts), "files") as progress:
+            for photo, name in self.texts.items():
+                yield photo, self._text_beside(name)
+                self._bytes_read += _file_size(os.path.join(self.path, name))
+                progress.tick()
         if self.has_classes:
             for photo, folders in self.folders.items():
                 yield photo, os.sep.join(folders)
 
     def bytes_read(self):
-        """All of them: nobody waits long."""
-        return self.size
+        """How much of the tables and texts was read."""
+        return self._bytes_read
 
     def unpacked_size(self):
         """About how many bytes of text there are."""
@@ -993,7 +1034,7 @@ class FolderCaptions(Captions):
     def fingerprint(self):
         """A digest of all names and texts."""
         digest = hashlib.blake2b(digest_size=8)
-        for pair in self.pairs():
+        for pair in self.pairs("checking texts"):
             digest.update("\n".join(pair).encode("utf-8", "surrogatepass"))
         return {"content": digest.hexdigest()}
 
@@ -1075,7 +1116,7 @@ def captions_of(source):
 #        to stand beside each other, and the held-out photos, those of the smallest hashes, first
 # index: photo → words is written set after set, and then turned round into word → photos
 
-INDEX_VERSION = 8
+INDEX_VERSION = 9
 BATCH_CHARACTERS = 8 << 20      # captions hashed at a time
 MOST_COUNTED = 2_000_000        # distinct words counted at a time: rare ones are dropped beyond
 SET_BYTES = 32 << 20            # captions of a set, which is sorted in memory
@@ -1162,8 +1203,8 @@ def fingerprint(captions, text, dictionary):
 
 
 def _index_files():
-    """The names of an index's files; words.json was one until version 5."""
-    return {"index.json", "words.json", *(f"{name}.npy" for name in COLUMNS)}
+    """The names of an index's files."""
+    return {"index.json", *(f"{name}.npy" for name in COLUMNS)}
 
 
 def _write_facts(work, facts):

@@ -1544,9 +1544,7 @@ class Trained:
         self.net = self.recipe.build(len(self.words), self.options["dropout"], seed=None)
         self.net.load(checkpoint.weights)
         self.learned_b = self.net.output.b
-        self.label_frequency = facts.get("label_frequency")         # older checkpoints have none
-        if self.label_frequency is None:
-            self.label_frequency = self.find_label_frequency()
+        self.label_frequency, self.label_weight = self.find_label_frequency(facts)
         self.shift = None
         self.prior = "words are as frequent as training drew them"
         if prior == "real":
@@ -1585,7 +1583,8 @@ class Trained:
 
     def real_prior(self):
         """As model.prior_shift, (K,) or None for nothing."""
-        return model.prior_shift(self.options, self.counts, self.training, self.label_frequency)
+        return model.prior_shift(self.options, self.counts, self.training, self.label_frequency,
+                                 self.label_weight)
 
     def equal_output(self):
         """The output layer as if all words were equally frequent in photos.
@@ -1601,7 +1600,25 @@ class Trained:
             output.b = self.learned_b + kernels.to_device(shift.astype(np.float32))
         return output
 
-    def find_label_frequency(self):
+    def find_label_frequency(self, facts):
+        """How often training's rows have each word as a target, and what it weighs, (K,) each.
+
+        None, twice, if that is lost. The checkpoints of older versions have neither, or one: the
+        weight after `idf`, else the frequency.
+        """
+        frequency = facts.get("label_frequency")
+        if "label_weight" in facts:
+            return frequency, facts["label_weight"]
+        if frequency is None:
+            frequency = self.derive_label_frequency()
+        positives = self.options["positives"]
+        if frequency is not None and positives == "balanced":
+            return frequency, np.full(len(self.words), 1 / len(self.words))
+        if positives == "idf":
+            return self.counts / self.training, frequency
+        return frequency, frequency
+
+    def derive_label_frequency(self):
         """How often training's rows have each word as a target, (K,), or None if that is lost."""
         sampling = self.options["sampling"]
         positives = self.options["positives"]

@@ -156,11 +156,16 @@ class Output(Layer):
         for rows in np.array_split(self.w, 1 + self.w.size // (1 << 24)):       # bounded memory
             rows[...] = rng.standard_normal(rows.shape) * OUTPUT_STD
 
+    def rows(self, classes=None):
+        """w (K, E) and b (K,), or copies of their rows of some classes, (C, E) and (C,)."""
+        if classes is None:
+            return self.w, self.b
+        return self.w[classes], self.b[classes]
+
     def scores(self, x, classes=None):
         """The scores of features x (N, E): (N, K), or (N, C) of some classes."""
-        if classes is None:
-            return kernels.matmul(x, self.w.T, self.b)
-        return kernels.matmul(x, self.w[classes].T, self.b[classes])
+        w, b = self.rows(classes)
+        return kernels.matmul(x, w.T, b)
 
     def forward(self, x):
         return self.forward_training(x, Context())
@@ -168,8 +173,8 @@ class Output(Layer):
     def forward_training(self, x, context):
         self.x = x                                                  # (N, E)
         self.classes = context.classes
-        self.used_w = self.w if self.classes is None else self.w[self.classes]
-        return self.scores(x, self.classes)                         # (N, K), or (N, C)
+        self.used_w, b = self.rows(self.classes)
+        return kernels.matmul(x, self.used_w.T, b)                  # (N, K), or (N, C)
 
     def backward(self, ds):
         # s = e wᵀ + b, so dw = dsᵀ e and de = ds w
@@ -417,16 +422,21 @@ class Network(Layer):
             x = layer.forward(x)
         return x
 
-    def bytes_per_image(self, size, crop):
-        """Device memory that one image of a batch takes in a training step.
+    def bytes_per_image(self, size, crop, loss=None):
+        """Device memory that one image of a batch takes in a training step, at most.
 
         What layers keep stays for the backward pass, which holds up to three gradients as large as
-        the largest; the photo is there twice, on its way and in use.
+        the largest; the photo is there twice, on its way and in use. loss: where a step scores all
+        K words; None where they are so few that their scores do not count.
         """
         corner = np.zeros(1, int)
         photos = np.zeros((1, size, size, 3), np.uint8)
         x = kernels.prepare(photos, corner, corner, corner, crop)
-        self.forward_training(x, Context(classes=np.zeros(1, np.int32)))
+        *heads, _ = self.forward_training(x, Context(classes=np.zeros(1, np.int32)))
+        arrays_of_scores = 0
+        if loss:                        # each head's scores wait for the backward pass, as do ds
+            arrays_of_scores = loss.arrays_of_scores + 2 * len(heads)
+        scores = arrays_of_scores * self.output.b.nbytes
         sizes = {}                      # by identity, for a layer's y is the next one's x
         for _, layer in self.walk():
             for name in ("x", "y", "argmax"):
@@ -434,7 +444,7 @@ class Network(Layer):
                 if kept is not None:
                     whole = kept if kept.base is None else kept.base
                     sizes[id(whole)] = whole.nbytes
-        return sum(sizes.values()) + 3 * max(sizes.values()) + 2 * 3 * size**2
+        return sum(sizes.values()) + 3 * max(sizes.values()) + 2 * 3 * size**2 + scores
 
     def __getattr__(self, name):
         """A layer by its name, as in net.conv1."""
@@ -562,7 +572,8 @@ NETWORKS = {
 # Besides that a loss says how its scores are used: `normaliser`, `log_probability`, `probabilities`
 # and `prior_shift` turn them into what is reported (eval.py); `photo_weights` is how a photo's
 # words count in validation; `of_guessing` a loss that training should stay below (weak.py);
-# `balances` and `corrects_batch` say which options go with it.
+# `balances` and `corrects_batch` say which options go with it; `arrays_of_scores` what memory it
+# takes.
 
 def _as_labels(labels):
     if isinstance(labels, Labels):
@@ -577,6 +588,7 @@ class Softmax:
     balances = True                     # the targets of a photo may share its weight
     corrects_batch = False              # over a batch's own words it is eq. 2 as it stands (§3)
     measured_with_prior = True          # the loss of photos as they are takes prior_shift
+    arrays_of_scores = 4                # (N, K) of float32 that it holds at once, with s and ds
 
     def __init__(self, label_frequency=None):
         """The frequencies play no part in eq. 2."""
@@ -640,6 +652,7 @@ class OneVersusAll:
     balances = False
     corrects_batch = True
     measured_with_prior = False         # in eq. 1 the class weights stand in its place
+    arrays_of_scores = 9
 
     def __init__(self, label_frequency):
         self.label_frequency = np.asarray(label_frequency)
@@ -701,16 +714,16 @@ class OneVersusAll:
 LOSSES = {"softmax": Softmax, "one-vs-all": OneVersusAll}
 
 
-def prior_shift(options, counts, training, label_frequency):
+def prior_shift(options, counts, training, label_frequency, label_weight):
     """What makes scores those of photos as they are: to add to the biases, (K,); None for nothing.
 
     options: those of the run, a dictionary; counts (K,): N_k, of the `training` photos, that carry
-    word k; label_frequency (K,): of the rows that training draws, that have it as a target, or
-    after `idf` what it weighs among them.
+    word k; label_frequency (K,): of the rows that training draws, that have it as a target;
+    label_weight (K,): what it weighs there, the mean over all rows (both of data.Index).
 
     Training draws (photo, word) pairs otherwise than a collection has them, and scores learn that.
-    Softmax: of the collection's pairs a part ∝ N_k has word k, of those drawn a part ∝ q_k, and
-    among the photos of one word both draw alike. So by Bayes' rule
+    Softmax: of the collection's pairs a part ∝ N_k has word k, of those drawn a part ∝ q_k, its
+    label_weight, and among the photos of one word both draw alike. So by Bayes' rule
         p(k | x) ∝ N_k p(x | k) ∝ N_k / q_k · p_drawn(k | x), or s_k + log N_k - log q_k.
     Over a batch's own words k is in the sum with a probability a_k only, so s_k learns log p -
     log a_k: add log a_k. `sampled` words are corrected while training already.
@@ -724,16 +737,10 @@ def prior_shift(options, counts, training, label_frequency):
     counts = np.asarray(counts)
     label_frequency = np.asarray(label_frequency)
     loss = LOSSES[options["loss"]](label_frequency)
-    presence = np.ones(len(counts))
+    presence = np.ones(len(counts))             # (K,) a_k
     if options["targets"] == "batch":
-        carried = label_frequency               # how often a row has word k, whatever it weighs
-        if options["positives"] == "idf":
-            carried = counts / training
-        presence = 1 - (1 - carried) ** options["batch"]            # (K,) a_k
-    drawn = label_frequency                     # (K,) q_k
-    if options["positives"] == "balanced":      # which on average weighs as one drawn word does
-        drawn = np.ones(len(counts))
-    shift = loss.prior_shift(counts, training, drawn, presence)
+        presence = 1 - (1 - label_frequency) ** options["batch"]
+    shift = loss.prior_shift(counts, training, np.asarray(label_weight), presence)
     return shift.astype(np.float32) if abs(shift).max() > 1e-9 else None
 
 

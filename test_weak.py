@@ -25,6 +25,7 @@ import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -723,10 +724,11 @@ def test_prior_makes_probabilities_those_of_photos_as_they_are(name, rng):
                "batch": 64, **given}
     kind, carried = toy_photos(rng)
     rows, targets = training_draws(carried, options)
-    frequency = targets.sum(axis=0)                                 # (K,)
-    if options["positives"] == "balanced":      # all words of a row are targets, of less weight
+    weight = targets.sum(axis=0)                                    # (K,)
+    frequency = weight
+    if options["positives"] in ("balanced", "idf"):     # all words of a row, of less weight
         frequency = (rows * carried).sum(axis=0)
-    shift = model.prior_shift(options, carried.sum(axis=0), len(carried), frequency)
+    shift = model.prior_shift(options, carried.sum(axis=0), len(carried), frequency, weight)
     positive = kind.T @ targets                                     # (3, K)
     real = kind.T @ carried
     if options["loss"] == "softmax":            # scores at which the training loss is least
@@ -771,7 +773,7 @@ def test_prior_holds_over_the_batchs_own_words(sampling, error):
         return total, gradient
 
     s = minimize(mean_loss, np.zeros(4), jac=True, method="L-BFGS-B", tol=1e-12).x
-    shift = model.prior_shift(options, counts, 100, q)
+    shift = model.prior_shift(options, counts, 100, q, q)
     after = abs(loss.probabilities((s + shift)[None]) - p).max()
     assert after < error
     assert model.prior_is_exact(options) == (sampling == "class")
@@ -808,6 +810,26 @@ def test_sgd_follows_its_formula(module, rng):
     module.sgd(w, v, dw, 0.1, 0.9, 0.01)
     np.testing.assert_allclose(v, new_v)
     np.testing.assert_allclose(w, new_w)
+
+
+@pytest.mark.parametrize("device", ["reference", "cpu"])
+def test_weights_in_another_order_are_trained(device, reference_device, rng):
+    """As those of a transposed array are; those that `load` never saw are refused, not ignored."""
+    kernels.use(device)
+    net = model.small(k=5)
+    theirs = {path: np.asfortranarray(array) for path, array in net.state().items()}
+    assert not theirs["conv1.w"].flags.c_contiguous
+    net.load(theirs)
+    net.forward_training(rng.standard_normal((2, 64, 64, 3), np.float32), model.Context())
+    net.backward([np.ones((2, 5), np.float32)])
+    before = {path: array.copy() for path, array in theirs.items()}
+    model.SGD(net, 0.9, 0).step(0.1)
+    for path, layer, name in net.parameters():
+        assert np.allclose(getattr(layer, name), before[path] - 0.1 * getattr(layer, "d" + name))
+    if device == "cpu":
+        net.conv1.w = theirs["conv1.w"]
+        with pytest.raises(ValueError, match="contiguous"):
+            model.SGD(net, 0.9, 0).step(0.1)
 
 
 def test_networks_have_their_parameter_counts():
@@ -1466,7 +1488,7 @@ def test_balanced_positives_have_the_gradient_of_the_drawn_word_on_average(index
 def test_label_frequency_is_how_often_a_word_is_a_target(
         index, sampling, positives, at_a_time, monkeypatch):
     monkeypatch.setattr(data, "ROWS_AT_A_TIME", at_a_time)
-    sampler = data.BatchSampler(index, 3, 64, sampling, positives)
+    sampler = data.BatchSampler(data.Index(index.folder), 3, 64, sampling, positives)
     targets = []
     for step in range(400):
         targets += sampler.batch(step).targets
@@ -1476,14 +1498,21 @@ def test_label_frequency_is_how_often_a_word_is_a_target(
 
 
 @pytest.mark.parametrize("at_a_time", [data.ROWS_AT_A_TIME, 7])
-def test_idf_frequency_is_what_a_word_weighs_in_a_photo(index, at_a_time, monkeypatch):
+def test_label_weight_is_what_a_word_weighs_in_a_row(index, at_a_time, monkeypatch):
     monkeypatch.setattr(data, "ROWS_AT_A_TIME", at_a_time)
     weights = np.log((index.training + 1) / index.counts)
-    expected = np.zeros(30)
+    by_idf = np.zeros(30)
+    balanced = np.zeros(30)
     for photo in range(index.held_out, len(index)):
         words = index.words(photo)
-        expected[words] += weights[words] / weights[words].sum() / index.training
-    assert index.idf_frequency() == pytest.approx(expected)
+        by_idf[words] += weights[words] / weights[words].sum() / index.training
+        shares = 1 / index.counts[words]        # the photo is drawn with a chance ∝ their sum
+        balanced[words] += shares.sum() / 30 * shares / shares.sum()
+    assert index.label_weight("image", "idf") == pytest.approx(by_idf)
+    assert index.label_weight("class", "balanced") == pytest.approx(balanced)
+    for sampling, positives in (("image", "all"), ("class", "all"), ("class", "drawn")):
+        frequency = index.label_frequency(sampling, positives)
+        assert np.array_equal(index.label_weight(sampling, positives), frequency)
 
 
 def test_idf_gives_a_photos_weight_to_its_rarest_words(index, monkeypatch):
@@ -1663,9 +1692,13 @@ FOLDERS = {                     # files, the words of the photos, and what is sa
         ["cats/a.jpg", "hot_dogs/b.jpg", "c.png", "hot_dogs/b.xml"],
         {"cats/a.jpg": "cats", "hot_dogs/b.jpg": "dogs hot"},
         "words from the names of folders: cats, hot_dogs; not read: 1 .xml"),
-    "numbers": (["0/a.jpg", "1/b.jpg", "2014-05/c.jpg", "cat 3/d.jpg"],
-                {"0/a.jpg": "0", "1/b.jpg": "1", "2014-05/c.jpg": "2014-05", "cat 3/d.jpg": "cat"},
-                "folders: 0, 1, 2014-05, cat 3"),
+    "numbers": (["0/a.jpg", "1/b.jpg", "2014-05/c.jpg"],
+                {"0/a.jpg": "0", "1/b.jpg": "1", "2014-05/c.jpg": "2014-05"},
+                "folders: 0, 1, 2014-05"),
+    "names that differ by a number": (
+        ["cluster_1/a.jpg", "cluster_2/b.jpg", "Cat 3/c.jpg"],
+        {"cluster_1/a.jpg": "1 cluster", "cluster_2/b.jpg": "2 cluster", "Cat 3/c.jpg": "3 cat"},
+        "folders: Cat 3, cluster_1, cluster_2"),
     "train and test": (["train/cats/a.jpg", "val/cats/b.jpg", "Test2014/dogs/c.jpg"],
                        {"train/cats/a.jpg": "cats", "val/cats/b.jpg": "cats",
                         "Test2014/dogs/c.jpg": "dogs"}, "folders: cats, dogs"),
@@ -2518,14 +2551,30 @@ def test_training_and_held_out_loss_are_one_function_of_as_many_photos(start, mo
 
 
 def test_checkpoint_knows_what_training_rows_have_of_each_word(start):
-    training = start("--positives", "all")
+    for sampling, positives in ("class", "all"), ("class", "balanced"), ("image", "idf"):
+        training = start("--sampling", sampling, "--positives", positives)
+        weak.save(training)
+        for name in "label_frequency", "label_weight":
+            expected = getattr(training.index, name)(sampling, positives).tolist()
+            assert facts_of("r")[name] == expected
+        shutil.rmtree("r")
+
+
+@pytest.mark.parametrize("positives", ["all", "balanced", "idf"])
+@pytest.mark.parametrize("targets", ["all", "batch"])
+def test_prior_of_a_checkpoint_with_one_frequency_is_the_same(positives, targets, start):
+    """Of the versions before, which wrote the weight of `idf` as the frequency."""
+    sampling = "image" if positives == "idf" else "class"
+    training = start("--sampling", sampling, "--positives", positives, "--targets", targets)
     weak.save(training)
-    expected = training.index.label_frequency("class", "all").tolist()
-    assert facts_of("r")["label_frequency"] == expected
-    shutil.rmtree("r")
-    training = start("--sampling", "image", "--positives", "idf")
-    weak.save(training)
-    assert facts_of("r")["label_frequency"] == training.index.idf_frequency().tolist()
+    checkpoint = data.load_checkpoint("r/model.npz")
+    weight = checkpoint.facts.pop("label_weight")
+    if positives == "idf":
+        checkpoint.facts["label_frequency"] = weight
+    new = evaluation.Trained("r").shift
+    data.save_checkpoint("r/model.npz", checkpoint)
+    np.testing.assert_allclose(evaluation.Trained("r").shift, new, rtol=1e-6)
+    np.testing.assert_allclose(training.shift, new, rtol=1e-6)
 
 
 def test_resumed_run_keeps_its_options(mine, start, train):
@@ -2545,7 +2594,7 @@ def test_run_of_another_order_of_photos_is_not_resumed(start, train):
     checkpoint = data.load_checkpoint("r/model.npz")
     del checkpoint.facts["order"]               # as in the versions before
     data.save_checkpoint("r/model.npz", checkpoint)
-    with pytest.raises(ValueError, match="weighed photos differently; begin .* by --from r$"):
+    with pytest.raises(ValueError, match="another version of weak.py, .*; begin .* by --from r$"):
         train("--resume", "--out", "r")
 
 
@@ -2628,13 +2677,15 @@ def test_drawn_set_is_drawn_anew_where_another_one_lies(tmp_path):
 
     first = draw(0, 3)
     assert len(first) == 3
-    assert draw(None, None) == first            # a run of before goes on with what it has
     assert draw(0, 4)[:3] == first
     assert draw(1, 4)[:3] != first
     photo = tmp_path / "drawn" / "photos" / "00000.jpg"
     photo.write_bytes(b"")
     draw(1, 4)                                  # nothing is drawn where the set is there
     assert photo.read_bytes() == b""
+    os.remove(drawn.truth_file(tmp_path))
+    draw(1, 4)
+    assert photo.read_bytes() != b""
 
 
 def test_refused_run_leaves_nothing(mine, train):
@@ -2653,11 +2704,10 @@ def test_next_command_may_be_pasted_whatever_the_names(mine, start, tmp_path, mo
     training.options.out = "a run; $(touch danger)"
     monkeypatch.setattr(weak, "__file__", str(tmp_path / "its code" / "weak.py"))
     monkeypatch.setattr(training.loader.folder, "find", lambda name: f"/x/$(touch danger) {name}")
-    command = weak.next_command(training)
+    command = weak.next_command(training, None)
     assert shlex.split(command) == ["python", "its code/weak.py", "--resume", "--out",
                                     training.options.out]
-    training.epoch = 1
-    *words, photo = shlex.split(weak.next_command(training))
+    *words, photo = shlex.split(weak.next_command(training, 0))
     assert words == ["python", "its code/eval.py", "tag", "--model", training.options.out]
     assert photo.startswith("/x/$(touch danger) p")
 
@@ -2674,7 +2724,7 @@ def test_example_is_the_photo_that_the_weights_are_surest_of(start, monkeypatch,
     monkeypatch.setattr(weak, "read_features", lambda run, photos: (scores, photos))
     monkeypatch.setattr(training.net.output, "scores", lambda features: features)
     assert weak.example_photo(training) == chosen
-    weak.next_command(training)
+    weak.show_example(training, chosen)
     words = [training.index.dictionary[i] for i in training.index.words(chosen)]
     assert f"{training.index.name(chosen)} has the words {', '.join(words)}\n" in (
         capsys.readouterr().out)
@@ -2686,15 +2736,16 @@ def test_progress_says_when_training_ends(start):
     training = start()
     progress = Mock(total=96, left=lambda: 10, rate=lambda: 4.8)    # 20 s an epoch
     best = "ends 20 epochs after the best"
-    assert weak.describe_end(training, progress) == f"{best}, in 6 min or more"     # 10 + 20 · 20 s
+    assert weak.describe_end(training, progress) == f"{best} (in 6 min or more)"    # 10 + 20 · 20
     training.epoch = 7
-    row = {"epoch": 7, "validation_loss": 1.0, "map": 0, "scored_photos": 1, "scored_words": 1}
+    row = {"epoch": 7, "validation_loss": 1.0, "map": 0, "scored_photos": 1, "scored_words": 1,
+           "scoring_seconds": 3}
     training.log.append(row)
-    assert weak.describe_end(training, progress) == f"{best}, in 6 min or more"
+    assert weak.describe_end(training, progress) == f"{best} (in 7 min or more)"    # 13 + 19 · 23
     training.epoch = 22
-    assert weak.describe_end(training, progress) == f"{best}, in 90 s or more"      # 10 + 4 · 20 s
+    assert weak.describe_end(training, progress) == f"{best} (in 105 s or more)"    # 13 + 4 · 23
     training.options.epochs = 25
-    assert weak.describe_end(training, progress) == "50 s for all epochs"
+    assert weak.describe_end(training, progress) == "59 s for all epochs"
     training.options.epochs = None
     training.options.patience = 0               # no end but by --min-lr
     assert weak.describe_end(training, progress) == ""
@@ -2824,7 +2875,7 @@ def test_two_ranks_are_one_and_one_goes_on(options, mine, train, monkeypatch):
     train(*mine, "--out", "one")
     done = run(*mine, "--out", "two", ranks=2)
     assert "ranks: 2" in done.stdout
-    assert "for other ranks" in done.stdout
+    assert "and for other ranks" in done.stdout
     assert done.stdout.count("device:") == 1    # one of them speaks
     assert not differing("one", "two", 1e-3)
     (one,) = log_of("one")
@@ -3286,7 +3337,7 @@ def test_progress_fits_the_terminal(monkeypatch):
     stream.fileno = lambda: 0
     with console.Progress("epoch 1", 1000, stream=stream) as progress:
         progress.done += 10
-        progress.show("loss 4, waited for photos 5%, 2 min for all epochs")
+        progress.show("2 min for all epochs, loss 4, waited for photos 5%")
     line = stream.getvalue().partition("\r")[0]
     assert len(line) < 40
     assert line.startswith("epoch 1: 10 of 1,000 photos")
@@ -3319,6 +3370,43 @@ def test_stopped_process_saves_and_ends(how, mine):
     assert facts_of("r")["step"] > 0
 
 
+def test_memory_of_a_step_counts_the_scores_of_all_words(start, monkeypatch, capsys):
+    needed = {}
+    for options in (), ("--targets", "batch"), ("--loss", "one-vs-all"):
+        start(*options)
+        line = re.search(r"memory: .*, (\S+) MB an image", capsys.readouterr().out)
+        needed[options] = float(line.group(1))
+        shutil.rmtree("r")
+    assert len(set(needed.values())) == 1       # 30 words are few
+    net = model.small(k=10_000)
+    few, softmax, one_vs_all = [net.bytes_per_image(72, 64, loss)
+                                for loss in (None, model.Softmax, model.OneVersusAll)]
+    assert softmax - few == 4 * 40_000
+    assert one_vs_all - few == 9 * 40_000
+
+
+@pytest.mark.parametrize("name", model.LOSSES)
+def test_losses_hold_as_many_arrays_of_scores_as_they_say(name):
+    s = np.zeros((8, 50_000), np.float32)
+    labels = data.Labels(np.zeros((8, 1), np.int32), np.full(8, 1 / 8, np.float32))
+    loss = model.LOSSES[name](np.full(50_000, 0.1))
+    tracemalloc.start()
+    loss(s, labels)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert loss.arrays_of_scores - 1 < 1 + most / s.nbytes < loss.arrays_of_scores + 0.1
+
+
+def test_computer_with_too_little_memory_is_told_what_helps_there(start, monkeypatch):
+    monkeypatch.setattr(data, "MEMORY", 8 << 20)
+    with pytest.raises(ValueError, match="this machine's memory; use --batch [0-9]+ or less"):
+        start("--batch", 1000)
+    shutil.rmtree("r")
+    monkeypatch.setattr(data, "MEMORY", 1 << 10)
+    with pytest.raises(ValueError, match="this machine's memory; use a smaller --network or"):
+        start()
+
+
 def test_second_interrupt_ends_at_once_with_what_is_saved(start):
     training = start("--epochs", 3)
     before = signal.getsignal(signal.SIGTERM)
@@ -3329,8 +3417,83 @@ def test_second_interrupt_ends_at_once_with_what_is_saved(start):
             signal.raise_signal(signal.SIGPIPE)                     # which the message may cause
             assert weak.train(training, interrupt) is False
             signal.raise_signal(signal.SIGTERM)
-    assert training.step == 1
+    assert training.step == 0
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_interrupt_while_photos_are_scored_ends_before_the_next_step(start, monkeypatch):
+    training = start("--epochs", 3)
+    interrupt = weak.Interrupt()
+    honest = weak.validate
+
+    def validate(run):
+        interrupt.handle(signal.SIGINT, None)
+        return honest(run)
+
+    monkeypatch.setattr(weak, "validate", validate)
+    assert weak.train(training, interrupt) is False
+    assert training.step == 6
+    assert [row["epoch"] for row in training.log] == [1]
+
+
+def test_epoch_that_was_stopped_in_its_last_step_has_its_own_rate(mine, train, monkeypatch):
+    """It is resumed where no step is left; what its steps took is in the checkpoint."""
+    after_step(5, monkeypatch, lambda run: signal.raise_signal(signal.SIGINT))
+    train(*mine, "--epochs", 1, "--out", "r", expect=130)
+    under_way = facts_of("r")["under_way"]
+    assert under_way["steps"] == 6
+    assert "epoch 1: training loss" in train("--resume", "--out", "r")
+    (row,) = log_of("r")
+    assert row["images_per_second"] == pytest.approx(96 / under_way["seconds"], rel=0.5)
+    assert row["loader_wait"] == pytest.approx(
+        under_way["photos_waited"] / under_way["seconds"], rel=0.5)
+
+
+def test_scoring_shows_how_far_it_is(start, monkeypatch, capsys):
+    monkeypatch.setattr(console, "FILE_SECONDS", 0)
+    training = start()
+    weak.validate(training)
+    count = len(weak.validation_photos(training.index))
+    assert f"scoring: {count} of {count} photos, 0 s left" in capsys.readouterr().out
+
+
+def test_number_of_workers_that_was_not_given_is_not_stored(start, monkeypatch):
+    monkeypatch.setattr(kernels, "cores", lambda: 24)
+    options = argparse.Namespace(workers=None)
+    assert weak.count_workers(options, Mock(local_size=1)) == 8
+    assert weak.count_workers(options, Mock(local_size=4)) == 6
+    assert options.workers is None
+    options.workers = 0
+    assert weak.count_workers(options, Mock(local_size=4)) == 0
+
+
+def test_memory_is_the_containers_if_that_is_less(tmp_path):
+    whole = data.machine_memory(tmp_path / "none")
+    for text, memory in (("max\n", whole), ("4096\n", 4096), (f"{2 * whole}\n", whole)):
+        (tmp_path / "memory.max").write_text(text)
+        assert data.machine_memory(tmp_path / "memory.max") == memory
+
+
+def test_run_that_nothing_would_end_is_refused(mine):
+    with pytest.raises(ValueError, match="nothing tells when to stop: give --epochs"):
+        weak.read_options([*mine, "--valid", 0, "--out", "r"])
+    weak.read_options([*mine, "--valid", 0, "--epochs", 1, "--out", "r"])
+
+
+def test_texts_beside_photos_are_counted_while_they_are_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(console, "FILE_SECONDS", 0)
+    write(tmp_path / "f", **{f"{i}.{ending}": "red ball" for i in range(3)
+                             for ending in ("jpg", "txt")})
+    build(tmp_path, data.Text(99, 0, 0), captions="f")
+    said = capsys.readouterr().err
+    assert "checking texts: 2 of 3 files" in said
+    assert "reading texts: 2 of 3 files" in said
+
+
+def test_drawing_shows_how_far_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(console, "FILE_SECONDS", 0)
+    drawn.draw_set(str(tmp_path), 0, 3)
+    assert "drawing: 2 of 3 pictures" in capsys.readouterr().err
 
 
 LINGERING = """
@@ -3425,10 +3588,9 @@ def test_drawn_runs_are_scored_by_the_truth_of_the_photos_that_are_read(train):
     assert numbers[0] == numbers[1]
 
 
-def test_drawn_run_of_before_the_truth_goes_on(train):
+def test_drawn_run_without_the_truth_is_evaluated(train):
     train("--pictures", 100, "--epochs", 1, "--epoch-size", 64, "--stop-words", 0)
     os.remove("runs/drawn/drawn/truth.tsv")
-    assert "truly show" not in train("--resume", "--epochs", 2)
     assert evaluation.main(["words", "--model", "runs/drawn", "--no-baselines"]) == 0
 
 
@@ -4393,6 +4555,14 @@ def test_photos_that_are_not_kept_until_they_are_there_are_noticed(
     assert differing("cpu", "gpu", 1e-3)
 
 
+def test_arrays_in_another_order_are_brought_into_cs():
+    x = np.arange(12, dtype=np.float32).reshape(3, 4)
+    with emulated():
+        there = kernels.to_device(np.asfortranarray(x))
+        assert there.flags.c_contiguous
+        assert np.array_equal(kernels.to_host(there), x)
+
+
 def test_samples_wait_for_no_other_work():
     class_photos = np.arange(12, dtype=np.uint32)
     class_ends = np.array([4, 12])
@@ -5212,7 +5382,8 @@ def test_prior_of_an_old_run_follows_from_its_options(options, said, tiny, tmp_p
                                                       capsys):
     monkeypatch.chdir(tiny[0])
     old = data.load_checkpoint("r/best.npz")
-    old.facts.pop("label_frequency", None)
+    del old.facts["label_frequency"]
+    del old.facts["label_weight"]
     old.facts["options"].update(options)
     if "index" not in options:
         shutil.copytree("r/index", tmp_path / "index")

@@ -54,6 +54,7 @@ PATIENCE = 2                    # learning rates' epochs without a better one
 ENOUGH_PHOTOS = 500             # scored after an epoch that mean AP is no noise (± 0.005) …
 ENOUGH_WORDS = 100              # … and words: the best epoch is that of the highest
 NEGATIVES = 1000                # of --targets sampled
+MOST_WORKERS = 8                # if --workers is not given
 VALIDATED = 10_000              # held-out photos scored after an epoch, at most
 DIVERGED = 10                   # times the loss of guessing: training diverges
 SAVE_SECONDS = 600              # between two checkpoints within an epoch
@@ -63,7 +64,7 @@ RETRIES = 360                   # of them: an hour
 LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
 EXAMPLES = 100                  # held-out photos, of which one is named at the end
 EMPTY_STEPS = 100               # steps in a row without a photo that can be read: give up
-ORDER = 3                       # version of what steps draw, and of how their rows weigh
+ORDER = 4                       # version of what steps draw, how they weigh it, and what is saved
 DRAWN = {"pictures": drawn.PICTURES, "words": 80, "stop_words": 10, "epochs": 3,
          "epoch_size": 11_000, "batch": 32}     # defaults without --images
 CHANGEABLE = {"resume", "out", "images", "captions", "epochs", "final", "min_lr", "patience",
@@ -185,7 +186,7 @@ def add_running_options(add):
         help="where to compute; reference: on the CPU, by the plain code that one reads")
     add("--precision", choices=kernels.PRECISIONS, help="on a GPU; if not given tf32 if it has it")
     add("--workers", type=number(int, 0, console.MOST_THREADS), help="threads that decode photos; "
-        "if not given one a core; 0: none, for whole tracebacks")
+        "if not given one a core, at most 8; 0: none, for whole tracebacks")
     add("--threads", type=number(int, 1, console.MOST_THREADS), help="that compute, on the CPU")
 
 
@@ -223,8 +224,8 @@ def load_run(path):
     if not checkpoint.velocities:
         raise ValueError(f"{path} has weights only, as best.npz; begin a new run by --from")
     if checkpoint.facts.get("order") != ORDER:
-        raise ValueError(f"{path} is of a version of weak.py that drew or weighed photos "
-                         "differently; begin a new run with its weights by --from "
+        raise ValueError(f"{path} is of another version of weak.py, whose runs this one cannot go "
+                         "on with; begin a new run with its weights by --from "
                          f"{os.path.dirname(path)}")
     return checkpoint
 
@@ -293,6 +294,8 @@ def check_options(options):
                          f"{options.loss}; use {possible[0]}")
     if options.negatives and options.targets != "sampled":
         raise ValueError("--negatives goes with --targets sampled")
+    if not options.valid and not options.epochs:
+        raise ValueError("with --valid 0 nothing tells when to stop: give --epochs")
     if options.targets == "batch" and options.batch == 1:
         raise ValueError("--targets batch compares a batch's photos; use --batch 2 or more")
 
@@ -310,16 +313,20 @@ def check_sources(options):
 
 
 def share_machine(options, ranks):
-    """Threads and workers for this rank: its part of what the machine's ranks have together."""
+    """Threads for this rank: its part of what the machine's ranks have together."""
     count = ranks.local_size
     if options.batch < ranks.size:
         raise ValueError(f"--batch {options.batch} is less than the {ranks.size} ranks: raise it")
     if ranks.size > 1:
         print(f"ranks: {ranks.size}, {count} on this machine; they share --batch {options.batch}")
     kernels.threads.start(options.threads or max(1, kernels.threads.count // count))
-    if options.workers is None:
-        cores = os.cpu_count() or 1
-        options.workers = min(8, max(1, cores // count))
+
+
+def count_workers(options, ranks):
+    """How many threads decode photos on this rank."""
+    if options.workers is not None:
+        return options.workers
+    return min(MOST_WORKERS, max(1, kernels.cores() // ranks.local_size))
 
 
 @contextmanager
@@ -455,6 +462,9 @@ class Epoch:
     final_steps: int = 0                # … at FINAL_RATE
     shown_loss: float = 0.0             # the sum of `losses` when progress was last shown
     shown_weight: float = 0.0           # … and of `weights`
+    seconds: float = 0.0                # that the steps took, by all processes one after another
+    photos_waited: float = 0.0          # … of which they waited for photos
+    ranks_waited: float = 0.0           # … and for other ranks
 
 
 @dataclass
@@ -465,7 +475,8 @@ class Run:
     index: data.Index
     ranks: several.Alone
     net: model.Network
-    label_frequency: np.ndarray         # (K,) of the rows that training draws
+    label_frequency: np.ndarray         # (K,) of the rows that training draws, of data.Index
+    label_weight: np.ndarray            # (K,) in these rows, likewise
     trained_on: dict                    # what its weights saw: see `read_history`
     loss: object                        # of model.LOSSES, for these rows
     held_out_loss: object               # … and for photos as they are
@@ -513,24 +524,25 @@ def begin_run(options, index, checkpoint, ranks):
     if checkpoint:
         check_captions(checkpoint, index, options.out)
     recipe = model.NETWORKS[options.network]
-    frequency = label_frequency(options, index)                     # (K,)
+    frequency = index.label_frequency(options.sampling, options.positives)      # (K,)
+    weight = index.label_weight(options.sampling, options.positives)            # (K,)
     loss = model.LOSSES[options.loss]
     rows = ranks.part(options.batch)
     source = None if checkpoint else read_source(options, index)
     net = make_network(options, index, checkpoint, source)
     run = Run(
-        options, index, ranks, net, frequency,
+        options, index, ranks, net, frequency, weight,
         trained_on=extend_history(options, index, read_history(checkpoint or source)),
         loss=loss(frequency),
         held_out_loss=loss(index.label_frequency("image", "all")),
-        shift=model.prior_shift(vars(options), index.counts, index.training, frequency),
+        shift=model.prior_shift(vars(options), index.counts, index.training, frequency, weight),
         sgd=model.SGD(net, options.momentum, options.weight_decay),
         schedule=model.Plateau(options.lr, options.epochs_per_lr),
         sampler=data.BatchSampler(
             index, options.seed, options.batch, options.sampling, options.positives,
             spare=recipe.size - recipe.crop, random_crops=options.crop == "random", rows=rows),
-        loader=data.Loader(options.images, index.name, len(index), recipe.size, options.workers,
-                           ranks.local_size, kernels.host_empty),
+        loader=data.Loader(options.images, index.name, len(index), recipe.size,
+                           count_workers(options, ranks), ranks.local_size, kernels.host_empty),
         current=new_epoch(rows))
     if checkpoint:
         restore(run, checkpoint)
@@ -542,8 +554,8 @@ def begin_run(options, index, checkpoint, ranks):
 
 def check_captions(checkpoint, index, out):
     """ValueError unless the captions are those of the checkpoint, wherever they are now."""
-    digest = checkpoint.facts.get("digest", index.facts["digest"])      # older ones have none
-    if digest == index.facts["digest"] and checkpoint.words == index.dictionary:
+    same_photos = checkpoint.facts["digest"] == index.facts["digest"]
+    if same_photos and checkpoint.words == index.dictionary:
         return
     raise ValueError(f"the captions changed: {describe_changes(checkpoint, index)}; choose another "
                      f"--out, and --from {out} to begin with its weights")
@@ -564,13 +576,6 @@ def describe_changes(checkpoint, index):
         if count != before[word]:
             return f"{word} is a word of {before[word]:,} training photos, now of {count:,}"
     return "photos have other names, or other words of the dictionary"
-
-
-def label_frequency(options, index):
-    """What the rows that training draws have of each word, (K,), as model.prior_shift takes it."""
-    if options.positives == "idf":
-        return index.idf_frequency()
-    return index.label_frequency(options.sampling, options.positives)
 
 
 def read_source(options, index):
@@ -654,6 +659,15 @@ def weight_bytes(run):
     return sum(v.nbytes for v in run.sgd.v.values())
 
 
+def gradient_bytes(run):
+    """Bytes of all gradients; of an output layer only where a step scores all words."""
+    total = 0
+    for path, layer, _ in run.net.parameters():
+        if run.options.targets == "all" or not isinstance(layer, model.Output):
+            total += run.sgd.v[path].nbytes
+    return total
+
+
 def disk_bytes(run):
     """Bytes of the two checkpoints, and how many must be free to save them, again and again.
 
@@ -683,18 +697,21 @@ def check_disk(run):
 def check_memory(run):
     """Say what memory a step takes; ValueError if that is more than there is."""
     batch = run.options.batch
-    image = run.net.bytes_per_image(run.recipe.size, run.recipe.crop)
+    loss = run.loss if run.options.targets == "all" else None
+    image = run.net.bytes_per_image(run.recipe.size, run.recipe.crop, loss)
     needed = image * (run.rows.stop - run.rows.start)
     where = "the GPU"
     free = kernels.memory()
+    remedy = "--device cpu, or a smaller --network or --words"
     if free is None:
         where = "this machine"
-        free = data.MEMORY / run.ranks.local_size - 3 * weight_bytes(run)
+        free = data.MEMORY / run.ranks.local_size - 2 * weight_bytes(run)
+        remedy = "a smaller --network or --words"
+    free = max(0, free - gradient_bytes(run))   # which are not there yet
     print(f"memory: a step of --batch {batch} takes {needed / 1e9:,.2f} of {free / 1e9:,.1f} GB "
           f"that {where} has left for it, {image / 1e6:,.1f} MB an image", flush=True)
     if needed <= free:
         return
-    remedy = "--device cpu, or a smaller --network or --words"
     fitting = int(free / image) * run.ranks.size
     if fitting > 0:
         remedy = f"--batch {fitting} or less"
@@ -724,7 +741,8 @@ class Interrupt:
         """What the signals do while training."""
         if not self.asked:
             self.asked = True                   # first, since printing may bring the next signal
-            print("\nstopping after this step, and saving; once more to stop at once", flush=True)
+            print("\nstopping after this step or scoring, and saving; once more to stop at once",
+                  flush=True)
         elif signum in (signal.SIGINT, signal.SIGTERM):
             raise KeyboardInterrupt
 
@@ -734,6 +752,8 @@ def train(run, interrupt):
     plans = map(run.sampler.batch, itertools.count(run.step))
     batches = run.loader.batches(plans, run.sampler.replacement)    # read ahead across epochs
     while not stop_reason(run):
+        if stop_together(run, interrupt):       # while photos were scored
+            return False
         progress = begin_progress(run)
         rest = run.steps_per_epoch - run.current.steps
         for batch, _, pixels, available in itertools.islice(batches, rest):
@@ -811,6 +831,12 @@ def decide_together(run, available, interrupt):
     return Decision(int(counted), save > 0, stop > 0)
 
 
+def stop_together(run, interrupt):
+    """Whether some rank was asked to stop."""
+    (asked,) = run.ranks.allreduce([interrupt.asked])
+    return asked > 0
+
+
 def count_step(run, counted):
     """One more step; RuntimeError if too many of the last ones had no photo."""
     run.step += 1
@@ -868,21 +894,11 @@ def best_epoch(log):
 def end_epoch(run, progress):
     """Validate, log, apply the learning-rate rule, save, and say how the epoch went."""
     run.epoch += 1
-    row = describe_steps(run, progress)
     waiting = describe_waiting(run, progress)
-    row["training_loss"] = measure_training_loss(run)
-    scores = validate(run)
-    if scores:
-        check_divergence(run, scores["loss"])
-        row["validation_loss"] = scores["loss"]
-        row["scored_photos"] = scores["photos"]
-        row["scored_words"] = scores["words"]
-        for key in ("precision@10", "auc", "map"):
-            row[key] = scores[key]
-        row["precision@10_frequent_words"] = scores["baseline"]["precision@10"]
-        row["map_chance"] = scores["chance"]["map"]
+    row = {**describe_steps(run, progress), **describe_scores(run)}
     run.log.append(row)
-    run.schedule.update(scores["loss"] if scores else row["loss"])
+    held_out = row["validation_loss"]
+    run.schedule.update(row["loss"] if held_out is None else held_out)
     run.current = new_epoch(run.rows)
     compare_weights(run)
     save(run)
@@ -894,14 +910,30 @@ def end_epoch(run, progress):
 
 
 def describe_steps(run, progress):
-    """The row of the log for this epoch; "loss" is what its steps minimised, the objective."""
+    """The epoch's steps in the log; "loss" is what they minimised, the objective."""
     loss, weight = run.ranks.allreduce([sum_losses(run), run.current.weights.sum()])
     return {"epoch": run.epoch, "step": run.step, "loss": float(loss / weight),
             "learning_rate": learning_rate(run), "final_steps": run.current.final_steps,
             "images_per_second": progress.rate(),
             "loader_wait": run.loader.waited / progress.seconds(),
-            "skipped": len(gather_skipped(run)), "training_loss": None, "validation_loss": None,
-            "precision@10": None, "auc": None, "map": None, "scored_photos": 0, "scored_words": 0}
+            "skipped": len(gather_skipped(run))}
+
+
+def describe_scores(run):
+    """The epoch's scores in the log, None where no photo is held out, or none can be read."""
+    started = time.monotonic()
+    training_loss = measure_training_loss(run)
+    scores = validate(run)
+    row = {"training_loss": training_loss, "scoring_seconds": time.monotonic() - started}
+    if scores is None:
+        none = dict.fromkeys(("validation_loss", "precision@10", "auc", "map"))
+        return {**row, **none, "scored_photos": 0, "scored_words": 0}
+    check_divergence(run, scores["loss"])
+    return {**row, "validation_loss": scores["loss"],
+            "precision@10": scores["precision@10"], "auc": scores["auc"], "map": scores["map"],
+            "scored_photos": scores["photos"], "scored_words": scores["words"],
+            "precision@10_frequent_words": scores["baseline"]["precision@10"],
+            "map_chance": scores["chance"]["map"]}
 
 
 def describe_epoch(row, targets, waiting):
@@ -935,7 +967,7 @@ def validate(run):
 def score_photos(run, features, photos):
     """Metrics of photos with features (N, E), both as of read_features; None without any."""
     scores = None
-    if photos:                                  # on the first rank
+    if photos:                                  # the first rank has them, if there are any
         targets = [run.index.words(photo) for photo in photos]
         carried = evaluation.mark_words(targets, len(run.index.counts))
         scores = evaluation.word_metrics(make_scorer(run, features), targets, carried,
@@ -952,7 +984,7 @@ def measure_training_loss(run):
     """The loss of training photos by the definition of the held-out loss; None without any."""
     features, photos = read_features(run, compared_photos(run.index))
     loss = None
-    if photos:                                  # on the first rank
+    if photos:                                  # the first rank has them, if there are any
         targets = [run.index.words(photo) for photo in photos]
         loss = evaluation.mean_loss(make_scorer(run, features), targets)
     return run.ranks.broadcast(loss)
@@ -961,10 +993,12 @@ def measure_training_loss(run):
 def read_features(run, photos):
     """Features (N, E) of those photos that can be read, and these photos, on the first rank.
 
-    Each rank reads a part of the photos. On the others, both are empty.
+    Each rank reads a part of the photos. Both are empty on the others, and where none can be read.
     """
-    features, found = evaluation.extract_features(
-        run.net, run.loader, photos[run.ranks.part(len(photos))], run.recipe.crop)
+    mine = photos[run.ranks.part(len(photos))]
+    with console.Progress("scoring", len(mine), stream=sys.stdout) as progress:
+        features, found = evaluation.extract_features(
+            run.net, run.loader, mine, run.recipe.crop, progress)
     found = run.ranks.gather(found)
     features = run.ranks.gather(kernels.to_host(features))          # a list of N rows (E,)
     if not found:
@@ -1008,26 +1042,39 @@ def compare_weights(run):
 # -------------------------------------------------------------------------------- progress
 
 def begin_progress(run):
-    """The progress of the epoch under way, whose times of waiting begin at 0."""
-    run.loader.waited = 0.0
-    run.ranks.waited = 0.0
+    """The progress of the epoch under way, with its times so far."""
+    epoch = run.current
+    run.loader.waited = epoch.photos_waited
+    run.ranks.waited = epoch.ranks_waited
     batch = run.options.batch
     return console.Progress(f"epoch {run.epoch + 1}", run.steps_per_epoch * batch, "images",
-                            sys.stdout, run.current.steps * batch)
+                            sys.stdout, epoch.steps * batch, epoch.seconds)
+
+
+def note_times(run, progress):
+    """Note what the epoch's steps took so far, for a checkpoint."""
+    run.current.seconds = progress.seconds()
+    run.current.photos_waited = run.loader.waited
+    run.current.ranks_waited = run.ranks.waited
 
 
 def show_progress(run, progress):
-    """Count a batch, and show the objective, the waiting, the time left if it is time to."""
+    """Count a batch, and show the time left, the objective, the waiting if it is time to.
+
+    A narrow terminal shows the first of these alone.
+    """
     progress.done += run.options.batch
+    note_times(run, progress)
     if not progress.is_due():
         return
-    notes = [describe_waiting(run, progress)]
-    loss = loss_since_shown(run)
-    if loss is not None:
-        notes.insert(0, f"objective {loss:.4f}")
+    notes = []
     end = describe_end(run, progress)
     if end:
         notes.append(end)
+    loss = loss_since_shown(run)
+    if loss is not None:
+        notes.append(f"objective {loss:.4f}")
+    notes.append(describe_waiting(run, progress))
     progress.show(", ".join(notes))
 
 
@@ -1043,10 +1090,12 @@ def describe_end(run, progress):
     else:
         return ""
     epochs_left = last - run.epoch - 1          # after this one
-    seconds = progress.left() + epochs_left * progress.total / progress.rate()
+    scoring = run.log[-1]["scoring_seconds"] if run.log else 0      # which follows each epoch
+    seconds = progress.left() + scoring
+    seconds += epochs_left * (progress.total / progress.rate() + scoring)
     if options.epochs:
         return f"{console.duration(seconds)} for all epochs"
-    return f"ends {patience} epochs after the best, in {console.duration(seconds)} or more"
+    return f"ends {patience} epochs after the best (in {console.duration(seconds)} or more)"
 
 
 def loss_since_shown(run):
@@ -1066,7 +1115,7 @@ def describe_waiting(run, progress):
     seconds = progress.seconds()
     text = f"waited for photos {run.loader.waited / seconds:.0%}"
     if run.ranks.size > 1 and kernels.memory() is None:
-        text += f", for other ranks {run.ranks.waited / seconds:.0%}"
+        text += f" and for other ranks {run.ranks.waited / seconds:.0%}"
     return text
 
 
@@ -1143,13 +1192,16 @@ def collect_facts(run):
         "step": run.step,
         "epoch": run.epoch,
         "under_way": {"steps": run.current.steps, "final_steps": run.current.final_steps,
-                      "losses": losses, "weights": weights},
+                      "losses": losses, "weights": weights, "seconds": run.current.seconds,
+                      "photos_waited": run.current.photos_waited,
+                      "ranks_waited": run.current.ranks_waited},
         "log": list(run.log),
         "plateau": dict(vars(run.schedule)),
         "digest": run.index.facts["digest"],
         "counts": run.index.counts.tolist(),
         "training": run.index.training,
         "label_frequency": run.label_frequency.tolist(),
+        "label_weight": run.label_weight.tolist(),
         "trained_on": run.trained_on,
         "skipped": gather_skipped(run)}
 
@@ -1203,11 +1255,10 @@ def restore(run, checkpoint):
     run.log = facts["log"]
     vars(run.schedule).update(facts["plateau"])
     run.loader.skipped.update(facts["skipped"])
-    under_way = facts["under_way"]
-    losses = np.array(under_way["losses"])[run.rows]
-    weights = np.array(under_way["weights"])[run.rows]
-    run.current = Epoch(kernels.to_device(losses), weights, under_way["steps"],
-                        under_way["final_steps"])
+    under_way = dict(facts["under_way"])
+    losses = np.array(under_way.pop("losses"))[run.rows]
+    weights = np.array(under_way.pop("weights"))[run.rows]
+    run.current = Epoch(kernels.to_device(losses), weights, **under_way)
     reason = stop_reason(run)
     if reason:
         print(f"this run is finished; to train on, change {reason}", flush=True)
@@ -1288,7 +1339,11 @@ def finish(run, finished):
     kinds = ("best.npz", ".jsonl", ".png", ".csv", ".txt")
     files = [name for name in sorted(os.listdir(run.options.out)) if name.endswith(kinds)]
     print(f"{describe_saved(run)}; beside it: {', '.join(files)}")
-    print(f"next: {next_command(run)}")
+    photo = None
+    if finished:
+        photo = example_photo(run)
+        show_example(run, photo)
+    print(f"next: {next_command(run, photo)}")
 
 
 def save_at_last(run):
@@ -1327,7 +1382,7 @@ def show_scores(run, saved):
             print(f"epoch {best['epoch']} was better, but its weights could not be saved")
     features, photos = read_features(run, validation_photos(run.index))
     scores = score_photos(run, features, photos)
-    if photos:                                  # on the first rank
+    if photos:                                  # the first rank has them, if there are any
         scores.update(score_by_truth(run, features, photos))
     if scores:
         evaluation.print_words(scores, evaluation.Output())
@@ -1346,28 +1401,35 @@ def score_by_truth(run, features, photos):
 def read_truth(run):
     """The index of what a run truly drew, in the words of its dictionary; () of other runs."""
     options = run.options
-    path = drawn.truth_file(options.out)
-    if not options.drawn or not os.path.exists(path):               # older runs have none
+    if not options.drawn:
         return ()
-    source = data.Source(path, images=options.images)
+    source = data.Source(drawn.truth_file(options.out), images=options.images)
     text = data.Text(options.words, options.stop_words, options.valid)
     folder = os.path.join(options.out, "index-truth")
     return data.build_index(source, folder, text, run.index.dictionary)
 
 
-def next_command(run):
-    """The command to paste now, whatever the names in it are and wherever one stands."""
-    out = shlex.quote(run.options.out)
-    if not stop_reason(run):
-        return f"python {script_path('weak.py')} --resume --out {out}"
-    photo = example_photo(run)
+def show_example(run, photo):
+    """Print the words of a photo's captions and, of one that was drawn, what it shows."""
+    if run.ranks.rank:
+        return
     name = run.index.name(photo)
-    path = run.loader.folder.find(name)
     print(f"for example, {name} has the words {name_words(run, run.index.words(photo))}")
     _, targets = evaluation.match_photos(read_truth(run), [name])
     for classes in targets:                     # of a drawn run
         print(f"what it shows is {name_words(run, classes)}")
-    return f"python {script_path('eval.py')} tag --model {out} {shlex.quote(path)}"
+
+
+def next_command(run, photo):
+    """The command to paste now, whatever the names in it are and wherever one stands.
+
+    It tags a photo, or, with None, goes on with the run.
+    """
+    out = shlex.quote(run.options.out)
+    if photo is None:
+        return f"python {script_path('weak.py')} --resume --out {out}"
+    path = shlex.quote(run.loader.folder.find(run.index.name(photo)))
+    return f"python {script_path('eval.py')} tag --model {out} {path}"
 
 
 def script_path(name):
@@ -1388,7 +1450,7 @@ def example_photo(run):
     """
     features, photos = read_features(run, validation_photos(run.index)[:EXAMPLES])
     best = 0
-    if photos:                                  # on the first rank
+    if photos:                                  # the first rank has them, if there are any
         scores = kernels.to_host(run.net.output.scores(features))   # (n, K)
         if run.shift is not None:
             scores = scores + run.shift

@@ -10,7 +10,7 @@ import the reference's; a kernel in a .cu file and its launch in gpu.py; and a t
 fixture `device`, which compares all of them with the reference.
 """
 from . import cpu, ranks, reference
-from .cpu import threads
+from .cpu import cores, threads  # noqa: F401
 
 OPERATIONS = (
     "conv_forward", "conv_backward_input", "conv_backward_filter", "relu_backward",

@@ -21,8 +21,9 @@ import traceback
 from contextlib import AbstractContextManager, contextmanager, suppress
 
 from . import ranks
+from .cpu import cores
 
-MOST_THREADS = 4 * (os.cpu_count() or 1)
+MOST_THREADS = 4 * cores()
 GRACE = 2                       # seconds in which the first rank may tell what went wrong
 PASSED_ON = 0.3                 # seconds until mpiexec has passed on what a rank printed
 TERMINAL_SECONDS = 0.5          # between two lines of progress on a terminal
@@ -141,30 +142,32 @@ class Screen:
 
 
 class Progress(AbstractContextManager):
-    """Counts work, and shows how far it is: on a terminal twice a second, else every 10 seconds."""
+    """Counts work, and shows how far it is: on a terminal twice a second, else every 10 seconds.
 
-    def __init__(self, what, total, unit="photos", stream=None, done=0):
+    done: what was done of it before, in so many seconds.
+    """
+
+    def __init__(self, what, total, unit="photos", stream=None, done=0, seconds=0):
         stream = stream or sys.stderr
         self.what = what
         self.total = total
         self.unit = unit
         self.screen = stream if isinstance(stream, Screen) else Screen(stream)
         self.terminal = self.screen.isatty()
-        self.started = time.monotonic()
-        self.shown = self.started
-        self.done_before = done
+        self.shown = time.monotonic()
+        self.started = self.shown - seconds
         self.done = done
 
     def __exit__(self, *_):
         self.screen.write("")                   # clears the line on a terminal
 
     def seconds(self):
-        """Since the start."""
+        """Those that the work has taken."""
         return max(1e-9, time.monotonic() - self.started)
 
     def rate(self):
         """Units of work a second."""
-        return max(1e-9, self.done - self.done_before) / self.seconds()
+        return max(1e-9, self.done) / self.seconds()
 
     def left(self):
         """Seconds that the rest will take at this rate."""
@@ -182,7 +185,7 @@ class Progress(AbstractContextManager):
         return time.monotonic() - self.shown >= seconds
 
     def show(self, note=""):
-        """Show how far the work is, and the note."""
+        """Show how far the work is, and the note: parts with ", " between them, which may go."""
         self.shown = time.monotonic()
         parts = [f"{self.what}: {self.done:,} of {self.total:,} {self.unit}",
                  f"{duration(self.left())} left", f"{self.rate():.3g}/s"]

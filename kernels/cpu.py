@@ -65,6 +65,13 @@ def _keep_freed_memory():
         library.mallopt(m_trim_threshold, largest_int)
 
 
+def cores():
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):        # not on every system
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 class Threads:
     """The worker threads, each with single-threaded BLAS; they start when first needed."""
 
@@ -84,8 +91,7 @@ class Threads:
     def count(self):
         """The number of threads in use."""
         if self._count is None:
-            may_choose = hasattr(os, "sched_getaffinity")           # not on every system
-            self.start(len(os.sched_getaffinity(0)) if may_choose else os.cpu_count())
+            self.start(cores())
         return self._count
 
     def share(self, work, items):
@@ -564,6 +570,8 @@ def matmul(a, b, bias=None, relu=False):
 
 def sgd(w, v, dw, rate, momentum, decay, rows=None):
     """Chunks of numbers, in one pass; rows are gathered, moved and put back."""
+    if not (w.flags.c_contiguous and v.flags.c_contiguous):         # a flat copy would be moved
+        raise ValueError("weights and velocities must be contiguous, as Network.load makes them")
     if rows is not None:
         w_rows = w[rows]                                            # copies, (R, …)
         v_rows = v[rows]

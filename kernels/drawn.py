@@ -98,11 +98,8 @@ def truth_file(run):
 
 
 def draw_set(run, seed, count):
-    """Draw a run's pictures, with captions and truth beside them, unless they are there.
-
-    count None is that of a run of an older version, which goes on with what it drew.
-    """
-    if count is None or has_set(run, seed, count):
+    """Draw a run's pictures, with captions and truth beside them, unless they are there."""
+    if has_set(run, seed, count):
         return
     folder = sources(run)["images"]
     captions = sources(run)["captions"]         # which is written last
@@ -110,18 +107,20 @@ def draw_set(run, seed, count):
     os.makedirs(folder, exist_ok=True)
     print(f"drawing {count:,} captioned pictures into {os.path.dirname(captions)}", flush=True)
     with (console.whole_file(captions, "w", encoding="utf-8") as file,
-          console.whole_file(truth, "w", encoding="utf-8") as true_file):
+          console.whole_file(truth, "w", encoding="utf-8") as true_file,
+          console.Progress("drawing", count, "pictures") as progress):
         for n in range(count):
             image, caption, true_words = draw_scene(seed, n)
             image.save(os.path.join(folder, f"{n:05}.jpg"), quality=90)
             file.write(f"{n:05}.jpg\t{caption}\n")
             true_file.write(f"{n:05}.jpg\t{true_words}\n")
+            progress.tick()
 
 
 def has_set(run, seed, count):
     """Whether a run's folder has these pictures: as many captions, and the last one is the same."""
     captions = sources(run)["captions"]
-    if not os.path.exists(captions):
+    if not os.path.exists(captions) or not os.path.exists(truth_file(run)):
         return False
     with open(captions, encoding="utf-8") as file:
         lines = file.readlines()

@@ -558,8 +558,10 @@ def sgd(w, v, dw, rate, momentum, decay, rows=None):
 # ----------------------------------------------------------------------------------- arrays
 
 def to_device(x):
-    """A copy of x where this device computes, which is there when this returns."""
+    """A copy of x, in C's order, where this device computes, which is there when this returns."""
     there = _device.xp.array(x)
+    if not there.flags.c_contiguous:
+        there = there.copy()                    # in C's order, which all kernels take
     _device.xp.cuda.get_current_stream().synchronize()              # other streams may read it
     return there
 

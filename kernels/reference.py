@@ -319,8 +319,8 @@ def sgd(w, v, dw, rate, momentum, decay, rows=None):
 # ----------------------------------------------------------------------------------- arrays
 
 def to_device(x):
-    """x, a NumPy array, where this device computes: x itself on the CPU, a copy on a GPU."""
-    return np.asarray(x)
+    """x, in C's order, where this device computes: on the CPU x itself if it is so, else a copy."""
+    return np.asarray(x, order="C")
 
 
 def to_host(x):
