@@ -2212,7 +2212,7 @@ def predict_words(options, show, *runs):
     return result
 
 
-class Test(NamedTuple):
+class TestSet(NamedTuple):
     """The photos and words that runs are scored on."""
 
     owner: Trained                  # the run with the most training photos, whose photos these are
@@ -2225,7 +2225,7 @@ class Test(NamedTuple):
 
 
 class ScoredRun(NamedTuple):
-    """A run, and how well it tells the words of a Test's photos."""
+    """A run, and how well it tells the words of a TestSet's photos."""
 
     run: Trained
     names: list                     # of the N photos that can be read
@@ -2235,15 +2235,15 @@ class ScoredRun(NamedTuple):
 
 
 def choose_test(options, runs):
-    """The Test that the options name for some runs, the one with the most training photos last."""
+    """The TestSet that the options name for runs, the one with the most training photos last."""
     owner = runs[-1]
     words = common_words(runs)
     index = common_index(options, runs, words)
     count = len(index) if options.all else index.held_out
-    return Test(owner, index, options.images or owner.options["images"],
-                {index.name(i): i for i in range(count)}, words,
-                owner.counts[owner.find_words(words)],              # one order of words for all
-                not (options.all or options.captions or options.images))
+    return TestSet(owner, index, options.images or owner.options["images"],
+                   {index.name(i): i for i in range(count)}, words,
+                   owner.counts[owner.find_words(words)],           # one order of words for all
+                   not (options.all or options.captions or options.images))
 
 
 def score_run(test, run, options, show):
