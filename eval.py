@@ -1283,8 +1283,10 @@ class Frame:
             deviations = np.array(curve.deviations)
             ys += [*(curve.y - deviations), *(curve.y + deviations)]
             xs += curve.x
-        below = 0.02 * (max(ys) - min(ys))      # so that no line lies on the axis
-        self.ticks = round_ticks(min(ys) - below, max(ys))
+        low = min(ys) - 0.02 * (max(ys) - min(ys))                  # so no line lies on the axis
+        if min(ys) >= 0:
+            low = max(0, low)                   # no score is negative
+        self.ticks = round_ticks(low, max(ys))
         self.xs = np.array([min(xs), max(xs)], float)               # the curves' ends
         ends = self.scale(self.xs)
         margin = 0.04 * (ends[1] - ends[0]) or 0.5

@@ -5176,6 +5176,13 @@ def test_ticks_are_round():
     assert ticks.tolist() == pytest.approx([0.62, 0.64, 0.66, 0.68, 0.7, 0.72])
 
 
+def test_axis_of_a_small_score_begins_at_zero():
+    curve = evaluation.Curve("a", [1, 2], [0.007, 0.4], [0, 0], ["", ""])
+    drawing = evaluation.draw_plots([evaluation.Plot("photos", "AP", [curve], {"chance": 0.001})])
+    texts = [element.text for element in ElementTree.fromstring(drawing.svg()).iter()]
+    assert "0.4" in texts and "-0.1" not in texts
+
+
 def dark(image):
     """How many pixels are not nearly white."""
     return int((np.asarray(image).min(axis=2) < 100).sum())
