@@ -3552,8 +3552,10 @@ def test_drawn_set_is_drawn_trained_and_evaluated(train, capsys):
     assert evaluation.main(["words", "--model", "runs/drawn", "--json", "w.json"]) == 0
     result = json.load(open("w.json"))
     assert list(result["truth"]) == list(drawn.KINDS)
-    table = capsys.readouterr().out.partition("truly show")[2]
+    shown = capsys.readouterr().out.partition("truly show")[2]
+    table, _, baselines = shown.partition("AUC against the truth")
     assert table and table in said              # training said the same at its end
+    assert "linear regression: untrained network" in baselines
 
 
 def test_suggested_photo_is_shown_with_its_caption_and_the_truth(train):
