@@ -51,8 +51,6 @@ DECAY = 5e-4                    # likewise
 FINAL = 0.2                     # of the steps of --epochs …
 FINAL_RATE = 0.1                # … are at this part of the learning rate: the last ones
 PATIENCE = 2                    # learning rates' epochs without a better one
-ENOUGH_PHOTOS = 500             # scored after an epoch that mean AP is no noise (± 0.005) …
-ENOUGH_WORDS = 100              # … and words: the best epoch is that of the highest
 NEGATIVES = 1000                # of --targets sampled
 MOST_WORKERS = 8                # if --workers is not given
 VALIDATED = 10_000              # held-out photos scored after an epoch, at most
@@ -157,7 +155,8 @@ def add_training_options(add):
     """SGD, its learning rate, and when training ends."""
     add("--batch", type=number(int, 1), help="photos a step; if not given the network's")
     add("--lr", type=number(float, above=0), help="first learning rate; if not given the "
-        "network's, times 0.8 / √n where n words of a photo, on average, are targets")
+        "network's, times 0.8 / √n where n words of a photo, on average, are targets, and half of "
+        "it with --targets sampled")
     add("--momentum", type=number(float, 0, below=1), default=MOMENTUM, help="of SGD")
     add("--weight-decay", type=number(float, 0), default=DECAY, help="of SGD, not for biases")
     add("--epoch-size", type=number(int, 1), help="photos an epoch; if not given as many as there "
@@ -172,9 +171,8 @@ def add_training_options(add):
     add("--min-lr", type=number(float, above=0), default=LEAST_RATE,
         help="stop when the rate is halved below this one")
     add("--patience", type=number(int, 1), metavar="N", help="stop when none of N epochs "
-        f"is the best; if neither this nor --epochs is given {PATIENCE} x --epochs-per-lr. The "
-        "best has the highest mean AP on held-out photos, or, where fewer than "
-        f"{ENOUGH_PHOTOS:,} photos or {ENOUGH_WORDS} words are scored, the lowest loss")
+        "is the best, the one with the highest mean AP on held-out photos; if neither this nor "
+        f"--epochs is given {PATIENCE} x --epochs-per-lr")
     add("--seed", type=number(int, 0, below=2**63), default=0, help="of all random numbers")
 
 
@@ -442,12 +440,14 @@ def describe_index(index, options):
 
 
 def default_rate(options, index):
-    """The network's learning rate, lowered where a photo has several words as targets."""
+    """The network's learning rate, lowered where gradients are larger, or vary more."""
     rate = model.NETWORKS[options.network].lr
-    if options.positives != "all":
-        return rate
-    targets = index.label_frequency(options.sampling, "all").sum()  # of a row
-    return float(f"{0.8 * rate / math.sqrt(targets):.2g}")          # as 1 / √targets diverged
+    if options.positives == "all":                                  # several words of a photo
+        targets = index.label_frequency(options.sampling, "all").sum()          # of a row
+        rate *= 0.8 / math.sqrt(targets)                            # as 1 / √targets diverged
+    if options.targets == "sampled":                                # a class counts 1/π times
+        rate /= 2                                                   # as the whole rate diverged
+    return float(f"{rate:.2g}")
 
 
 # ------------------------------------------------------------------------------ the run's state
@@ -878,15 +878,14 @@ def patience_of(options):
 def best_epoch(log):
     """The row of the best epoch, the first of equal ones; None if nothing is held out.
 
-    It is that of the highest mean AP where enough photos and words are scored to tell epochs apart,
-    else that of the lowest held-out loss, which is lowest before words and features are best.
+    It is that of the highest mean AP on held-out photos. Their loss is lowest long before words and
+    features are best, since a network grows too sure; it decides only where no word has an AP,
+    because no held-out photo, or each of them, carries it.
     """
     rows = [row for row in log if row["validation_loss"] is not None]
-    photos = min((row["scored_photos"] for row in rows), default=0)
-    words = min((row["scored_words"] for row in rows), default=0)
-    if photos >= ENOUGH_PHOTOS and words >= ENOUGH_WORDS:
-        return max(rows, key=lambda row: row["map"])
-    return min(rows, key=lambda row: row["validation_loss"], default=None)
+    if all(row["scored_words"] for row in rows):
+        return max(rows, key=lambda row: row["map"], default=None)
+    return min(rows, key=lambda row: row["validation_loss"])
 
 
 # ------------------------------------------------------------------------ the end of an epoch
