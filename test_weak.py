@@ -50,7 +50,7 @@ import eval as evaluation
 import kernels
 import model
 import weak
-from kernels import console, cpu, drawn, gpu, philox, ranks, reference
+from kernels import console, cpu, drawn, figures, gpu, philox, ranks, reference
 from kernels.dev import bench, captions, emulate, emulate_cupy, experiments
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -5171,19 +5171,19 @@ def test_map_parts_clusters_that_have_twins(rng, monkeypatch):
 
 @pytest.mark.parametrize("low, high", [(5e35, 5e35), (0.0, 0.0), (1e-12, 3.0), (-3.0, 1.0)])
 def test_ticks_reach_around_their_numbers_be_they_flat_or_far_apart(low, high):
-    ticks = evaluation.round_ticks(low, high)
+    ticks = figures.round_ticks(low, high)
     assert ticks[0] <= low and high <= ticks[-1]
     assert 2 <= len(ticks) <= 6
 
 
 def test_ticks_are_round():
-    ticks = evaluation.round_ticks(0.62, 0.71)
+    ticks = figures.round_ticks(0.62, 0.71)
     assert ticks.tolist() == pytest.approx([0.62, 0.64, 0.66, 0.68, 0.7, 0.72])
 
 
 def test_axis_of_a_small_score_begins_at_zero():
-    curve = evaluation.Curve("a", [1, 2], [0.007, 0.4], [0, 0], ["", ""])
-    drawing = evaluation.draw_plots([evaluation.Plot("photos", "AP", [curve], {"chance": 0.001})])
+    curve = figures.Curve("a", [1, 2], [0.007, 0.4], [0, 0], ["", ""])
+    drawing = figures.draw_plots([figures.Plot("photos", "AP", [curve], {"chance": 0.001})])
     texts = [element.text for element in ElementTree.fromstring(drawing.svg()).iter()]
     assert "0.4" in texts and "-0.1" not in texts
 
@@ -5196,8 +5196,8 @@ def dark(image):
 @pytest.mark.parametrize("losses", [[3.0, 1.0], [5e35, 5e35], [2.0], [float("nan")], [None], []])
 def test_curves_are_drawn_of_any_log(losses):
     log = [{"epoch": i, "loss": loss} for i, loss in enumerate(losses, 1)]
-    image = evaluation.draw_plots(evaluation.curves_plots(log)).image()
-    empty = evaluation.draw_plots(evaluation.curves_plots([])).image()
+    image = figures.draw_plots(evaluation.curves_plots(log)).image()
+    empty = figures.draw_plots(evaluation.curves_plots([])).image()
     assert image.width == empty.width == 480
     has_numbers = len(losses) > 0 and losses[0] is not None and math.isfinite(losses[0])
     assert (dark(image) != dark(empty)) == has_numbers
@@ -5205,41 +5205,41 @@ def test_curves_are_drawn_of_any_log(losses):
 
 def example_plot(**changes):
     """Two curves, one with error bars, over a log scale, with two baselines."""
-    first = evaluation.Curve("first", [100, 1000], [0.2, 0.3], [0.01, 0.0], ["3 seeds", ""])
-    second = evaluation.Curve("second", [10, 1000], [0.1, 0.4], [0, 0], ["", ""])
-    plot = evaluation.Plot("photos", "precision (fraction)", [first, second],
+    first = figures.Curve("first", [100, 1000], [0.2, 0.3], [0.01, 0.0], ["3 seeds", ""])
+    second = figures.Curve("second", [10, 1000], [0.1, 0.4], [0, 0], ["", ""])
+    plot = figures.Plot("photos", "precision (fraction)", [first, second],
                            {"pixels": 0.15, "chance": 0.05}, log=True)
     return plot._replace(**changes)
 
 
 def texts_of(drawing):
-    return [shape.text for shape in drawing.shapes if isinstance(shape, evaluation.Text)]
+    return [shape.text for shape in drawing.shapes if isinstance(shape, figures.Text)]
 
 
 def test_plot_names_axes_curves_baselines_and_error_bars():
-    texts = texts_of(evaluation.draw_plots([example_plot()]))
+    texts = texts_of(figures.draw_plots([example_plot()]))
     for text in ("photos (log scale)", "precision (fraction)", "first", "second", "pixels",
                  "chance", "± 1 standard deviation over 3 seeds"):
         assert texts.count(text) == 1
     assert {"10", "100", "1,000"} <= set(texts)                     # under the axis
-    plain = texts_of(evaluation.draw_plots([example_plot(log=False)]))
+    plain = texts_of(figures.draw_plots([example_plot(log=False)]))
     assert "photos" in plain
 
 
 def test_table_of_a_plot_has_the_numbers_that_are_drawn():
     plot = example_plot()
-    heading, rows = evaluation.plot_table([plot])
+    heading, rows = figures.plot_table([plot])
     assert heading == ["plot", "curve", "photos", "value", "deviation", "deviation over"]
     assert rows[0] == ["precision (fraction)", "first", 100, 0.2, 0.01, "3 seeds"]
     assert rows[-1] == ["precision (fraction)", "chance", "", 0.05, "", ""]
-    drawing = evaluation.draw_plots([plot])
-    frame = evaluation.Frame(drawing, plot, 0, 0)
+    drawing = figures.draw_plots([plot])
+    frame = figures.Frame(drawing, plot, 0, 0)
     frame.set_axes()
-    dots = [shape.centre for shape in drawing.shapes if isinstance(shape, evaluation.Dot)]
+    dots = [shape.centre for shape in drawing.shapes if isinstance(shape, figures.Dot)]
     points = [(frame.across(row[2]), frame.down(row[3])) for row in rows[:4]]
     assert np.allclose(dots[:2] + dots[2:4], points)
     heights = [shape.points[0][1] for shape in drawing.shapes
-               if isinstance(shape, evaluation.Stroke) and shape.dash]
+               if isinstance(shape, figures.Stroke) and shape.dash]
     assert np.allclose(heights[:2], [frame.down(row[3]) for row in rows[4:]])
 
 
@@ -5251,13 +5251,13 @@ def test_training_and_held_out_loss_share_a_plot_and_the_kept_epoch_is_marked():
     assert [curve.name for curve in plots[0].curves] == ["held-out photos", "training photos"]
     assert [plot.levels for plot in plots] == [
         {}, {"most frequent words": 0.08}, {"chance": 0.5}, {"chance": 0.05}]
-    assert "best" in texts_of(evaluation.draw_plots(plots[:1]))
+    assert "best" in texts_of(figures.draw_plots(plots[:1]))
     assert "nats" in plots[0].y_name
     assert "nats" not in evaluation.curves_plots(log, "one-vs-all")[0].y_name
 
 
 def test_drawing_has_as_many_pixels_as_asked_and_the_same_shapes_as_svg():
-    drawing = evaluation.draw_plots([example_plot(y_name="a < b"), example_plot()])
+    drawing = figures.draw_plots([example_plot(y_name="a < b"), example_plot()])
     assert drawing.image().width == 960
     large = drawing.image(1920)
     assert large.size == (1920, 2 * drawing.height)
@@ -5272,7 +5272,7 @@ def test_words_of_a_map_lie_inside_and_those_without_room_are_left_out(rng):
     names = [f"word{i}" for i in range(30)]
     y = rng.random((30, 2))
     y[20:] = 0.5                                # ten of them in one place
-    drawing = evaluation.words_picture(names, y, np.arange(30), 300, evaluation.Fonts())
+    drawing = figures.words_picture(names, y, np.arange(30), 300, figures.Fonts())
     texts = texts_of(drawing)
     assert 10 < len(texts) < 30
     pixels = np.asarray(drawing.image())
@@ -5290,13 +5290,13 @@ def test_word_goes_where_there_is_room_first():
         [5, 50],                                # over the edge
         [50, 35],                               # too near
         [50, 34]])
-    assert evaluation.find_room(points, box, taken, 100).tolist() == [50, 34]
-    assert evaluation.find_room(points[:3], box, taken, 100) is None
+    assert figures.find_room(points, box, taken, 100).tolist() == [50, 34]
+    assert figures.find_room(points[:3], box, taken, 100) is None
 
 
 def test_words_without_a_font_are_said_once(monkeypatch, capsys):
-    monkeypatch.setattr(evaluation, "FONTS", ())
-    fonts = evaluation.Fonts()
+    monkeypatch.setattr(figures, "FONTS", ())
+    fonts = figures.Fonts()
     for word in ("dog", "犬", "狗犬", "bird"):
         width, height = fonts.find(word, 20).getmask(word).size
         assert width and height
@@ -5356,7 +5356,7 @@ def ask(tiny, monkeypatch, capsys):
 
 def test_trained_is_a_class_that_help_shows():
     assert inspect.isclass(evaluation.Trained)
-    assert all(inspect.isclass(kind) for kind in (evaluation.Fonts, evaluation.Output))
+    assert all(inspect.isclass(kind) for kind in (figures.Fonts, evaluation.Output))
 
 
 def test_run_says_which_weights_it_is_evaluated_with(tiny, ask):

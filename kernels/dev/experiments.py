@@ -25,7 +25,7 @@ import numpy as np
 
 import eval as evaluation
 import weak
-from kernels import console, drawn
+from kernels import console, drawn, figures
 from kernels.console import number
 
 TIMES = {                       # how many times --base pictures each set has, by its labels
@@ -219,8 +219,8 @@ def show_weak_and_clean(curves, counts, options):
         show.table([f"AUC of {kind}, pictures", *of_kind], rows)
         lines = [make_curve(f"trained on {labels}", counts[labels], values)
                  for labels, values in of_kind.items()]
-        plots.append(evaluation.Plot("pictures, of which nine tenths are trained on",
-                                     f"AUC of {kind}, against the truth", lines, {}, log=True))
+        plots.append(figures.Plot("pictures, of which nine tenths are trained on",
+                                  f"AUC of {kind}, against the truth", lines, {}, log=True))
     show.line("labelled pictures that teach things as well as so many captioned ones: "
               + describe_worth(curves["things"], counts))
     show.plots(plots, "weak against clean labels")
