@@ -468,6 +468,27 @@ def test_networks_agree_with_pytorch(name, rng):
     np.testing.assert_allclose(net.first.dw, dw, rtol=1e-7, atol=1e-9 * abs(dw).max())
 
 
+def test_readme_loads_a_run_into_pytorch(tmp_path, monkeypatch, rng):
+    torch = pytest.importorskip("torch")
+    readme = (Path(__file__).parent / "README.md").read_text(encoding="utf-8")
+    (code,) = [block for block in re.findall("```python\n(.*?)```", readme, re.S)
+               if "import torch" in block]
+    net = model.small(30)
+    for _, layer, name in net.parameters():
+        weights = getattr(layer, name)
+        weights[...] = 0.1 * rng.standard_normal(weights.shape)
+    monkeypatch.chdir(tmp_path)
+    os.makedirs("runs/drawn")
+    data.save_checkpoint("runs/drawn/best.npz", data.Checkpoint(net.state(), {}, {}, ["word"]))
+    names = {}
+    torch.set_default_dtype(torch.float32)
+    exec(code, names)
+    x = rng.standard_normal((2, 64, 64, 3)).astype(np.float32)
+    with torch.no_grad():
+        theirs = names["features"](torch.tensor(x).permute(0, 3, 1, 2)).numpy()
+    np.testing.assert_allclose(net.features(x), theirs, rtol=1e-4, atol=1e-4 * theirs.max())
+
+
 PI = (0x243f6a8885a308d3, 0x13198a2e03707344, 0xa4093822299f31d0, 0x082efa98ec4e6c89,
       0x452821e638d01377, 0xbe5466cf34e90c6c)   # its first digits
 
