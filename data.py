@@ -65,6 +65,7 @@ def machine_memory(limit="/sys/fs/cgroup/memory.max"):
 
 
 MEMORY = machine_memory()
+KEPT = 0.25                     # the part of it for photos that stay decoded, by all loaders
 
 
 # === text =========================================================================================
@@ -1766,7 +1767,12 @@ class BatchSampler:
 
     def _absent(self, classes):
         """The probability (C,) that no other row of the batch carries a class."""
-        return (1 - self.label_frequency[classes]) ** (self.count - 1)
+        return 1 - presence_among(self.count - 1, self.label_frequency[classes])
+
+
+def presence_among(rows, label_frequency):
+    """The probability that at least one of so many rows carries each word, like label_frequency."""
+    return 1 - (1 - label_frequency) ** rows
 
 
 def idf(counts, photos):
@@ -2325,7 +2331,7 @@ def _file_digest(path):
 
 
 class Loader(AbstractContextManager):
-    """Decodes photos in threads, some batches ahead, and keeps some in a quarter of the memory.
+    """Decodes photos in threads, some batches ahead, and keeps some, in the part KEPT of MEMORY.
 
     name(i): the name of photo i of `photos`; loaders: how many this machine runs; empty(shape)
     makes a batch's memory. With 0 workers photos are decoded when they are asked for, in the
@@ -2341,7 +2347,7 @@ class Loader(AbstractContextManager):
         self.empty = empty
         self.pool = ThreadPoolExecutor(workers or 1)
         self.map = self.pool.map if workers else map                # the latter is lazy
-        self.room = min(photos, MEMORY // 4 // loaders // (3 * size * size))
+        self.room = min(photos, int(KEPT * MEMORY / loaders / (3 * size * size)))
         self.kept = {}                          # {photo: pixels}, at most `room`
         self.broken = {}                        # {photo: why}, which are not read again
         self.skipped = {}

@@ -13,14 +13,14 @@ gradient checks), NHWC.
     model.SGD(net, momentum=0.9, decay=5e-4).step(rate=0.01)
 """
 import zlib
-from collections import namedtuple
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 import kernels                          # kernels.f is f of reference.py, or its faster form
-from data import Labels
+from data import Labels, presence_among
 
 OUTPUT_STD = 0.001                      # first scores near 0: the loss starts at ln K
 HEAD_WEIGHT = 0.3                       # of an auxiliary classifier's loss (Szegedy 2014, §5)
@@ -39,14 +39,15 @@ class Context(NamedTuple):
 
 
 class Layer:
-    """What all layers share: `forward` keeps what `backward` needs, which returns dx.
+    """What all layers share.
 
-    `backward` assigns the gradients of the weights, dw and db, and never changes its dy. Arrays
-    that are kept are called x, y or argmax, by which `bytes_per_image` finds them.
+    `forward` of x keeps what `backward` needs. `backward` of dy sets the gradients of the weights,
+    dw and db, returns dx, and leaves dy as it is. Arrays that are kept are called x, y or argmax,
+    by which `bytes_per_image` finds them.
     """
 
     shapes = {}                         # of the parameters, by name; gradients are d + name
-    layers = {}                         # those that it is made of, by name, if it is
+    layers = {}                         # that it consists of, by name; empty for a single layer
 
     def draw_weights(self, rng):
         """First weights, of variance 2 / fan-in: ReLU layers keep the scale (He 2015, eq. 10)."""
@@ -240,11 +241,11 @@ class Dropout(Layer):
 
     def __init__(self, rate):
         self.rate = rate
-        self.stream = 0                 # of its masks: each Dropout has its own
+        self.mask_id = 0                # so that each Dropout draws masks of its own
         self.counter = None
 
     def draw_weights(self, rng):
-        self.stream = int(rng.integers(1 << 32))
+        self.mask_id = int(rng.integers(1 << 32))
 
     def forward(self, x):
         return x
@@ -252,7 +253,7 @@ class Dropout(Layer):
     def forward_training(self, x, context):
         if not self.rate:
             return x
-        self.counter = context.seed, context.step, self.stream, context.row
+        self.counter = context.seed, context.step, self.mask_id, context.row
         return kernels.dropout(x, self.rate, *self.counter)         # (N, E)
 
     def backward(self, dy):
@@ -307,7 +308,7 @@ class Concat(Layer):
     def __init__(self, *branches):
         self.branches = [Sequential(*branch) for branch in branches]
         self.layers = {str(number): branch for number, branch in enumerate(self.branches)}
-        self.stops = None               # the channel of y behind each branch's
+        self.stops = None               # where each branch's channels of y end
 
     def forward(self, x):
         return self._join([branch.forward(x) for branch in self.branches])
@@ -361,12 +362,16 @@ class Network(Layer):
             self.draw_weights(seed)
 
     def draw_weights(self, seed):
-        """First weights, each layer's from a counter of its own: a larger K changes no other."""
+        """First weights.
+
+        Each named layer has a generator of its own, whose key is the seed and the CRC-32 of its
+        name, so another K changes the output layers alone.
+        """
         for name, layer in self.layers.items():
             rng = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(name.encode())]))
             for _, inner in layer.walk():
                 inner.draw_weights(rng)
-        self.load(self.state())
+        self.load(self.state())         # they were drawn by NumPy: move them to the device
 
     def state(self):
         """{path: array} of everything learned, as NumPy arrays."""
@@ -395,10 +400,10 @@ class Network(Layer):
                 x = layer.forward_training(x, context)
         return [*scores, x]
 
-    def backward(self, gradients, done=None):
+    def backward(self, gradients, on_gradient=None):
         """All gradients, last layer first, from those of forward_training's scores.
 
-        done(array) is called with each parameter's gradient as soon as it is there. Returns the
+        on_gradient(array) is called with each parameter's gradient as soon as it is there. Returns the
         first layer's dx, which is None where that is a Conv.
         """
         *head_gradients, dy = gradients
@@ -408,8 +413,9 @@ class Network(Layer):
                 dy = kernels.sum_gradients([dy, layer.backward(head_gradients.pop())])
             else:
                 dy = layer.backward(dy)
-            for _, inner, name in layer.parameters() if done else ():
-                done(getattr(inner, "d" + name))
+            if on_gradient:
+                for _, inner, name in layer.parameters():
+                    on_gradient(getattr(inner, "d" + name))
         return dy
 
     def features(self, x, last=None):
@@ -422,21 +428,20 @@ class Network(Layer):
             x = layer.forward(x)
         return x
 
-    def bytes_per_image(self, size, crop, loss=None):
+    def bytes_per_image(self, size, crop, loss, scored):
         """Device memory that one image of a batch takes in a training step, at most.
 
         What layers keep stays for the backward pass, which holds up to three gradients as large as
-        the largest; the photo is there twice, on its way and in use. loss: where a step scores all
-        K words; None where they are so few that their scores do not count.
+        the largest; the photo is there twice, on its way and in use. scored: how many words a step
+        scores; loss: by which of LOSSES.
         """
         corner = np.zeros(1, int)
         photos = np.zeros((1, size, size, 3), np.uint8)
         x = kernels.prepare(photos, corner, corner, corner, crop)
         *heads, _ = self.forward_training(x, Context(classes=np.zeros(1, np.int32)))
-        arrays_of_scores = 0
-        if loss:                        # each head's scores wait for the backward pass, as do ds
-            arrays_of_scores = loss.arrays_of_scores + 2 * len(heads)
-        scores = arrays_of_scores * self.output.b.nbytes
+        # each head's scores wait for the backward pass, as do their gradients
+        arrays_of_scores = loss.arrays_of_scores + 2 * len(heads)
+        scores = arrays_of_scores * scored * self.output.b.itemsize
         sizes = {}                      # by identity, for a layer's y is the next one's x
         for _, layer in self.walk():
             for name in ("x", "y", "argmax"):
@@ -551,8 +556,17 @@ def googlenet(k, dropout=0.0, seed=0):
     ], seed)
 
 
-# build(K, dropout, seed); pixels of the decoded photo, and of what the network sees; defaults
-Recipe = namedtuple("Recipe", "build size crop batch dropout lr")
+
+class Recipe(NamedTuple):
+    """How a network is built and trained if nothing else is asked for."""
+
+    build: Callable                     # (K, dropout, seed) -> Network
+    size: int                           # pixels of a decoded photo's side …
+    crop: int                           # … and of the crop of it that the network sees
+    batch: int                          # photos a step
+    dropout: float                      # rate
+    lr: float                           # first learning rate
+
 
 NETWORKS = {
     "alexnet": Recipe(alexnet, size=256, crop=224, batch=64, dropout=0.2, lr=0.0025),
@@ -569,11 +583,14 @@ NETWORKS = {
 # stand for; or they are the classes of N photos, (N,), of which each weighs 1/N. A loss is made
 # with the label frequency, (K,): the part of the rows that carry each word.
 #
-# Besides that a loss says how its scores are used: `normaliser`, `log_probability`, `probabilities`
-# and `prior_shift` turn them into what is reported (eval.py); `photo_weights` is how a photo's
-# words count in validation; `of_guessing` a loss that training should stay below (weak.py);
-# `balances` and `corrects_batch` say which options go with it; `arrays_of_scores` what memory it
-# takes.
+# Besides that a loss says
+#     normaliser, log_probability, probabilities    how its scores become what is reported (eval.py)
+#     prior_shift, prior_is_exact                   what puts the collection's word frequencies back
+#     measured_with_prior                           whether the loss of held-out photos has them
+#     photo_weights                                 how a photo's words count in that loss
+#     of_guessing                                   a loss that training should stay below (weak.py)
+#     balances, corrects_batch                      which options go with it
+#     arrays_of_scores                              how many arrays like s it holds at once
 
 def _as_labels(labels):
     if isinstance(labels, Labels):
@@ -630,7 +647,7 @@ class Softmax:
         return positives != "idf" and targets != "batch"
 
     def log_probability(self, s):
-        """log p from s - normaliser, NumPy of any shape: that is what these are."""
+        """log p from s - normaliser, NumPy of any shape: they are equal."""
         return s
 
     def probabilities(self, s):
@@ -682,7 +699,7 @@ class OneVersusAll:
         return np.zeros_like(s[:, :1])
 
     def prior_shift(self, counts, training, drawn, presence):
-        """log (π_k / (1 - π_k)), (K,): see the function of that name."""
+        """log (f_k / (1 - f_k)), (K,): see the function of that name."""
         least = 0.5 / training                  # a word of every photo has finite odds, too
         frequency = np.clip(counts / training, least, 1 - least)
         return np.log(frequency) - np.log1p(-frequency)
@@ -727,10 +744,10 @@ def prior_shift(options, counts, training, label_frequency, label_weight):
         p(k | x) ∝ N_k p(x | k) ∝ N_k / q_k · p_drawn(k | x), or s_k + log N_k - log q_k.
     Over a batch's own words k is in the sum with a probability a_k only, so s_k learns log p -
     log a_k: add log a_k. `sampled` words are corrected while training already.
-    One-versus-all: with eq. 1's weights 1/π_k of positives and 1/(1 - π_k) of negatives s_k learns
-    log-odds less log (π_k / (1 - π_k)), π_k = N_k / N: add that.
+    One-versus-all: eq. 1 weighs positives by 1/f_k and negatives by 1/(1 - f_k), f_k = N_k / N, so
+    s_k learns the log-odds less log (f_k / (1 - f_k)): add that.
 
-    prior_is_exact says where this is all there is to it. With all words of a photo by class, photos
+    prior_is_exact says for which options this is exact. With all words of a photo by class, photos
     of rare words are drawn more often, whatever their other words are; in one-versus-all by class,
     drawn, a photo's other words are negatives. (Saerens et al. 2002; Menon et al. 2021.)
     """
@@ -739,7 +756,7 @@ def prior_shift(options, counts, training, label_frequency, label_weight):
     loss = LOSSES[options["loss"]](label_frequency)
     presence = np.ones(len(counts))             # (K,) a_k
     if options["targets"] == "batch":
-        presence = 1 - (1 - label_frequency) ** options["batch"]
+        presence = presence_among(options["batch"], label_frequency)
     shift = loss.prior_shift(counts, training, np.asarray(label_weight), presence)
     return shift.astype(np.float32) if abs(shift).max() > 1e-9 else None
 
@@ -793,13 +810,16 @@ class SGD:
 
 
 class Plateau:
-    """The paper's rule: halve the rate when the validation error rose."""
+    """The paper's rule: after an epoch whose error rose the learning rate is halved.
+
+    Here each rate is kept for some epochs at least, and the error is the held-out loss (weak.py).
+    """
 
     def __init__(self, rate, epochs_per_rate):
         self.rate = rate
         self.epochs_per_rate = epochs_per_rate
-        self.epochs = 0                 # at this rate
-        self.error = None               # the last validation error
+        self.epochs = 0                 # since the rate last changed
+        self.error = None               # of the last epoch
 
     def update(self, error):
         """After an epoch: may halve `rate`."""

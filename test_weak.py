@@ -346,7 +346,7 @@ def test_sgd_moves_only_the_rows_of_the_batchs_classes(rng):
     ("max_pool", 0, lambda layer: setattr(layer, "pad", 1), None),
     ("convs", 0, lambda layer: setattr(layer, "relu", False), None),
     ("linears", 1, lambda layer: setattr(layer, "relu", False), None),
-    ("dropout", 2, lambda layer: setattr(layer, "counter", (1, 6, layer.stream, 0)), None),
+    ("dropout", 2, lambda layer: setattr(layer, "counter", (1, 6, layer.mask_id, 0)), None),
     ("concat", 1, lambda layer: setattr(layer, "branches", layer.branches[::-1]), None),
     ("avg_pool", 1, lambda layer: setattr(layer, "kernel", 2), None)])
 def test_wrong_backward_is_caught_and_named(name, layer, spoil, message, rng):
@@ -3403,10 +3403,10 @@ def test_memory_of_a_step_counts_the_scores_of_all_words(start, monkeypatch, cap
         shutil.rmtree("r")
     assert len(set(needed.values())) == 1       # 30 words are few
     net = model.small(k=10_000)
-    few, softmax, one_vs_all = [net.bytes_per_image(72, 64, loss)
-                                for loss in (None, model.Softmax, model.OneVersusAll)]
-    assert softmax - few == 4 * 40_000
-    assert one_vs_all - few == 9 * 40_000
+    none = net.bytes_per_image(72, 64, model.Softmax, 0)
+    assert net.bytes_per_image(72, 64, model.Softmax, 10_000) - none == 4 * 40_000
+    assert net.bytes_per_image(72, 64, model.Softmax, 500) - none == 4 * 2_000
+    assert net.bytes_per_image(72, 64, model.OneVersusAll, 10_000) - none == 9 * 40_000
 
 
 @pytest.mark.parametrize("name", model.LOSSES)

@@ -45,19 +45,20 @@ from kernels.console import number
 EPOCH = 1_000_000               # training images between two validations
 LEAST_EPOCH = 10_000            # … for collections smaller than that
 EPOCHS_PER_RATE = 10            # epochs that each learning rate is kept at least
-LEAST_RATE = 1e-6               # training stops below
+LEAST_RATE = 1e-6               # training stops when the learning rate falls below this
 MOMENTUM = 0.9                  # not stated in the paper; Krizhevsky's (2012, §5)
 DECAY = 5e-4                    # likewise
-FINAL = 0.2                     # of the steps of --epochs …
-FINAL_RATE = 0.1                # … are at this part of the learning rate: the last ones
-PATIENCE = 2                    # learning rates' epochs without a better one
+FINAL = 0.2                     # the part of the steps of --epochs, the last, at a lower rate …
+FINAL_RATE = 0.1                # … which is this times the learning rate
+PATIENCE = 2                    # times --epochs-per-lr epochs without a better one: the end
+SEVERAL_TARGETS = 0.8           # times 1 / √targets of a row, the learning rate: 1 diverged
 NEGATIVES = 1000                # of --targets sampled
 MOST_WORKERS = 8                # if --workers is not given
 VALIDATED = 10_000              # held-out photos scored after an epoch, at most
-DIVERGED = 10                   # times the loss of guessing: training diverges
+DIVERGED = 10                   # times the loss of guessing: beyond that training diverges
 SAVE_SECONDS = 600              # between two checkpoints within an epoch
 RETRY_SECONDS = 10              # between two tries to make the last save on a full disk
-RETRIES = 360                   # of them: an hour
+RETRIES = 360                   # how often it is tried: for an hour
 # Errors of a disk that no waiting mends
 LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
 EXAMPLES = 100                  # held-out photos, of which one is named at the end
@@ -128,7 +129,8 @@ def add_data_options(add):
     add("--text-column", metavar="NAME", help="the same of the captions' text; several with commas")
     add("--words", type=number(int, 1), default=data.WORDS, help="K, the size of the dictionary")
     add("--stop-words", type=number(int, 0), help="most frequent words, left out; if not given "
-        f"{data.STOP_WORDS} from {data.MANY:,} captions on, else {data.FEW_STOP_WORDS} or 5%%")
+        f"{data.STOP_WORDS} from {data.MANY:,} captions on, else {data.FEW_STOP_WORDS}, but 5%% "
+        "of the different words at most, and none of folders' names")
     add("--valid", type=number(float, 0, below=1), default=0.1, help="part of photos held out")
     add("--crop", choices=("center", "random"), default="random", help="random: mirrored, too")
     add("--sampling", choices=("class", "image"), default="class", help="draw a word, then its "
@@ -155,8 +157,8 @@ def add_training_options(add):
     """SGD, its learning rate, and when training ends."""
     add("--batch", type=number(int, 1), help="photos a step; if not given the network's")
     add("--lr", type=number(float, above=0), help="first learning rate; if not given the "
-        "network's, times 0.8 / √n where n words of a photo, on average, are targets, and half of "
-        "it with --targets sampled")
+        f"network's; with --positives all times {SEVERAL_TARGETS} / √n, n targets of a row on "
+        "average; with --targets sampled half of it")
     add("--momentum", type=number(float, 0, below=1), default=MOMENTUM, help="of SGD")
     add("--weight-decay", type=number(float, 0), default=DECAY, help="of SGD, not for biases")
     add("--epoch-size", type=number(int, 1), help="photos an epoch; if not given as many as there "
@@ -229,7 +231,10 @@ def load_run(path):
 
 
 def resumed_options(defaults, stored, given, out):
-    """The options that the run began with; ValueError if others than CHANGEABLE are changed."""
+    """The options that the run began with, with those of CHANGEABLE that are given now.
+
+    ValueError if others are changed.
+    """
     changes = []
     for name, value in given.items():
         if name not in CHANGEABLE and stored.get(name) != value:
@@ -241,7 +246,9 @@ def resumed_options(defaults, stored, given, out):
     moved = given.keys() & {"images", "captions"}
     if options.drawn and moved:
         raise ValueError(f"the run in {out} drew its own photos; leave out --{min(moved)}")
-    if stored["captions"] == stored["images"] and "captions" not in given:
+    if "captions" in given:
+        options.format = None                   # recognised anew: the same may be packed otherwise
+    elif stored["captions"] == stored["images"]:
         options.captions = options.images       # the folder is its own captions
     return options
 
@@ -258,7 +265,7 @@ def new_options(defaults, given):
     options = argparse.Namespace(**{**defaults, **given})
     options.drawn = is_drawn
     options.captions = options.captions or options.images
-    recipe = model.NETWORKS[options.network]    # --lr depends on the captions, too
+    recipe = model.NETWORKS[options.network]    # --lr is chosen later, by the captions
     if options.positives is None:
         options.positives = default_positives(options)
     if options.batch is None:
@@ -329,7 +336,10 @@ def count_workers(options, ranks):
 
 @contextmanager
 def hold_folder(out, ranks):
-    """Hold the run's folder in this block, for all ranks; after it, remove what holds no file."""
+    """Hold the run's folder in this block, for all ranks.
+
+    If the run wrote nothing, the lock is removed after it, and the folder if it is new.
+    """
     if ranks.rank:
         yield
         return
@@ -352,7 +362,10 @@ def remove_if_empty(out, is_new):
 
 
 def lock_folder(out):
-    """Make the run's folder and hold it: ValueError if it holds other things, or another run."""
+    """Make the run's folder and lock it.
+
+    ValueError if it holds other files than a run's, or another process uses it.
+    """
     path = os.path.join(out, "run.lock")
     try:
         os.makedirs(out, exist_ok=True)
@@ -444,7 +457,7 @@ def default_rate(options, index):
     rate = model.NETWORKS[options.network].lr
     if options.positives == "all":                                  # several words of a photo
         targets = index.label_frequency(options.sampling, "all").sum()          # of a row
-        rate *= 0.8 / math.sqrt(targets)                            # as 1 / √targets diverged
+        rate *= SEVERAL_TARGETS / math.sqrt(targets)
     if options.targets == "sampled":                                # a class counts 1/π times
         rate /= 2                                                   # as the whole rate diverged
     return float(f"{rate:.2g}")
@@ -456,15 +469,15 @@ def default_rate(options, index):
 class Epoch:
     """The epoch under way."""
 
-    losses: np.ndarray                  # of each row of this rank, weighed, summed over the steps
-    weights: np.ndarray                 # … and these weights: 1 a step, on all ranks together
+    losses: np.ndarray                  # (rows,) each row's weighted losses, summed over the steps
+    weights: np.ndarray                 # (rows,) their weights; those of a step sum to 1
     steps: int = 0                      # that were made
-    final_steps: int = 0                # … at FINAL_RATE
+    final_steps: int = 0                # those of them at FINAL_RATE
     shown_loss: float = 0.0             # the sum of `losses` when progress was last shown
-    shown_weight: float = 0.0           # … and of `weights`
-    seconds: float = 0.0                # that the steps took, by all processes one after another
-    photos_waited: float = 0.0          # … of which they waited for photos
-    ranks_waited: float = 0.0           # … and for other ranks
+    shown_weight: float = 0.0           # the sum of `weights` then
+    seconds: float = 0.0                # that the steps took, also before a resume
+    photos_waited: float = 0.0          # seconds of these that the steps waited for photos
+    ranks_waited: float = 0.0           # seconds that they waited for other ranks
 
 
 @dataclass
@@ -475,12 +488,12 @@ class Run:
     index: data.Index
     ranks: several.Alone
     net: model.Network
-    label_frequency: np.ndarray         # (K,) of the rows that training draws, of data.Index
-    label_weight: np.ndarray            # (K,) in these rows, likewise
+    label_frequency: np.ndarray         # (K,) data.Index.label_frequency of what training draws
+    label_weight: np.ndarray            # (K,) data.Index.label_weight of it
     trained_on: dict                    # what its weights saw: see `read_history`
-    loss: object                        # of model.LOSSES, for these rows
-    held_out_loss: object               # … and for photos as they are
-    shift: np.ndarray | None            # (K,) from the scores of the former to those of the latter
+    loss: object                        # of model.LOSSES, which the steps minimise
+    held_out_loss: object               # the same loss, for photos as they are
+    shift: np.ndarray | None            # (K,) model.prior_shift, which scores of these photos get
     sgd: model.SGD
     schedule: model.Plateau             # of the learning rate
     sampler: data.BatchSampler
@@ -659,12 +672,23 @@ def weight_bytes(run):
     return sum(v.nbytes for v in run.sgd.v.values())
 
 
+def scored_words(run):
+    """About how many words a step scores."""
+    k = len(run.index.dictionary)
+    if run.options.targets == "all":
+        return k
+    targets = run.options.batch * run.label_frequency.sum()         # of a batch's rows
+    return min(k, int(targets) + (run.options.negatives or 0))
+
+
 def gradient_bytes(run):
-    """Bytes of all gradients; of an output layer only where a step scores all words."""
+    """Bytes of all gradients, and of the copies of output layers' rows that a step scores."""
     total = 0
     for path, layer, _ in run.net.parameters():
-        if run.options.targets == "all" or not isinstance(layer, model.Output):
-            total += run.sgd.v[path].nbytes
+        size = run.sgd.v[path].nbytes
+        if run.options.targets != "all" and isinstance(layer, model.Output):
+            size = 2 * size * scored_words(run) / len(run.index.dictionary)
+        total += size
     return total
 
 
@@ -697,19 +721,18 @@ def check_disk(run):
 def check_memory(run):
     """Say what memory a step takes; ValueError if that is more than there is."""
     batch = run.options.batch
-    loss = run.loss if run.options.targets == "all" else None
-    image = run.net.bytes_per_image(run.recipe.size, run.recipe.crop, loss)
+    image = run.net.bytes_per_image(run.recipe.size, run.recipe.crop, run.loss, scored_words(run))
     needed = image * (run.rows.stop - run.rows.start)
     where = "the GPU"
     free = kernels.memory()
     remedy = "--device cpu, or a smaller --network or --words"
     if free is None:
         where = "this machine"
-        free = data.MEMORY / run.ranks.local_size - 2 * weight_bytes(run)
+        free = (1 - data.KEPT) * data.MEMORY / run.ranks.local_size - 2 * weight_bytes(run)
         remedy = "a smaller --network or --words"
     free = max(0, free - gradient_bytes(run))   # which are not there yet
     print(f"memory: a step of --batch {batch} takes {needed / 1e9:,.2f} of {free / 1e9:,.1f} GB "
-          f"that {where} has left for it, {image / 1e6:,.1f} MB an image", flush=True)
+          f"that {where} has for it, {image / 1e6:,.1f} MB an image", flush=True)
     if needed <= free:
         return
     fitting = int(free / image) * run.ranks.size
@@ -721,7 +744,10 @@ def check_memory(run):
 # --------------------------------------------------------------------------------- training
 
 class Interrupt:
-    """Ctrl-C, kill, a lost terminal or reader set `asked`: the step ends first; twice ends all."""
+    """While training, Ctrl-C, kill, a closed terminal and a closed pipe only set `asked`.
+
+    Then the step is finished, and the run saved. A second Ctrl-C or kill ends it at once.
+    """
 
     def __init__(self):
         self.asked = False
@@ -778,14 +804,15 @@ def train_step(run, batch, pixels, available, counted):
     on all ranks. With one rank, begin_allreduce and wait do nothing: the sums are there already.
     """
     labels = make_labels(run, batch, available, counted)
+    # run.step counts this step already, so masks are drawn for batch.step + 1
     context = model.Context(run.options.seed, run.step, batch.rows.start, labels.classes)
     x = kernels.prepare(pixels, batch.top, batch.left, batch.flip, run.recipe.crop)  # (N, H, W, 3)
     scores = run.net.forward_training(x, context)                   # a list, the main ones last
     losses, gradients = model.training_losses(run.loss, scores, labels)     # (N,), like scores
-    run.net.backward(gradients, done=run.ranks.begin_allreduce)
+    run.net.backward(gradients, on_gradient=run.ranks.begin_allreduce)
     run.ranks.wait()
     run.sgd.step(learning_rate(run))
-    run.current.losses += losses                # on a GPU, nobody waits for them
+    run.current.losses += losses                # on a GPU this does not wait for them
     run.current.weights += labels.weights
 
 
