@@ -234,7 +234,7 @@ class Ragged:
         starts = np.where(rows > 0, self.ends[rows - 1], 0)
         counts = self.ends[rows] - starts
         ends = np.cumsum(counts)
-        # value j of the copy stands j - (its row's start there) after its row's start here
+        # value j of the copy is value j + shift here: its row's start here, less that in the copy
         shifts = np.repeat(starts - (ends - counts), counts)
         return Ragged(self.values[np.arange(len(shifts)) + shifts], ends)
 
@@ -260,11 +260,16 @@ class Index:
         self.counts = self.class_photos.counts()                    # (K,) N_k, training photos
         self.held_out = self.facts["held_out"]
         self.training = len(self) - self.held_out                   # they follow the others
-        self.labels = len(self._words.values)   # words of all photos together
+        self.label_count = len(self._words.values)      # words of all photos together
         self._check((self.counts >= 0).all() and self.counts.sum() == len(columns["photos"]))
 
     def __len__(self):
         return len(self._words)
+
+    @property
+    def format(self):
+        """How the captions were read: one of FORMATS, or "folder"."""
+        return self.facts["fingerprint"]["format"]
 
     def name(self, photo):
         """The photo's name below the images folder."""
@@ -315,7 +320,7 @@ class Index:
         k = len(self.dictionary)
         frequency = np.zeros(k)
         for words, photos in self._training_words():
-            # a photo is drawn by any of its words j, with probability 1 / (K N_j)
+            # a photo is drawn with probability Σ_j 1 / (K N_j), the sum over its words j
             drawn = np.bincount(photos, 1 / (k * self.counts[words]))
             frequency += np.bincount(words, drawn[photos], k)
         return frequency
@@ -732,8 +737,8 @@ def coco_pairs(text, keys):
     if isinstance(table, list):
         table = {"annotations": table, "images": []}
     if not isinstance(table, dict) or not {"images", "annotations"} & table.keys():
-        found = "no whole JSON" if table is None else f"JSON with the keys {listing(table)}"
-        raise ValueError(f"is {found}, neither COCO (images and annotations) nor a list or lines "
+        content = "no whole JSON" if table is None else f"JSON with the keys {listing(table)}"
+        raise ValueError(f"is {content}, neither COCO (images and annotations) nor a list or lines "
                          "with a file_name and a caption each")
     images = [image for image in _list(table.get("images", [])) if isinstance(image, dict)]
     annotations = _list(table.get("annotations", []))
@@ -753,14 +758,14 @@ def _annotation_pairs(rows, images, keys):
     """The pairs of COCO's annotations; without images the rows have the names themselves."""
     by_id = {_number_of(image.get("id")): image for image in images}
     by_id.pop("", None)                         # images without an id
-    met = 0
+    matched = 0
     for row in rows:
         if images and isinstance(row, dict):
             image = by_id.get(_number_of(row.get("image_id")), {})
-            met += len(image) > 0
+            matched += len(image) > 0
             row = {**image, **row, "name": None, "image_id": None}
         yield _object_pair(row, keys)
-    if images and rows and not met:
+    if images and rows and not matched:
         raise ValueError(f"has {len(rows):,} annotations, but the image_id of none is the id of "
                          f"one of its {len(images):,} images")
 
@@ -1182,7 +1187,7 @@ def _cached(captions, folder, text, dictionary):
     expected = fingerprint(captions, text, dictionary)
     try:
         index = Index(folder)
-        found = dict(index.facts["fingerprint"])
+        stored = dict(index.facts["fingerprint"])
     except Exception as error:                  # a damaged file raises anything
         if getattr(error, "errno", None) not in (None, errno.ENOENT):
             raise                               # the disk's fault
@@ -1190,10 +1195,10 @@ def _cached(captions, folder, text, dictionary):
               file=sys.stderr, flush=True)
         return None
     if text.stop_words is not None:             # the number chosen then may be named now
-        found["stop_words"] = index.facts["stop_words"]
+        stored["stop_words"] = index.facts["stop_words"]
     if index.facts["refused"] and index.facts["images"] != captions.source.images:
         return None                             # absolute names may begin with this folder
-    return index if found == expected else None
+    return index if stored == expected else None
 
 
 def fingerprint(captions, text, dictionary):
@@ -1225,7 +1230,7 @@ def _write_facts(work, facts):
 
 
 def _write_index(work, captions, text, dictionary):
-    """Count, sort, prune, index; returns the facts."""
+    """Count, prune, sort, index; returns the facts."""
     records = Records(work, 1 + captions.unpacked_size() // SET_BYTES)
     tally = _count_captions(captions, records, text.valid)
     if not tally.words:
@@ -1453,10 +1458,10 @@ def _group_by_photo(hashes, names, words, find_classes):
     """
     order, is_first = sort_by_photo(hashes, names)
     first = order[is_first]                     # (photos,) a caption of each
-    photos = np.empty(len(order), np.int64)     # (captions,) each caption's
-    photos[order] = np.cumsum(is_first) - 1
-    photos, classes = _distinct_labels(photos, words, find_classes)
-    counts = np.bincount(photos, minlength=len(first))
+    photo_of_caption = np.empty(len(order), np.int64)
+    photo_of_caption[order] = np.cumsum(is_first) - 1
+    photo_of_label, classes = _distinct_labels(photo_of_caption, words, find_classes)
+    counts = np.bincount(photo_of_label, minlength=len(first))
     return hashes[first], names.take(first), Ragged(classes, np.cumsum(counts))
 
 
@@ -1561,23 +1566,24 @@ def _write_class_photos(work, k, held_out):
     words = np.load(f"{work}/words.npy", mmap_mode="r")
     ends = np.load(f"{work}/word_ends.npy", mmap_mode="r")
     start = int(ends[held_out - 1]) if held_out else 0
-    parts = [slice(i, i + 2 * ROWS_AT_A_TIME)
-             for i in range(start, len(words), 2 * ROWS_AT_A_TIME)]
-    counts = np.zeros(k, np.int64)
-    for part in parts:
-        counts += np.bincount(words[part], minlength=k)
-    class_ends = np.cumsum(counts)
+    blocks = [slice(i, i + 2 * ROWS_AT_A_TIME)
+              for i in range(start, len(words), 2 * ROWS_AT_A_TIME)]
+    class_counts = np.zeros(k, np.int64)
+    for block in blocks:
+        class_counts += np.bincount(words[block], minlength=k)
+    class_ends = np.cumsum(class_counts)
     np.save(f"{work}/photo_ends.npy", class_ends)
-    photos = np.lib.format.open_memmap(f"{work}/photos.npy", "w+", "<u4", (int(counts.sum()),))
-    free = class_ends - counts                  # (K,) where the next photo of each class goes
-    for part in parts:
-        classes = words[part]
-        places = np.arange(part.start, part.start + len(classes))
+    size = int(class_counts.sum())
+    photos = np.lib.format.open_memmap(f"{work}/photos.npy", "w+", "<u4", (size,))
+    free = class_ends - class_counts            # (K,) where the next photo of each class goes
+    for block in blocks:
+        classes = words[block]
+        places = np.arange(block.start, block.start + len(classes))
         owners = np.searchsorted(ends, places, side="right")        # whose words these are
         order = np.argsort(classes, kind="stable")
         classes = classes[order]
         counts = np.bincount(classes, minlength=k)
-        first = np.cumsum(counts) - counts      # (K,) where each class begins in this part
+        first = np.cumsum(counts) - counts      # (K,) where each class begins in this block
         photos[free[classes] + np.arange(len(classes)) - first[classes]] = owners[order]
         free += counts
 
@@ -1703,15 +1709,15 @@ class BatchSampler:
         return photos, top, left, flip
 
     def replacement(self, batch, row, attempt):
-        """The photo to try after `attempt` others of this row of batch.photos; None: no more.
+        """The photo to try after `attempt` others of this row of batch.photos, or None.
 
-        With one target, it is another photo of the same word.
+        Only a row of one drawn word has a replacement: another photo of that word, ATTEMPTS times.
         """
         if self.positives != "drawn" or attempt >= ATTEMPTS:
             return None
-        row = batch.rows[row]
-        photos = self.index.photos(batch.targets[row][0])
-        raw = philox(self.seed, (row, batch.step, attempt, DRAWS)).random_raw(4)
+        batch_row = batch.rows[row]
+        photos = self.index.photos(batch.targets[batch_row][0])
+        raw = philox(self.seed, (batch_row, batch.step, attempt, DRAWS)).random_raw(4)
         photo = photos[below(raw[1], len(photos))]
         self.index.check_training(photo)
         return int(photo)
@@ -1721,7 +1727,7 @@ class BatchSampler:
 
         targets: which words are scored: "all", those of the whole "batch", or these and as many
         `negatives`, "sampled". counted: how many rows of the whole batch have a photo, so that the
-        loss is their mean; if not given these rows are all.
+        loss is their mean; None if these rows are the whole batch.
         """
         words = pad_rows([batch.targets[row] for row in batch.rows])                # (N, T)
         if counted is None:
@@ -1767,7 +1773,8 @@ class BatchSampler:
 
     def _absent(self, classes):
         """The probability (C,) that no other row of the batch carries a class."""
-        return 1 - presence_among(self.count - 1, self.label_frequency[classes])
+        others = self.count - 1                 # seen from a row that lacks the class
+        return 1 - presence_among(others, self.label_frequency[classes])
 
 
 def presence_among(rows, label_frequency):
@@ -2250,7 +2257,9 @@ LINKS = Lookup("are links that lead out of --images", "give the folder above, th
 
 
 def check_photos(folder, index):
-    """Say which names of photos lead to no file, to several, or to another; ValueError if all do.
+    """Say which names of photos lead to no file, to several, or to another.
+
+    ValueError if no name leads to exactly one file.
 
     They are compared with one listing of the folder, or some of them, if it has too many files.
     """
@@ -2265,10 +2274,10 @@ def check_photos(folder, index):
         name = index.name(i)
         lookup, files = look_up(finder, name, check_links=i < CHECKED)
         examples[lookup].append(f"{name} is {files}" if files else name)
-    found = examples.pop(None, []) + examples.get(ELSEWHERE, [])
+    readable = examples.pop(None, []) + examples.get(ELSEWHERE, [])
     for lookup, photos in sorted(examples.items(), key=lambda item: -len(item[1])):
         line = f"{len(photos):,} of {count:,} {lookup.what}, e.g. {photos[0]}"
-        if not found:
+        if not readable:
             raise ValueError(f"none of the captions' photos is to be found in {folder}, which has "
                              f"{next(list_files(folder), 'nothing')}: {line}; {lookup.remedy}")
         print(f"photos: {line}" + (f"; {lookup.remedy}" if lookup == SEVERAL else ""))

@@ -403,8 +403,8 @@ class Network(Layer):
     def backward(self, gradients, on_gradient=None):
         """All gradients, last layer first, from those of forward_training's scores.
 
-        on_gradient(array) is called with each parameter's gradient as soon as it is there. Returns the
-        first layer's dx, which is None where that is a Conv.
+        on_gradient(array) is called with each parameter's gradient as soon as it is there. Returns
+        the first layer's dx, which is None where that is a Conv.
         """
         *head_gradients, dy = gradients
         for layer in reversed(self.layers.values()):

@@ -1309,7 +1309,7 @@ def test_photos_in_the_index_follow_their_hashes(index):
 def test_index_may_have_no_label_or_one(captions, labels, tmp_path):
     (tmp_path / "c").write_text(captions)
     index = build(tmp_path, data.Text(1, 0, 0), dictionary=["dog"])
-    assert index.labels == len(index) == labels
+    assert index.label_count == len(index) == labels
     assert index.counts.tolist() == [labels]
     assert words_by_photo(index) == ({"a.jpg": ["dog"]} if labels else {})
 
@@ -2458,6 +2458,7 @@ def start(mine):
             weak.lock_folder(options.out).close()
             alone = ranks.Alone()
             index = weak.read_captions(options, alone)
+            weak.complete_options(options, index)
             new_run = weak.begin_run(options, index, None, alone)
             closing.enter_context(new_run.loader)
             return new_run
@@ -2662,6 +2663,28 @@ def test_photos_and_captions_may_move(mine, train, tmp_path):
     train("--resume", "--out", "r", "--images", "elsewhere", "--captions", "moved.tsv.gz",
           "--epochs", 2)
     assert not differing("whole", "r")
+
+
+def test_captions_may_move_into_a_file_of_another_format(mine, train):
+    train(*mine, "--epochs", 1, "--out", "r")
+    with open("captions.tsv") as file, open("captions.csv", "w") as table:
+        table.write("image,caption\n")
+        for line in file:
+            table.write(line.replace("\t", ","))
+    said = train("--resume", "--out", "r", "--captions", "captions.csv", "--epochs", 2)
+    assert "as csv" in said
+    assert "going on at step 6," in said
+
+
+def test_captions_instead_of_folders_are_no_reason_to_crash(pictures, train, tmp_path):
+    for i, name in enumerate(sorted(os.listdir(pictures))[:30]):
+        place = tmp_path / "here" / f"kind{chr(97 + i % 3)}"
+        place.mkdir(parents=True, exist_ok=True)
+        os.link(pictures / name, place / name)
+    train("--images", "here", "--out", "r", *TINY, "--stop-words", 0, "--epochs", 1)
+    Path("captions.tsv").write_text("".join(f"p{i}.jpg\tred ball\n" for i in range(60)))
+    with pytest.raises(ValueError, match="the captions changed"):
+        train("--resume", "--out", "r", "--captions", "captions.tsv", "--epochs", 2)
 
 
 def test_folder_that_is_its_own_captions_may_move_with_a_run_in_it(pictures, train, tmp_path):

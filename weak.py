@@ -66,8 +66,8 @@ EMPTY_STEPS = 100               # steps in a row without a photo that can be rea
 ORDER = 4                       # version of what steps draw, how they weigh it, and what is saved
 DRAWN = {"pictures": drawn.PICTURES, "words": 80, "stop_words": 10, "epochs": 3,
          "epoch_size": 11_000, "batch": 32}     # defaults without --images
-CHANGEABLE = {"resume", "out", "images", "captions", "epochs", "final", "min_lr", "patience",
-              "workers", "threads", "device", "precision"}      # options a resumed run may change
+CHANGEABLE = {"resume", "out", "images", "captions", "format", "epochs", "final", "min_lr",
+              "patience", "workers", "threads", "device", "precision"}  # by a resumed run
 
 
 def main(arguments=None):
@@ -82,6 +82,9 @@ def main(arguments=None):
         if options.drawn and ranks.rank == 0:
             drawn.draw_set(options.out, options.seed, options.pictures)
         index = read_captions(options, ranks)
+        complete_options(options, index)
+        if ranks.rank == 0:
+            data.check_photos(options.images, index)
         run = begin_run(options, index, checkpoint, ranks)
         finished = train_and_finish(run)
     return 0 if finished else 130
@@ -247,7 +250,7 @@ def resumed_options(defaults, stored, given, out):
     if options.drawn and moved:
         raise ValueError(f"the run in {out} drew its own photos; leave out --{min(moved)}")
     if "captions" in given:
-        options.format = None                   # recognised anew: the same may be packed otherwise
+        options.format = given.get("format")    # the same captions may be in another format now
     elif stored["captions"] == stored["images"]:
         options.captions = options.images       # the folder is its own captions
     return options
@@ -265,7 +268,7 @@ def new_options(defaults, given):
     options = argparse.Namespace(**{**defaults, **given})
     options.drawn = is_drawn
     options.captions = options.captions or options.images
-    recipe = model.NETWORKS[options.network]    # --lr is chosen later, by the captions
+    recipe = model.NETWORKS[options.network]    # --lr: see complete_options
     if options.positives is None:
         options.positives = default_positives(options)
     if options.batch is None:
@@ -393,7 +396,7 @@ def remove_unfinished_files(out):
 # ------------------------------------------------------------------------------------- data
 
 def read_captions(options, ranks):
-    """The index; sets --format, --stop-words, --lr if not given. ValueError without any photo."""
+    """The index, of which it prints what it holds. ValueError without any photo."""
     text = data.Text(options.words, options.stop_words, options.valid)
     folder = os.path.join(options.out, "index")
     if ranks.rank == 0:
@@ -403,16 +406,7 @@ def read_captions(options, ranks):
     ranks.broadcast(None)                       # the others wait here
     if ranks.rank:
         index = open_index(folder)
-    options.format = index.facts["fingerprint"]["format"]
-    options.stop_words = index.facts["stop_words"]
-    describe_index(index, options)
-    if options.lr is None:
-        options.lr = default_rate(options, index)
-    print(f"first learning rate: {options.lr:g}")
-    if options.lr < options.min_lr:
-        raise ValueError(f"--lr {options.lr:g} is below --min-lr {options.min_lr:g}: lower that")
-    if ranks.rank == 0:
-        data.check_photos(options.images, index)
+    describe_index(index)
     return index
 
 
@@ -425,14 +419,14 @@ def open_index(folder):
                            "photos on a disk that all machines share") from None
 
 
-def describe_index(index, options):
+def describe_index(index):
     """Print what the captions hold, and what of it is left out."""
     facts = index.facts
     if facts["origin"]:
         print(f"captions: {facts['origin']}")
-    print(f"captions: {facts['captions']:,} as {options.format}, {len(index):,} photos "
+    print(f"captions: {facts['captions']:,} as {index.format}, {len(index):,} photos "
           f"({index.held_out:,} held out), {len(index.dictionary):,} words, "
-          f"{index.labels / max(1, len(index)):.2f} a photo", flush=True)
+          f"{index.label_count / max(1, len(index)):.2f} a photo", flush=True)
     examples = [f"{word} ({times:,} times)" for word, times in facts["left_out"]]
     first_rare = min(facts["stop_words"], 5)    # before it are stop words
     stop_words = ", ".join(examples[:first_rare])
@@ -448,8 +442,19 @@ def describe_index(index, options):
     for fact, note in notes.items():
         if facts[fact]:
             print(f"captions: {facts[fact]:,} {note}")
-    if index.labels == len(index) * len(index.dictionary):
+    if index.label_count == len(index) * len(index.dictionary):
         print("captions: all photos have the same words: there is nothing to learn")
+
+
+def complete_options(options, index):
+    """Set --format and --stop-words as the index has them, and --lr if it is not given."""
+    options.format = index.format
+    options.stop_words = index.facts["stop_words"]
+    if options.lr is None:
+        options.lr = default_rate(options, index)
+    print(f"first learning rate: {options.lr:g}")
+    if options.lr < options.min_lr:
+        raise ValueError(f"--lr {options.lr:g} is below --min-lr {options.min_lr:g}: lower that")
 
 
 def default_rate(options, index):
@@ -921,7 +926,8 @@ def end_epoch(run, progress):
     """Validate, log, apply the learning-rate rule, save, and say how the epoch went."""
     run.epoch += 1
     waiting = describe_waiting(run, progress)
-    row = {**describe_steps(run, progress), **describe_scores(run)}
+    row = describe_steps(run, progress)
+    row.update(describe_scores(run))            # afterwards, since scoring waits for photos, too
     run.log.append(row)
     held_out = row["validation_loss"]
     run.schedule.update(row["loss"] if held_out is None else held_out)
@@ -1023,13 +1029,13 @@ def read_features(run, photos):
     """
     mine = photos[run.ranks.part(len(photos))]
     with console.Progress("scoring", len(mine), stream=sys.stdout) as progress:
-        features, found = evaluation.extract_features(
+        features, readable = evaluation.extract_features(
             run.net, run.loader, mine, run.recipe.crop, progress)
-    found = run.ranks.gather(found)
+    readable = run.ranks.gather(readable)
     features = run.ranks.gather(kernels.to_host(features))          # a list of N rows (E,)
-    if not found:
+    if not readable:
         return [], []
-    return kernels.to_device(np.stack(features)), found
+    return kernels.to_device(np.stack(features)), readable
 
 
 def validation_photos(index):
@@ -1068,7 +1074,7 @@ def compare_weights(run):
 # -------------------------------------------------------------------------------- progress
 
 def begin_progress(run):
-    """The progress of the epoch under way, with its times so far."""
+    """The progress of the epoch under way; loader and ranks go on from its waiting times."""
     epoch = run.current
     run.loader.waited = epoch.photos_waited
     run.ranks.waited = epoch.ranks_waited
@@ -1162,7 +1168,10 @@ def divergence(run, what):
 # ---------------------------------------------------------------------------- save and resume
 
 def save(run, trying_again=False):
-    """Write model.npz, and after the best epoch best.npz; what fails is said, and tried again."""
+    """Write model.npz, and after the best epoch best.npz.
+
+    If that fails, the reason is printed, and the next save tries again.
+    """
     sum_losses(run)                             # which raises unless they are finite
     weights = run.net.state()
     check_weights(run, weights)                 # the last update may have diverged
@@ -1477,10 +1486,8 @@ def example_photo(run):
     features, photos = read_features(run, validation_photos(run.index)[:EXAMPLES])
     best = 0
     if photos:                                  # the first rank has them, if there are any
-        scores = kernels.to_host(run.net.output.scores(features))   # (n, K)
-        if run.shift is not None:
-            scores = scores + run.shift
-        p = run.held_out_loss.probabilities(scores)
+        blocks = [kernels.to_host(s) for _, s in make_scorer(run, features).photo_blocks()]
+        p = run.held_out_loss.probabilities(np.concatenate(blocks))             # (n, K)
         sureness = [p[i, run.index.words(photo)].sum() for i, photo in enumerate(photos)]
         best = photos[int(np.argmax(sureness))]
     return run.ranks.broadcast(best)

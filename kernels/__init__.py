@@ -36,11 +36,12 @@ def use(device, precision=None, number=0):
 
     device: one of DEVICES; "auto" is a GPU, or else "cpu". precision: one of PRECISIONS, for a GPU;
     if None, tf32 where it has tensor cores for that. number: which of the GPUs. RuntimeError if
-    what is asked for cannot be.
+    what is asked for cannot be, and where several ranks find fewer GPUs than ranks, or no NCCL.
     """
     if device == "reference":
         _take(reference)
-        return "device: CPU, the plain NumPy of kernels/reference.py"
+        return ("device: CPU, the plain NumPy of kernels/reference.py"
+                + _describe_ignored(precision))
     cuda, why_not = (None, "") if device == "cpu" else _find_gpu(number)
     if cuda is None and device == "gpu":
         raise RuntimeError(f"--device gpu: no GPU can be used ({why_not}); use --device cpu")
@@ -60,9 +61,12 @@ def _describe_cpu(why_not, precision):
     line = f"device: CPU, {threads.count} thread{plural}, NumPy"
     if why_not:
         line += f" (no GPU: {why_not})"
-    if precision in ("tf32", "3xtf32"):
-        line += f"; --precision {precision} is for a GPU"
-    return line
+    return line + _describe_ignored(precision)
+
+
+def _describe_ignored(precision):
+    """What a CPU says of a precision that is not its own, or ""."""
+    return f"; --precision {precision} is for a GPU" if precision in ("tf32", "3xtf32") else ""
 
 
 def _find_gpu(number):

@@ -463,7 +463,7 @@ def sum_gradients(terms):
     return total
 
 
-def dropout(x, rate, seed, step, layer, row=0):
+def dropout(x, rate, seed, step, mask_id, row=0):
     """A thread for each Philox block, 16 numbers of a row."""
     _check(x)
     n, e = x.shape
@@ -472,7 +472,7 @@ def dropout(x, rate, seed, step, layer, row=0):
     _launch_each("random.cu", "dropout", n * blocks, (
         x, y, np.uint32(n * blocks), np.int32(e), np.int32(blocks),
         np.uint32(round(rate * 65536)), np.float32(1 / (1 - rate)),
-        np.uint64(seed), np.uint64(step), np.uint64(layer), np.uint64(row)))
+        np.uint64(seed), np.uint64(step), np.uint64(mask_id), np.uint64(row)))
     return y
 
 

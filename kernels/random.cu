@@ -24,14 +24,14 @@ __device__ void philox(Word seed, Word (&counter)[4])
 }
 
 // y = x · mask / (1 - rate), x (N, E). A thread draws one block for 16 numbers of a row: counter
-// (row·blocks + block, step, layer, DROPOUT), with `row` that of x[0]. Called by gpu.dropout.
+// (row·blocks + block, step, mask_id, DROPOUT), with `row` that of x[0]. Called by gpu.dropout.
 extern "C" __global__ void
 dropout(const float* x, float* y, unsigned total, int e, int blocks, unsigned threshold,
-        float scale, Word seed, Word step, Word layer, Word row)
+        float scale, Word seed, Word step, Word mask_id, Word row)
 {
     const unsigned index = blockIdx.x * blockDim.x + threadIdx.x;   // of a block
     if (index >= total) return;
-    Word lanes[4] = {row * blocks + index, step, layer, DROPOUT};
+    Word lanes[4] = {row * blocks + index, step, mask_id, DROPOUT};
     philox(seed, lanes);
     const int begin = index % blocks * LANES;
     const long long start = index / blocks * e + begin;

@@ -125,7 +125,10 @@ def max_pool_backward(dy, argmax, x_shape, kernel, stride, pad=0):
 
 
 def avg_pool_forward(x, kernel, stride):
-    """y = mean over each kernel×kernel window, all of which lie inside the image."""
+    """y = mean over each kernel×kernel window, all of which lie inside the image.
+
+    x (N, H, W, C) -> (N, OH, OW, C).
+    """
     n, h, w, c = x.shape
     y = np.empty((n, output_size(h, kernel, stride), output_size(w, kernel, stride), c), x.dtype)
     for i, j in np.ndindex(*y.shape[1:3]):
@@ -154,7 +157,10 @@ def _window_sum(x, size):
 
 
 def lrn_forward(x, size=5, k=2.0, alpha=1e-4, beta=0.75):
-    """y = x s^-β with s = k + α Σ x², the sum over `size` neighbouring channels (size is odd)."""
+    """y = x s^-β with s = k + α Σ x², the sum over `size` neighbouring channels (size is odd).
+
+    x (..., C) -> y like x.
+    """
     s = k + alpha * _window_sum(x * x, size)
     return x * s ** -beta
 
@@ -187,15 +193,16 @@ def sum_gradients(terms):
     return total
 
 
-def dropout(x, rate, seed, step, layer, row=0):
+def dropout(x, rate, seed, step, mask_id, row=0):
     """y = x · mask / (1 - rate); the same call on dy gives dx, for the mask is drawn again.
 
-    x (N, E). Element (n, e) of global row `row`+n takes 16 bits, lane e of Philox counters
-    ((row+n)·⌈E/16⌉ + ⌊e/16⌋, step, layer, DROPOUT) and is kept if they are at least rate·2^16.
+    x (N, E). Element (n, e) of global row `row`+n takes 16 bits, lane e mod 16 of the block at
+    Philox counter ((row+n)·⌈E/16⌉ + ⌊e/16⌋, step, mask_id, DROPOUT), and is kept if they are at
+    least rate·2^16.
     """
     n, e = x.shape
     blocks = ceil_div(e, LANES)                                     # of a row
-    raw = philox(seed, (row * blocks, step, layer, DROPOUT)).random_raw(n * blocks * 4)
+    raw = philox(seed, (row * blocks, step, mask_id, DROPOUT)).random_raw(n * blocks * 4)
     lanes = raw.view(np.uint16).reshape(n, blocks * LANES)[:, :e]   # little-endian lanes
     kept = lanes >= round(rate * 65536)
     return x * (kept * x.dtype.type(1 / (1 - rate)))
@@ -263,10 +270,11 @@ def softmax_loss(s, targets, weights, shift=None):
     """ℓ = - Σ_n Σ_t weights[n,t] log p_nk, with k = targets[n,t], p_nk = exp s_nk / Σ_k' exp s_nk'.
 
     The multi-class logistic loss (eq. 2 with weights 1/N). ∂ℓ/∂s_nk = (Σ_t weights[n,t]) p_nk, less
-    weights[n,t] for a target, since ∂ log Σ exp s / ∂s_k = p_k. s (N, K); targets int32 (N, T),
-    padded with -1; weights (N, T), zero for a row that does not count. shift (K,), if given, is
-    added to the scores of all but a row's targets: the logarithm of how many classes each of them
-    stands for. Returns each row's part of ℓ, (N,) float64, and the gradient (N, K).
+    weights[n,t] for a target, since ∂ log Σ exp s / ∂s_k = p_k. s (N, K); targets int32 (N, T), no
+    class twice in a row, padded with -1; weights (N, T), zero for a row that does not count. shift
+    (K,), if given, is added to the scores of all but a row's targets: the logarithm of how many
+    classes each of them stands for. Returns each row's part of ℓ, (N,) float64, and the gradient
+    (N, K).
     """
     rows, slots = np.nonzero(targets >= 0)
     words = targets[rows, slots]                                    # the classes of all targets
@@ -319,7 +327,7 @@ def sgd(w, v, dw, rate, momentum, decay, rows=None):
 # ----------------------------------------------------------------------------------- arrays
 
 def to_device(x):
-    """x, in C's order, where this device computes: on the CPU x itself if it is so, else a copy."""
+    """x, in C's order, where this device computes: on the CPU x itself if that is so already."""
     return np.asarray(x, order="C")
 
 
