@@ -218,8 +218,8 @@ class Scorer:
     def normaliser(self):
         """The loss's normaliser of each photo, (N, 1)."""
         if self._normaliser is None:
-            parts = [self.loss.normaliser(scores) for _, scores in self.photo_blocks()]
-            self._normaliser = np.concatenate(parts)
+            blocks = [self.loss.normaliser(scores) for _, scores in self.photo_blocks()]
+            self._normaliser = np.concatenate(blocks)
         return self._normaliser
 
 
@@ -280,8 +280,8 @@ def score_deciles(auc, ap, chance, counts, by_frequency):
 def deviations(scorer, carried):
     """How much precision@k, AUC and AP vary with the choice of photos: {key: one deviation}.
 
-    By the bootstrap: N photos are drawn from these with replacement, RESAMPLES times. The words
-    and the model stay.
+    By the bootstrap: N photos are drawn from these with replacement, RESAMPLES times. The model and
+    the dictionary stay; a word that no drawn photo carries is not in that resample's mean.
     """
     n = len(scorer)
     raw = philox(0, (0, 1, 0, SPLITS)).random_raw(RESAMPLES * n)
@@ -310,7 +310,7 @@ def weighted_auc_and_ap(scores, carried, weights):
 
     scores, carried (N,). NaN without a photo with the word, or without one that lacks it. Sums of
     weights down to each photo that carries the word take the place of numbers of photos in
-    auc_and_ap.
+    auc_and_ap; ties, which count half there, are broken by the photos' order.
     """
     order = np.argsort(-scores, kind="stable")
     hits = np.flatnonzero(carried[order])                           # (m,) their ranks
@@ -329,10 +329,11 @@ def weighted_auc_and_ap(scores, carried, weights):
 def retrieve_photos(scorer, carried):
     """How often a photo is among the k best for its words, and its words among the k best for it.
 
-    Of the first photos, CANDIDATES at most (an index has photos in random order), so that numbers
-    compare between collections. A set of words scores Σ log p of its words for each photo; that is
-    larger for fewer and for frequent words, so sets compare for a photo by how much of Σ exp over
-    the candidate photos is that one's. Equal sets are as good as each other.
+    Among the first CANDIDATES photos, which are in random order, so that numbers of different
+    collections compare. The score of a set of words for a photo is Σ log p of its words; photos are
+    compared for a set by it. It is higher for small sets and for frequent words, so sets are
+    compared for a photo after a softmax of each set's scores over the photos. A photo with exactly
+    the same words counts as right.
     """
     count = min(len(scorer), CANDIDATES)
     carried = carried[:count].astype(np.float32)                    # (C, K)
@@ -346,7 +347,7 @@ def retrieve_photos(scorer, carried):
     right = (common == sizes) & (common == sizes[:, None])
     by_photo = scores - logsumexp(scores, axis=1, keepdims=True)
     return {"candidates": count, "photo for its words": retrieval(scores, right),
-            "words for their photo": retrieval(by_photo.T, right.T)}
+            "words for their photo": retrieval(by_photo.T, right)}      # which is symmetric
 
 
 WORD_COLUMNS = ("word", "training_photos", "photos", "auc", "ap", "threshold", "f1", "step")
@@ -355,9 +356,9 @@ WORD_COLUMNS = ("word", "training_photos", "photos", "auc", "ap", "threshold", "
 def table_of_words(scorer, carried, words, counts, step):
     """A row for each word, of WORD_COLUMNS; "" for what is not known.
 
-    threshold: the probability at which tagging these photos has the best F1, which is f1: of a
-    number chosen on the photos that it is measured on, so new ones have less. photos: of these,
-    that carry the word; with fewer than LEAST_PHOTOS there is no threshold.
+    photos: how many of these carry the word. threshold: the least probability of a tag that has the
+    best F1 on these photos; f1: that F1, which is lower on new photos, since the threshold was
+    chosen on these. Neither is known of a word on fewer than LEAST_PHOTOS photos, or on all.
     """
     rows = []
     columns = carried.tocsc()
@@ -475,20 +476,20 @@ def score_by_nearest(x, training_x, labels):
     """NearestScores of N photos: the words of their nearest training photos.
 
     Of the NEAREST photos by cosine, about the mean of the training photos, the r-th nearest adds
-    1 / r to each of its words. (Of equal weights, 1 / distance, exp of the distance, by cosine or
-    Euclidean, this was best on pixels and on features, in every number.) x (N, D), training_x
-    (M, D), labels a sparse boolean (M, K).
+    1 / r to each of its words. (Equal weights, 1 / distance and exp(-distance), by cosine or
+    Euclidean, were behind in every number, on pixels and on features.) x (N, D), training_x (M, D),
+    labels a sparse boolean (M, K).
     """
     x, training_x = directions(x, training_x)
     others = kernels.to_device(training_x)
     labels = labels.astype(np.float32)
-    parts = []
+    blocks = []
     for photos in slices(len(x), BLOCK // len(others)):
         some = kernels.to_device(x[photos])
         cosines = kernels.to_host(kernels.matmul(some, others.T))   # (B, M)
         nearest = top_words(cosines, NEAREST)
-        parts.append(rank_weights(nearest, len(others)) @ labels)   # (B, K)
-    return NearestScores(vstack(parts).tocsr(), labels.mean(axis=0))
+        blocks.append(rank_weights(nearest, len(others)) @ labels)              # (B, K)
+    return NearestScores(vstack(blocks).tocsr(), labels.mean(axis=0))
 
 
 def directions(x, training_x):
@@ -837,8 +838,8 @@ def closeness(points, rows):
 
     1 + |y_i - y_j|² = [1 + |y_i|², -2 y_i, 1]·[1, y_j, |y_j|²], so one product gives all: (B, N).
     """
-    one = points[rows, :1]
-    left = np.concatenate([one + points[rows, 3:], -2 * points[rows, 1:3], one], axis=1)  # (B, 4)
+    ones = points[rows, :1]
+    left = np.concatenate([ones + points[rows, 3:], -2 * points[rows, 1:3], ones], axis=1)  # (B, 4)
     near = left @ points.T                                          # (B, N)
     np.maximum(near, 1, out=near)               # where rounding made less of it
     return np.divide(1, near, out=near)
@@ -926,6 +927,10 @@ def tsne(x, perplexity, steps):
 
 # -------------------------------------------------------------------------------- pictures
 
+SIDE = 150                      # of a photo in a grid of photos, pixels …
+GAP = 6                         # … between two of them …
+TEXTS = 50                      # … and for the texts above and below a row
+ZOOM = 6                        # pixels of a filter's weight
 LOSS_NAMES = {"softmax": "loss of a photo's words, mean of -log p (nats)",
               "one-vs-all": "loss of a photo, equation 1"}
 SCORES = {                                      # key of a score: its axis
@@ -952,7 +957,7 @@ def thumbnail(path, side, square=False):
         return Image.new("RGB", (side, side), "white")
 
 
-def filters_picture(w, zoom=6):
+def filters_picture(w):
     """The first layer's filters (KH, KW, 3, F), each stretched to full contrast, as a grid."""
     kh, kw, _, f = w.shape
     side = int(np.ceil(np.sqrt(f)))
@@ -964,7 +969,7 @@ def filters_picture(w, zoom=6):
     grid = tiles.reshape(side, side, kh + 1, kw + 1, 3)
     grid = grid.transpose(0, 2, 1, 3, 4)                            # (side, KH+1, side, KW+1, 3)
     pixels = grid.reshape(side * (kh + 1), side * (kw + 1), 3)
-    return Image.fromarray(pixels.repeat(zoom, axis=0).repeat(zoom, axis=1))
+    return Image.fromarray(pixels.repeat(ZOOM, axis=0).repeat(ZOOM, axis=1))
 
 
 def curve_of(rows, name, across, key):
@@ -1005,14 +1010,15 @@ def curves_plots(log, loss="softmax", mark=()):
 def grid_picture(rankings, find, fonts, width=None):
     """Words above their photos, {word: {name: text under the photo}} (Fig. 3).
 
-    find(name) is a photo's path; width: in pixels.
+    find(name) is a photo's path; width: in pixels; if not given, photos are SIDE wide.
     """
     columns = max(len(photos) for photos in rankings.values())
-    scale = 1 if width is None else width / (columns * 156 + 6)
-    side = round(150 * scale)
-    gap = round(6 * scale)
-    row_height = round(206 * scale)
-    size = (columns * (side + gap) + gap, len(rankings) * row_height + gap)
+    own_width = columns * (SIDE + GAP) + GAP
+    scale = (width or own_width) / own_width
+    side = int(SIDE * scale)
+    gap = int(GAP * scale)
+    row_height = round((SIDE + GAP + TEXTS) * scale)
+    size = (width or own_width, len(rankings) * row_height + gap)
     image = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(image)
     for row, (word, photos) in enumerate(rankings.items()):
@@ -1047,7 +1053,7 @@ def mosaic_picture(paths, y, size):
 
 PLACES = ("seed", "out", "resume", "workers", "threads", "device", "images")
 DATA = ("captions", "format", "image_column", "text_column", "valid", "drawn", "pictures")
-LENGTH = ("epochs", "epoch_size", "lr")         # which one may fit to the number of photos
+LENGTH = ("epochs", "epoch_size", "lr")         # often chosen by the number of photos
 
 
 class Trained:
@@ -1055,9 +1061,9 @@ class Trained:
 
     net, and recipe, of model.NETWORKS; loss; words, and classes, {word: class}; counts (K,), the
     training photos of each word, and training, all of them; options and log of the run.
-    net's scores are those of photos as they are: the prior, shift (K,) of model.prior_shift, is in
-    the biases of its output layer. learned_b are these without it; shift is None for nothing; prior
-    says how frequent the words are, then, as a text.
+    shift (K,), of model.prior_shift, is in the biases of net's output layer, so that its scores are
+    those of photos as they are; None for nothing. learned_b (K,): the biases as they were trained.
+    prior: which frequencies of words the probabilities assume, as a text.
     """
 
     def __init__(self, run, prior="real"):
@@ -1101,7 +1107,7 @@ class Trained:
                   flush=True)
             return
         self.prior = "words are as frequent as in photos"
-        self.shift = self.real_prior()
+        self.shift = self.prior_shift(self.counts)
         if self.shift is None:
             return
         self.net.output.b = self.learned_b + kernels.to_device(self.shift)
@@ -1124,9 +1130,9 @@ class Trained:
             mark = (self.epoch, f"these weights, of epoch {self.epoch}")
         return curves_plots(self.log, self.options["loss"], mark)
 
-    def real_prior(self):
-        """As model.prior_shift, (K,) or None for nothing."""
-        return model.prior_shift(self.options, self.counts, self.training, self.label_frequency,
+    def prior_shift(self, counts):
+        """model.prior_shift to photos of which so many, (K,), carry each word; None for nothing."""
+        return model.prior_shift(self.options, counts, self.training, self.label_frequency,
                                  self.label_weight)
 
     def equal_output(self):
@@ -1137,10 +1143,11 @@ class Trained:
         output = model.Output(self.net.output.w.shape[1], len(self.words))
         output.w = self.net.output.w
         output.b = self.learned_b
+        shift = None
         if self.label_frequency is not None:
-            real = self.real_prior()
-            shift = -np.log(self.counts) if real is None else real - np.log(self.counts)
-            output.b = self.learned_b + kernels.to_device(shift.astype(np.float32))
+            shift = self.prior_shift(np.full(len(self.words), self.counts.mean()))
+        if shift is not None:
+            output.b = self.learned_b + kernels.to_device(shift)
         return output
 
     def find_label_frequency(self, facts):
@@ -1454,12 +1461,12 @@ class Output:
         print(text)
         self.html.append(f'<p class="note">{escape(text)}</p>')
 
-    def best(self, found, nothing="none", captions=()):
-        """Show what best_of found, a line for each name; `nothing` where that is nothing.
+    def best(self, rankings, nothing="none", captions=()):
+        """Show rankings as of best_of, a line for each name; `nothing` where there is nothing.
 
         captions: {name: the words that it should have}, to show beside them.
         """
-        for name, others in found.items():
+        for name, others in rankings.items():
             items = [f"{other} {value:.3g}" for other, value in others.items()]
             text = ", ".join(items) if items else nothing
             if name in captions:
@@ -1697,7 +1704,7 @@ SPLITTING = (
     option("--seed", type=number(int, 0, below=2**63), default=0, help="of the splits"))
 PLOTS = (".png", ".svg")        # what pictures without photos can be
 SIZE = option("--size", type=number(int, 100, 20_000), metavar="PIXELS",
-              help="width of a .png, for print about twice what it has if this is not given")
+              help="width of a .png; for print, about twice the default")
 MAPPING = (
     option("--limit", type=number(int, 10, 100_000), default=2000, help="points at most"),
     option("--perplexity", type=number(float, 1), default=30, help="how many are near, about"),
@@ -2090,9 +2097,9 @@ def describe_sample(result, options):
 
 def describe_baselines(count):
     """What the baselines of score_baselines are, which know so many training photos."""
-    return (f"{NEAREST} nearest: a photo gets the words of the nearest of {count:,} training "
-            "photos; linear regression: of their words, with an L2 penalty; both by the features "
-            "or pixels that are named")
+    return (f"{NEAREST} nearest: a photo gets the words of its {NEAREST} nearest of {count:,} "
+            "training photos, of the r-th with weight 1/r; linear regression: ridge regression of "
+            "these photos' words; both on the features or pixels that are named")
 
 
 def find_levels(key, result, baselines):
@@ -2129,7 +2136,7 @@ def join_seeds(runs, results, keys):
     earlier = Counter()
     for i, run in enumerate(runs):
         settings = run.settings()
-        again = earlier[settings, run.options["seed"]]              # which is no other sample
+        again = earlier[settings, run.options["seed"]]      # a seed's repetition is no new sample
         earlier[settings, run.options["seed"]] += 1
         groups.setdefault((settings, again), []).append(i)
     curves = {}
@@ -2146,12 +2153,13 @@ def join_seeds(runs, results, keys):
 def name_curves(runs):
     """Of each run the name of its curve: those of its options in which the runs differ.
 
-    Neither seed nor data part curves, nor does the length of training, unless two runs would be
-    different points at one place.
+    The seed names no curve, which averages over it, nor do the data, which it runs along, nor the
+    length of training; but data and length do where two runs that differ in them would otherwise
+    have one name and about as many photos.
     """
-    for apart in (PLACES + DATA + LENGTH, PLACES + DATA):
+    for apart in (PLACES + DATA + LENGTH, PLACES + DATA, PLACES):
         names = name_differences(runs, apart)
-        points = {(name, run.training, run.settings()) for name, run in zip(names, runs)}
+        points = {(name, f"{run.training:.1e}", run.settings()) for name, run in zip(names, runs)}
         if len(points) == len({point[:2] for point in points}):
             break
     return names
@@ -2190,7 +2198,8 @@ def deviation_of(row, key):
     if key + SPREAD in row:
         return {key + SPREAD: row[key + SPREAD], key + OVER: row[key + OVER]}
     if key in row.get("deviations", {}):
-        return {key + SPREAD: row["deviations"][key], key + OVER: f"{row['photos']:,} photos"}
+        over = f"a bootstrap of {row['photos']:,} photos"
+        return {key + SPREAD: row["deviations"][key], key + OVER: over}
     return {}
 
 
@@ -2201,7 +2210,7 @@ def print_words(result, show):
     baselines = result.get("baselines")
     columns = {"model": result}
     if "deviations" in result:
-        columns["± over photos"] = result["deviations"]
+        columns["± (bootstrap of photos)"] = result["deviations"]
     if baselines:
         columns.update(baselines["scores"])
     columns["frequent words"] = {**result["chance"], **result["baseline"]}
@@ -2211,10 +2220,10 @@ def print_words(result, show):
     rows = {}
     for name, numbers in columns.items():
         rows[name] = [numbers[key] for key in keys]
-    show.table(["", *PRECISIONS, "AUC", f"AP of {result['photos']:,}"], rows)
-    show.line("AUC and AP (which more photos make smaller) are means over the words; AUC of the "
-              f"most frequent third of them {result['auc_frequent']:.4f}, of the rarest third "
-              f"{result['auc_rare']:.4f}")
+    show.table(["", *PRECISIONS, "AUC", "mean AP"], rows)
+    show.line("AUC and AP are means over the words (AP is lower among more photos, so compare it "
+              "among equally many); AUC of the most frequent third of them "
+              f"{result['auc_frequent']:.4f}, of the rarest third {result['auc_rare']:.4f}")
     if "retrieval" in result:
         show_retrieval(result["retrieval"], show)
     if baselines:
@@ -2250,7 +2259,7 @@ def threshold(text):
                        help="a table of the tags to write, a row for each photo"),
          example="--model runs/photos photos/one.jpg new-photos --out tags.csv")
 def tag_photos(options, show, run):
-    """The words of photos with probabilities: of one word among K, or after one-vs-all of each."""
+    """The most probable words of photos; softmax: of one word among all, one-vs-all: of each."""
     top, least, nothing = choose_tags(options, run)
     tags = {}
     captions = {}
@@ -2262,10 +2271,10 @@ def tag_photos(options, show, run):
             path = real_place(name)
             if path in carried:
                 captions[name] = carried[path]
-        found = best_of(names, run.loss.probabilities(s), run.words, top, least)
-        tags.update(found)
+        best = best_of(names, run.loss.probabilities(s), run.words, top, least)
+        tags.update(best)
         if not show.out:
-            show.best(found, nothing, captions)
+            show.best(best, nothing, captions)
     if show.out:
         write_tags(show.out, reader, tags)
         show.line(f"{show.out}: the words of {len(tags):,} photos, a row for each photo")
@@ -2280,7 +2289,7 @@ def choose_tags(options, run):
     if options.threshold is None:
         return options.top, 0, "none"
     if options.threshold != "auto":
-        return len(run.words), options.threshold, f"no word above {options.threshold:g}"
+        return len(run.words), options.threshold, f"no word of at least {options.threshold:g}"
     if options.prior == "none":
         raise ValueError("--threshold auto goes with --prior real")
     return len(run.words), run.thresholds(), "no word above its threshold"
@@ -2533,9 +2542,9 @@ def rank_photos(queries, others, top):
     paths = [os.path.join(others.folder, name) for name in others.names]
     places = np.array([real_place(path, realpath) for path in paths])           # (N,)
     nearest = {}
-    for part in slices(len(queries.names), BLOCK // len(others.names)):
-        names = queries.names[part]
-        cosines = centred_cosines(queries.x[part], others.x)        # (n, N)
+    for rows in slices(len(queries.names), BLOCK // len(others.names)):
+        names = queries.names[rows]
+        cosines = centred_cosines(queries.x[rows], others.x)        # (n, N)
         for row, name in zip(cosines, names):
             row[places == real_place(name, realpath)] = -np.inf
         nearest.update(best_of(names, cosines, others.names, top, least=-2))
@@ -2639,16 +2648,16 @@ def known_words(run, names):
 def report_unknown(unknown, count, show):
     """Say which of so many classes are missed, whatever the model does, if there are any."""
     if unknown:
-        show.line(f"{len(unknown)} of {count} classes have no word that the model knows, "
-                  f"{ZERO_SHOT} miss them: {', '.join(unknown)}")
+        show.line(f"{ZERO_SHOT}: {len(unknown)} of {count} classes have no word that the model "
+                  f"knows, so all their photos count as wrong: {', '.join(unknown)}")
 
 
 def score_by_names(run, words, features):
     """Scores (N, C) of photos for classes by their names: the mean of log p of the words of each.
 
-    words: as of known_words, of C classes; features (N, E). p is that of words which are all
-    equally frequent, whatever they were in the captions: a class has as many photos if its name is
-    a rare word. A class of which the run knows no word has -inf, so that its photos are missed.
+    words: as of known_words, of C classes; features (N, E). p takes all words as equally frequent,
+    since a class whose name is a rare word has as many photos as any other. A class of which the
+    run knows no word has -inf, so that all its photos count as wrong.
     """
     output = run.equal_output()
     scores = np.full((len(features), len(words)), -np.inf)
@@ -2794,10 +2803,10 @@ class SubFolders:
         """ValueError where a class has no photos to train, choose λ and test; counts (C,)."""
         least = (self.options.train_per_class or 2) + 1
         if len(counts) < 2 or counts.min() < least:
-            there = [f"{name} {count}" for name, count in zip(self.class_names, counts)]
+            sizes = [f"{name} {count}" for name, count in zip(self.class_names, counts)]
             raise ValueError(f"--images: two or more sub-folders of {least} or more photos are "
                              "needed, to train, choose and test; there are "
-                             f"{', '.join(there) or 'none'}")
+                             f"{', '.join(sizes) or 'none'}")
 
     def chance(self, task):
         """The accuracy of always guessing the largest class."""
@@ -2957,9 +2966,9 @@ def find_neighbors(options, show, run):
     vectors = units(run.vectors())                                  # (K, E)
     cosines = vectors[classes] @ vectors.T                          # (words, K)
     cosines[np.arange(len(classes)), classes] = -np.inf             # not the word itself
-    found = best_of(options.words, cosines, run.words, options.top, least=-1)
-    show.best(found)
-    return {"neighbors": found}
+    neighbors = best_of(options.words, cosines, run.words, options.top, least=-1)
+    show.best(neighbors)
+    return {"neighbors": neighbors}
 
 
 @command("translate",
@@ -3130,6 +3139,7 @@ table, figure { font: 14px/1.4 sans-serif; margin: 0 }
 img, svg { display: block; max-width: 100%; height: auto; margin: .5rem auto }
 .photos, .plots { display: grid; gap: .8rem }
 .photos { grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr)) }
+.wrong { color: light-dark(#b00020, #ff8a80) }
 .plots { grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)) }
 .settings span { font: 13px monospace; white-space: nowrap; margin-right: .6rem }
 .number { opacity: .75; font-variant-numeric: tabular-nums }
@@ -3156,7 +3166,8 @@ WORDS_SECTION = "Word prediction"
 MEANINGS = {"softmax": "of one word among all", "one-vs-all": "of each word by itself"}
 CLOSING = """<footer><p>precision@k: the part of a photo's k most probable words that its captions
 have. AUC: how often a photo with a word ranks before one without it. AP: the mean of the precision
-at the ranks of all photos with the word. <i>Held-out</i> photos were not trained on.</p>
+at the ranks of all photos with the word. <i>Held-out</i> photos were not trained on, but they
+chose the epoch whose weights these are.</p>
 <p>Method: A. Joulin, L. van der Maaten, A. Jabri and N. Vasilache, Learning Visual Features from
 Large Weakly Supervised Data, ECCV 2016. Made by <code>eval.py report</code>.</p></footer>"""
 
@@ -3190,7 +3201,7 @@ def write_report(options, show, run):
             print(f"{title}: {error}", file=sys.stderr)
     write_page(options.out, run, results.get(WORDS_SECTION), page.html)
     show.line(f"\n{options.out}: {os.path.getsize(options.out) / 1e6:.1f} MB")
-    return {"parts": results, "failed": failed}
+    return {"sections": results, "failed": failed}
 
 
 def list_sections(options, run):
@@ -3245,14 +3256,15 @@ def describe_data(run):
 
 
 def describe_scores(result):
-    """What `words` found, with baselines, as two sentences for the report."""
-    baselines = [f"the most frequent words: {result['baseline']['precision@10']:.2f}"]
+    """What `words` found, with baselines, as a sentence for the report."""
+    right = 10 * result["precision@10"]         # words of a photo
+    baselines = [f"of the most frequent words {10 * result['baseline']['precision@10']:.1f}"]
     if "baselines" in result:
         readout, pixels = best_readout(result["baselines"]["scores"], VIEWS[2], "precision@10")
-        baselines.append(f"raw pixels, by {readout}: {pixels:.2f}")
+        baselines.append(f"by {readout} on raw pixels {10 * pixels:.1f}")
     return (f"Scored on {result['photos']:,} photos that it was not trained on: of the ten words "
-            f"that it finds most probable for a photo {result['precision@10']:.2f} are in the "
-            f"captions, on average ({'; '.join(baselines)}); and of a photo with a word and one "
+            f"that it finds most probable for a photo {right:.1f} are in its captions, on average "
+            f"({', '.join(baselines)}); and of a photo with a word and one "
             f"without, it ranks the one with it first in {result['auc']:.2f} of all cases (chance: "
             "0.50).")
 

@@ -6,7 +6,7 @@
         file.write("…")                         # there at the end of the block, or not at all
     run_command(main)                           # exit status 2 for what a user can mend
 
-This is the one file of kernels/ that holds no operation: every file above imports it.
+This file holds no operation: it lies here since every file above imports it.
 """
 import argparse
 import errno
@@ -255,9 +255,10 @@ def stop_signals():
 
 
 def run_command(work):
-    """Run work() and exit as a command should: one line for what a user can mend, never more.
+    """Run work() and exit as a command should: after an error with one line that says the remedy.
 
-    The exit status is what work() returns, or that of `explain` if it raises something.
+    A mistake of this program prints a traceback, and after `python -X dev` every error does. The
+    exit status is what work() returns, or that of `explain` if it raises something.
     """
     handle_stop_signals(signal.default_int_handler)
     for name in "stdout", "stderr":
@@ -294,6 +295,8 @@ def explain(error):
     command = os.path.basename(sys.argv[0])
     if isinstance(error, KeyboardInterrupt):
         return 130, str(error) or "interrupted"
+    if sys.flags.dev_mode:
+        return 1, f"{command}: {traceback.format_exc()}"
     if isinstance(error, ValueError):
         return 2, f"{command}: {error}"
     if isinstance(error, RuntimeError):

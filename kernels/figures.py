@@ -2,7 +2,7 @@
 
 A Plot says what is shown: its axes, Curves, baselines. draw_plots makes a Drawing of plots, which
 has an image() and an svg(), and plot_table a table of their numbers. Like console.py this file is
-no operation; it knows nothing of photos, words or runs.
+no operation; it knows nothing of runs and models.
 """
 import argparse
 import functools
@@ -101,7 +101,7 @@ def has_letter(path, letter):
 
 
 class Stroke(NamedTuple):
-    """A line through points, whole, or broken into pieces of `dash`, of two points then."""
+    """A line through points; with a dash above 0 between two points, in pieces of that length."""
 
     points: list
     colour: tuple
@@ -174,7 +174,10 @@ class Text(NamedTuple):
 
 
 class Drawing:
-    """Lines, dots and texts at points (x, y) from the top left of a page: as pixels, or as SVG."""
+    """Lines, dots and texts on a page, as pixels or as SVG.
+
+    Points (x, y) are from the top left; widths, dashes, radii and sizes have the same unit.
+    """
 
     def __init__(self, width, height, fonts=None):
         self.width = width
@@ -225,8 +228,8 @@ class Curve(NamedTuple):
     name: str
     x: list
     y: list
-    deviations: list                            # one standard deviation each …
-    over: list                                  # … over what: "3 seeds", or "" without
+    deviations: list                            # one standard deviation of each point
+    over: list                                  # over what that is: "3 seeds", or "" without
 
 
 class Plot(NamedTuple):
@@ -253,9 +256,9 @@ def plot_table(plots):
     return heading, rows
 
 
-def draw_plots(plots, columns=2):
-    """A Drawing of plots, side by side in so many columns."""
-    columns = min(columns, len(plots))
+def draw_plots(plots):
+    """A Drawing of plots, in two columns."""
+    columns = min(2, len(plots))
     height = max(Frame.BOTTOM + Frame.BELOW + Frame.ENTRY * len(legend_of(plot)) for plot in plots)
     drawing = Drawing(columns * Frame.WIDTH, -(-len(plots) // columns) * height)
     for i, plot in enumerate(plots):
@@ -300,18 +303,18 @@ class Frame:
         self.right = left + self.RIGHT
         self.top = top + self.TOP
         self.bottom = top + self.BOTTOM
-        self.title_height = top + 17
+        self.title_y = top + 17
 
     def draw_all(self):
         if not self.curves:
-            self.drawing.text((self.left, self.title_height),
+            self.drawing.text((self.left, self.title_y),
                               f"{self.plot.y_name}: nothing to show")
             return
-        self.drawing.text((self.left, self.title_height), self.plot.y_name)
+        self.drawing.text((self.left, self.title_y), self.plot.y_name)
         self.set_axes()
-        self.draw_heights()
-        self.draw_levels()
-        self.draw_places()
+        self.draw_y_axis()
+        self.draw_baselines()
+        self.draw_x_axis()
         for curve, colour in zip(self.curves, itertools.cycle(COLOURS)):
             self.draw_curve(curve, colour)
         self.draw_legend()
@@ -327,7 +330,7 @@ class Frame:
         low = min(ys) - 0.02 * (max(ys) - min(ys))                  # so no line lies on the axis
         if min(ys) >= 0:
             low = max(0, low)                   # no score is negative
-        self.ticks = round_ticks(low, max(ys))
+        self.y_ticks = round_ticks(low, max(ys))
         self.xs = np.array([min(xs), max(xs)], float)               # the curves' ends
         ends = self.scale(self.xs)
         margin = 0.04 * (ends[1] - ends[0]) or 0.5
@@ -337,41 +340,41 @@ class Frame:
         """x as the axis measures it."""
         return np.log10(x) if self.plot.log else np.asarray(x, float)
 
-    def across(self, x):
+    def x_pixel(self, x):
         """The distance of x from the page's left."""
         return np.interp(self.scale(x), self.ends, [self.left, self.right])
 
-    def down(self, y):
+    def y_pixel(self, y):
         """The distance of y from the page's top."""
-        return np.interp(y, self.ticks[[0, -1]], [self.bottom, self.top])
+        return np.interp(y, self.y_ticks[[0, -1]], [self.bottom, self.top])
 
-    def draw_heights(self):
+    def draw_y_axis(self):
         """The axes; a pale line for each of the ticks of y, and its number."""
-        for tick in self.ticks:
-            height = self.down(tick)
+        for tick in self.y_ticks:
+            height = self.y_pixel(tick)
             self.drawing.line([(self.left, height), (self.right, height)], PALE)
             self.drawing.text((self.left - 6, height), f"{tick:.6g}", "rm")
         self.drawing.line([(self.left, self.top), (self.left, self.bottom),
                            (self.right, self.bottom)])
 
-    def draw_levels(self):
+    def draw_baselines(self):
         """A broken line for each baseline, and a pale upright one at the mark."""
         for height, dash in zip(self.plot.levels.values(), itertools.cycle(DASHES)):
-            ends = [(self.left, self.down(height)), (self.right, self.down(height))]
+            ends = [(self.left, self.y_pixel(height)), (self.right, self.y_pixel(height))]
             self.drawing.line(ends, INK, dash=dash)
         if self.plot.mark:
-            x = self.across(self.plot.mark[0])
+            x = self.x_pixel(self.plot.mark[0])
             self.drawing.line([(x, self.top), (x, self.bottom)], MARKED, 2)
 
-    def draw_places(self):
+    def draw_x_axis(self):
         """Whole numbers under the x axis, and its name."""
-        for x in self.places():
-            self.drawing.line([(self.across(x), self.bottom), (self.across(x), self.bottom + 4)])
-            self.drawing.text((self.across(x), self.bottom + 7), f"{x:,.0f}", "ma")
+        for x in self.x_ticks():
+            self.drawing.line([(self.x_pixel(x), self.bottom), (self.x_pixel(x), self.bottom + 4)])
+            self.drawing.text((self.x_pixel(x), self.bottom + 7), f"{x:,.0f}", "ma")
         name = self.plot.x_name + (" (log scale)" if self.plot.log else "")
         self.drawing.text(((self.left + self.right) / 2, self.bottom + 26), name, "ma")
 
-    def places(self):
+    def x_ticks(self):
         """Where the x axis has numbers."""
         low, high = self.xs
         if self.plot.log:
@@ -384,13 +387,15 @@ class Frame:
 
     def draw_curve(self, curve, colour):
         """A line through points, with error bars."""
-        xs = self.across(curve.x)
-        points = list(zip(xs, self.down(curve.y)))
+        xs = self.x_pixel(curve.x)
+        points = list(zip(xs, self.y_pixel(curve.y)))
         self.drawing.line(points, colour, 2)
         for (x, y), value, deviation, over in zip(points, curve.y, curve.deviations, curve.over):
             self.drawing.dot((x, y), 3, colour)
             if over:
-                self.draw_bar(x, self.down(value - deviation), self.down(value + deviation), colour)
+                low = self.y_pixel(value - deviation)
+                high = self.y_pixel(value + deviation)
+                self.draw_bar(x, low, high, colour)
 
     def draw_bar(self, x, low, high, colour):
         """An error bar."""
@@ -454,9 +459,9 @@ def words_picture(names, y, weights, size, fonts):
     return drawing
 
 
-def spiral_from_centre(size, steps=300):
-    """Points (steps, 2) of a spiral around (0, 0), the nearest first."""
-    step = np.arange(steps)
+def spiral_from_centre(size):
+    """Points (300, 2) of a spiral around (0, 0), the nearest first."""
+    step = np.arange(300)
     radius = np.sqrt(step) * size / 300
     return np.stack([radius * np.cos(2.4 * step), radius * np.sin(2.4 * step)], axis=1)
 
