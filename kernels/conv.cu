@@ -17,11 +17,11 @@
 // writes its own sums, and add_parts adds them in a fixed order, so that every run gives the same
 // bits.
 //
-// Constants that gpu.py injects: BM, BN, STAGES, VEC (4: sixteen-byte loads, channels and columns
-// must be multiples of 4; 1: any size), FILTER, DILATE, INNER (0: fmaf; 1: TF32; 3: three TF32
-// products). Tensor cores read TF32, so each fragment is rounded when it is loaded.
+// Constants that gpu.py injects: BM, BN, BK, STAGES, THREADS, STAGE_BYTES, VEC (4: sixteen-byte
+// loads, channels and columns must be multiples of 4; 1: any size), FILTER, DILATE, INNER (0: fmaf;
+// 1: TF32; 3: three TF32 products). Tensor cores read TF32, so each fragment is rounded when it is
+// loaded.
 
-#define BK 32
 // a[k][m] or a[m][k], its pitch such that the k, or rows, of a fragment differ in bank
 #define A_PITCH (FILTER ? BM + 8 : BK + 4)
 #define A_SIZE ((FILTER ? BK : BM) * A_PITCH)
@@ -30,7 +30,7 @@
 #define B_SIZE (BK * B_PITCH)
 #define B_PLACE(k) (INNER && !FILTER ? (k) / 8 * 8 + (k) % 2 * 4 + (k) % 8 / 2 : (k))
 #define B_AT(k, n) b[B_PLACE(k) * B_PITCH + (n)]
-#define THREADS (INNER ? 128 : 256)
+static_assert(4 * (A_SIZE + B_SIZE) == STAGE_BYTES, "gpu.stage_bytes is the pitches above");
 
 // n / d for 0 <= n < 2^31 as a product: gpu.py works out mul and shift for each d.
 struct Divisor {

@@ -3,11 +3,12 @@
 Same names and arguments; what each operation computes is said there, and only how it is done here.
 What profits little *is* the reference's function: see the import.
 
-Speed comes from three things. Worker threads each take chunks of images, with single-threaded BLAS.
-A chunk is a few images, so that what is made of them stays in the cache. And in NHWC a patch is KH
-contiguous runs of KW*C numbers, so that copying the patches out costs little. Chunks belong to
-threads by number and partial sums are added in a fixed order, so the bits of a result depend on
-the number of threads and on nothing else.
+Speed comes from four things. Worker threads each take chunks of images, with single-threaded BLAS.
+A chunk is a few images, so that what is made of them stays in the cache. In NHWC a patch is KH
+contiguous runs of KW*C numbers, so that copying the patches out costs little. And Winograd's
+algorithm takes fewer products for 3×3 and 5×5 filters. Chunks belong to threads by number and
+partial sums are added in a fixed order, so on one machine the bits of a result depend on the number
+of threads alone.
 """
 import ctypes
 import functools
@@ -259,11 +260,17 @@ FILTER_MATRIX = {r: _filter_matrix(points, r) for r, points in POINTS.items()}
 OUTPUT_MATRIX = {r: _output_matrix(points) for r, points in POINTS.items()}
 
 
+def _keeps_size(kh, kw, stride, pad):
+    """Whether a convolution's output has the height and width of its input."""
+    return stride == 1 and kh == kw and 2 * pad == kh - 1
+
+
 def _is_winograd(w_shape, stride, pad):
-    """Whether that algorithm applies, and is faster."""
+    """Whether Winograd's algorithm applies, and is faster."""
     kh, kw, c, f = w_shape
-    same_size = stride == 1 and kh == kw and 2 * pad == kh - 1
-    return same_size and kh in FEWEST_CHANNELS and min(c, f) >= FEWEST_CHANNELS[kh]
+    if not _keeps_size(kh, kw, stride, pad):
+        return False
+    return kh in FEWEST_CHANNELS and min(c, f) >= FEWEST_CHANNELS[kh]
 
 
 def _tiles_chunk(w_shape, y_shape, itemsize):
@@ -358,7 +365,7 @@ def conv_backward_input(dy, w, x_shape, stride=1, pad=0):
     n, h, width, _ = x_shape
     turned = np.ascontiguousarray(w[::-1, ::-1].swapaxes(2, 3))     # (KH, KW, F, C)
     dx = np.empty(x_shape, dy.dtype)
-    same_size = kh == kw and stride == 1 and 2 * pad == kh - 1      # then dy needs no canvas
+    same_size = _keeps_size(kh, kw, stride, pad)                    # then dy needs no canvas
     multiply, size = _product(turned, x_shape, 1, pad if same_size else 0)
 
     def work(start, stop):
@@ -388,7 +395,11 @@ def conv_backward_filter(x, dy, w_shape, stride=1, pad=0):
 # of such pixels: in the memory of its own grid, the pixels of a tap's windows lie side by side.
 
 def _along(size, out, k, stride, pad):
-    """Along one axis: the windows whose pixel k lies inside the image, and those pixels' grid."""
+    """Along one axis, for pixel k of each window: two slices and the number of a grid.
+
+    The first slice is of the windows whose pixel k lies inside the image, the second says where
+    these pixels are in their grid, one of the `stride` grids.
+    """
     first = max(0, ceil_div(pad - k, stride))                       # the first such window
     last = min(out, (size - 1 + pad - k) // stride + 1)             # and the one behind the last
     grid_first, grid = divmod(first * stride + k - pad, stride)
@@ -440,7 +451,10 @@ def max_pool_forward(x, kernel, stride, pad=0, ceil=False):
 
 
 def max_pool_backward(dy, argmax, x_shape, kernel, stride, pad=0):
-    """Grid by grid, and tap by tap; an infinite dy becomes NaN where its window has no maximum."""
+    """Grid by grid, and tap by tap.
+
+    An infinite dy makes NaN of its window's other pixels, by ∞ · 0.
+    """
     dx = np.empty(x_shape, dy.dtype)
     taps = _taps(x_shape[1:3], dy.shape[1:3], kernel, stride, pad)
 

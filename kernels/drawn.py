@@ -83,7 +83,7 @@ PHRASES = ("a", "and", "in the", "with"), ("un", "et", "dans la", "avec")      #
 PICTURES = 6000
 WIDTHS = (0.45, 0.75), (0.4, 0.5), (0.34, 0.44)   # of one, two, three things, of the picture's
 COUNTS = (0.65, 0.25, 0.1)      # … and how often there are so many
-ZIPF = 8                        # the i-th thing, from 0, is drawn with a chance of 1 / (i + ZIPF)
+ZIPF = 8                        # the i-th thing, from 0, is drawn in proportion to 1 / (i + ZIPF)
 OUTLINE = (30, 30, 30)
 
 
@@ -160,7 +160,7 @@ def column(rng, i, count):
 
 
 def choose(rng, things, zipf=0):
-    """One of the things: all alike, or the i-th with a chance of 1/(i + zipf), i from 0."""
+    """One of the things: all alike, or the i-th, from 0, in proportion to 1 / (i + zipf)."""
     weights = np.ones(len(things))
     if zipf:
         weights = 1 / (np.arange(len(things)) + zipf)
@@ -202,7 +202,7 @@ def shade(colour, rng):
 
 def write_caption(rng, things, place):
     """A caption as people write them: true in the main, and with everything else they write."""
-    language = 1 if rng.random() < 0.5 else 0   # English, French
+    language = 1 if rng.random() < 0.5 else 0   # 0: English, 1: French
     article, conjunction, preposition, along = PHRASES[language]
     texts = describe_things(rng, things, article, language)
     words = [f" {conjunction} ".join(texts)]

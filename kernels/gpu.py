@@ -73,13 +73,13 @@ class Cuda:
     def upload(self, photos):
         """Photos of host_empty on the device; until they are there, their memory is kept."""
         with self.copies:
-            there = self.xp.empty(photos.shape, np.uint8)
-            there.set(photos, self.copies)
+            on_device = self.xp.empty(photos.shape, np.uint8)
+            on_device.set(photos, self.copies)
             arrived = self.copies.record()
         self.xp.cuda.get_current_stream().wait_event(arrived)
         self.under_way = [copy for copy in self.under_way if not copy[0].done]
         self.under_way.append((arrived, photos))
-        return there
+        return on_device
 
 
 def source(file):
@@ -156,10 +156,11 @@ def _vector(channels, *arrays):
 # ------------------------------------------------------------------------------ convolution
 
 INNER = {"fp32": 0, "tf32": 1, "3xtf32": 3}         # the product of conv.cu, by precision
+CONV_THREADS = {0: 256, 1: 128, 3: 128}             # of a block, by that product
 BM = 128                                            # rows of a tile
 BK = 32                                             # depth of a tile
 COLUMNS = {"fp32": (128, 64), "tf32": (128, 96, 64, 32, 16), "3xtf32": (128, 96, 64, 32, 16)}
-COST = {"fp32": 65, "tf32": 16, "3xtf32": 16}       # of a tile, whatever its width, in columns
+COST = {"fp32": 65, "tf32": 16, "3xtf32": 16}       # what any tile costs, as so many columns of it
 STAGES = 3                                          # tiles in flight
 LEAST_TILES = 8                                     # along the reduction, that a split is worth
 RESERVED = 1024                                     # bytes of shared memory that CUDA takes a block
@@ -197,7 +198,10 @@ def divisor(d):
 
 
 def stage_bytes(bn, filter_gradient):
-    """Shared memory of one stage of conv.cu: a tile of each operand, rows a little apart."""
+    """Bytes of shared memory of one stage of conv.cu, which checks this: a tile of each operand.
+
+    Rows are a little apart.
+    """
     left = BK * (BM + 8) if filter_gradient else BM * (BK + 4)
     return 4 * (left + BK * (bn + 8))
 
@@ -229,8 +233,9 @@ def tile(rows, cols, depth, filter_gradient, device, precision):
 
 def conv_defines(bn, stages, vec, filter_gradient, inner, dilate=1):
     """The constants of a variant of conv.cu."""
-    return (("BM", BM), ("BN", bn), ("STAGES", stages), ("VEC", vec),
-            ("FILTER", int(filter_gradient)), ("INNER", inner), ("DILATE", dilate))
+    return (("BM", BM), ("BN", bn), ("BK", BK), ("STAGES", stages), ("VEC", vec),
+            ("FILTER", int(filter_gradient)), ("INNER", inner), ("DILATE", dilate),
+            ("THREADS", CONV_THREADS[inner]), ("STAGE_BYTES", stage_bytes(bn, filter_gradient)))
 
 
 @functools.cache                        # of pure arithmetic: a layer asks the same in every step
@@ -251,7 +256,7 @@ def plan(device, precision, x_shape, patches, cols, vec, filter_gradient):
         h, w, patches.stride, patches.top, patches.left, pixels, divisor(c), divisor(patches.kw),
         divisor(patches.oh), divisor(patches.ow), rows, cols, depth, part), GEOMETRY)
     inner = INNER[precision]
-    return Plan(grid, 256 if inner == 0 else 128, stages * stage_bytes(bn, filter_gradient),
+    return Plan(grid, CONV_THREADS[inner], stages * stage_bytes(bn, filter_gradient),
                 conv_defines(bn, stages, vec, filter_gradient, inner, patches.dilate), geometry)
 
 
@@ -457,7 +462,7 @@ def sum_gradients(terms):
     """A thread for each number."""
     _check(*terms)
     total = _empty(terms[0].shape)
-    a, b, c, d = [*terms, *[NULL] * (4 - len(terms))]               # ValueError: five
+    a, b, c, d = [*terms, *[NULL] * (4 - len(terms))]               # ValueError beyond four
     _launch_each("pointwise.cu", "sum_gradients", total.size,
                  (a, b, c, d, total, np.uint32(total.size)))
     return total
@@ -484,14 +489,15 @@ PHOTO_THREADS = 1024                    # of a block of prepare.cu
 def prepare(photos, top, left, flip, crop):
     """A block for each photo. The photos are copied beside the computation, and then freed."""
     _check(photos, dtype=np.uint8)
-    there = _device.upload(photos)
+    on_device = _device.upload(photos)
     crops = _device.xp.asarray(np.array((top, left, flip), np.int32))           # (3, N)
     n, size, _, _ = photos.shape
     y = _empty((n, crop, crop, 3))
     _launch("prepare.cu", "prepare", (n,), (PHOTO_THREADS,),
-            (there, crops, y, np.int32(n), np.int32(size), np.int32(crop)),
+            (on_device, crops, y, np.int32(n), np.int32(size), np.int32(crop)),
             shared=2 * 8 * PHOTO_THREADS)                           # two sums of a thread
-    _device.copies.wait_event(_device.xp.cuda.get_current_stream().record())    # `there` was read
+    read = _device.xp.cuda.get_current_stream().record()
+    _device.copies.wait_event(read)
     return y
 
 
@@ -517,7 +523,7 @@ def sample_by_class(class_photos, class_ends, spare, seed, step, steps, count):
 
 # ------------------------------------------------------------------------- losses and update
 
-WIDE = 4096                             # scores in a row from which a block has 1,024 threads
+WIDE = 4096                             # scores in a row above which a block has 1,024 threads
 
 
 def _loss(kernel, s, targets, vectors):
@@ -559,11 +565,11 @@ def sgd(w, v, dw, rate, momentum, decay, rows=None):
 
 def to_device(x):
     """A copy of x, in C's order, where this device computes, which is there when this returns."""
-    there = _device.xp.array(x)
-    if not there.flags.c_contiguous:
-        there = there.copy()                    # in C's order, which all kernels take
+    on_device = _device.xp.array(x)
+    if not on_device.flags.c_contiguous:
+        on_device = on_device.copy()            # in C's order, which all kernels take
     _device.xp.cuda.get_current_stream().synchronize()              # other streams may read it
-    return there
+    return on_device
 
 
 def to_host(x):

@@ -2,7 +2,7 @@
 
     python kernels/dev/captions.py noise 0.5 captions.tsv noisy.tsv      half of the words elsewhere
     python kernels/dev/captions.py shuffle captions.tsv shuffled.tsv     captions of other photos
-    python kernels/dev/captions.py apart english.tsv french.tsv apart.tsv
+    python kernels/dev/captions.py apart english.tsv french.tsv apart.tsv  each photo's of one file
 
 The files that are read may be of any kind that weak.py reads; what is written are lines
 `photo<TAB>caption`. The same command writes the same file (`--seed`). Which photos a run holds out
@@ -34,7 +34,7 @@ def fractions(names, seed):
 
 
 def add_noise(pairs, part, seed):
-    """That part of all words, at random places, change places with each other.
+    """Permute a random part of all words among their places, over all captions.
 
     So every word stays as frequent as it was among all captions. As words also change between
     training and held-out photos, a rare one may leave the dictionary, or come into it.
@@ -50,7 +50,7 @@ def add_noise(pairs, part, seed):
 
 
 def shuffle_photos(pairs, seed):
-    """All captions of a photo go to one drawn at random; on average, one photo keeps its own."""
+    """All captions of a photo go to one drawn at random; one in the whole file may keep its own."""
     names = sorted({name for name, _ in pairs})
     other = dict(zip(names, np.random.default_rng(seed).permutation(names)))
     return [(other[name], caption) for name, caption in pairs]

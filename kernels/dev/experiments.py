@@ -42,7 +42,7 @@ class Row(NamedTuple):
     name: str                   # of the folder of its runs, too
     training: list              # arguments of weak.py, without --out and --seed
     scoring: list               # of eval.py, without --model and --json: the command comes first
-    weights: str = ""           # of which file of the run; if not given those of its best epoch
+    weights: str = ""           # the file of the run that is scored; if not given the best epoch's
 
 
 # ----------------------------------------------------------------------------------- running
@@ -83,7 +83,7 @@ def train_run(out, training, options):
     going_on = ["--resume"] if os.path.exists(os.path.join(out, "model.npz")) else []
     with open_notes(out) as notes, redirect_stdout(notes), redirect_stderr(notes):
         if weak.main([*training, "--out", out, *of_machine(options), *going_on]):
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt             # a signal stopped the run: stop them all
 
 
 def open_notes(out):
@@ -178,13 +178,14 @@ def weak_and_clean_rows(options, seed, counts):
     scoring = ["words", "--captions", truth, "--truth", truth, "--no-baselines"]
     recipe = {**weak.DRAWN, "positives": "balanced", "images": drawn.sources(folder)["images"]}
     del recipe["pictures"]
+    # the truth has no words that show nothing
+    sources = {"captions": (captions, recipe["stop_words"]), "truth": (truth, 0)}
     rows = []
-    for labels, path in {"captions": captions, "truth": truth}.items():
-        if labels == "truth":
-            recipe["stop_words"] = 0            # it has words of what is drawn alone
+    for labels, (path, stop_words) in sources.items():
         for count in counts[labels]:
-            recipe["captions"] = write_first_lines(path, count)
-            rows.append(Row(f"{labels} {count}", list_options(recipe), scoring, "model.npz"))
+            lines = write_first_lines(path, count)
+            training = list_options({**recipe, "captions": lines, "stop_words": stop_words})
+            rows.append(Row(f"{labels} {count}", training, scoring, "model.npz"))
     return rows
 
 
@@ -198,12 +199,12 @@ def list_options(values):
 
 def write_first_lines(path, count):
     """The path of a file of the first lines of another, beside it."""
-    part = f"{os.path.splitext(path)[0]}-{count}.tsv"
+    shortened = f"{os.path.splitext(path)[0]}-{count}.tsv"
     with open(path, encoding="utf-8") as file:
         lines = [next(file) for _ in range(count)]
-    with console.whole_file(part, "w", encoding="utf-8") as file:
+    with console.whole_file(shortened, "w", encoding="utf-8") as file:
         file.writelines(lines)
-    return part
+    return shortened
 
 
 def show_weak_and_clean(curves, counts, options):
@@ -290,7 +291,7 @@ def compare_photos(options):
         return json.load(file)
 
 
-# ----------------------------------------------------------------------- lists of commands
+# ----------------------------------------------------------------------- by class or by image
 
 def compare_samplings(options):
     """How the drawn set is sampled: by class with each kind of targets, or by image."""
