@@ -50,7 +50,7 @@ import eval as evaluation
 import kernels
 import model
 import weak
-from kernels import console, cpu, drawn, figures, gpu, philox, ranks, reference
+from kernels import console, cpu, drawn, figures, gpu, philox, ranks, reference, tsne
 from kernels.dev import bench, captions, emulate, emulate_cupy, experiments
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -5138,72 +5138,72 @@ def squared_distances(x):
 
 def test_map_affinities_have_the_perplexity(rng):
     d = squared_distances(rng.standard_normal((40, 3)))
-    np.fill_diagonal(d, evaluation.FAR)
-    rows = evaluation.conditional(d, 7)
+    np.fill_diagonal(d, tsne.FAR)
+    rows = tsne.conditional(d, 7)
     entropy = -(rows * np.log(np.maximum(rows, 1e-300))).sum(axis=1)
     np.testing.assert_allclose(np.exp(entropy), 7, rtol=1e-6)
 
 
 def test_map_affinities_are_symmetric_and_sum_to_one(rng):
-    p = evaluation.affinities(rng.standard_normal((40, 3)), 7)
+    p = tsne.affinities(rng.standard_normal((40, 3)), 7)
     assert np.array_equal(p, p.T)
     assert p.sum() == pytest.approx(1)
     assert not p.diagonal().any()
 
 
 def test_map_divergence_follows_its_formula(rng):
-    p = evaluation.affinities(rng.standard_normal((40, 3)), 7)
+    p = tsne.affinities(rng.standard_normal((40, 3)), 7)
     y = rng.standard_normal((40, 2))
     near = 1 / (1 + squared_distances(y))
     np.fill_diagonal(near, 0)
     q = near / near.sum()
     others = ~np.eye(40, dtype=bool)
     kl = (p[others] * np.log(p[others] / q[others])).sum()
-    assert evaluation.divergence(p, y) == pytest.approx(kl)
+    assert tsne.kl_divergence(p, y) == pytest.approx(kl)
 
 
 def test_map_gradient_is_numerical_in_blocks_of_any_size(rng, monkeypatch):
-    p = evaluation.affinities(rng.standard_normal((13, 4)), 4)
+    p = tsne.affinities(rng.standard_normal((13, 4)), 4)
     y = rng.standard_normal((13, 2))
-    for tile in (evaluation.CPU_TILE, 5 * 13):                      # of all rows, or of 5
-        monkeypatch.setattr(evaluation, "CPU_TILE", tile)
-        gradient = evaluation.tsne_gradient(p, y)
-        check_numerically(lambda: evaluation.divergence(p, y), y, gradient, name="y")
+    for tile in (tsne.CPU_TILE, 5 * 13):                      # of all rows, or of 5
+        monkeypatch.setattr(tsne, "CPU_TILE", tile)
+        gradient = tsne.kl_gradient(p, y)
+        check_numerically(lambda: tsne.kl_divergence(p, y), y, gradient, name="y")
 
 
 def test_map_gradient_in_float32_is_that_in_float64(rng):
     """On a map as wide as one of 5,000 points: distances are differences of large numbers."""
-    p = evaluation.affinities(rng.standard_normal((300, 4)), 10)
+    p = tsne.affinities(rng.standard_normal((300, 4)), 10)
     y = rng.uniform(-100, 100, (300, 2))
     y[1::2] = y[::2] + rng.uniform(-0.1, 0.1, (150, 2))             # pairs that are close
-    exact = evaluation.tsne_gradient(p, y)
-    rounded = evaluation.tsne_gradient(p.astype(np.float32), y.astype(np.float32))
+    exact = tsne.kl_gradient(p, y)
+    rounded = tsne.kl_gradient(p.astype(np.float32), y.astype(np.float32))
     assert rounded.dtype == np.float32
     assert np.linalg.norm(rounded - exact) < 5e-3 * np.linalg.norm(exact)
 
 
 def test_map_closeness_follows_its_formula_where_rounding_bites(rng):
     y = np.concatenate([rng.uniform(-300, 300, (50, 2)), np.full((2, 2), 299)]).astype(np.float32)
-    near = evaluation.closeness(evaluation.with_squares(y), slice(10, 52))          # (42, 52)
+    near = tsne.closeness(tsne.with_squares(y), slice(10, 52))          # (42, 52)
     exact = 1 / (1 + squared_distances(y.astype(np.float64)))[10:52]
     np.testing.assert_allclose(near, exact, rtol=0.1)
     assert near.max() <= 1 and near.dtype == np.float32
 
 
 def test_map_gradient_pulls_more_with_exaggeration(rng):
-    p = evaluation.affinities(rng.standard_normal((13, 4)), 4)
+    p = tsne.affinities(rng.standard_normal((13, 4)), 4)
     y = rng.standard_normal((13, 2))
-    push = -evaluation.tsne_gradient(0 * p, y)
-    pull = evaluation.tsne_gradient(p, y) + push
-    np.testing.assert_allclose(evaluation.tsne_gradient(p, y, 4), 4 * pull - push)
+    push = -tsne.kl_gradient(0 * p, y)
+    pull = tsne.kl_gradient(p, y) + push
+    np.testing.assert_allclose(tsne.kl_gradient(p, y, 4), 4 * pull - push)
 
 
 def test_map_parts_clusters_that_have_twins(rng, monkeypatch):
     centres = 3 * rng.standard_normal((6, 20))
     x = np.repeat(centres, 25, axis=0) + rng.standard_normal((150, 20))
     x[1::25] = x[::25]                          # in each cluster, two points are the same
-    monkeypatch.setattr(evaluation, "CPU_TILE", 70 * 150)
-    y, kl = evaluation.tsne(x, 15, 500)
+    monkeypatch.setattr(tsne, "CPU_TILE", 70 * 150)
+    y, kl = tsne.tsne(x, 15, 500)
     nearest = squared_distances(y).argsort(axis=1)[:, 1]
     same_cluster = nearest // 25 == np.arange(150) // 25
     assert same_cluster.mean() > 0.95
