@@ -152,6 +152,8 @@ def rank_metrics(scorer, carried, counts):
         "map": mean_of_finite(ap),
         "auc_frequent": mean_of_finite(auc[by_frequency[:third]]),
         "auc_rare": mean_of_finite(auc[by_frequency[-third:]]),
+        "map_frequent": mean_of_finite(ap[by_frequency[:third]]),
+        "map_rare": mean_of_finite(ap[by_frequency[-third:]]),
         "deciles": score_deciles(auc, ap, chance_of_words(carried), counts, by_frequency),
         "words": int(np.isfinite(ap).sum()),
     }
@@ -2067,8 +2069,9 @@ def print_words(result, show):
         rows[name] = [numbers[key] for key in keys]
     show.table(["", *PRECISIONS, "AUC", "mean AP"], rows)
     show.line("AUC and AP are means over the words (AP is lower among more photos, so compare it "
-              "among equally many); AUC of the most frequent third of them "
-              f"{result['auc_frequent']:.4f}, of the rarest third {result['auc_rare']:.4f}")
+              "among equally many); of the most frequent third of the words "
+              f"{result['auc_frequent']:.4f} and {result['map_frequent']:.4f}, of the rarest third "
+              f"{result['auc_rare']:.4f} and {result['map_rare']:.4f}")
     if "retrieval" in result:
         show_retrieval(result["retrieval"], show)
     if baselines:

@@ -4749,6 +4749,7 @@ def test_means_over_words_leave_out_those_of_no_photo_and_of_all(block, scored, 
     chance = evaluation.chance_of_ap(carried[:, mixed].sum(axis=0), 9)
     assert result["chance"]["map"] == pytest.approx(chance.mean())
     assert result["auc_rare"] == pytest.approx(np.nanmean(auc[often[-4:]]))
+    assert result["map_rare"] == pytest.approx(np.nanmean(ap[often[-4:]]))
     assert result["auc_frequent"] == pytest.approx(np.nanmean(auc[often[:4]]))
     deciles = result["deciles"]
     assert [row["words"] for row in deciles.values()] == [2, 2, 1, 1, 1, 1, 1, 1, 1, 1]
@@ -4779,7 +4780,7 @@ def test_ranks_of_photos_ignore_what_softmax_leaves_free(loss, unchanged, scored
     moved.b = output.b
     noise = 5 * rng.standard_normal((9, 1))     # one for each photo
     again = metrics_of((np.hstack([features, noise]), moved, carried, counts), loss)
-    keys = ("auc", "map", "auc_frequent", "auc_rare", "loss")
+    keys = ("auc", "map", "auc_frequent", "auc_rare", "map_frequent", "map_rare", "loss")
     same = [again[key] == pytest.approx(result[key], rel=1e-9) for key in keys]
     assert same == [unchanged] * len(keys)
     assert again["precision@5"] == result["precision@5"]
