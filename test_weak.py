@@ -2675,11 +2675,16 @@ def test_captions_may_move_into_a_file_of_another_format(mine, train):
     assert "going on at step 6," in said
 
 
-def test_captions_instead_of_folders_are_no_reason_to_crash(pictures, train, tmp_path):
-    for i, name in enumerate(sorted(os.listdir(pictures))[:30]):
-        place = tmp_path / "here" / f"kind{chr(97 + i % 3)}"
+def link_classes(pictures, folder):
+    """60 of the pictures in three sub-folders."""
+    for i, name in enumerate(sorted(os.listdir(pictures))[:60]):
+        place = folder / f"kind{chr(97 + i % 3)}"
         place.mkdir(parents=True, exist_ok=True)
         os.link(pictures / name, place / name)
+
+
+def test_captions_instead_of_folders_are_no_reason_to_crash(pictures, train, tmp_path):
+    link_classes(pictures, tmp_path / "here")
     train("--images", "here", "--out", "r", *TINY, "--stop-words", 0, "--epochs", 1)
     Path("captions.tsv").write_text("".join(f"p{i}.jpg\tred ball\n" for i in range(60)))
     with pytest.raises(ValueError, match="the captions changed"):
@@ -2688,10 +2693,7 @@ def test_captions_instead_of_folders_are_no_reason_to_crash(pictures, train, tmp
 
 def test_folder_that_is_its_own_captions_may_move_with_a_run_in_it(pictures, train, tmp_path):
     """The pictures of the run are none of its photos."""
-    for i, name in enumerate(sorted(os.listdir(pictures))[:60]):
-        place = tmp_path / "here" / f"kind{chr(97 + i % 3)}"
-        place.mkdir(parents=True, exist_ok=True)
-        os.link(pictures / name, place / name)
+    link_classes(pictures, tmp_path / "here")
     train("--images", "here", "--out", "here/runs/r", *TINY, "--stop-words", 0, "--epochs", 1)
     assert os.path.exists("here/runs/r/curves.png")
     train("--resume", "--out", "here/runs/r", "--epochs", 2)
