@@ -2675,6 +2675,15 @@ def test_captions_may_move_into_a_file_of_another_format(mine, train):
     assert "going on at step 6," in said
 
 
+def test_python_in_development_mode_shows_where_an_error_was_raised(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-W", "ignore", os.path.join(HERE, "weak.py"),
+         "--images", "gone"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "in check_sources" in done.stderr
+    assert "ValueError: images: there is no folder" in done.stderr
+
+
 def link_classes(pictures, folder):
     """60 of the pictures in three sub-folders."""
     for i, name in enumerate(sorted(os.listdir(pictures))[:60]):
@@ -3431,6 +3440,13 @@ def test_memory_of_a_step_counts_the_scores_of_all_words(start, monkeypatch, cap
     assert net.bytes_per_image(72, 64, model.Softmax, 10_000) - none == 4 * 40_000
     assert net.bytes_per_image(72, 64, model.Softmax, 500) - none == 4 * 2_000
     assert net.bytes_per_image(72, 64, model.OneVersusAll, 10_000) - none == 9 * 40_000
+
+
+@pytest.mark.parametrize("options, scored", [
+    ([], 30), (["--targets", "batch"], 16), (["--targets", "sampled", "--negatives", 5], 21),
+    (["--targets", "sampled", "--negatives", 500], 30)])
+def test_step_scores_so_many_words(options, scored, start):
+    assert weak.scored_words(start(*options)) == scored             # of 30, with a batch of 16
 
 
 @pytest.mark.parametrize("name", model.LOSSES)

@@ -48,10 +48,10 @@ EPOCHS_PER_RATE = 10            # epochs that each learning rate is kept at leas
 LEAST_RATE = 1e-6               # training stops when the learning rate falls below this
 MOMENTUM = 0.9                  # not stated in the paper; Krizhevsky's (2012, §5)
 DECAY = 5e-4                    # likewise
-FINAL = 0.2                     # the part of the steps of --epochs, the last, at a lower rate …
+FINAL = 0.2                     # the last part of the steps of --epochs has a lower rate, …
 FINAL_RATE = 0.1                # … which is this times the learning rate
-PATIENCE = 2                    # times --epochs-per-lr epochs without a better one: the end
-SEVERAL_TARGETS = 0.8           # times 1 / √targets of a row, the learning rate: 1 diverged
+PATIENCE = 2                    # training ends after this times --epochs-per-lr worse epochs
+SEVERAL_TARGETS = 0.8           # n targets of a row: the rate is this / √n of the network's
 NEGATIVES = 1000                # of --targets sampled
 MOST_WORKERS = 8                # if --workers is not given
 VALIDATED = 10_000              # held-out photos scored after an epoch, at most
@@ -66,8 +66,9 @@ EMPTY_STEPS = 100               # steps in a row without a photo that can be rea
 ORDER = 4                       # version of what steps draw, how they weigh it, and what is saved
 DRAWN = {"pictures": drawn.PICTURES, "words": 80, "stop_words": 10, "epochs": 3,
          "epoch_size": 11_000, "batch": 32}     # defaults without --images
+# Options that a resumed run may change
 CHANGEABLE = {"resume", "out", "images", "captions", "format", "epochs", "final", "min_lr",
-              "patience", "workers", "threads", "device", "precision"}  # by a resumed run
+              "patience", "workers", "threads", "device", "precision"}
 
 
 def main(arguments=None):
@@ -462,7 +463,7 @@ def default_rate(options, index):
     rate = model.NETWORKS[options.network].lr
     if options.positives == "all":                                  # several words of a photo
         targets = index.label_frequency(options.sampling, "all").sum()          # of a row
-        rate *= SEVERAL_TARGETS / math.sqrt(targets)
+        rate *= SEVERAL_TARGETS / math.sqrt(targets)                # 1 / √targets diverged
     if options.targets == "sampled":                                # a class counts 1/π times
         rate /= 2                                                   # as the whole rate diverged
     return float(f"{rate:.2g}")
